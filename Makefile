@@ -1,0 +1,52 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(CURDIR)/$(VENV)/bin
+PY     := $(BIN)/python
+PIP    := $(PY) -m pip --disable-pip-version-check
+SITE   := $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+ROOMS  := benchmarks engine export kernels memory training
+BUILD  := pyproject.toml CMakeLists.txt $(wildcard kernels/*.cpp)
+
+DEMO_INSTALLED := $(VENV)/.installed-demo
+TEST_INSTALLED := $(VENV)/.installed-test
+
+.PHONY: demo test lint rooms clean
+
+demo: $(DEMO_INSTALLED)
+	$(BIN)/meiqa demo
+
+test: $(TEST_INSTALLED)
+	$(PY) -m pytest
+
+lint: $(TEST_INSTALLED) rooms
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	cd build/rooms && PYTHONPATH=$$($(SITE)) $(PY) -S $(BIN)/lint-imports --no-cache \
+	  --config $(CURDIR)/pyproject.toml
+
+# The import package as it installs, for tools that read sources without importing them.
+# lint-imports runs in there with -S: the editable install's import hook would come first.
+rooms:
+	rm -rf build/rooms
+	mkdir -p build/rooms/meiqa
+	ln -s $(CURDIR)/meiqa/* $(addprefix $(CURDIR)/,$(ROOMS)) build/rooms/meiqa/
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "meiqa needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# Installs are editable, so that only a changed build needs a new one.
+$(DEMO_INSTALLED): $(BUILD) | $(VENV)/bin/python
+	@echo "Installing meiqa into $(VENV) (about a minute)"
+	$(PIP) install --quiet -e '.[cpu,demo]'
+	touch $@
+
+$(TEST_INSTALLED): $(BUILD) | $(VENV)/bin/python
+	@echo "Installing meiqa with PyTorch and the test tools into $(VENV) (a few minutes)"
+	$(PIP) install --quiet -e '.[cpu,demo,export,train,test]'
+	touch $(DEMO_INSTALLED) $@
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache $(VENV)

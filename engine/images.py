@@ -1,0 +1,346 @@
+"""Bytes to pixels: decode any photograph to upright 8-bit RGB, then fit it to the patch grid."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import re
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from meiqa.errors import DecodeError, ImageError, ImageTooLarge, UsageError
+
+__all__ = [
+    "DEFAULT_MAX_PIXELS",
+    "IMAGE_SUFFIXES",
+    "ImageSource",
+    "Pixels",
+    "fit_to_grid",
+    "load_pixels",
+    "source_name",
+]
+
+DEFAULT_MAX_PIXELS = 100_000_000
+_SUFFIXES = "avif bmp gif jfif jp2 jpeg jpg pgm png pnm ppm tif tiff webp"
+IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
+"""Suffixes by which a photograph is recognised in a folder, in lower case."""
+
+ImageSource = str | Path | bytes | Image.Image | NDArray[Any]
+
+_MAX_ASPECT = 100.0
+# Photographs only: Pillow's other plugins run Ghostscript, follow references or hold no photo.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+_DAMAGED = "the file is damaged or incomplete: fetch it again"
+_pillow_limit_lock = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """A decoded photograph.
+
+    `array` is RGB uint8, ``(H, W, 3)``, C-contiguous and read-only, so that `digest`, the SHA-256
+    of its shape and bytes in hex, stays true. `name` is what messages call the photo.
+    """
+
+    array: NDArray[np.uint8]
+    digest: str
+    name: str
+
+
+def load_pixels(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
+    """Decode a photograph to upright 8-bit RGB.
+
+    EXIF orientation is applied; transparency is laid over white, the page most viewers show it
+    on; 16-bit samples are scaled to 8; CMYK and palettes become RGB without colour management; of
+    an animation the first frame is taken (of an open Pillow image, its current frame). JPEGs are
+    decoded at full size, never in draft mode, so a photo has one digest whatever is asked of it.
+
+    Args:
+        source: a path, an encoded image, an open Pillow image (left as it is) or a uint8 array
+            of shape ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` RGB or ``(H, W, 4)`` RGBA.
+        max_pixels: the largest H x W, held against the header before anything is decoded.
+
+    Raises:
+        DecodeError: missing, unreadable, truncated, empty or not an image.
+        ImageTooLarge: more than ``max_pixels``.
+
+    >>> load_pixels(np.zeros((2, 3), np.uint8)).array.shape
+    (2, 3, 3)
+    """
+    name = source_name(source)
+    if isinstance(source, np.ndarray):
+        source = _image_from_array(source, name)
+    if isinstance(source, Image.Image):
+        array = _decode(source, name, max_pixels)
+    else:
+        with _opened(source, name, max_pixels) as image:
+            array = _decode(image, name, max_pixels)
+    array.flags.writeable = False
+    return Pixels(array, _digest(array), name)
+
+
+def source_name(source: ImageSource) -> str:
+    """Give what messages call a source: its path, or its kind where it has none."""
+    if isinstance(source, str | Path):
+        return str(source)
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", "") or "<image>")
+    return "<array>" if isinstance(source, np.ndarray) else "<bytes>"
+
+
+def fit_to_grid(
+    pixels: NDArray[np.uint8], *, multiple: int, min_pixels: int, max_pixels: int
+) -> NDArray[np.uint8]:
+    """Resize to whole patches, keeping the aspect ratio (Qwen2.5-VL's "smart resize").
+
+    Args:
+        pixels: RGB uint8 ``(H, W, 3)``.
+        multiple: both sides become multiples of this, in pixels.
+        min_pixels: smallest area of the result.
+        max_pixels: largest area of the result.
+
+    Returns:
+        uint8 ``(H', W', 3)``, C-contiguous; the very array given if its size fits already.
+        Bicubic, after an integer box reduction of photos at least four times too large.
+
+    Raises:
+        ImageError: one side is more than 100 times the other.
+        UsageError: no size is a multiple and within the limits.
+
+    >>> fit_to_grid(np.zeros((100, 150, 3), np.uint8), multiple=28, min_pixels=1, max_pixels=10**6
+    ... ).shape
+    (112, 140, 3)
+    """
+    height, width = pixels.shape[:2]
+    rows, columns = _grid(height, width, multiple, min_pixels, max_pixels)
+    target = (columns * multiple, rows * multiple)
+    if target == (width, height):
+        return pixels
+    resized = Image.fromarray(pixels).resize(target, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.array(resized)
+
+
+def _grid(
+    height: int, width: int, multiple: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Choose (rows, columns) in units of `multiple`."""
+    if min(height, width) < 1 or max(height, width) > _MAX_ASPECT * min(height, width):
+        raise ImageError(
+            "the photo is too elongated to be judged",
+            seen=f"{width} x {height} pixels",
+            allowed=f"an aspect ratio of at most {_MAX_ASPECT:.0f}:1",
+            hint="crop it",
+        )
+    fewest, most = -(-min_pixels // multiple**2), max_pixels // multiple**2
+    rows, columns = max(1, round(height / multiple)), max(1, round(width / multiple))
+    if rows * columns > most:
+        shrink = math.sqrt(height * width / max_pixels) * multiple
+        rows, columns = max(1, math.floor(height / shrink)), max(1, math.floor(width / shrink))
+    elif rows * columns < fewest:
+        grow = math.sqrt(min_pixels / (height * width)) / multiple
+        rows, columns = math.ceil(height * grow), math.ceil(width * grow)
+    if fewest <= rows * columns <= most:
+        return rows, columns
+    return _nearest_grid(width / height, fewest, most)
+
+
+def _nearest_grid(aspect: float, fewest: int, most: int) -> tuple[int, int]:
+    """Search every grid of `fewest` to `most` cells for the aspect nearest to width / height.
+
+    The rounding of "smart resize" leaves the limits for elongated photos and for limits that lie
+    close together.
+    """
+    grids = [
+        (rows, min(max(round(rows * aspect), 1, -(-fewest // rows)), most // rows))
+        for rows in range(1, most + 1)
+        if max(1, -(-fewest // rows)) <= most // rows
+    ]
+    if not grids:
+        raise UsageError("no image size lies within the package's pixel limits")
+    return min(grids, key=lambda grid: (abs(math.log(grid[1] / grid[0] / aspect)), grid))
+
+
+def _digest(array: NDArray[np.uint8]) -> str:
+    digest = hashlib.sha256(np.array(array.shape, dtype="<i8").tobytes())
+    digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _image_from_array(array: NDArray[Any], name: str) -> Image.Image:
+    colours = array.shape[2:] in ((), (1,), (3,), (4,)) and array.ndim in (2, 3)
+    if array.dtype != np.uint8 or not colours:
+        raise DecodeError(
+            f"{name} is not an 8-bit image",
+            seen=f"{array.dtype} {array.shape}",
+            allowed="uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)",
+            hint="scale it to 0-255 and convert with .astype(numpy.uint8)",
+        )
+    if array.size == 0:
+        raise _no_pixels(name, array.shape[1], array.shape[0])
+    return Image.fromarray(
+        np.ascontiguousarray(array[:, :, 0] if array.shape[2:] == (1,) else array)
+    )
+
+
+@contextmanager
+def _opened(source: object, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    with _byte_stream(source, name) as stream, _header(stream, name, max_pixels) as image:
+        yield image
+
+
+@contextmanager
+def _byte_stream(source: object, name: str) -> Iterator[IO[bytes]]:
+
+    if isinstance(source, bytes):
+        if not source:
+            raise DecodeError(f"{name} is empty", hint=_DAMAGED)
+        yield io.BytesIO(source)
+    elif isinstance(source, str | Path):
+        with _open_file(source, name) as file:
+            yield file
+    else:
+        raise DecodeError(
+            "an image cannot be read from such an object",
+            seen=type(source).__name__,
+            allowed="a path, bytes, a Pillow image or a uint8 array",
+        )
+
+
+def _open_file(path: str | Path, name: str) -> IO[bytes]:
+    try:
+        status = Path(path).stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise DecodeError(f"{name} is a directory, not an image")
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device could block, or never end
+            raise DecodeError(f"{name} is not a regular file")
+        if status.st_size == 0:
+            raise DecodeError(f"{name} is empty", hint=_DAMAGED)
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise DecodeError(f"{name}: no such file", hint="check the path") from None
+    except PermissionError:
+        raise DecodeError(f"{name} may not be read", hint="check its permissions") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DecodeError(f"{name} cannot be opened: {reason}") from None
+
+
+@cache
+def _readable_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+    """Read the header, with Pillow's own limit set to ours.
+
+    Plugins may allocate while they open, so the limit has to hold there already. It is a module
+    global of Pillow, as are the warning filters: both are changed for the moment of the header
+    only, by one thread at a time, and put back.
+    """
+    with _pillow_limit_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # broken metadata is no reason to refuse the pixels
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+        try:
+            return Image.open(stream, formats=_readable_formats())
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            count = re.search(r"\d+", str(error))
+            raise _too_large(name, f"{count[0]} pixels" if count else None, max_pixels) from None
+        except UnidentifiedImageError:
+            raise DecodeError(
+                f"{name} is not an image, or its header is damaged",
+                allowed=", ".join(_readable_formats()),
+            ) from None
+        except Exception as error:  # hostile bytes make Pillow's plugins raise nearly anything
+            raise _undecodable(name, error) from None
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int) -> NDArray[np.uint8]:
+    """Decode an opened image to RGB ``(H, W, 3)``."""
+    _check_size(image, name, max_pixels)
+    try:
+        image.load()
+        _check_size(image, name, max_pixels)  # a damaged header may have announced less
+        return np.array(_to_rgb(_upright(image), name))
+    except ImageError:
+        raise
+    except Exception as error:  # hostile bytes make Pillow's plugins raise nearly anything
+        raise _undecodable(name, error) from None
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise _no_pixels(name, width, height)
+    if width * height > max_pixels:
+        raise _too_large(name, f"{width} x {height} pixels", max_pixels)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # unreadable EXIF is no reason to refuse the pixels
+        return image
+    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":
+        raise _unsupported_samples(name, "floating-point samples")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _grey_from_16_bit(np.asarray(image), name).convert("RGB")
+    if image.mode == "La":  # Pillow converts premultiplied grey only to straight grey
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey_from_16_bit(samples: NDArray[Any], name: str) -> Image.Image:
+    """Scale 0–65535 to 0–255; Pillow would clip instead."""
+    if samples.min() < 0 or samples.max() > 65535:
+        raise _unsupported_samples(name, "32-bit integer samples")
+    return Image.fromarray(((samples.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def _no_pixels(name: str, width: int, height: int) -> DecodeError:
+    return DecodeError(f"{name} has no pixels", seen=f"{width} x {height}", hint=_DAMAGED)
+
+
+def _too_large(name: str, seen: str | None, max_pixels: int) -> ImageTooLarge:
+    return ImageTooLarge(
+        f"{name} is too large",
+        seen=seen,
+        allowed=f"at most {max_pixels} pixels",
+        hint="scale it down first",
+    )
+
+
+def _unsupported_samples(name: str, seen: str) -> DecodeError:
+    return DecodeError(
+        f"{name} has no defined range of brightness",
+        seen=seen,
+        allowed="8 or 16 bits a sample",
+        hint="save it as an 8-bit or 16-bit image",
+    )
+
+
+def _undecodable(name: str, error: Exception) -> DecodeError:
+    reason = str(error) or type(error).__name__
+    return DecodeError(f"{name} cannot be decoded: {reason}", hint=_DAMAGED)

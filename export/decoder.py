@@ -1,0 +1,290 @@
+"""The Qwen2.5-VL text decoder as one graph whose prompt is split in three: prefix, past, own.
+
+* prefix: keys and values of P image prefixes, each shared by R rows and never copied.
+* past: keys and values that the rows generated themselves so far.
+* own: the tokens of this call.
+
+Row (p, r) continues prefix p. The queries of all rows of a prefix are folded into one matrix
+against it, so R comparisons of one photo read its keys and values once. Weight names are those of
+Hugging Face's Qwen2.5-VL checkpoints.
+
+Letters in shapes: P prefixes, R rows of each, S own tokens, Lp prefix tokens, Lt past tokens,
+N tokens whose logits are wanted, L layers, H key-value heads, g query heads to one of them,
+d head width, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+MASKED = -1e9
+"""Added to the score of a position that must not be seen; finite, so that softmax stays defined."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of the decoder, with the field names of Qwen2.5-VL's `text_config`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    mrope_section: tuple[int, int, int]
+    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What the rows of a call may attend to besides their own tokens.
+
+    Attributes:
+        prefix: (L, 2, P, H, Lp, d) keys and values of the shared prefixes, padded to Lp.
+        prefix_lengths: (P,) tokens of each prefix that are real.
+        past: (L, 2, P, H, R, Lt, d) keys and values of the rows' earlier tokens, padded to Lt.
+        past_lengths: (P, R) earlier tokens of each row that are real.
+    """
+
+    prefix: Tensor
+    prefix_lengths: Tensor
+    past: Tensor
+    past_lengths: Tensor
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square normalisation with a learned scale."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Apply rotary positions to (..., S, d) with tables that broadcast to it."""
+    low, high = x.chunk(2, -1)
+    return x * cosine + torch.cat([-high, low], -1) * sine
+
+
+class SegmentedAttention(nn.Module):
+    """Grouped-query attention over prefix, past and own tokens with one softmax."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.kv_heads = config.num_key_value_heads
+        self.group = config.num_attention_heads // config.num_key_value_heads
+        self.head_dim = config.head_dim
+        kv_width = self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def by_kv_head(self, x: Tensor) -> Tensor:
+        """(P, R, S, H * d) → (P, H, R, S, d)."""
+        return x.unflatten(-1, (self.kv_heads, self.head_dim)).permute(0, 3, 1, 2, 4)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        prefix: Tensor,
+        prefix_bias: Tensor,
+        past: Tensor,
+        own_bias: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            x: (P, R, S, D) normalised hidden states.
+            rotary: cosine and sine, each (P, 1, R, S, d).
+            prefix: (2, P, H, Lp, d).
+            prefix_bias: (P, 1, 1, 1, Lp), 0 or MASKED.
+            past: (2, P, H, R, Lt, d).
+            own_bias: (P, 1, R, 1, S, Lt + S), 0 or MASKED.
+
+        Returns:
+            The mixed values (P, R, S, D) and the new keys and values (2, P, H, R, S, d).
+        """
+        p, r, s, _ = x.shape
+        h, g, d = self.kv_heads, self.group, self.head_dim
+        query = self.q_proj(x).reshape(p, r, s, h, g, d).permute(0, 3, 1, 4, 2, 5)
+        query = rotate(query, *(table.unsqueeze(3) for table in rotary)) * d**-0.5
+        query = query.reshape(p, h, r, g * s, d)
+        key = rotate(self.by_kv_head(self.k_proj(x)), *rotary)
+        value = self.by_kv_head(self.v_proj(x))
+        own_keys, own_values = torch.cat([past[0], key], 3), torch.cat([past[1], value], 3)
+
+        seen = query.reshape(p, h, r * g * s, d) @ prefix[0].transpose(-1, -2)
+        seen = seen.reshape(p, h, r, g * s, seen.shape[-1]) + prefix_bias
+        own = query @ own_keys.transpose(-1, -2)
+        own = (own.reshape(p, h, r, g, s, own.shape[-1]) + own_bias).reshape(own.shape)
+        weights = torch.cat([seen, own], -1).softmax(-1)
+        of_prefix, of_own = weights.split([seen.shape[-1], own.shape[-1]], -1)
+        mixed = of_prefix.reshape(p, h, r * g * s, seen.shape[-1]) @ prefix[1]
+        mixed = mixed.reshape(p, h, r, g * s, d) + of_own @ own_values
+        mixed = mixed.reshape(p, h, r, g, s, d).permute(0, 2, 4, 1, 3, 5)
+        return self.o_proj(mixed.reshape(p, r, s, h * g * d)), torch.stack([key, value])
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Attention and gated MLP, each behind a normalisation and a shortcut."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SegmentedAttention(config)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        prefix: Tensor,
+        prefix_bias: Tensor,
+        past: Tensor,
+        own_bias: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        mixed, key_values = self.self_attn(
+            self.input_layernorm(x), rotary, prefix, prefix_bias, past, own_bias
+        )
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), key_values
+
+
+class SharedPrefixDecoder(nn.Module):
+    """Decoder whose rows continue shared prefixes; see the module's docstring."""
+
+    rotary_frequencies: Tensor
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.register_buffer("rotary_frequencies", axis_frequencies(config), persistent=False)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (P, 1, R, S, d) of 3-D positions (3, P, R, S)."""
+        frequencies = self.rotary_frequencies[:, None, None, None, :]
+        angles = (positions.unsqueeze(-1) * frequencies).sum(0)
+        angles = torch.cat([angles, angles], -1).unsqueeze(1)
+        return angles.cos(), angles.sin()
+
+    def biases(self, segments: Segments, steps: int) -> tuple[Tensor, Tensor]:
+        """Additive masks of the prefix segment and of past and own tokens."""
+        device = segments.prefix.device
+        place = torch.arange(segments.prefix.shape[4], device=device)
+        beyond = (place >= segments.prefix_lengths[:, None]).float() * MASKED
+
+        place = torch.arange(segments.past.shape[5], device=device)
+        forgotten = (place >= segments.past_lengths[..., None]).float() * MASKED
+        step = torch.arange(steps, device=device)
+        later = (step > step[:, None]).float() * MASKED
+        rows = segments.past_lengths.shape
+        own = torch.cat(
+            [
+                forgotten[:, :, None, :].expand(*rows, steps, place.shape[0]),
+                later.expand(*rows, steps, steps),
+            ],
+            -1,
+        )
+        return beyond[:, None, None, None, :], own[:, None, :, None, :, :]
+
+    def hidden_states(
+        self, embeds: Tensor, positions: Tensor, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
+        """Run all layers: hidden states (P, R, S, D), new key-values (L, 2, P, H, R, S, d)."""
+        rotary = self.rotary(positions)
+        prefix_bias, own_bias = self.biases(segments, embeds.shape[2])
+        x, collected = embeds, []
+        for index, layer in enumerate(self.layers):
+            x, key_values = layer(
+                x, rotary, segments.prefix[index], prefix_bias, segments.past[index], own_bias
+            )
+            collected.append(key_values)
+        return self.norm(x), torch.stack(collected)
+
+    def forward(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        prefix: Tensor,
+        prefix_lengths: Tensor,
+        past: Tensor,
+        past_lengths: Tensor,
+        logit_positions: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One call of the graph.
+
+        Args:
+            embeds: (P, R, S, D) embeddings of the rows' new tokens, padded on the right.
+            positions: (3, P, R, S) temporal, row and column positions, as float.
+            prefix: (L, 2, P, H, Lp, d); prefix_lengths: (P,).
+            past: (L, 2, P, H, R, Lt, d); past_lengths: (P, R).
+            logit_positions: (P, R, N) which of the S tokens of each row need logits.
+
+        Returns:
+            logits (P, R, N, V), hidden (P, R, S, D), key_values (L, 2, P, H, R, S, d).
+        """
+        segments = Segments(prefix, prefix_lengths, past, past_lengths)
+        hidden, key_values = self.hidden_states(embeds, positions, segments)
+        wanted = logit_positions.unsqueeze(-1).expand(-1, -1, -1, hidden.shape[-1])
+        return self.lm_head(torch.gather(hidden, 2, wanted)), hidden, key_values
+
+    def no_segments(self, prefixes: int, rows: int) -> Segments:
+        """Empty prefixes and pasts."""
+        config, weight = self.config, self.norm.weight
+        layers, heads, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        return Segments(
+            prefix=weight.new_zeros(layers, 2, prefixes, heads, 0, width),
+            prefix_lengths=torch.zeros(prefixes, dtype=torch.long, device=weight.device),
+            past=weight.new_zeros(layers, 2, prefixes, heads, rows, 0, width),
+            past_lengths=torch.zeros(prefixes, rows, dtype=torch.long, device=weight.device),
+        )
+
+
+def axis_frequencies(config: DecoderConfig) -> Tensor:
+    """Rotary frequency of each half-head channel on the axis that owns it, (3, d / 2)."""
+    half = config.head_dim // 2
+    if sum(config.mrope_section) != half:
+        raise ValueError(
+            f"mrope_section {config.mrope_section} must sum to half a head, which is {half}"
+        )
+    frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    owner = torch.repeat_interleave(torch.arange(3), torch.tensor(config.mrope_section))
+    return functional.one_hot(owner, 3).T * frequencies

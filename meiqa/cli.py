@@ -1,0 +1,378 @@
+"""The `meiqa` command.
+
+Exit codes: 0 done; 1 some photos could not be assessed, or something essential is missing;
+2 wrong usage, or a package, memory or device that cannot be used; 70 an unexpected error;
+130 interrupted; 141 the reader of the output went away.
+
+Nothing heavy is imported before a command needs it, so that `meiqa --help` is immediate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+import meiqa
+from meiqa.errors import (
+    DecodeError,
+    GenerationError,
+    ImageError,
+    MeiqaError,
+    UsageError,
+    one_line,
+)
+from meiqa.types import Assessment, Budget, Failure
+
+if TYPE_CHECKING:
+    from meiqa.engine.pipeline import Engine
+
+    _Commands = argparse._SubParsersAction["_Parser"]
+
+__all__ = ["main", "open_engine"]
+
+_EXIT_FAILURES = 1
+_EXIT_UNUSABLE = 2
+_EXIT_UNEXPECTED = 70
+_EXIT_INTERRUPTED = 130
+_EXIT_BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit code; errors become one line on stderr."""
+    _accept_any_file_name(sys.stdout, sys.stderr)
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except MeiqaError as error:
+        _say(f"error: {error}")
+        return _EXIT_FAILURES if _concerns_the_photo(error) else _EXIT_UNUSABLE
+    except BrokenPipeError:
+        _drop_output()
+        return _EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return _EXIT_INTERRUPTED
+    except Exception as error:
+        if os.environ.get("MEIQA_DEBUG"):
+            raise
+        reason = one_line(f"{type(error).__name__}: {error}")
+        _say(f"error: unexpected {reason}; MEIQA_DEBUG=1 shows where it happened")
+        return _EXIT_UNEXPECTED
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit:  # argparse has printed the help or the version
+        return 0
+    with warnings.catch_warnings():
+        # Photos with odd metadata are common, and what matters of them becomes an error.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        code: int = options.run(options)
+    return code
+
+
+def open_engine(
+    package: str | None, memory: str | None, *, device: str, threads: int | None, verify: bool
+) -> Engine:
+    """Open the engine of a command; the one place where the command line meets the engine."""
+    from meiqa.engine.pipeline import Engine
+
+    return Engine.open(package, memory, device=device, threads=threads, verify=verify)
+
+
+def _score(options: argparse.Namespace) -> int:
+    from meiqa.formats import result_writer
+
+    photos, failures = _photos_of(options.paths)
+    with ExitStack() as stack:
+        engine = stack.enter_context(_engine_of(options)) if photos else None
+        writer = stack.enter_context(result_writer(options.format, sys.stdout))
+        for failure in failures:
+            writer.write(failure)
+        if engine is not None:
+            failures += _score_photos(engine, photos, options, writer.write)
+    return _report_failures([failure.to_dict() for failure in failures], len(photos))
+
+
+def _score_photos(
+    engine: Engine,
+    photos: Sequence[str],
+    options: argparse.Namespace,
+    write: Callable[[Assessment | Failure], None],
+) -> list[Failure]:
+    from meiqa.progress import Progress
+
+    failures = []
+    results = engine.score_many(
+        photos, budget=_budget_of(options), k=options.k, learn=options.learn
+    )
+    with Progress(len(photos), sys.stderr) as progress:
+        for result in results:
+            progress.clear()
+            write(result)
+            progress.advance()
+            if isinstance(result, Failure):
+                failures.append(result)
+    return failures
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from meiqa.formats import write_comparison
+
+    with _engine_of(options) as engine:
+        write_comparison(engine.compare(options.first, options.second), options.format, sys.stdout)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from meiqa.benchmarks.accuracy import LabelTable, evaluate
+    from meiqa.formats import evaluation_text, json_text
+    from meiqa.progress import Progress
+
+    labels = LabelTable.read(options.labels, split=options.split, mos_range=options.mos_range)
+    count = min(options.limit or len(labels), len(labels))
+    with _engine_of(options) as engine, Progress(count, sys.stderr) as progress:
+        report = evaluate(
+            engine,
+            labels,
+            options.images,
+            limit=options.limit,
+            k=options.k,
+            budget=_budget_of(options),
+            on_result=lambda _: progress.advance(),
+        )
+    as_json = options.format == "json"
+    sys.stdout.write((json_text(report, indent=2) if as_json else evaluation_text(report)) + "\n")
+    return _report_failures(report["failures"], count)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from meiqa.doctor import examine, report_text
+    from meiqa.formats import json_text
+
+    report = examine(lambda: _engine_of(options), options.memory, verify=options.verify)
+    as_json = options.format == "json"
+    sys.stdout.write((json_text(report, indent=2) if as_json else report_text(report)) + "\n")
+    return _EXIT_FAILURES if report["missing"] else 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from meiqa.demo import demo_photos, show
+
+    photos = demo_photos()
+    with ExitStack() as stack:
+        if options.memory is None:  # the user's own memory is not for demonstrations
+            options.memory = stack.enter_context(TemporaryDirectory(prefix="meiqa-demo-"))
+        engine = stack.enter_context(_engine_of(options))
+        show(engine, photos, _budget_of(options), options.k, sys.stdout)
+    return 0
+
+
+def _engine_of(options: argparse.Namespace) -> Engine:
+    return open_engine(
+        options.package,
+        options.memory,
+        device=options.device,
+        threads=options.threads,
+        verify=options.verify,
+    )
+
+
+def _budget_of(options: argparse.Namespace) -> Budget | None:
+    return None if options.budget_ms is None else Budget(ms=options.budget_ms)
+
+
+def _photos_of(paths: Sequence[str]) -> tuple[list[str], list[Failure]]:
+    """Replace each directory by the photos in and below it, in order of their paths."""
+    photos: list[str] = []
+    failures: list[Failure] = []
+    for path in paths:
+        if not os.path.isdir(path):
+            photos.append(path)
+            continue
+        unreadable: list[Failure] = []
+        found = _photos_below(path, unreadable)
+        if not found and not unreadable:
+            error = DecodeError(f"{path} holds no photos", hint="give a directory with images")
+            unreadable.append(Failure(path, error))
+        photos += found
+        failures += unreadable
+    return photos, failures
+
+
+def _photos_below(directory: str, unreadable: list[Failure]) -> list[str]:
+    from meiqa.engine.images import IMAGE_SUFFIXES
+
+    def note(error: OSError) -> None:
+        name = str(error.filename)
+        unreadable.append(Failure(name, DecodeError(f"{name}: {error.strerror}")))
+
+    return sorted(
+        os.path.join(folder, file)
+        for folder, _, files in os.walk(directory, onerror=note)
+        for file in files
+        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
+    )
+
+
+def _report_failures(failures: Sequence[Mapping[str, Any]], attempted: int) -> int:
+    for failure in failures:
+        path, error = one_line(failure["path"]), failure["error"]
+        _say(f"error: {error}" if path in error else f"error: {path}: {error}")
+    if failures and attempted > 1:
+        _say(f"{len(failures)} of {attempted} photos could not be assessed")
+    return _EXIT_FAILURES if failures else 0
+
+
+def _concerns_the_photo(error: MeiqaError) -> bool:
+    return isinstance(error, ImageError | GenerationError)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"meiqa: {line}\n")
+
+
+def _accept_any_file_name(*streams: TextIO) -> None:
+    """Let names that the terminal's encoding lacks be printed with escapes."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Point stdout at nothing, or Python would complain about the closed pipe while it exits."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="meiqa", description="Score the quality of photographs: 1.00 to 5.00.")
+    parser.add_argument("--version", action="version", version=f"meiqa {meiqa.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_score(commands)
+    _add_compare(commands)
+    _add_eval(commands)
+    _add_doctor(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_score(commands: _Commands) -> None:
+    command = commands.add_parser("score", help="score photos")
+    command.add_argument("paths", nargs="+", metavar="PATH", help="a photo, or a directory")
+    _add_format(command, "text", "json", "jsonl", "csv")
+    _add_effort(command)
+    command.add_argument(
+        "--no-learn", dest="learn", action="store_false", help="leave the memory as it is"
+    )
+    _add_engine(command)
+    command.set_defaults(run=_score)
+
+
+def _add_compare(commands: _Commands) -> None:
+    command = commands.add_parser("compare", help="tell which of two photos looks better")
+    command.add_argument("first", metavar="A")
+    command.add_argument("second", metavar="B")
+    _add_format(command, "text", "json", "jsonl", "csv")
+    _add_engine(command)
+    command.set_defaults(run=_compare)
+
+
+def _add_eval(commands: _Commands) -> None:
+    command = commands.add_parser("eval", help="measure the agreement with human scores")
+    command.add_argument("labels", metavar="LABELS.csv", help="with an image and a mos column")
+    command.add_argument("--images", required=True, metavar="DIR", help="where the images are")
+    command.add_argument("--split", metavar="S", help="only the rows of this split")
+    command.add_argument(
+        "--limit", type=_positive_count, metavar="N", help="N photos, spread over the table"
+    )
+    command.add_argument(
+        "--mos-range",
+        nargs=2,
+        type=float,
+        metavar=("LO", "HI"),
+        help="ends of the human scale (default: 0-1, 1-5 or 0-100, whichever holds all scores)",
+    )
+    _add_format(command, "text", "json")
+    _add_effort(command)
+    _add_engine(command)
+    command.set_defaults(run=_eval)
+
+
+def _add_doctor(commands: _Commands) -> None:
+    command = commands.add_parser("doctor", help="say what is installed and what is missing")
+    _add_format(command, "text", "json")
+    _add_engine(command)
+    command.set_defaults(run=_doctor)
+
+
+def _add_demo(commands: _Commands) -> None:
+    command = commands.add_parser(
+        "demo",
+        help="score scikit-image's photographs, clean and degraded, with a memory of its own",
+    )
+    _add_effort(command)
+    _add_engine(command)
+    command.set_defaults(run=_demo)
+
+
+def _add_format(command: argparse.ArgumentParser, *formats: str) -> None:
+    command.add_argument("--format", choices=formats, default=formats[0])
+
+
+def _add_effort(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--budget-ms",
+        type=_milliseconds,
+        metavar="N",
+        help="time for each photo (default: no limit)",
+    )
+    command.add_argument(
+        "--k", type=_count, metavar="N", help="how many neighbours to compare with"
+    )
+
+
+def _add_engine(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--package", metavar="DIR", help="engine package (default: the embedded)")
+    command.add_argument("--memory", metavar="DIR", help="memory (default: the user's own)")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument("--threads", type=_positive_count, metavar="N")
+    command.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not check digests on opening"
+    )
+
+
+def _milliseconds(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of milliseconds")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is below 0")
+    return value
+
+
+def _positive_count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is below 1")
+    return value

@@ -1,0 +1,169 @@
+"""Every error that meiqa raises on purpose, in one tree.
+
+MeiqaError
+├── ImageError
+│   ├── DecodeError          missing, unreadable, truncated, empty or not an image
+│   ├── ImageTooLarge        more pixels than the limit, told from the header
+│   └── ImageTooSmall        too few pixels to be judged
+├── PackageError
+│   ├── PackageNotFound      no engine package at the path
+│   ├── PackageCorrupted     a file is missing or its digest is wrong
+│   └── SchemaUnsupported    the manifest was written for another version
+├── StoreError
+│   ├── StoreNotFound        no memory at the path
+│   ├── StoreCorrupted       a segment or a record cannot be trusted
+│   ├── StoreLocked          another process is writing (retryable)
+│   └── StoreMismatch        the memory belongs to another engine package
+├── DeviceUnavailable        the device asked for is not there
+├── GenerationError
+│   └── AnswerUnreadable     the model's answer holds no score
+└── UsageError               an option or a label table that makes no sense
+"""
+
+# The names say what happened; a suffix would say "error" twice.
+# ruff: noqa: N818
+
+from __future__ import annotations
+
+__all__ = [
+    "AnswerUnreadable",
+    "DecodeError",
+    "DeviceUnavailable",
+    "GenerationError",
+    "ImageError",
+    "ImageTooLarge",
+    "ImageTooSmall",
+    "MeiqaError",
+    "PackageCorrupted",
+    "PackageError",
+    "PackageNotFound",
+    "SchemaUnsupported",
+    "StoreCorrupted",
+    "StoreError",
+    "StoreLocked",
+    "StoreMismatch",
+    "StoreNotFound",
+    "UsageError",
+    "one_line",
+]
+
+
+def one_line(text: str) -> str:
+    """Escape what would break a line or a terminal: newlines, controls, lone surrogates."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode()
+        for char in text
+    )
+
+
+class MeiqaError(Exception):
+    """What happened, the value seen, what is allowed and what to do, as one line.
+
+    Args:
+        what: What happened, naming the file or the option concerned.
+        seen: The value that caused it.
+        allowed: What would have been accepted.
+        hint: What to do next, if possible as a command.
+
+    >>> str(MeiqaError("unknown device", seen="tpu", allowed="cpu, cuda", hint="use --device cpu"))
+    'unknown device; got tpu; allowed: cpu, cuda; use --device cpu'
+    """
+
+    retryable = False
+    """Whether the same call can succeed later without anything being changed."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        seen: object | None = None,
+        allowed: object | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.seen = seen
+        self.allowed = allowed
+        self.hint = hint
+
+    def __str__(self) -> str:
+        parts = [self.what]
+        if self.seen is not None:
+            parts.append(f"got {self.seen}")
+        if self.allowed is not None:
+            parts.append(f"allowed: {self.allowed}")
+        if self.hint is not None:
+            parts.append(self.hint)
+        return one_line("; ".join(parts))
+
+
+class ImageError(MeiqaError):
+    """The image cannot be judged."""
+
+
+class DecodeError(ImageError):
+    """The source is missing, unreadable, truncated, empty or not an image."""
+
+
+class ImageTooLarge(ImageError):
+    """The image's header announces more pixels than the limit."""
+
+
+class ImageTooSmall(ImageError):
+    """The image has too few pixels to be judged."""
+
+
+class PackageError(MeiqaError):
+    """The engine package cannot be used."""
+
+
+class PackageNotFound(PackageError):
+    """There is no engine package at the path."""
+
+
+class PackageCorrupted(PackageError):
+    """A file of the engine package is missing or has the wrong digest."""
+
+
+class SchemaUnsupported(PackageError):
+    """The manifest has a schema version that this meiqa does not read."""
+
+
+class StoreError(MeiqaError):
+    """The memory cannot be used."""
+
+
+class StoreNotFound(StoreError):
+    """There is no memory at the path."""
+
+
+class StoreCorrupted(StoreError):
+    """A segment or a record of the memory cannot be trusted."""
+
+
+class StoreLocked(StoreError):
+    """Another process is writing to the memory."""
+
+    retryable = True
+
+
+class StoreMismatch(StoreError):
+    """The memory was built with another engine package."""
+
+
+class DeviceUnavailable(MeiqaError):
+    """The device asked for is not there."""
+
+
+class GenerationError(MeiqaError):
+    """The model did not produce what was asked for."""
+
+
+class AnswerUnreadable(GenerationError):
+    """The model's answer holds no readable score."""
+
+
+class UsageError(MeiqaError):
+    """An option, an argument or a label table makes no sense."""

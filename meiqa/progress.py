@@ -1,0 +1,54 @@
+"""A progress bar for people who watch: on a terminal, for more than one photo, on stderr."""
+
+from __future__ import annotations
+
+import time
+from typing import Self, TextIO
+
+__all__ = ["Progress"]
+
+_WIDTH = 30
+_CLEAR_LINE = "\r\x1b[K"
+
+
+class Progress:
+    """Count finished items; draws nothing unless the stream is a terminal."""
+
+    def __init__(self, total: int, stream: TextIO) -> None:
+        self._total = total
+        self._stream = stream
+        self._visible = total > 1 and stream.isatty()
+        self._done = 0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._draw()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Free the line, so that results can be printed to the same terminal."""
+        if self._visible:
+            self._stream.write(_CLEAR_LINE)
+            self._stream.flush()
+
+    def advance(self) -> None:
+        """Count one more item and draw the bar again."""
+        self._done += 1
+        self._draw()
+
+    def _draw(self) -> None:
+        if not self._visible:
+            return
+        filled = _WIDTH * self._done // self._total
+        bar = "#" * filled + "-" * (_WIDTH - filled)
+        self._stream.write(f"{_CLEAR_LINE}[{bar}] {self._done}/{self._total}{self._left()}")
+        self._stream.flush()
+
+    def _left(self) -> str:
+        if self._done == 0:
+            return ""
+        elapsed = time.monotonic() - self._started
+        return f"  {elapsed / self._done * (self._total - self._done):.0f} s left"

@@ -1,0 +1,316 @@
+"""The commands, with an engine that needs no model; bad input never shows a traceback."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from meiqa import cli
+from meiqa.errors import (
+    DeviceUnavailable,
+    MeiqaError,
+    PackageCorrupted,
+    PackageNotFound,
+    StoreMismatch,
+)
+from meiqa.types import Budget
+
+Grey = Callable[..., Path]
+Output = pytest.CaptureFixture[str]
+
+
+def errors_of(output: Output) -> list[str]:
+    """Give the lines on stderr, each of which must be one of ours."""
+    lines = output.readouterr().err.splitlines()
+    assert all(line.startswith("meiqa: ") for line in lines), lines
+    assert not any("Traceback" in line for line in lines)
+    return lines
+
+
+def json_of(output: Output) -> Any:
+    return json.loads(output.readouterr().out)
+
+
+def test_score_in_json_is_an_array(engine: Any, grey: Grey, capsys: Output) -> None:
+    photo = grey("a.png", 255)
+    assert cli.main(["score", str(photo), "--format", "json"]) == 0
+    (result,) = json_of(capsys)
+    assert (result["path"], result["score"], result["word"]) == (str(photo), 5.0, "excellent")
+
+
+def test_score_hands_its_options_on(engine: Any, grey: Grey, capsys: Output) -> None:
+    photo = str(grey("a.png"))
+    assert cli.main(["score", photo, "--budget-ms", "300", "--k", "2", "--no-learn"]) == 0
+    assert engine.calls == [{"budget": Budget(ms=300), "k": 2, "learn": False}]
+    assert cli.main(["score", photo]) == 0
+    assert engine.calls[1] == {"budget": None, "k": None, "learn": True}
+
+
+def test_engine_options_reach_the_seam(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    seen: list[Any] = []
+
+    def refuse(*args: object, **options: object) -> None:
+        seen.append((args, options))
+        raise PackageNotFound("no engine package at P", hint="build one")
+
+    monkeypatch.setattr(cli, "open_engine", refuse)
+    options = ["--package", "P", "--memory", "M", "--device", "cuda", "--threads", "3"]
+    assert cli.main(["score", "x.jpg", *options, "--no-verify"]) == 2
+    assert seen == [(("P", "M"), {"device": "cuda", "threads": 3, "verify": False})]
+    assert errors_of(capsys) == ["meiqa: error: no engine package at P; build one"]
+
+
+def test_a_directory_stands_for_the_photos_below_it(
+    engine: Any, grey: Grey, tmp_path: Path, capsys: Output
+) -> None:
+    for name in ("d/b.PNG", "d/a.png", "d/c/z.png", "d/.hidden.png"):
+        grey(name)
+    (tmp_path / "d/notes.txt").write_text("no photo")
+    assert cli.main(["score", str(tmp_path / "d"), "--format", "jsonl"]) == 0
+    paths = [json.loads(line)["path"] for line in capsys.readouterr().out.splitlines()]
+    assert paths == [str(tmp_path / "d" / name) for name in ("a.png", "b.PNG", "c/z.png")]
+
+
+def bad_photo(kind: str, folder: Path) -> Path:
+    path = folder / f"{kind}.png"
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(whole, "PNG")
+    contents = {
+        "truncated": whole.getvalue()[:900],
+        "empty": b"",
+        "text": b"not an image at all",
+        "newline\nname": b"nor this",
+    }
+    if kind == "directory.txt":
+        path.mkdir()
+    elif kind in contents:
+        path.write_bytes(contents[kind])
+    elif kind == "float":
+        path = folder / "float.tif"
+        Image.new("F", (3, 3)).save(path)
+    return path
+
+
+BAD_KINDS = ["truncated", "empty", "text", "newline\nname", "missing", "directory.txt", "float"]
+
+
+@pytest.mark.parametrize("kind", BAD_KINDS)
+@pytest.mark.parametrize("format", ["text", "json", "jsonl", "csv"])
+def test_score_goes_on_after_a_bad_photo(
+    engine: Any, grey: Grey, tmp_path: Path, capsys: Output, kind: str, format: str
+) -> None:
+    bad, good = bad_photo(kind, tmp_path), grey("good.png")
+    assert cli.main(["score", str(bad), str(good), "--format", format]) == 1
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert all(line.startswith("meiqa: ") for line in lines)
+    assert str(bad).replace("\n", "\\n") in lines[0]
+    assert str(good) in captured.out
+    if format == "json":
+        failed, scored = json.loads(captured.out)
+        assert failed.keys() == {"path", "error", "hint"}
+        assert (failed["path"], scored["path"]) == (str(bad), str(good))
+    if format == "csv":
+        assert next(csv.DictReader(io.StringIO(captured.out)))["error"]
+
+
+@pytest.mark.parametrize("kind", [*BAD_KINDS, "bomb"])
+def test_compare_refuses_a_bad_photo_in_one_line(
+    engine: Any, grey: Grey, tmp_path: Path, capsys: Output, kind: str
+) -> None:
+    bad = bad_photo(kind, tmp_path)
+    if kind == "bomb":
+        Image.new("1", (10_001, 10_000)).save(bad)
+    assert cli.main(["compare", str(grey("good.png")), str(bad)]) == 1
+    (line,) = errors_of(capsys)
+    assert str(bad).replace("\n", "\\n") in line
+
+
+def test_several_failures_are_counted(engine: Any, grey: Grey, capsys: Output) -> None:
+    photos = ["none1.jpg", str(grey("a.png")), "none2.jpg"]
+    assert cli.main(["score", *photos]) == 1
+    lines = errors_of(capsys)
+    assert "none1.jpg: no such file" in lines[0]
+    assert lines[-1] == "meiqa: 2 of 3 photos could not be assessed"
+
+
+def test_an_error_that_names_no_file_gets_its_name(
+    engine: Any, grey: Grey, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MeiqaError("too elongated")
+
+    monkeypatch.setattr(engine, "score", refuse)
+    photo = str(grey("a.png"))
+    assert cli.main(["score", photo]) == 1
+    assert errors_of(capsys) == [f"meiqa: error: {photo}: too elongated"]
+
+
+def test_a_directory_without_photos(engine: Any, tmp_path: Path, capsys: Output) -> None:
+    assert cli.main(["score", str(tmp_path), "--format", "json"]) == 1
+    captured = capsys.readouterr()
+    assert "holds no photos" in captured.err
+    assert json.loads(captured.out)[0]["path"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PackageNotFound("no package"),
+        PackageCorrupted("graph.onnx has another digest"),
+        StoreMismatch("built for another package"),
+        DeviceUnavailable("no CUDA device"),
+    ],
+)
+@pytest.mark.parametrize("command", [["score", "a.jpg"], ["compare", "a.jpg", "b.jpg"], ["demo"]])
+def test_what_cannot_be_opened_exits_2(
+    error: MeiqaError, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "open_engine", refuse)
+    assert cli.main([*command]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"meiqa: error: {error}\n"
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["frobnicate"],
+        ["score"],
+        ["score", "a.jpg", "--format", "xml"],
+        ["score", "a.jpg", "--budget-ms", "0"],
+        ["score", "a.jpg", "--budget-ms", "nan"],
+        ["score", "a.jpg", "--budget-ms", "soon"],
+        ["score", "a.jpg", "--k", "-1"],
+        ["score", "a.jpg", "--threads", "0"],
+        ["score", "a.jpg", "--device", "tpu"],
+        ["score", "a.jpg", "--surprise"],
+        ["compare", "a.jpg"],
+        ["eval", "labels.csv"],
+        ["eval", "labels.csv", "--images", ".", "--format", "csv"],
+        ["eval", "labels.csv", "--images", ".", "--mos-range", "low", "high"],
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_2(command: list[str], capsys: Output) -> None:
+    assert cli.main(command) == 2
+    (line,) = errors_of(capsys)
+    assert line.startswith("meiqa: error: ")
+    assert "--help`" in line
+
+
+def test_compare(engine: Any, grey: Grey, capsys: Output) -> None:
+    dark, bright = str(grey("dark.png", 20)), str(grey("bright.png", 200))
+    assert cli.main(["compare", dark, bright]) == 0
+    assert f"{bright} looks better than {dark} with probability 0.75" in capsys.readouterr().out
+    assert cli.main(["compare", dark, bright, "--format", "json"]) == 0
+    assert json_of(capsys)["preference"] == 0.25
+
+
+@pytest.fixture
+def labels(grey: Grey, tmp_path: Path) -> Path:
+    path = tmp_path / "labels.csv"
+    rows = [f"{grey(f'{level}.png', level).name},{level / 255},val" for level in (20, 90, 200, 250)]
+    path.write_text("\n".join(["file,mos,split", *rows]) + "\n")
+    return path
+
+
+def test_eval_in_json(engine: Any, labels: Path, capsys: Output) -> None:
+    command = ["eval", str(labels), "--images", str(labels.parent), "--split", "val"]
+    assert cli.main([*command, "--format", "json"]) == 0
+    report = json_of(capsys)
+    assert report["n"] == 4
+    assert report["fused"]["srcc"] == pytest.approx(1)
+    assert all(not call["learn"] for call in engine.calls)
+    assert cli.main(command) == 0
+    assert "4 photos, K = 3, human scores 0 to 1" in capsys.readouterr().out
+
+
+def test_eval_lists_missing_images_and_exits_1(engine: Any, labels: Path, capsys: Output) -> None:
+    (labels.parent / "90.png").unlink()
+    command = ["eval", str(labels), "--images", str(labels.parent), "--format", "json"]
+    assert cli.main(command) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["failures"][0]["path"].endswith("90.png")
+    assert "90.png: no such file" in captured.err.splitlines()[0]
+
+
+def test_eval_of_nothing_usable(engine: Any, tmp_path: Path, capsys: Output) -> None:
+    table = tmp_path / "t.csv"
+    for command in (
+        [str(table), "--images", str(tmp_path)],
+        [str(tmp_path), "--images", str(tmp_path)],
+    ):
+        assert cli.main(["eval", *command]) == 2
+        assert len(errors_of(capsys)) == 1
+    table.write_text("file,mos\na.png,3\n")
+    assert cli.main(["eval", str(table), "--images", str(tmp_path / "none")]) == 2
+    assert "no such directory" in errors_of(capsys)[0]
+
+
+def test_unexpected_errors_are_one_line_too(
+    engine: Any, grey: Grey, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("several\nlines")
+
+    monkeypatch.setattr(engine, "score", fail)
+    assert cli.main(["score", str(grey("a.png"))]) == 70
+    assert "unexpected RuntimeError: several\\nlines; MEIQA_DEBUG=1" in errors_of(capsys)[0]
+    monkeypatch.setenv("MEIQA_DEBUG", "1")
+    with pytest.raises(RuntimeError):
+        cli.main(["score", "a.jpg"])
+
+
+def test_interrupt_exits_130_with_one_line(
+    engine: Any, grey: Grey, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> Iterator[None]:
+        yield engine.score(grey("a.png"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "score_many", interrupted)
+    assert cli.main(["score", "a.jpg", "b.jpg", "--format", "json"]) == 130
+    captured = capsys.readouterr()
+    assert captured.err == "meiqa: interrupted\n"
+    assert len(json.loads(captured.out)) == 1
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """A pipe whose reading end is closed before anything is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [sys.executable, "-m", "meiqa", "--help"], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_version_and_help(capsys: Output) -> None:
+    for option, word in (("--version", "meiqa "), ("--help", "score photos")):
+        assert cli.main([option]) == 0
+        assert word in capsys.readouterr().out
+
+
+def test_names_outside_the_terminals_alphabet_are_escaped(
+    engine: Any, grey: Grey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert cli.main(["score", str(grey("größe.png"))]) == 0
+    assert rb"gr\xf6\xdfe.png" in raw.getvalue()

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meiqa import cli, doctor
+from meiqa.errors import PackageNotFound
+from meiqa.locations import user_memory
+
+Output = pytest.CaptureFixture[str]
+
+
+def test_a_healthy_installation(engine: Any, tmp_path: Path, capsys: Output) -> None:
+    assert cli.main(["doctor", "--format", "json", "--memory", str(tmp_path / "new")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["package"] == {
+        "path": "/packages/grey",
+        "digest": "ab" * 32,
+        "verified": True,
+    }
+    assert report["memory"] == {
+        "path": str(tmp_path / "new"),
+        "writable": True,
+        "anchors": 3,
+        "contrast": 1,
+    }
+    assert report["native_kernel"] is True
+    assert "CPUExecutionProvider" in report["providers"]
+    assert report["missing"] == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_text(engine: Any, tmp_path: Path, capsys: Output) -> None:
+    assert cli.main(["doctor", "--no-verify", "--memory", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "/packages/grey (digests not verified)" in text
+    assert "3 anchors, 1 contrast cases" in text
+    assert text.endswith("Everything is there.\n")
+
+
+def test_a_missing_package_is_listed_with_its_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Output
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PackageNotFound("no engine package", hint="meiqa export CHECKPOINT")
+
+    monkeypatch.setattr(cli, "open_engine", refuse)
+    assert cli.main(["doctor", "--memory", str(tmp_path)]) == 1
+    assert "no engine package; meiqa export CHECKPOINT" in capsys.readouterr().out
+
+
+def test_missing_runtime_and_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent(name: str) -> None:
+        raise ImportError(f"no {name}")
+
+    def version(name: str) -> str:
+        if name.startswith("onnxruntime"):
+            raise doctor.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(importlib, "import_module", absent)
+    report = doctor.examine(lambda: absent("engine"), str(tmp_path))  # type: ignore[arg-type,return-value]
+    assert [entry["what"] for entry in report["missing"]] == [
+        "ONNX Runtime is not installed",
+        "the native kernel cannot be loaded: no meiqa.kernels._native",
+    ]
+    assert all(entry["hint"] == "pip install 'meiqa[cpu]'" for entry in report["missing"])
+    assert report["providers"] == []
+
+
+def test_a_memory_that_cannot_be_written(engine: Any, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    report = doctor.examine(lambda: engine, str(file / "memory"))
+    assert not report["memory"]["writable"]
+    assert "--memory DIR" in report["missing"][0]["hint"]
+
+
+def test_user_memory_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEIQA_MEMORY", raising=False)
+    assert user_memory().parts[-2:] == ("meiqa", "memory")
+    monkeypatch.setenv("MEIQA_MEMORY", "/somewhere")
+    assert user_memory() == Path("/somewhere")

@@ -1,0 +1,82 @@
+"""What other people's code may rely on."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+import meiqa
+from meiqa import errors, types
+
+
+def test_public_names_are_pinned() -> None:
+    assert meiqa.__all__ == [
+        "AnswerUnreadable",
+        "Assessment",
+        "Budget",
+        "DecodeError",
+        "DeviceUnavailable",
+        "Engine",
+        "Failure",
+        "GenerationError",
+        "ImageError",
+        "ImageTooLarge",
+        "ImageTooSmall",
+        "MeiqaError",
+        "Neighbour",
+        "PackageCorrupted",
+        "PackageError",
+        "PackageNotFound",
+        "PairComparison",
+        "SchemaUnsupported",
+        "StoreCorrupted",
+        "StoreError",
+        "StoreLocked",
+        "StoreMismatch",
+        "StoreNotFound",
+        "UsageError",
+        "__version__",
+        "quality_word",
+    ]
+
+
+@pytest.mark.parametrize("name", meiqa.__all__)
+def test_every_name_resolves(name: str) -> None:
+    assert getattr(meiqa, name) is not None
+    assert name in dir(meiqa)
+
+
+def test_every_error_is_public() -> None:
+    tree = {
+        name
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, errors.MeiqaError)
+    }
+    assert tree <= set(meiqa.__all__)
+    assert all(name in (errors.__doc__ or "") for name in tree)
+
+
+def test_names_are_the_same_objects_everywhere() -> None:
+    assert meiqa.Budget is types.Budget
+    assert meiqa.DecodeError is errors.DecodeError
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Score'"):
+        _ = meiqa.Score
+
+
+def test_version_is_the_installed_one() -> None:
+    assert meiqa.__version__ == version("meiqa")
+
+
+@pytest.mark.parametrize("statement", ["import meiqa", "import meiqa.cli; meiqa.cli.main(['-h'])"])
+def test_import_and_help_load_nothing_heavy(statement: str) -> None:
+    heavy = ["numpy", "numba", "onnxruntime", "PIL", "scipy", "tokenizers"]
+    check = f"import sys\n{statement}\nsys.exit(' '.join(set({heavy}) & set(sys.modules)) or 0)"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

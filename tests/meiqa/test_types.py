@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from meiqa.errors import DecodeError, UsageError
+from meiqa.types import Assessment, Budget, Failure, Neighbour, PairComparison, quality_word
+
+
+@pytest.mark.parametrize(
+    ("score", "word"),
+    [
+        (1.0, "bad"),
+        (1.7999, "bad"),
+        (1.8, "poor"),
+        (2.6, "fair"),
+        (3.3999, "fair"),
+        (3.4, "good"),
+        (4.2, "excellent"),
+        (5.0, "excellent"),
+        (math.inf, "excellent"),
+    ],
+)
+def test_quality_word(score: float, word: str) -> None:
+    assert quality_word(score) == word
+
+
+def test_nan_has_no_word() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        quality_word(math.nan)
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, math.nan, math.inf])
+def test_budget_refuses_what_is_no_limit(limit: float) -> None:
+    with pytest.raises(UsageError, match="must be positive"):
+        Budget(ms=limit)
+    with pytest.raises(UsageError, match="budget's std"):
+        Budget(std=limit)
+
+
+def test_budget_without_limits() -> None:
+    assert Budget() == Budget(ms=None, std=None)
+
+
+def test_json_of_an_assessment_keeps_its_names() -> None:
+    neighbour = Neighbour("a7", "anchor", 3.2, 0.1, None)
+    values = Assessment(
+        "p.jpg", 3.4, 0.2, (3.0, 3.8), 3.1, "good", 61.0, None, (neighbour,), ("summary",)
+    ).to_dict()
+    assert list(values) == [
+        "path",
+        "score",
+        "std",
+        "ci95",
+        "initial_score",
+        "word",
+        "percentile",
+        "summary",
+        "neighbours",
+        "degraded",
+        "reflection",
+        "timings_ms",
+        "counters",
+    ]
+    assert values["neighbours"] == [
+        {"id": "a7", "origin": "anchor", "score": 3.2, "preference": None}
+    ]
+    assert json.loads(json.dumps(values)) == values
+
+
+def test_json_of_a_failure() -> None:
+    values = Failure("p.jpg", DecodeError("p.jpg is empty", hint="fetch it again")).to_dict()
+    assert values == {
+        "path": "p.jpg",
+        "error": "p.jpg is empty; fetch it again",
+        "hint": "fetch it again",
+    }
+
+
+def test_json_of_a_comparison() -> None:
+    values = PairComparison("a", "b", 0.7, 3.0, 2.0, {"total": 5.0}).to_dict()
+    assert list(values) == [
+        "first",
+        "second",
+        "preference",
+        "first_score",
+        "second_score",
+        "timings_ms",
+    ]

@@ -1,0 +1,61 @@
+"""The slow, obvious twin of retrieval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meiqa.memory import Case, RetrievalPolicy
+
+
+def as_stored(key: NDArray[Any]) -> list[float]:
+    length = math.sqrt(sum(float(x) ** 2 for x in key))
+    unit = [np.float16(np.float32(float(x) / length if length else 0.0)) for x in key]
+    return as_unit(np.array(unit, np.float32))
+
+
+def as_unit(key: NDArray[Any]) -> list[float]:
+    length = math.sqrt(sum(float(x) ** 2 for x in key))
+    return [float(np.float32(float(x) / length if length else 0.0)) for x in key]
+
+
+def by_similarity(query: NDArray[Any], cases: Sequence[Case]) -> list[Case]:
+    unit = as_unit(query)
+
+    def order(case: Case) -> tuple[float, str]:
+        products = zip(as_stored(case.key), unit, strict=True)
+        return -round(sum(a * b for a, b in products), 12), case.id
+
+    return sorted(cases, key=order)
+
+
+def naive_retrieve(
+    anchors: Sequence[Case],
+    contrast: Sequence[Case],
+    query: NDArray[Any],
+    policy: RetrievalPolicy,
+    exclude_digest: str | None,
+) -> list[str]:
+    by_score = sorted(anchors, key=lambda case: (case.score, case.id))
+    bin_of = {case.id: i * policy.bins // len(anchors) for i, case in enumerate(by_score)}
+    anchors = [case for case in anchors if case.image_digest != exclude_digest]
+    contrast = [case for case in contrast if case.image_digest != exclude_digest]
+
+    wanted = math.floor(policy.k * policy.anchor_share + 0.5)
+    contrast_count = min(policy.k - min(wanted, len(anchors)), len(contrast))
+    anchor_count = min(policy.k - contrast_count, len(anchors))
+
+    ranked = by_similarity(query, anchors)
+    chosen: list[Case] = []
+    if policy.stratified:
+        for number in range(policy.bins):
+            inside = [case for case in ranked if bin_of[case.id] == number]
+            chosen += inside[: anchor_count // policy.bins]
+    rest = [case for case in ranked if case not in chosen]
+    chosen += rest[: anchor_count - len(chosen)]
+    nearest_contrast = by_similarity(query, contrast)[:contrast_count]
+    return [case.id for case in (*by_similarity(query, chosen), *nearest_contrast)]

@@ -1,0 +1,67 @@
+"""Small cases and memories to test with; a case follows from its id alone."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meiqa.memory import AnchorWriter, Case
+from meiqa.types import Origin
+
+KEY_WIDTH, TOKEN_WIDTH = 8, 6
+DIGEST = "ab12"
+
+
+def make_case(
+    case_id: str,
+    origin: Origin = "contrast",
+    *,
+    score: float | None = None,
+    image_digest: str | None = None,
+    key: NDArray[Any] | None = None,
+    widths: tuple[int, int] = (KEY_WIDTH, TOKEN_WIDTH),
+    tokens: int = 4,
+) -> Case:
+    random = np.random.default_rng(zlib.crc32(case_id.encode()))
+    drawn_score = float(random.uniform(1.0, 5.0))
+    drawn_key = random.standard_normal(widths[0], np.float32)
+    return Case(
+        id=case_id,
+        origin=origin,
+        image_digest=f"image of {case_id}" if image_digest is None else image_digest,
+        score=drawn_score if score is None else score,
+        std=0.25,
+        summary=f"soft and noisy, {case_id}",
+        key=drawn_key if key is None else key,
+        tokens=random.standard_normal((tokens, widths[1]), np.float32),
+        grid=(2, 2 * tokens + 2),
+    )
+
+
+def make_cases(count: int, origin: Origin) -> list[Case]:
+    return [make_case(f"{origin}-{number:04d}", origin) for number in range(count)]
+
+
+def build_anchors(path: Path, cases: Iterable[Case] = (), digest: str = DIGEST) -> Path:
+    with AnchorWriter(path, digest, KEY_WIDTH, TOKEN_WIDTH) as writer:
+        for case in cases:
+            writer.add(case, provenance="a laboratory")
+        writer.finish()
+    return path
+
+
+def assert_same_case(found: Case, expected: Case) -> None:
+    """Compare with what was stored, within the errors that the encodings document."""
+    for name in ("id", "origin", "image_digest", "score", "std", "summary", "grid"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert found.key.dtype == found.tokens.dtype == np.float32
+    length = max(float(np.linalg.norm(expected.key)), 1e-9)
+    np.testing.assert_allclose(found.key, expected.key / length, atol=1e-3)
+    peaks = np.abs(expected.tokens).max(axis=1, keepdims=True, initial=0.0)
+    assert found.tokens.shape == expected.tokens.shape
+    assert (np.abs(found.tokens - expected.tokens) <= peaks * (1 / 254 + 1e-6)).all()

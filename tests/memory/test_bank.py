@@ -1,0 +1,459 @@
+"""What was remembered stays, what was frozen does not change, and one process writes."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meiqa.errors import (
+    MeiqaError,
+    StoreCorrupted,
+    StoreError,
+    StoreLocked,
+    StoreMismatch,
+    UsageError,
+)
+from meiqa.memory import AnchorWriter, Case, MemoryBank, RetrievalPolicy, Snapshot
+from tests.memory.samples import (
+    DIGEST,
+    KEY_WIDTH,
+    TOKEN_WIDTH,
+    assert_same_case,
+    build_anchors,
+    make_case,
+    make_cases,
+)
+
+ALL = RetrievalPolicy(k=100_000, anchor_share=0.0)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def three_anchors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_anchors(tmp_path_factory.mktemp("anchors") / "m", make_cases(3, "anchor"))
+
+
+@pytest.fixture
+def path(tmp_path: Path, three_anchors: Path) -> Path:
+    return Path(shutil.copytree(three_anchors, tmp_path / "memory"))
+
+
+def open_bank(path: Path, mode: str = "rw", digest: str = DIGEST) -> MemoryBank:
+    return MemoryBank.open(path, mode, package_digest=digest)  # type: ignore[arg-type]
+
+
+def contrast_of(snapshot: Snapshot) -> dict[str, Case]:
+    found = snapshot.retrieve(np.ones(KEY_WIDTH, np.float32), ALL, None)
+    return {case.id: case for case in found if case.origin == "contrast"}
+
+
+def fill(path: Path, count: int) -> list[Case]:
+    cases = make_cases(count, "contrast")
+    with open_bank(path) as bank:
+        for case in cases:
+            bank.remember(case, provenance="a test")
+    return cases
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 7, 97])
+def test_remembered_cases_come_back_after_reopening(path: Path, count: int) -> None:
+    cases = fill(path, count)
+    for mode in ("r", "rw"):
+        with open_bank(path, mode) as bank:
+            found = contrast_of(bank.snapshot())
+        assert sorted(found) == [case.id for case in cases]
+        for case in cases:
+            assert_same_case(found[case.id], case)
+
+
+def test_a_case_reads_the_same_before_and_after_reopening(path: Path) -> None:
+    with open_bank(path) as bank:
+        bank.remember(make_case("a"), provenance="a test")
+        before = contrast_of(bank.snapshot())["a"]
+    with open_bank(path, "r") as bank:
+        after = contrast_of(bank.snapshot())["a"]
+    np.testing.assert_array_equal(before.tokens, after.tokens)
+    np.testing.assert_array_equal(before.key, after.key)
+
+
+def test_the_same_image_or_id_replaces(path: Path) -> None:
+    with open_bank(path) as bank:
+        for case in (
+            make_case("first", image_digest="x", score=2.0),
+            make_case("second", image_digest="x", score=3.0),
+            make_case("third", image_digest="y"),
+            make_case("third", image_digest="z", score=4.0),
+        ):
+            bank.remember(case, provenance="a test")
+        found = contrast_of(bank.snapshot())
+    assert {case.id: (case.image_digest, case.score) for case in found.values()} == {
+        "second": ("x", 3.0),
+        "third": ("z", 4.0),
+    }
+
+
+def test_numpy_scalars_are_stored_as_numbers(path: Path) -> None:
+    case = make_case("a")
+    for name, value in {"score": np.float32(2.5), "std": np.float64(0.5)}.items():
+        object.__setattr__(case, name, value)
+    object.__setattr__(case, "grid", (np.int64(3), np.int32(5)))
+    with open_bank(path) as bank:
+        bank.remember(case, provenance="a test")
+        assert contrast_of(bank.snapshot())["a"].grid == (3, 5)
+
+
+def test_a_snapshot_does_not_change(path: Path) -> None:
+    with open_bank(path) as bank:
+        bank.remember(make_case("a", image_digest="x"), provenance="a test")
+        frozen = bank.snapshot()
+        bank.remember(make_case("b"), provenance="a test")
+        bank.remember(make_case("a2", image_digest="x"), provenance="a test")
+        assert sorted(contrast_of(bank.snapshot())) == ["a2", "b"]
+        bank.forget()
+        assert bank.snapshot().count_contrast == 0
+        assert frozen.count_contrast == 1
+    assert_same_case(contrast_of(frozen)["a"], make_case("a", image_digest="x"))
+
+
+def test_readers_follow_a_writer(path: Path) -> None:
+    with open_bank(path, "r") as reader:
+        assert reader.snapshot().count_contrast == 0
+        with open_bank(path) as writer:
+            for number in range(7):
+                writer.remember(make_case(f"c{number}"), provenance="a test")
+                assert len(contrast_of(reader.snapshot())) == number + 1
+            writer.remember(make_case("c3", score=1.5), provenance="a test")
+            assert contrast_of(reader.snapshot())["c3"].score == 1.5
+            writer.forget()
+        assert reader.snapshot().count_contrast == 0
+
+
+def test_forgetting_since_a_moment(path: Path) -> None:
+    with open_bank(path) as bank:
+        bank.remember(make_case("old"), provenance="a test")
+        time.sleep(0.01)
+        moment = datetime.now(UTC)
+        bank.remember(make_case("new"), provenance="a test")
+        assert bank.forget(since=moment) == 1
+        assert sorted(contrast_of(bank.snapshot())) == ["old"]
+        assert bank.forget() == 1
+        assert bank.forget() == 0
+        with pytest.raises(UsageError, match="time zone"):
+            bank.forget(since=datetime(2026, 1, 1))
+        with pytest.raises(UsageError, match="anchors cannot be forgotten"):
+            bank.forget("anchor")
+        assert bank.snapshot().count_anchors == 3
+
+
+def test_forgotten_photos_leave_no_trace(path: Path) -> None:
+    secret = "a very private photograph"
+    case = make_case("a")
+    object.__setattr__(case, "summary", secret)
+    with open_bank(path) as bank:
+        bank.remember(case, provenance="a test")
+        assert any(secret.encode() in file.read_bytes() for file in path.iterdir())
+        bank.forget()
+        assert not any(secret.encode() in file.read_bytes() for file in path.iterdir())
+
+
+def test_a_reader_may_not_write(path: Path) -> None:
+    with open_bank(path, "r") as bank:
+        with pytest.raises(StoreError, match="mode 'rw'"):
+            bank.remember(make_case("a"), provenance="a test")
+        with pytest.raises(StoreError, match="mode 'rw'"):
+            bank.forget()
+    assert not (path / "contrast.sqlite3").exists()
+
+
+def test_unknown_modes_are_refused(path: Path) -> None:
+    with pytest.raises(UsageError, match="allowed: r, rw"):
+        open_bank(path, "w")
+
+
+def test_a_contrast_directory_is_created_when_written_only(path: Path, tmp_path: Path) -> None:
+    contrast = tmp_path / "user" / "memory"
+    with MemoryBank.compose(path, contrast, "r", package_digest=DIGEST) as bank:
+        assert bank.snapshot().count_contrast == 0
+    assert not contrast.exists()
+    with MemoryBank.compose(path, contrast, "rw", package_digest=DIGEST) as bank:
+        bank.remember(make_case("a"), provenance="a test")
+        assert bank.snapshot().count_contrast == 1
+    assert not (path / "contrast.sqlite3").exists()
+
+
+def test_an_unwritable_contrast_directory_is_named(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(StoreError, match=r"cannot write .*file"):
+        MemoryBank.compose(path, tmp_path / "file" / "memory", "rw", package_digest=DIGEST)
+
+
+def test_a_closed_bank_says_so_and_its_snapshots_stay(path: Path) -> None:
+    bank = open_bank(path)
+    bank.remember(make_case("a"), provenance="a test")
+    snapshot = bank.snapshot()
+    bank.close()
+    bank.close()
+    assert sorted(contrast_of(snapshot)) == ["a"]
+    for use in (bank.snapshot, bank.forget):
+        with pytest.raises(StoreError, match="is closed"):
+            use()
+
+
+def test_unstorable_cases_are_refused(path: Path) -> None:
+    with open_bank(path) as bank:
+        with pytest.raises(UsageError, match="wrong origin"):
+            bank.remember(make_case("a", "anchor"), provenance="a test")
+        with pytest.raises(UsageError, match="wrong shape"):
+            bank.remember(make_case("a", widths=(KEY_WIDTH, 5)), provenance="a test")
+        assert bank.snapshot().count_contrast == 0
+
+
+def test_retrievals_are_counted_and_survive_replacement(path: Path) -> None:
+    fill(path, 3)
+    with open_bank(path) as bank:
+        for _ in range(5):
+            contrast_of(bank.snapshot())
+        bank.remember(make_case("contrast-0001", score=2.0), provenance="a test")
+        contrast_of(bank.snapshot())
+    database = sqlite3.connect(path / "contrast.sqlite3")
+    counts = dict(database.execute("SELECT id, retrieved FROM records"))
+    database.close()
+    assert counts == {"contrast-0000": 6, "contrast-0001": 6, "contrast-0002": 6}
+
+
+def test_two_writers_do_not_meet(path: Path) -> None:
+    with open_bank(path):
+        with pytest.raises(StoreLocked, match=f"process {os.getpid()}") as refusal:
+            open_bank(path)
+        assert refusal.value.retryable
+        open_bank(path, "r").close()
+    open_bank(path).close()
+
+
+def test_a_failed_opening_keeps_no_lock(path: Path) -> None:
+    fill(path, 1)
+    content = (path / "contrast.sqlite3").read_bytes()
+    (path / "contrast.sqlite3").write_bytes(b"not a database" * 100)
+    with pytest.raises(StoreCorrupted):
+        open_bank(path)
+    (path / "contrast.sqlite3").write_bytes(content)
+    open_bank(path).close()
+
+
+def test_an_abandoned_bank_gives_its_lock_back(path: Path) -> None:
+    bank = open_bank(path)
+    bank.remember(make_case("a"), provenance="a test")
+    bank._contrast._connection.close()  # type: ignore[union-attr]
+    del bank
+    open_bank(path).close()
+
+
+def test_threads_share_a_bank(path: Path) -> None:
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(10):
+                bank.remember(make_case(f"{number}-{turn}"), provenance="a test")
+                assert f"{number}-{turn}" in contrast_of(bank.snapshot())
+        except BaseException as error:
+            failures.append(error)
+
+    with open_bank(path) as bank:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert bank.snapshot().count_contrast == 40
+
+
+FORKED = """
+import os, sys
+from meiqa.errors import StoreError
+from meiqa.memory import MemoryBank
+bank = MemoryBank.open(sys.argv[1], "rw", package_digest="ab12")
+ready, done = os.pipe(), os.pipe()
+child = os.fork()
+if child == 0:
+    try:
+        bank.snapshot()
+    except StoreError as error:
+        os.write(ready[1], str(error).encode())
+    os.read(done[0], 1)
+    os._exit(0)
+print(os.read(ready[0], 1000).decode())
+bank.close()
+MemoryBank.open(sys.argv[1], "rw", package_digest="ab12").close()
+os.write(done[1], b"x")
+os.waitpid(child, 0)
+print("reopened beside the child")
+"""
+
+
+def test_a_forked_child_neither_uses_nor_keeps_the_bank(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr == ""
+    assert "open the memory after the fork" in done.stdout
+    assert "reopened beside the child" in done.stdout
+
+
+def test_contrast_cases_of_another_package_are_refused(path: Path, tmp_path: Path) -> None:
+    fill(path, 1)
+    for digest, widths in (("cd34", (KEY_WIDTH, TOKEN_WIDTH)), (DIGEST, (KEY_WIDTH + 1, 6))):
+        anchors = tmp_path / f"anchors-{digest}"
+        with AnchorWriter(anchors, digest, *widths) as writer:
+            writer.finish()
+        for mode in ("r", "rw"):
+            with pytest.raises(StoreMismatch, match=r"contrast\.sqlite3"):
+                MemoryBank.compose(anchors, path, mode, package_digest=digest)  # type: ignore[arg-type]
+
+
+def test_another_schema_is_not_called_damage(path: Path) -> None:
+    fill(path, 1)
+    database = sqlite3.connect(path / "contrast.sqlite3")
+    database.execute("PRAGMA user_version = 2")
+    database.close()
+    with pytest.raises(StoreMismatch, match="version 2"):
+        open_bank(path)
+
+
+def test_a_foreign_database_is_refused(path: Path) -> None:
+    sqlite3.connect(path / "contrast.sqlite3").execute("CREATE TABLE t (x)").connection.close()
+    with pytest.raises(StoreCorrupted, match="not a memory's database"):
+        open_bank(path, "r")
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    path = build_anchors(tmp_path_factory.mktemp("pristine") / "memory")
+    fill(path, 40)
+    return path, (path / "contrast.sqlite3").read_bytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), mode=st.sampled_from(["r", "rw"]))
+def test_damage_is_noticed(pristine: tuple[Path, bytes], data: st.DataObject, mode: str) -> None:
+    path, content = pristine[0], bytearray(pristine[1])
+    if data.draw(st.integers(0, 9)):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    else:
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    for leftover in path.glob("contrast.*"):
+        leftover.unlink()
+    (path / "contrast.sqlite3").write_bytes(content)
+    try:
+        with open_bank(path, mode) as bank:
+            found = contrast_of(bank.snapshot())
+    except (StoreCorrupted, StoreMismatch):
+        return
+    assert len(found) == 40
+    for case in make_cases(40, "contrast"):
+        assert_same_case(found[case.id], case)
+
+
+WRITER = """
+import sys
+from meiqa.memory import MemoryBank
+from tests.memory.samples import make_case
+bank = MemoryBank.open(sys.argv[1], "rw", package_digest="ab12")
+for number in range(100_000):
+    name = f"{sys.argv[2]}-{number}"
+    bank.remember(make_case(name, image_digest=f"{number % 50}", tokens=197), provenance="a test")
+    print(name, flush=True)
+"""
+
+
+def start_writer(path: Path, run: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), str(run)],
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def kill_after(writer: subprocess.Popen[str], seconds: float) -> list[str]:
+    """Kill a writer some time after its first acknowledgement; give all it acknowledged."""
+    assert writer.stdout is not None
+    assert select.select([writer.stdout], [], [], 60)[0], "the writer never acknowledged a case"
+    time.sleep(seconds)
+    writer.send_signal(signal.SIGKILL)
+    acknowledged, _ = writer.communicate(timeout=60)
+    return [line for line in acknowledged.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_killed_writers_lose_nothing_that_they_acknowledged(path: Path) -> None:
+    """Twenty writers in turn, each killed at a random instant, replacing each other's cases."""
+    clock = random.Random(20)
+    expected: dict[str, str] = {}
+    for run in range(20):
+        acknowledged = kill_after(start_writer(path, run), clock.uniform(0.0, 0.12))
+        assert acknowledged
+        for number, line in enumerate(acknowledged):
+            expected[f"{number % 50}"] = line.strip()
+        with open_bank(path) as bank:
+            found = contrast_of(bank.snapshot())
+        by_image = {case.image_digest: case for case in found.values()}
+        unacknowledged = f"{run}-{len(acknowledged)}"
+        for image_digest, case_id in expected.items():
+            case = by_image.pop(image_digest)
+            assert case.id in (case_id, unacknowledged)
+            assert_same_case(case, make_case(case.id, image_digest=image_digest, tokens=197))
+            expected[image_digest] = case.id
+        assert {case.id for case in by_image.values()} <= {unacknowledged}
+        expected.update({digest: case.id for digest, case in by_image.items()})
+
+
+def test_a_writer_elsewhere_is_named_and_its_lock_ends_with_it(path: Path) -> None:
+    writer = start_writer(path, 0)
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    with pytest.raises(StoreLocked, match=f"process {writer.pid}"):
+        open_bank(path)
+    with open_bank(path, "r") as bank:
+        assert bank.snapshot().count_contrast >= 1
+    writer.kill()
+    writer.communicate(timeout=60)
+    open_bank(path).close()
+
+
+def test_snapshots_are_cheap(tmp_path: Path) -> None:
+    path = build_anchors(tmp_path / "m", make_cases(1000, "anchor"))
+    fill(path, 7)
+    with open_bank(path) as bank:
+        bank.snapshot()
+        fastest = min(timed_snapshot_ms(bank) for _ in range(50))
+    assert fastest < 1.0
+
+
+def timed_snapshot_ms(bank: MemoryBank) -> float:
+    start = time.perf_counter()
+    bank.snapshot()
+    return (time.perf_counter() - start) * 1e3
+
+
+def test_errors_are_one_line(path: Path) -> None:
+    with pytest.raises(MeiqaError) as refusal:
+        open_bank(path, digest="other")
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,157 @@
+"""Retrieval agrees with its naive twin, ties and odd sizes included."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from meiqa.errors import StoreMismatch, UsageError
+from meiqa.memory import Case, MemoryBank, RetrievalPolicy, Snapshot
+from tests.memory.naive_retrieval import naive_retrieve
+from tests.memory.samples import DIGEST, KEY_WIDTH, build_anchors, make_case, make_cases
+
+SIZES = [0, 1, 3, 7, 97]
+POLICIES = [
+    RetrievalPolicy(k=k, anchor_share=share, bins=bins, stratified=stratified)
+    for k, share, (bins, stratified) in itertools.product(
+        [0, 1, 7, 32, 300], [0.0, 0.5, 1.0], [(1, True), (5, True), (13, True), (5, False)]
+    )
+]
+
+
+def snapshot_of(path: Path, anchors: list[Case], contrast: list[Case]) -> Snapshot:
+    build_anchors(path, anchors)
+    with MemoryBank.open(path, "rw", package_digest=DIGEST) as bank:
+        for case in contrast:
+            bank.remember(case, provenance="a test")
+        return bank.snapshot()
+
+
+def retrieve(
+    snapshot: Snapshot, key: NDArray[Any], policy: RetrievalPolicy, exclude: str | None = None
+) -> list[str]:
+    return [case.id for case in snapshot.retrieve(key, policy, exclude)]
+
+
+def query(seed: int = 3) -> NDArray[Any]:
+    return np.random.default_rng(seed).standard_normal(KEY_WIDTH, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("anchors", "contrast"), [(97, 7), (7, 97), (0, 97), (1, 7), (3, 3), (7, 1), (97, 0)]
+)
+def test_agrees_with_the_naive_twin(tmp_path: Path, anchors: int, contrast: int) -> None:
+    anchor_cases, contrast_cases = make_cases(anchors, "anchor"), make_cases(contrast, "contrast")
+    snapshot = snapshot_of(tmp_path / "m", anchor_cases, contrast_cases)
+    assert (snapshot.count_anchors, snapshot.count_contrast) == (anchors, contrast)
+    excluded = [None, *(case.image_digest for case in (anchor_cases + contrast_cases)[:2])]
+    for number, policy in enumerate(POLICIES):
+        exclude = excluded[number % len(excluded)]
+        expected = naive_retrieve(anchor_cases, contrast_cases, query(number), policy, exclude)
+        assert retrieve(snapshot, query(number), policy, exclude) == expected
+
+
+def with_ties(count: int, origin: str) -> list[Case]:
+    """Few distinct keys along the axes and few distinct scores, so that most of both are tied."""
+    random = np.random.default_rng(count)
+    return [
+        make_case(
+            f"{number * 37 % 101:03d}",
+            "anchor" if origin == "anchor" else "contrast",
+            image_digest=f"{origin}{number}",
+            score=float(random.integers(1, 4)),
+            key=np.eye(KEY_WIDTH, dtype=np.float32)[random.integers(3)],
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", SIZES)
+def test_ties_are_ordered_by_id(tmp_path: Path, count: int) -> None:
+    anchors, contrast = with_ties(count, "anchor"), with_ties(count, "contrast")
+    snapshot = snapshot_of(tmp_path / "m", anchors, contrast)
+    key = np.eye(KEY_WIDTH, dtype=np.float32)[1]
+    for policy in POLICIES:
+        expected = naive_retrieve(anchors, contrast, key, policy, None)
+        assert retrieve(snapshot, key, policy) == expected
+
+
+def test_the_order_of_storing_does_not_matter(tmp_path: Path) -> None:
+    anchors = [*make_cases(61, "anchor"), *with_ties(36, "anchor")]
+    contrast = [*make_cases(13, "contrast"), *with_ties(8, "contrast")]
+    forward = snapshot_of(tmp_path / "f", anchors, contrast)
+    backward = snapshot_of(tmp_path / "b", anchors[::-1], contrast[::-1])
+    for policy in POLICIES:
+        assert retrieve(forward, query(), policy) == retrieve(backward, query(), policy)
+
+
+def test_duplicate_keys_in_wide_memories_tie_exactly(tmp_path: Path) -> None:
+    """BLAS may give equal rows unequal float32 products, depending on where they stand."""
+    key = query(9)
+    twins = [make_case(f"{number:04d}", key=key * (1 + number)) for number in range(97)]
+    snapshot = snapshot_of(tmp_path / "m", [], twins[::-1])
+    found = retrieve(snapshot, query(4), RetrievalPolicy(k=50))
+    assert found == [f"{number:04d}" for number in range(50)]
+
+
+def test_stratified_neighbours_span_the_scale(tmp_path: Path) -> None:
+    near, far = np.eye(KEY_WIDTH, dtype=np.float32)[:2]
+    anchors = [
+        make_case(f"{number:02d}", "anchor", score=1 + number / 20, key=far) for number in range(60)
+    ] + [make_case(f"{number}", "anchor", score=4.5, key=near) for number in range(60, 80)]
+    snapshot = snapshot_of(tmp_path / "m", anchors, [])
+    spread = snapshot.retrieve(near, RetrievalPolicy(k=20, bins=4), None)
+    flat = snapshot.retrieve(near, RetrievalPolicy(k=20, stratified=False), None)
+    assert {case.score for case in flat} == {4.5}
+    assert min(case.score for case in spread) < 1.5
+
+
+def test_the_querys_own_image_is_left_out_everywhere(tmp_path: Path) -> None:
+    anchors = [make_case(f"a{n}", "anchor", image_digest="own") for n in range(3)]
+    contrast = [make_case("c0", image_digest="own"), make_case("c1")]
+    snapshot = snapshot_of(tmp_path / "m", anchors, contrast)
+    assert retrieve(snapshot, query(), RetrievalPolicy(k=9), "own") == ["c1"]
+    assert len(retrieve(snapshot, query(), RetrievalPolicy(k=9), "another")) == 5
+
+
+def test_anchors_fill_the_share_of_a_small_contrast_memory(tmp_path: Path) -> None:
+    snapshot = snapshot_of(tmp_path / "m", make_cases(97, "anchor"), make_cases(3, "contrast"))
+    origins = [case.origin for case in snapshot.retrieve(query(), RetrievalPolicy(), None)]
+    assert origins == ["anchor"] * 29 + ["contrast"] * 3
+
+
+def test_a_key_of_zeros_is_as_near_to_everything(tmp_path: Path) -> None:
+    snapshot = snapshot_of(tmp_path / "m", [], make_cases(7, "contrast"))
+    found = retrieve(snapshot, np.zeros(KEY_WIDTH, np.float32), RetrievalPolicy(k=3))
+    assert found == ["contrast-0000", "contrast-0001", "contrast-0002"]
+
+
+def test_percentile_is_the_share_of_anchors_below(tmp_path: Path) -> None:
+    scores = [1.0, 2.0, 2.0, 3.0]
+    anchors = [make_case(f"a{n}", "anchor", score=score) for n, score in enumerate(scores)]
+    snapshot = snapshot_of(tmp_path / "m", anchors, [])
+    expected = {0.5: 0.0, 1.0: 0.0, 2.0: 25.0, 2.5: 75.0, 5.0: 100.0}
+    assert {score: snapshot.percentile(score) for score in expected} == expected
+    assert np.isnan(snapshot_of(tmp_path / "none", [], []).percentile(3.0))
+
+
+def test_unusable_keys_are_refused(tmp_path: Path) -> None:
+    snapshot = snapshot_of(tmp_path / "m", make_cases(3, "anchor"), [])
+    with pytest.raises(StoreMismatch, match="does not fit"):
+        snapshot.retrieve(np.ones(KEY_WIDTH + 1, np.float32), RetrievalPolicy(), None)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(UsageError, match="not finite"):
+            snapshot.retrieve(np.full(KEY_WIDTH, bad, np.float32), RetrievalPolicy(), None)
+
+
+@pytest.mark.parametrize(
+    "options", [{"k": -1}, {"anchor_share": 1.1}, {"anchor_share": float("nan")}, {"bins": 0}]
+)
+def test_senseless_policies_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(UsageError):
+        RetrievalPolicy(**options)  # type: ignore[arg-type]

@@ -1,0 +1,199 @@
+"""Training data: photographs with human scores, and pristine ones distorted as KADID-10k does.
+
+`prepare` decodes everything once into memory-mapped arrays, so that training reads crops without
+decoding. Human-scored photographs are split by a stable hash of their names into those the model
+is trained on and the anchors it never sees; pristine photographs keep a part unseen as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from meiqa.training.attributes import measure_attributes
+from meiqa.training.distortions import KINDS, distort, kadid_scores
+
+ANCHOR_COUNT = 1_024
+HELD_OUT_PRISTINE = 40
+HUMAN_SIDE = 512
+SYNTHETIC_SIDE = 320
+SYNTHETIC_PER_PHOTOGRAPH = 18
+PRISTINE_PER_PHOTOGRAPH = 2
+PRISTINE_SCORE = 4.6
+"""What people give an undistorted photograph on KADID's scale (its mildest levels reach 4.6)."""
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One training picture: where it comes from and what is known about it.
+
+    Attributes:
+        name: source file name.
+        score: human (or KADID's pseudo-) score, 1-5.
+        kind: KADID distortion number 1-25, 0 when none was applied.
+        level: its level 1-5, 0 when none was applied.
+        attributes: measured sharpness, noise, exposure, contrast, colour and blocking.
+    """
+
+    name: str
+    score: float
+    kind: int
+    level: int
+    attributes: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PhotographSet:
+    """Pixels (N, S, S, 3) uint8, memory-mapped, and what is known about each."""
+
+    pixels: np.ndarray
+    photographs: tuple[Photograph, ...]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """(N,) float32."""
+        return np.array([p.score for p in self.photographs], np.float32)
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> PhotographSet:
+        """Open what `prepare` wrote."""
+        pixels = np.load(folder / f"{name}.npy", mmap_mode="r")
+        lines = (folder / f"{name}.jsonl").read_text().splitlines()
+        return cls(pixels, tuple(Photograph(**json.loads(line)) for line in lines))
+
+
+def name_hash(name: str) -> str:
+    """Stable order of names that has nothing to do with their content."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def human_scored(data: Path) -> list[dict[str, str]]:
+    """Rows of BIQ2021's table."""
+    with (data / "biq2021" / "mos.csv").open() as table:
+        return list(csv.DictReader(table))
+
+
+def anchor_names(data: Path, count: int = ANCHOR_COUNT) -> frozenset[str]:
+    """Names of the photographs kept out of training to become anchors."""
+    names = [row["file"] for row in human_scored(data) if row["split"] == "train"]
+    return frozenset(sorted(names, key=name_hash)[:count])
+
+
+def pristine_names(data: Path, *, held_out: bool) -> list[str]:
+    """Names of the pristine photographs, large enough to crop, used for training or kept unseen."""
+    with (data / "pristine" / "index.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    large = [r["file"] for r in rows if min(int(r["width"]), int(r["height"])) >= SYNTHETIC_SIDE]
+    names = sorted(large, key=name_hash)
+    return names[:HELD_OUT_PRISTINE] if held_out else names[HELD_OUT_PRISTINE:]
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """Decode to uint8 (H, W, 3)."""
+    with Image.open(path) as image:
+        return np.array(image.convert("RGB"))
+
+
+def squared(pixels: np.ndarray) -> np.ndarray:
+    """A photograph at HUMAN_SIDE a side, as the engine's grid makes of the few that differ."""
+    if pixels.shape[:2] == (HUMAN_SIDE, HUMAN_SIDE):
+        return pixels
+    resized = Image.fromarray(pixels).resize((HUMAN_SIDE, HUMAN_SIDE), Image.Resampling.BICUBIC)
+    return np.array(resized)
+
+
+def human_photograph(row: dict[str, str], data: Path) -> tuple[np.ndarray, Photograph]:
+    """Pixels and record of one human-scored photograph; its score 0-1 becomes 1-5."""
+    pixels = squared(read_pixels(data / "biq2021" / "images" / row["file"]))
+    score = 1.0 + 4.0 * float(row["mos"])
+    return pixels, Photograph(row["file"], score, 0, 0, measure_attributes(pixels))
+
+
+def distorted_photographs(
+    name: str, data: Path, scores: np.ndarray
+) -> list[tuple[np.ndarray, Photograph]]:
+    """Random crops of one pristine photograph under random distortions, and undistorted ones."""
+    source = read_pixels(data / "pristine" / "images" / name)
+    rng = np.random.default_rng(int(name_hash(name)[:16], 16))
+    made = []
+    for index in range(SYNTHETIC_PER_PHOTOGRAPH + PRISTINE_PER_PHOTOGRAPH):
+        top = rng.integers(source.shape[0] - SYNTHETIC_SIDE + 1)
+        left = rng.integers(source.shape[1] - SYNTHETIC_SIDE + 1)
+        crop = source[top : top + SYNTHETIC_SIDE, left : left + SYNTHETIC_SIDE]
+        if index < PRISTINE_PER_PHOTOGRAPH:
+            record = Photograph(name, PRISTINE_SCORE, 0, 0, measure_attributes(crop))
+        else:
+            kind, level = int(rng.integers(1, len(KINDS) + 1)), int(rng.integers(1, 6))
+            crop = distort(np.ascontiguousarray(crop), kind, level, rng)
+            score = float(scores[kind - 1, level - 1])
+            record = Photograph(name, score, kind, level, measure_attributes(crop))
+        made.append((crop, record))
+    return made
+
+
+def write_set(
+    folder: Path, name: str, count: int, made: Iterator[tuple[np.ndarray, Photograph]]
+) -> None:
+    """Write pixels and records of `count` photographs; the records come last, as the seal."""
+    pixels, records = None, []
+    for index, (crop, record) in enumerate(made):
+        if pixels is None:
+            pixels = np.lib.format.open_memmap(
+                folder / f"{name}.npy", mode="w+", dtype=np.uint8, shape=(count, *crop.shape)
+            )
+        pixels[index] = crop
+        records.append(json.dumps(asdict(record)))
+        if (index + 1) % 500 == 0:
+            print(f"{name}: {index + 1} of {count}", flush=True)
+    (folder / f"{name}.jsonl").write_text("\n".join(records))
+
+
+def prepare(data: Path, folder: Path, workers: int) -> None:
+    """Decode and distort everything that training reads; sets already written are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    anchors = anchor_names(data)
+    rows = [row for row in human_scored(data) if row["split"] == "train"]
+    human = {
+        "human": [row for row in rows if row["file"] not in anchors],
+        "anchors": [row for row in rows if row["file"] in anchors],
+    }
+    distorted = {
+        "distorted": pristine_names(data, held_out=False),
+        "distorted_unseen": pristine_names(data, held_out=True),
+    }
+    scores = kadid_scores(data / "labels" / "KADID-10k.txt")
+    per_source = SYNTHETIC_PER_PHOTOGRAPH + PRISTINE_PER_PHOTOGRAPH
+    with ProcessPoolExecutor(workers) as pool:
+        for name, part in human.items():
+            if not (folder / f"{name}.jsonl").exists():
+                made = pool.map(partial(human_photograph, data=data), part, chunksize=16)
+                write_set(folder, name, len(part), iter(made))
+        for name, sources in distorted.items():
+            if not (folder / f"{name}.jsonl").exists():
+                batches = pool.map(partial(distorted_photographs, data=data, scores=scores), sources)
+                made = (pair for batch in batches for pair in batch)
+                write_set(folder, name, len(sources) * per_source, made)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m meiqa.training.data", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with biq2021/, pristine/ and labels/")
+    parser.add_argument("--work", type=Path, required=True, help="where the arrays are written")
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    prepare(arguments.data, arguments.work, arguments.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,473 @@
+"""Stage 2: the decoder learns to read visual tokens: describe, rate, compare, reflect.
+
+    python -m meiqa.training.finetune --work WORK --minutes 35 --out training/default
+
+The convolutions of stage 1 stay as they are, so every photograph's cell statistics are computed
+once and training draws windows of cells from them. Prefixes are shared as in the engine: a
+photograph is read once for its description, its grade and its comparisons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meiqa.engine.prompts import MEIQA, Prompts, layout
+from meiqa.export.checkpoint import Checkpoint, ConvHybridVlm, save_checkpoint
+from meiqa.export.conv_hybrid import ConvHybridConfig, ConvHybridTower
+from meiqa.export.decoder import DecoderConfig, Segments
+from meiqa.training.data import Photograph, PhotographSet
+from meiqa.training.pretrain import HIDDEN_SIZE, average_into
+from meiqa.training.texts import corpus_of, reflection_pair, scored_answer, train_tokenizer
+from meiqa.training.towers import MEAN, STD, JudgedTower, make_tower, normalised
+
+LAYERS, HEADS, KV_HEADS, INNER = 4, 4, 2, 640
+PREFERENCE_DEVIATION = 0.5
+"""Deviation of the difference of two human scores, in score units: sets how soft verdicts are."""
+LEVEL_DEVIATION = 0.6
+RATING_WEIGHT = 4.0
+"""Weight of a token of the printed rating beside one of the description."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How stage 2 trains."""
+
+    minutes: float
+    prefixes: int = 16
+    pairs_per_prefix: int = 3
+    reflections: int = 4
+    learning_rate: float = 1e-3
+    tower_share: float = 0.3
+    weight_decay: float = 0.05
+    average_decay: float = 0.995
+    checkpoint_minutes: float = 3.0
+
+
+@dataclass(frozen=True)
+class CellSet:
+    """Cell statistics (N, V, h, w, F) of photographs: V = 2 with their mirror images, else 1."""
+
+    features: np.ndarray
+    photographs: tuple[Photograph, ...]
+
+    def window(self, index: int, side: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        """A random window (h, w, F) of a random view of one photograph."""
+        view = self.features[index, rng.integers(self.features.shape[1])]
+        top, left = (rng.integers(0, n - s + 1) for n, s in zip(view.shape[:2], side, strict=True))
+        return view[top : top + side[0], left : left + side[1]]
+
+
+@torch.no_grad()
+def cached_cells(tower: ConvHybridTower, work: Path, name: str, views: int) -> CellSet:
+    """Cell statistics of a prepared set (views = 2: mirrored too), computed once for this tower."""
+    photographs = PhotographSet.load(work, name)
+    digest = sum(float(p.double().sum()) for p in tower.parameters())
+    path = work / f"cells-{name}-{digest:.6f}.npy"
+    if not path.exists():
+        cell = tower.config.cell_pixels
+        count, height, width = photographs.pixels.shape[:3]
+        shape = (count, views, height // cell, width // cell, tower.statistics_width)
+        made = np.lib.format.open_memmap(
+            path.with_suffix(".tmp"), mode="w+", dtype=np.float16, shape=shape
+        )
+        for start in range(0, count, 8):
+            pixels = torch.from_numpy(np.array(photographs.pixels[start : start + 8]))
+            for mirrored in range(views):
+                view = normalised(pixels.flip(2) if mirrored else pixels)
+                made[start : start + 8, mirrored] = tower.cell_features(view).numpy()
+            if start % 800 == 0:
+                print(f"cells of {name}: {start} of {count}", flush=True)
+        made.flush()
+        path.with_suffix(".tmp").rename(path)
+    return CellSet(np.load(path, mmap_mode="r"), photographs.photographs)
+
+
+@dataclass(frozen=True)
+class WindowBatch:
+    """Windows of one size from several photographs."""
+
+    features: Tensor
+    grid: tuple[int, int]
+    photographs: list[Photograph]
+
+    @property
+    def scores(self) -> Tensor:
+        """(B,)."""
+        return torch.tensor([p.score for p in self.photographs])
+
+
+class WindowSampler:
+    """Draws windows: small ones from both sets, large ones from the human-scored set only."""
+
+    def __init__(self, human: CellSet, distorted: CellSet, seed: int) -> None:
+        self.human, self.distorted = human, distorted
+        self.rng = np.random.default_rng(seed)
+
+    def batch(self, size: int) -> WindowBatch:
+        """`size` windows of one random size."""
+        whole, small = self.human.features.shape[2], self.distorted.features.shape[2]
+        mixed = self.rng.random() < 0.5
+        low, high = (3, small) if mixed else (small, whole)
+        side = (int(self.rng.integers(low, high + 1)), int(self.rng.integers(low, high + 1)))
+        humans = size * 5 // 8 if mixed else size
+        windows, photographs = [], []
+        for source, count in ((self.human, humans), (self.distorted, size - humans)):
+            for index in self.rng.integers(0, len(source.photographs), count):
+                windows.append(source.window(index, side, self.rng).reshape(side[0] * side[1], -1))
+                photographs.append(source.photographs[index])
+        stacked = torch.from_numpy(np.stack(windows)).float()
+        return WindowBatch(stacked, side, photographs)
+
+
+@dataclass(frozen=True)
+class ReadPictures:
+    """Pictures that the decoder has read as prefixes."""
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    key_values: Tensor
+    lengths: Tensor
+    last_hidden: Tensor
+    next_position: int
+
+
+class Reader:
+    """The model with its prompts: builds prefixes and continues them, as the engine does."""
+
+    def __init__(self, model: ConvHybridVlm, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.prompts = Prompts(MEIQA, tokenizer)
+
+    def embedded(self, ids: np.ndarray, shape: tuple[int, int]) -> Tensor:
+        """Embeddings (P, R, n, D) of token ids (n,), the same in every row."""
+        embeds: Tensor = self.model.language_model.embed_tokens(torch.from_numpy(ids))
+        return embeds.expand(*shape, -1, -1)
+
+    def read(self, features: Tensor, grid: tuple[int, int]) -> ReadPictures:
+        """Read pictures given as cell statistics (P, cells, F)."""
+        tokens = self.model.visual.tokens_from_features(features)
+        rows, p = (tokens.shape[0], 1), self.prompts
+        embeds = torch.cat(
+            [self.embedded(p.opening, rows), tokens[:, None], self.embedded(p.closing, rows)], 2
+        )
+        positions, after = layout([len(p.opening), grid, len(p.closing)])
+        decoder = self.model.language_model
+        hidden, key_values = decoder.hidden_states(
+            embeds, spread(positions, rows), decoder.no_segments(*rows)
+        )
+        lengths = torch.full(rows[:1], embeds.shape[2])
+        return ReadPictures(
+            tokens, grid, key_values[:, :, :, :, 0], lengths, hidden[:, 0, -1], after
+        )
+
+    def continued(self, read: ReadPictures, embeds: Tensor, positions: np.ndarray) -> Tensor:
+        """Hidden states (P, R, S, D) of rows (P, R, S, D) that continue the prefixes."""
+        decoder = self.model.language_model
+        rows = (embeds.shape[0], embeds.shape[1])
+        empty = decoder.no_segments(*rows)
+        segments = Segments(read.key_values, read.lengths, empty.past, empty.past_lengths)
+        return decoder.hidden_states(embeds, spread(positions, rows), segments)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states."""
+        out: Tensor = self.model.language_model.lm_head(hidden)
+        return out
+
+    def asked(self, read: ReadPictures, question: np.ndarray) -> Tensor:
+        """Next-token logits (P, V) after one question to every picture."""
+        positions, _ = layout([len(question)], read.next_position)
+        embeds = self.embedded(question, (read.lengths.shape[0], 1))
+        return self.logits(self.continued(read, embeds, positions)[:, 0, -1])
+
+    def compared(self, read: ReadPictures, partners: Tensor) -> Tensor:
+        """Next-token logits (P * R, V) after "which looks better" against partners (P, R)."""
+        p, rows = self.prompts, (partners.shape[0], partners.shape[1])
+        question = np.concatenate([p.closing, p.compare])
+        positions, _ = layout(
+            [len(p.second_opening), read.grid, len(question)], read.next_position
+        )
+        embeds = torch.cat(
+            [
+                self.embedded(p.second_opening, rows),
+                read.tokens[partners],
+                self.embedded(question, rows),
+            ],
+            2,
+        )
+        return self.logits(self.continued(read, embeds, positions)[:, :, -1]).flatten(0, 1)
+
+    def text_loss(self, read: ReadPictures, prompts: list[np.ndarray], answers: list[str]) -> Tensor:
+        """Cross-entropy of answers, the printed rating weighted up."""
+        rows = [
+            (prompt, self.prompts.ids(answer)) for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        longest = max(len(p) + len(a) for p, a in rows)
+        ids = np.zeros((len(rows), longest), np.int64)
+        weights = np.zeros((len(rows), longest), np.float32)
+        opens = self.prompts.single(MEIQA.answer_open)
+        for row, (prompt, answer) in enumerate(rows):
+            ids[row, : len(prompt) + len(answer)] = np.concatenate([prompt, answer])
+            rating = np.cumsum(answer == opens) > 0
+            weights[row, len(prompt) : len(prompt) + len(answer)] = np.where(
+                rating, RATING_WEIGHT, 1.0
+            )
+        positions, _ = layout([longest - 1], read.next_position)
+        table = self.model.language_model.embed_tokens
+        hidden = self.continued(read, table(torch.from_numpy(ids[:, :-1]))[:, None], positions)[:, 0]
+        losses = functional.cross_entropy(
+            self.logits(hidden).flatten(0, 1), torch.from_numpy(ids[:, 1:]).flatten(), reduction="none"
+        )
+        kept = torch.from_numpy(weights[:, 1:]).flatten()
+        return (losses * kept).sum() / kept.sum()
+
+
+def spread(positions: np.ndarray, rows: tuple[int, int]) -> Tensor:
+    """Positions (3, n) for every row, (3, P, R, n)."""
+    return torch.from_numpy(np.ascontiguousarray(positions))[:, None, None].expand(-1, *rows, -1)
+
+
+def level_targets(scores: Tensor) -> Tensor:
+    """Soft grades (B, 5) around the scores."""
+    distance = scores[:, None] - torch.arange(1.0, 6.0)
+    return (-(distance**2) / (2 * LEVEL_DEVIATION**2)).softmax(-1)
+
+
+def soft_answer_loss(logits: Tensor, ids: np.ndarray | tuple[int, int], wanted: Tensor) -> Tensor:
+    """Cross-entropy of the whole vocabulary against probabilities of a few tokens."""
+    chosen = logits.log_softmax(-1)[:, torch.as_tensor(ids)]
+    return -(wanted * chosen).sum(-1).mean()
+
+
+class Objective(nn.Module):
+    """The losses of one batch."""
+
+    def __init__(self, reader: Reader, recipe: Recipe) -> None:
+        super().__init__()
+        self.reader, self.recipe = reader, recipe
+        self.rating = nn.Linear(HIDDEN_SIZE, 1)
+
+    def forward(self, batch: WindowBatch, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Named losses; their weighted sum is minimised."""
+        reader, prompts = self.reader, self.reader.prompts
+        read = reader.read(batch.features, batch.grid)
+        size = len(batch.photographs)
+        rated = 3.0 + self.rating(read.last_hidden).squeeze(-1)
+        answers = [scored_answer(p) for p in batch.photographs]
+        partners = torch.from_numpy(
+            (np.arange(size)[:, None] + rng.integers(1, size, (size, self.recipe.pairs_per_prefix)))
+            % size
+        )
+        difference = batch.scores[:, None] - batch.scores[partners]
+        wins = torch.special.ndtr(difference / PREFERENCE_DEVIATION).flatten()
+        return {
+            "rated": 0.5 * functional.smooth_l1_loss(rated, batch.scores, beta=0.5),
+            "text": reader.text_loss(read, [prompts.score] * size, answers),
+            "levels": 0.5 * soft_answer_loss(
+                reader.asked(read, prompts.levels), prompts.level_ids, level_targets(batch.scores)
+            ),
+            "pairs": 2.0 * soft_answer_loss(
+                reader.compared(read, partners),
+                prompts.verdict_ids,
+                torch.stack([wins, 1 - wins], -1),
+            ),
+            "reflect": 0.5 * self.reflection_loss(read, batch.photographs, rng),
+        }
+
+    def reflection_loss(
+        self, read: ReadPictures, photographs: list[Photograph], rng: np.random.Generator
+    ) -> Tensor:
+        """Correct a first impression of the first few pictures."""
+        count = self.recipe.reflections
+        first = ReadPictures(
+            read.tokens[:count],
+            read.grid,
+            read.key_values[:, :, :count],
+            read.lengths[:count],
+            read.last_hidden[:count],
+            read.next_position,
+        )
+        pairs = [reflection_pair(photographs[i], photographs[-1 - i], rng) for i in range(count)]
+        questions = [self.reader.prompts.ids(question) for question, _ in pairs]
+        return self.reader.text_loss(first, questions, [answer for _, answer in pairs])
+
+
+@torch.no_grad()
+def unseen_report(reader: Reader, anchors: CellSet, count: int) -> dict[str, float]:
+    """Rank correlation of the grades and accuracy of verdicts on photographs kept out."""
+    scores, graded, right, asked = [], [], 0, 0
+    for start in range(0, count, 16):
+        part = slice(start, start + 16)
+        cells = np.array(anchors.features[part, 0], np.float32)
+        grid = (cells.shape[1], cells.shape[2])
+        read = reader.read(torch.from_numpy(cells).flatten(1, 2), grid)
+        logits = reader.asked(read, reader.prompts.levels)[:, torch.as_tensor(reader.prompts.level_ids)]
+        graded.extend((logits.softmax(-1) @ torch.arange(1.0, 6.0)).tolist())
+        truth = torch.tensor([p.score for p in anchors.photographs[part]])
+        scores.extend(truth.tolist())
+        partners = (torch.arange(len(truth))[:, None] + torch.arange(1, 4)) % len(truth)
+        first, second = reader.prompts.verdict_ids
+        verdicts = reader.compared(read, partners)
+        said = (verdicts[:, first] > verdicts[:, second]).reshape(partners.shape)
+        apart = (truth[:, None] - truth[partners]).abs() > 0.2
+        right += int(((said == (truth[:, None] > truth[partners])) & apart).sum())
+        asked += int(apart.sum())
+    return {
+        "unseen_srcc": round(float(spearmanr(graded, scores).statistic), 4),
+        "unseen_pairs": round(right / asked, 4),
+    }
+
+
+def load_pretrained(work: Path) -> ConvHybridTower:
+    """The averaged conv tower of stage 1."""
+    judged = JudgedTower(make_tower("conv", HIDDEN_SIZE), HIDDEN_SIZE)
+    state = torch.load(work / "stage1-conv" / "checkpoint.pt", weights_only=True)
+    judged.load_state_dict(state["average"])
+    tower = judged.tower.eval()
+    assert isinstance(tower, ConvHybridTower)
+    return tower
+
+
+def initial_model(tower: ConvHybridTower, vocabulary: int) -> ConvHybridVlm:
+    """The pretrained tower before a fresh decoder."""
+    text = DecoderConfig(
+        vocab_size=vocabulary,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        mrope_section=(8, 12, 12),
+    )
+    model = ConvHybridVlm(ConvHybridConfig(HIDDEN_SIZE), text)
+    nn.init.normal_(model.language_model.embed_tokens.weight, std=HIDDEN_SIZE**-0.5)
+    model.visual.load_state_dict(tower.state_dict())
+    return model
+
+
+class Finetuning:
+    """A resumable run of stage 2."""
+
+    def __init__(self, model: ConvHybridVlm, tokenizer: Tokenizer, folder: Path, recipe: Recipe) -> None:
+        self.recipe, self.folder, self.tokenizer = recipe, folder, tokenizer
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model = model
+        self.average = copy.deepcopy(model)
+        self.objective = Objective(Reader(model, tokenizer), recipe)
+        self.optimiser = torch.optim.AdamW(
+            self.parameter_groups(), recipe.learning_rate, (0.9, 0.95), weight_decay=recipe.weight_decay
+        )
+        self.base_rates = [group["lr"] for group in self.optimiser.param_groups]
+        self.steps, self.spent_s = 0, 0.0
+        if (folder / "checkpoint.pt").exists():
+            self.resume()
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """Decoder at full rate, the tower's attention at a share of it, convolutions frozen."""
+        tower = self.model.visual
+        reading = [tower.statistics_norm, tower.embed, tower.blocks, tower.merger_norm, tower.merger]
+        rate = self.recipe.learning_rate
+        decoder = [*self.model.language_model.parameters(), *self.objective.rating.parameters()]
+        return [
+            {"params": decoder, "lr": rate},
+            {"params": [p for m in reading for p in m.parameters()], "lr": rate * self.recipe.tower_share},
+        ]
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint."""
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.objective.rating.load_state_dict(state["rating"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.steps, self.spent_s = state["steps"], state["spent_s"]
+
+    def save(self) -> None:
+        """Write the checkpoint; an interrupted write leaves the one before."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "rating": self.objective.rating.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "steps": self.steps,
+            "spent_s": self.spent_s,
+        }
+        torch.save(state, self.folder / "checkpoint.tmp")
+        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")
+
+    def step(self, sampler: WindowSampler) -> dict[str, float]:
+        """One optimiser step; returns the losses."""
+        share = min(1.0, self.spent_s / (60 * self.recipe.minutes))
+        factor = min(1.0, (self.steps + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * share)))
+        for group, base in zip(self.optimiser.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * factor
+        losses = self.objective(sampler.batch(self.recipe.prefixes), sampler.rng)
+        self.optimiser.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], 1.0)
+        self.optimiser.step()
+        self.steps += 1
+        decay = min(self.recipe.average_decay, 1 - 10 / (self.steps + 10))
+        average_into(self.average, self.model, decay)
+        return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def run(self, sampler: WindowSampler, anchors: CellSet) -> None:
+        """Train until the time is spent."""
+        limit_s, every_s = 60 * self.recipe.minutes, 60 * self.recipe.checkpoint_minutes
+        losses: list[dict[str, float]] = []
+        next_save_s = self.spent_s + every_s
+        while self.spent_s < limit_s:
+            began = time.perf_counter()
+            losses.append(self.step(sampler))
+            self.spent_s += time.perf_counter() - began
+            if self.spent_s >= min(next_save_s, limit_s):
+                self.save()
+                self.log(losses, anchors)
+                losses, next_save_s = [], self.spent_s + every_s
+
+    def log(self, losses: list[dict[str, float]], anchors: CellSet) -> None:
+        """Append mean losses and the report on unseen photographs."""
+        line: dict[str, float] = {"minutes": round(self.spent_s / 60, 2), "steps": self.steps}
+        line |= {name: round(float(np.mean([x[name] for x in losses])), 4) for name in losses[0]}
+        line |= unseen_report(Reader(self.average, self.tokenizer), anchors, min(256, len(anchors.photographs)))
+        print(json.dumps(line), flush=True)
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m meiqa.training.finetune")
+    parser.add_argument("--work", type=Path, required=True, help="folder with the data and stage 1")
+    parser.add_argument("--out", type=Path, required=True, help="where the checkpoint is written")
+    parser.add_argument("--minutes", type=float, default=35.0)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    tower = load_pretrained(arguments.work)
+    human, distorted, anchors = (
+        cached_cells(tower, arguments.work, name, views)
+        for name, views in (("human", 2), ("distorted", 1), ("anchors", 1))
+    )
+    tokenizer = train_tokenizer(corpus_of([*human.photographs, *distorted.photographs]))
+    model = initial_model(tower, tokenizer.get_vocab_size())
+    run = Finetuning(model, tokenizer, arguments.work / "stage2", Recipe(arguments.minutes))
+    run.run(WindowSampler(human, distorted, seed=run.steps), anchors)
+    save_checkpoint(Checkpoint(run.average.eval(), tokenizer, MEAN, STD), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The two vision towers that were compared, behind one interface, and the tower with its heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meiqa.export.conv_hybrid import ConvHybridConfig, ConvHybridTower
+from meiqa.export.decoder import GatedMlp, RmsNorm, rotate
+from meiqa.training.distortions import KINDS
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+"""Mean and deviation of each channel of the training pixels; they travel in the manifest."""
+
+
+class WindowAttentionBlock(nn.Module):
+    """A block of Qwen2.5-VL's vision tower: RMS norms, 2-D rotary positions, SwiGLU."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = RmsNorm(width, 1e-6), RmsNorm(width, 1e-6)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = GatedMlp(width, width * 8 // 3)
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        windows, patches, width = x.shape
+        split = self.qkv(self.norm1(x)).reshape(windows, patches, 3, self.heads, -1)
+        query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = functional.scaled_dot_product_attention(
+            rotate(query, cosine, sine), rotate(key, cosine, sine), value
+        )
+        x = x + self.proj(mixed.transpose(1, 2).reshape(windows, patches, width))
+        return x + self.mlp(self.norm2(x))
+
+
+class WindowVitTower(nn.Module):
+    """Qwen2.5-VL's tower in small: window attention, every third block sees the whole image.
+
+    A window is 8 x 8 patches of 16 pixels, two by two cells; windows are batched.
+    """
+
+    def __init__(self, hidden_size: int, width: int = 192, depth: int = 6, heads: int = 3) -> None:
+        super().__init__()
+        self.patch, self.merge, self.window, self.heads = 16, 4, 8, heads
+        self.embed = nn.Conv2d(3, width, self.patch, self.patch, bias=False)
+        self.blocks = nn.ModuleList(WindowAttentionBlock(width, heads) for _ in range(depth))
+        self.norm = RmsNorm(width, 1e-6)
+        merged = width * self.merge**2
+        self.merger = nn.Sequential(
+            nn.Linear(merged, merged // 4), nn.GELU(), nn.Linear(merged // 4, hidden_size)
+        )
+        self.head_dim = width // heads
+
+    def rotary(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (windows, 1, patches, head_dim) of row and column positions."""
+        quarter = self.head_dim // 4
+        frequencies = 10_000.0 ** (-torch.arange(quarter) / quarter)
+        angles = torch.cat([rows[..., None] * frequencies, columns[..., None] * frequencies], -1)
+        angles = torch.cat([angles, angles], -1)[:, None]
+        return angles.cos(), angles.sin()
+
+    def in_windows(self, grid: Tensor, side: int) -> Tensor:
+        """(B, H, W, C) → (B * windows, side * side, C)."""
+        b, h, w, c = grid.shape
+        cut = grid.reshape(b, h // side, side, w // side, side, c).transpose(2, 3)
+        return cut.reshape(-1, side * side, c)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), sides multiples of 128 → visual tokens (B, cells, hidden_size)."""
+        grid = self.embed(images).permute(0, 2, 3, 1)
+        b, h, w, c = grid.shape
+        row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        place = self.in_windows(torch.stack([row, column], -1)[None].float(), self.window)
+        order = self.in_windows(torch.arange(h * w).reshape(1, h, w, 1), self.window).flatten()
+        cosine, sine = self.rotary(place[..., 0], place[..., 1])
+        x = self.in_windows(grid, self.window)
+        everywhere = (cosine.transpose(0, 1).flatten(1, 2)[None], sine.transpose(0, 1).flatten(1, 2)[None])
+        for index, block in enumerate(self.blocks):
+            if index % 3 == 2:
+                x = block(x.reshape(b, -1, c), *everywhere).reshape(x.shape)
+            else:
+                x = block(x, cosine.repeat(b, 1, 1, 1), sine.repeat(b, 1, 1, 1))
+        plain = torch.empty_like(order)
+        plain[order] = torch.arange(h * w)
+        restored = self.norm(x.reshape(b, h * w, c)[:, plain]).reshape(b, h, w, c)
+        cells = self.in_windows(restored, self.merge).reshape(b, -1, self.merge**2 * c)
+        merged: Tensor = self.merger(cells)
+        return merged
+
+
+class ConvTower(ConvHybridTower):
+    """The conv-hybrid tower behind the interface of the comparison."""
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) → visual tokens (B, cells, hidden_size)."""
+        return self.tokens_from_features(self.cell_features(images).flatten(1, 2))
+
+
+def make_tower(name: str, hidden_size: int) -> ConvTower | WindowVitTower:
+    """The tower called `conv` or `vit`."""
+    if name == "conv":
+        return ConvTower(ConvHybridConfig(hidden_size))
+    if name == "vit":
+        return WindowVitTower(hidden_size)
+    raise ValueError(f"unknown tower {name!r}; allowed: conv, vit")
+
+
+class JudgedTower(nn.Module):
+    """A tower with the heads of its pretraining: score, distortion type and its level."""
+
+    def __init__(self, tower: ConvTower | WindowVitTower, hidden_size: int) -> None:
+        super().__init__()
+        self.tower = tower
+        self.mix = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU())
+        self.score = nn.Linear(hidden_size, 1)
+        self.kind = nn.Linear(hidden_size, len(KINDS) + 1)
+        self.level = nn.Linear(hidden_size, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images → score (B,) on 1-5, distortion logits (B, 26), level (B,)."""
+        pooled = self.mix(self.tower.tokens(images)).mean(1)
+        score = 3.0 + self.score(pooled).squeeze(-1)
+        return score, self.kind(pooled), self.level(pooled).squeeze(-1)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) → float (B, 3, H, W) in channels-last memory."""
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
