@@ -24,7 +24,7 @@ __all__ = ["demo_photos", "show"]
 # These lie in scikit-image's wheel; its others are fetched from the network on first use.
 _FILES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 _WIDTH = 110
-_HEADER = f"{'photo':<24}{'initial':>8}   {'score':<14}{'word':<11}{'ms':>6}"
+_HEADER = f"{'photo':<26}{'initial':>8}   {'score':<14}{'word':<11}{'ms':>6}"
 
 
 def demo_photos() -> list[tuple[str, Image.Image]]:
@@ -72,7 +72,7 @@ def show(
 def _row(name: str, assessment: Assessment) -> str:
     score = f"{assessment.score:.2f} ± {assessment.std:.2f}"
     figures = (
-        f"{name:<24}{assessment.initial_score:8.2f}   {score:<14}{assessment.word:<11}"
+        f"{name:<26}{assessment.initial_score:8.2f}   {score:<14}{assessment.word:<11}"
         f"{total_ms(assessment.timings_ms):6.0f}"
     )
     telling = ", ".join(comparison_phrase(one) for one in telling_comparisons(assessment))

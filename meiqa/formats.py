@@ -188,7 +188,8 @@ def _assessment_text(assessment: Assessment) -> str:
     facts.append(f"{total_ms(assessment.timings_ms):.0f} ms")
     lines = [
         assessment.path,
-        f"  {assessment.score:.2f} ± {assessment.std:.2f}  {assessment.word}   ({', '.join(facts)})",
+        f"  {assessment.score:.2f} ± {assessment.std:.2f}  {assessment.word}"
+        f"   ({', '.join(facts)})",
     ]
     if assessment.summary:
         lines.append(f"  {assessment.summary}")

@@ -208,6 +208,8 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
     with sqlite_errors(path), _rows_trusted(path):
         connection = _open_connection(path, mode)
         try:
+            if mode == "rw":
+                _make_durable(connection)
             _check_database(path, connection)
         except BaseException:
             connection.close()
@@ -219,18 +221,19 @@ def _open_connection(path: Path, mode: str) -> sqlite3.Connection:
     if mode == "r" and _must_be_immutable(path):
         mode = "immutable"
     options = {"rw": "mode=rw", "r": "mode=ro", "immutable": "mode=ro&immutable=1"}[mode]
-    connection = sqlite3.connect(
+    return sqlite3.connect(
         f"{path.resolve().as_uri()}?{options}",
         uri=True,
         isolation_level=None,
         check_same_thread=False,
     )
-    if mode == "rw":
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA secure_delete = ON")  # a forgotten photo leaves no trace
-    return connection
+
+
+def _make_durable(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA secure_delete = ON")  # a forgotten photo leaves no trace
 
 
 def _must_be_immutable(path: Path) -> bool:

@@ -139,7 +139,8 @@ def test_a_limit_spreads_over_the_table(tmp_path: Path) -> None:
 
 def test_report(tmp_path: Path) -> None:
     labels = read(tmp_path, "file,mos\n1.2.jpg,1.3\n2.2.jpg,2.1\n3.4.jpg,4.4\nmissing.jpg,3\n")
-    engine, seen = NameEngine(), []
+    engine = NameEngine()
+    seen: list[Assessment | Failure] = []
     report = evaluate(engine, labels, tmp_path, k=7, on_result=seen.append)  # type: ignore[arg-type]
     assert engine.options == {"budget": None, "k": 7, "learn": False}
     assert report["n"] == 3

@@ -290,13 +290,12 @@ def test_interrupt_exits_130_with_one_line(
     assert len(json.loads(captured.out)) == 1
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     """A pipe whose reading end is closed before anything is written."""
     reading, writing = os.pipe()
     os.close(reading)
-    result = subprocess.run(
-        [sys.executable, "-m", "meiqa", "--help"], stdout=writing, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "meiqa", "score", str(tmp_path), "--format", "json"]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (result.returncode, result.stderr) == (141, "")
 

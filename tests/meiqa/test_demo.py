@@ -12,11 +12,12 @@ from meiqa.demo import demo_photos
 
 
 def test_photos_are_clean_and_degraded_and_the_same_every_time() -> None:
-    photos, again = dict(demo_photos()), dict(demo_photos())
+    photos = {name: np.asarray(photo) for name, photo in demo_photos()}
+    again = {name: np.asarray(photo) for name, photo in demo_photos()}
     assert len(photos) == 20
     assert "chelsea, clean" in photos
     for name, photo in photos.items():
-        clean = np.asarray(photos[f"{name.split(',')[0]}, clean"])
+        clean = photos[f"{name.split(',')[0]}, clean"]
         assert np.array_equal(photo, again[name])
         assert np.array_equal(photo, clean) == name.endswith("clean")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,17 @@ def test_a_missing_package_is_listed_with_its_command(
 
 
 def test_missing_runtime_and_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def absent(name: str) -> None:
+    def absent(name: str) -> Any:
         raise ImportError(f"no {name}")
 
     def version(name: str) -> str:
         if name.startswith("onnxruntime"):
-            raise doctor.PackageNotFoundError(name)
+            raise PackageNotFoundError(name)
         return "1.0"
 
     monkeypatch.setattr(doctor, "version", version)
     monkeypatch.setattr(importlib, "import_module", absent)
-    report = doctor.examine(lambda: absent("engine"), str(tmp_path))  # type: ignore[arg-type,return-value]
+    report = doctor.examine(lambda: absent("engine"), str(tmp_path))
     assert [entry["what"] for entry in report["missing"]] == [
         "ONNX Runtime is not installed",
         "the native kernel cannot be loaded: no meiqa.kernels._native",

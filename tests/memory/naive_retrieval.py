@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 from meiqa.memory import Case, RetrievalPolicy
 
 
-def as_stored(key: NDArray[Any]) -> list[float]:
+@cache
+def as_stored(key_bytes: bytes) -> list[float]:
+    key = np.frombuffer(key_bytes, np.float32)
     length = math.sqrt(sum(float(x) ** 2 for x in key))
     unit = [np.float16(np.float32(float(x) / length if length else 0.0)) for x in key]
     return as_unit(np.array(unit, np.float32))
@@ -27,7 +30,7 @@ def by_similarity(query: NDArray[Any], cases: Sequence[Case]) -> list[Case]:
     unit = as_unit(query)
 
     def order(case: Case) -> tuple[float, str]:
-        products = zip(as_stored(case.key), unit, strict=True)
+        products = zip(as_stored(case.key.tobytes()), unit, strict=True)
         return -round(sum(a * b for a, b in products), 12), case.id
 
     return sorted(cases, key=order)

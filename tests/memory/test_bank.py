@@ -324,7 +324,7 @@ def test_contrast_cases_of_another_package_are_refused(path: Path, tmp_path: Pat
             writer.finish()
         for mode in ("r", "rw"):
             with pytest.raises(StoreMismatch, match=r"contrast\.sqlite3"):
-                MemoryBank.compose(anchors, path, mode, package_digest=digest)  # type: ignore[arg-type]
+                MemoryBank.compose(anchors, path, mode, package_digest=digest)
 
 
 def test_another_schema_is_not_called_damage(path: Path) -> None:
@@ -349,7 +349,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     return path, (path / "contrast.sqlite3").read_bytes()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data(), mode=st.sampled_from(["r", "rw"]))
 def test_damage_is_noticed(pristine: tuple[Path, bytes], data: st.DataObject, mode: str) -> None:
     path, content = pristine[0], bytearray(pristine[1])
@@ -408,7 +408,7 @@ def test_killed_writers_lose_nothing_that_they_acknowledged(path: Path) -> None:
     clock = random.Random(20)
     expected: dict[str, str] = {}
     for run in range(20):
-        acknowledged = kill_after(start_writer(path, run), clock.uniform(0.0, 0.12))
+        acknowledged = kill_after(start_writer(path, run), clock.uniform(0.0, 0.08))
         assert acknowledged
         for number, line in enumerate(acknowledged):
             expected[f"{number % 50}"] = line.strip()

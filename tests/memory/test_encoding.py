@@ -32,8 +32,9 @@ values = st.floats(-(2.0**99), 2.0**99, width=32)
 def test_tokens_come_back_within_half_a_level(tokens: NDArray[Any]) -> None:
     encoded = quantise_tokens(tokens)
     back = dequantise_tokens(encoded)
-    assert (encoded.levels.dtype, encoded.scales.dtype) == (np.int8, np.float32)
-    assert (back.dtype, back.shape) == (np.float32, tokens.shape)
+    assert encoded.levels.dtype == np.dtype(np.int8)
+    assert encoded.scales.dtype == back.dtype == np.dtype(np.float32)
+    assert back.shape == tokens.shape
     peaks = np.abs(tokens.astype(np.float64)).max(axis=1, keepdims=True, initial=0.0)
     bound = np.where(peaks < 1e-30, peaks, peaks * (1 / 254 + 2e-7))
     assert (np.abs(back.astype(np.float64) - tokens) <= bound).all()
@@ -55,7 +56,8 @@ def test_silent_tokens_come_back_as_zeros() -> None:
 @pytest.mark.parametrize("width", [1, 3, 7, 97])
 def test_unit_rows(width: int) -> None:
     rows = np.random.default_rng(width).standard_normal((7, width), np.float32)
-    scaled = rows * np.float32([1e-40, 1e-20, 1.0, 7.0, 1e20, 1e30, 1e37])[:, None]
+    lengths = np.array([1e-40, 1e-20, 1.0, 7.0, 1e20, 1e30, 1e37], np.float32)
+    scaled = rows * lengths[:, None]
     np.testing.assert_allclose(np.linalg.norm(unit_rows(scaled), axis=1), 1.0, rtol=1e-6)
     np.testing.assert_array_equal(unit_rows(np.zeros((2, width), np.float32)), 0.0)
     assert unit_rows(rows[:0]).shape == (0, width)

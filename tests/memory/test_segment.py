@@ -86,7 +86,7 @@ def assert_refused_or_unchanged(path: Path) -> None:
         np.testing.assert_array_equal(segment.arrays[name], expected)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_changed_bytes_are_noticed(
     segment_bytes: bytes, scratch: Path, data: st.DataObject

@@ -1,0 +1,111 @@
+"""Comparisons of a photo with its neighbours, in waves, in both orders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meiqa.engine.caches import ByteLru, ContentKey
+from meiqa.engine.vlm import ROWS_PER_CALL, Prefix, VisualTokens, Vlm
+from meiqa.memory import Case
+
+WAVE = ROWS_PER_CALL
+"""Neighbours asked about before the budget is looked at again."""
+
+
+@dataclass(frozen=True, eq=False)
+class Verdicts:
+    """Answers of "does the photo look better?" for K neighbours.
+
+    Attributes:
+        preferences: (K,) probability that the photo looks better, NaN where it was not asked.
+        asked: neighbours asked about; reused_tokens: prefix tokens that were not read again.
+    """
+
+    preferences: NDArray[np.float64]
+    asked: int
+    reused_tokens: int
+
+
+@dataclass
+class Comparer:
+    """Asks one photo's comparisons; anchors' prefixes are kept between photos.
+
+    Attributes:
+        vlm: who answers.
+        package_digest: part of the cache keys.
+        anchor_prefixes: prefixes of remembered photos.
+    """
+
+    vlm: Vlm
+    package_digest: str
+    anchor_prefixes: ByteLru[Prefix] = field(repr=False)
+
+    def compare(
+        self,
+        photo: Prefix,
+        initial_score: float,
+        neighbours: Sequence[Case],
+        *,
+        both_orders: bool,
+        temperature: float,
+        go_on: Callable[[NDArray[np.float64]], bool],
+    ) -> Verdicts:
+        """Ask about the neighbours nearest in score first, a wave at a time.
+
+        Near scores tell most: the answer there is the least certain beforehand.
+
+        Args:
+            go_on: given the preferences so far, says whether another wave is worth it.
+        """
+        distance = [abs(case.score - initial_score) for case in neighbours]
+        order = np.argsort(distance, kind="stable")
+        preferences = np.full(len(neighbours), np.nan)
+        asked = reused = 0
+        for start in range(0, len(order), WAVE):
+            if not go_on(preferences):
+                break
+            wave = order[start : start + WAVE]
+            cases = [neighbours[index] for index in wave]
+            answers, saved = self._ask(photo, cases, both_orders, temperature)
+            preferences[wave] = answers
+            asked += len(wave)
+            reused += saved
+        return Verdicts(preferences, asked, reused)
+
+    def _ask(
+        self, photo: Prefix, cases: Sequence[Case], both_orders: bool, temperature: float
+    ) -> tuple[NDArray[np.float64], int]:
+        """Preferences of one wave and the prefix tokens that were not read again."""
+        pictures = [VisualTokens(case.tokens, case.grid) for case in cases]
+        photo_first = sigmoid(self.vlm.prefer_first([photo], pictures) / temperature)
+        reused = photo.length * len(cases)
+        if not both_orders:
+            return photo_first, reused
+        firsts, kept = self._prefixes(cases, pictures)
+        case_first = sigmoid(
+            self.vlm.prefer_first(firsts, [photo.tokens] * len(cases)) / temperature
+        )
+        return (photo_first + 1 - case_first) / 2, reused + kept
+
+    def _prefixes(
+        self, cases: Sequence[Case], pictures: Sequence[VisualTokens]
+    ) -> tuple[list[Prefix], int]:
+        """The cases' prefixes, read only where they are not kept, and the tokens kept."""
+        keys = [ContentKey(c.image_digest, c.grid, self.package_digest) for c in cases]
+        found = [self.anchor_prefixes.get(key) for key in keys]
+        kept = sum(prefix.length for prefix in found if prefix is not None)
+        missing = [index for index, prefix in enumerate(found) if prefix is None]
+        read = self.vlm.read([pictures[index] for index in missing])
+        for index, prefix in zip(missing, read, strict=True):
+            found[index] = prefix
+            self.anchor_prefixes.put(keys[index], prefix)
+        return [prefix for prefix in found if prefix is not None], kept
+
+
+def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Logistic function, without overflow."""
+    return np.exp(-np.logaddexp(0.0, -x))

@@ -1,0 +1,67 @@
+"""Fusion of the first opinion with the comparisons: Thurstone Case V, maximum a posteriori."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from meiqa.engine.package import Calibration
+from meiqa.kernels.thurstone import thurstone_map
+from meiqa.memory import Case
+
+Z95 = 1.959964
+"""Half-width of a normal 95 % interval, in deviations."""
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A score with its deviation, on the 1-5 scale."""
+
+    score: float
+    std: float
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """95 % interval, kept on the scale."""
+        half = Z95 * self.std
+        return max(1.0, self.score - half), min(5.0, self.score + half)
+
+
+def fuse(
+    initial_score: float,
+    initial_std: float,
+    neighbours: Sequence[Case],
+    preferences: np.ndarray,
+    calibration: Calibration,
+) -> Posterior:
+    """Posterior of one photo.
+
+    Args:
+        initial_score, initial_std: the first opinion.
+        neighbours: K remembered cases.
+        preferences: (K,) probability that the photo looks better, NaN where it was not asked.
+        calibration: sigma, lam and the mapping of the deviation.
+
+    Returns:
+        The first opinion as it is when nothing was asked.
+    """
+    if np.isnan(preferences).all():
+        return Posterior(initial_score, initial_std)
+    scores, stds = thurstone_map(
+        np.array([initial_score]),
+        np.array([[case.score for case in neighbours]]),
+        np.array([[case.std for case in neighbours]]),
+        np.asarray(preferences, np.float64)[None],
+        calibration.sigma,
+        calibration.lam,
+    )
+    score = min(5.0, max(1.0, float(scores[0])))
+    return Posterior(score, observed_std(float(stds[0]), calibration))
+
+
+def observed_std(posterior_std: float, calibration: Calibration) -> float:
+    """The deviation from people's scores that was observed at a posterior's deviation."""
+    return math.hypot(calibration.std_scale * posterior_std, calibration.std_floor)

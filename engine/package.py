@@ -1,0 +1,350 @@
+"""The engine package: one directory with manifest, graphs, embeddings and tokenizer.
+
+`meiqa.export` writes it, the engine opens it. Its digest names everything that makes visual tokens
+and keys, so a memory can tell whether it was made by this package; the calibration is not part of
+it, since it is fitted afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from meiqa.engine.prompts import PromptFamily, Prompts
+from meiqa.errors import PackageCorrupted, PackageNotFound, SchemaUnsupported, UsageError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+SCORE_HEADS = ("text", "levels")
+
+Record = TypeVar("Record", bound="_Fields")
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """A part of the manifest whose keys are exactly the fields of a dataclass."""
+
+    @classmethod
+    def from_dict(cls: type[Record], values: Mapping[str, Any]) -> Record:
+        """Read a part; unknown and missing keys are errors, lists become tuples."""
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            raise PackageCorrupted(
+                f"the manifest's {cls.__name__} has other fields than this version reads",
+                seen=", ".join(sorted(values.keys() ^ names)),
+                hint="export the checkpoint again with this version",
+            )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@dataclass(frozen=True)
+class ImageProcessing(_Fields):
+    """How pixels become patches.
+
+    Attributes:
+        patch_size: side of a patch in pixels; merge_size: side of a cell in patches.
+        min_pixels, max_pixels: bounds of the area that the vision tower sees.
+        mean, std: normalisation of each channel, for pixels scaled to 0-1.
+    """
+
+    patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def cell_pixels(self) -> int:
+        """Side of the square of pixels behind one visual token."""
+        return self.patch_size * self.merge_size
+
+
+@dataclass(frozen=True)
+class DecoderShape(_Fields):
+    """What the host has to know of the decoder."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Logistic(_Fields):
+    """Five-parameter logistic from the model's own scale to 1-5 (method of VQEG)."""
+
+    b1: float
+    b2: float
+    b3: float
+    b4: float
+    b5: float
+
+    def __call__(self, raw: NDArray[np.float64] | float) -> NDArray[np.float64]:
+        """b1 (1/2 - 1 / (1 + exp(b2 (raw - b3)))) + b4 raw + b5, kept on the 1-5 scale."""
+        x = np.asarray(raw, np.float64)
+        curve = self.b1 * (0.5 - 1.0 / (1.0 + np.exp(np.clip(self.b2 * (x - self.b3), -60, 60))))
+        return np.clip(curve + self.b4 * x + self.b5, 1.0, 5.0)
+
+
+IDENTITY = Logistic(b1=0.0, b2=1.0, b3=3.0, b4=1.0, b5=0.0)
+"""The logistic of a model whose scores need no mapping."""
+
+
+@dataclass(frozen=True)
+class Calibration(_Fields):
+    """What is fitted on photographs that the model was not trained on.
+
+    Attributes:
+        score_head: which answer is the initial score: "text" (the printed rating) or "levels"
+            (expectation over the grade words).
+        text, levels: logistic of each head.
+        text_std, levels_std: deviation of each head's mapped score from people's.
+        sigma: deviation of a comparison, in score units (Thurstone Case V).
+        lam: weight of the initial score in the fusion.
+        temperature: divides the difference of the two verdicts' logits.
+        std_scale, std_floor: map the posterior's deviation to the observed one:
+            sqrt((scale * std)^2 + floor^2).
+        reflect_above: a score that moved by more than this is reflected on and remembered.
+        neighbours: K, the neighbours of a photo unless asked otherwise.
+        bins: strata over the anchors' scores.
+    """
+
+    score_head: str
+    text: Logistic
+    levels: Logistic
+    text_std: float
+    levels_std: float
+    sigma: float
+    lam: float
+    temperature: float
+    std_scale: float
+    std_floor: float
+    reflect_above: float
+    neighbours: int
+    bins: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
+        """Read what stands in the manifest."""
+        made = super().from_dict(values)
+        if made.score_head not in SCORE_HEADS:
+            raise PackageCorrupted(
+                "unknown score head in the manifest",
+                seen=made.score_head,
+                allowed=", ".join(SCORE_HEADS),
+            )
+        text, levels = (Logistic.from_dict(values[name]) for name in SCORE_HEADS)
+        return replace(made, text=text, levels=levels)
+
+
+UNCALIBRATED = Calibration(
+    score_head="text",
+    text=IDENTITY,
+    levels=IDENTITY,
+    text_std=0.6,
+    levels_std=0.6,
+    sigma=0.7,
+    lam=0.5,
+    temperature=1.0,
+    std_scale=1.0,
+    std_floor=0.0,
+    reflect_above=0.75,
+    neighbours=32,
+    bins=5,
+)
+"""What an exported package starts with, before `meiqa.training.calibrate` fits it."""
+
+
+@dataclass(frozen=True)
+class Graph(_Fields):
+    """One ONNX file with its interface."""
+
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that is known about a package.
+
+    Attributes:
+        architecture: class name in the source checkpoint.
+        source: name and SHA-256 of the checkpoint's weights.
+        precision: "fp32" or "int8".
+        graphs: "vision" and "decoder".
+        image, decoder, prompt, calibration: see their classes.
+        parity: largest differences seen when the export was verified.
+        files: SHA-256 of every file but the manifest.
+    """
+
+    architecture: str
+    source: Mapping[str, str]
+    precision: str
+    graphs: Mapping[str, Graph]
+    image: ImageProcessing
+    decoder: DecoderShape
+    prompt: PromptFamily
+    calibration: Calibration
+    parity: Mapping[str, float]
+    files: Mapping[str, str]
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read manifest.json.
+
+        Raises:
+            SchemaUnsupported: written for another version.
+            PackageCorrupted: not what this version writes.
+        """
+        values = parsed(text)
+        schema = values.pop("schema", None)
+        if schema != SCHEMA:
+            raise SchemaUnsupported(
+                "the package was written for another version of meiqa",
+                seen=f"schema {schema}",
+                allowed=f"schema {SCHEMA}",
+                hint="export the checkpoint again, or install the version that wrote it",
+            )
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            raise PackageCorrupted(
+                "the manifest has other fields than this version reads",
+                seen=", ".join(sorted(values.keys() ^ names)),
+            )
+        return cls(
+            **{
+                **values,
+                "graphs": {n: Graph.from_dict(g) for n, g in values["graphs"].items()},
+                "image": ImageProcessing.from_dict(values["image"]),
+                "decoder": DecoderShape.from_dict(values["decoder"]),
+                "prompt": PromptFamily.from_dict(values["prompt"]),
+                "calibration": Calibration.from_dict(values["calibration"]),
+            }
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the digests of all files: what a memory is tied to."""
+        listing = "".join(f"{self.files[name]}  {name}\n" for name in sorted(self.files))
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """A JSON object, or PackageCorrupted."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PackageCorrupted("manifest.json is not valid JSON", seen=str(error)) from error
+    if not isinstance(values, dict):
+        raise PackageCorrupted("manifest.json is not an object", seen=type(values).__name__)
+    return values
+
+
+@dataclass(frozen=True)
+class EnginePackage:
+    """A package that was opened; see `open`."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> EnginePackage:
+        """Open a package.
+
+        Args:
+            path: its directory.
+            verify: compare the SHA-256 of every file with the manifest's.
+
+        Raises:
+            PackageNotFound: there is no manifest.
+            PackageCorrupted: a file is missing or was changed.
+            SchemaUnsupported: written for another version.
+        """
+        path = Path(path)
+        try:
+            text = (path / MANIFEST).read_text()
+        except OSError as error:
+            raise PackageNotFound(
+                f"there is no engine package at {path}",
+                seen=error.strerror,
+                hint="give a directory that holds manifest.json",
+            ) from error
+        except UnicodeDecodeError as error:
+            raise PackageCorrupted(f"{path / MANIFEST} is not text") from error
+        package = cls(path, Manifest.from_json(text))
+        for name, digest in package.manifest.files.items():
+            package.check(name, digest if verify else None)
+        return package
+
+    def check(self, name: str, digest: str | None) -> None:
+        """Refuse a file that is missing or, given a digest, was changed."""
+        file = self.path / name
+        if not file.is_file():
+            raise PackageCorrupted(f"the package lacks {file}", hint="export or install it again")
+        if digest is not None and file_digest(file) != digest:
+            raise PackageCorrupted(
+                f"{file} is not the file that the manifest names",
+                seen="another SHA-256",
+                hint="export or install the package again",
+            )
+
+    @property
+    def digest(self) -> str:
+        """Identity of the package, hex."""
+        return self.manifest.digest
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        """The prompt family in this package's tokens."""
+        return Prompts(self.manifest.prompt, Tokenizer.from_file(str(self.path / "tokenizer.json")))
+
+    @cached_property
+    def embedding(self) -> NDArray[np.float16]:
+        """Token embeddings (V, D), memory-mapped."""
+        return self.array("embedding.npy")
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A NumPy file of the package, memory-mapped, read-only."""
+        mapped: NDArray[Any] = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+        return mapped
+
+    def with_calibration(self, calibration: Calibration) -> EnginePackage:
+        """Rewrite the manifest with another calibration; the digest stays."""
+        changed = replace(self.manifest, calibration=calibration)
+        write_manifest(self.path, changed)
+        return EnginePackage(self.path, changed)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json whole or not at all."""
+    unfinished = folder / f".{MANIFEST}.tmp"
+    unfinished.write_text(manifest.to_json())
+    unfinished.replace(folder / MANIFEST)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_device(device: str) -> None:
+    """Refuse a device name that does not exist."""
+    if device not in ("cpu", "cuda"):
+        raise UsageError("unknown device", seen=device, allowed="cpu, cuda")

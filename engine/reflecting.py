@@ -1,0 +1,46 @@
+"""Reflection: when comparisons moved a score a lot, write down why and remember the case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meiqa.engine.fusing import Posterior
+from meiqa.engine.scoring import Opinion
+from meiqa.engine.vlm import Description, Prefix, Vlm
+from meiqa.memory import Case
+
+
+@dataclass(frozen=True, eq=False)
+class Reflection:
+    """A corrected description and the case it makes."""
+
+    description: Description
+    case: Case
+
+
+def gate_opens(opinion: Opinion, posterior: Posterior, reflect_above: float) -> bool:
+    """Whether the comparisons moved the score by more than the gate allows."""
+    return abs(posterior.score - opinion.score) > reflect_above
+
+
+def reflect(
+    vlm: Vlm, prefix: Prefix, image_digest: str, opinion: Opinion, posterior: Posterior
+) -> Reflection:
+    """Describe the photo again in the light of its fused score.
+
+    The case is stored under the corrected description's key, so that photos which would get the
+    same corrected description find it.
+    """
+    description = vlm.reflect(prefix, opinion.summary or "", opinion.score, posterior.score)
+    case = Case(
+        id=image_digest[:16],
+        origin="contrast",
+        image_digest=image_digest,
+        score=posterior.score,
+        std=posterior.std,
+        summary=description.text,
+        key=description.key,
+        tokens=prefix.tokens.values,
+        grid=prefix.tokens.grid,
+    )
+    return Reflection(description, case)

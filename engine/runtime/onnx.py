@@ -1,0 +1,75 @@
+"""ONNX Runtime behind the seam: CPU and CUDA providers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from meiqa.engine.package import EnginePackage, check_device
+from meiqa.engine.runtime.base import Array
+from meiqa.errors import DeviceUnavailable, PackageCorrupted
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxSession:
+    """A graph in ONNX Runtime on the device that was asked for, never on another."""
+
+    def __init__(self, path: Path, device: str, threads: int | None) -> None:
+        provider = PROVIDERS[device]
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        except (
+            onnxruntime.capi.onnxruntime_pybind11_state.Fail,
+            onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf,
+            onnxruntime.capi.onnxruntime_pybind11_state.InvalidGraph,
+        ) as error:
+            raise PackageCorrupted(
+                f"ONNX Runtime can't load {path}",
+                seen=str(error).splitlines()[0],
+                hint="export the package again",
+            ) from error
+        if provider not in self._session.get_providers():
+            raise missing_device(device)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
+        """Execute the graph; see `GraphSession`."""
+        return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
+
+
+def open_sessions(
+    package: EnginePackage, device: str, threads: int | None
+) -> tuple[OnnxSession, OnnxSession]:
+    """Load the vision and the decoder graph.
+
+    Raises:
+        UsageError: unknown device name.
+        DeviceUnavailable: the device is not there, or the installed runtime can't use it.
+        PackageCorrupted: a graph can't be loaded.
+    """
+    check_device(device)
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+        raise missing_device(device)
+    vision, decoder = (
+        OnnxSession(package.path / package.manifest.graphs[name].file, device, threads)
+        for name in ("vision", "decoder")
+    )
+    return vision, decoder
+
+
+def missing_device(device: str) -> DeviceUnavailable:
+    """The error for a device that can't be used here."""
+    return DeviceUnavailable(
+        f"device {device!r} can't be used here",
+        seen=", ".join(onnxruntime.get_available_providers()),
+        hint="install meiqa[gpu] in an environment without meiqa[cpu], or use --device cpu",
+    )

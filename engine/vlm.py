@@ -1,0 +1,402 @@
+"""The vision-language model as the pipeline sees it, and the local one that fills the role.
+
+A picture is encoded once (vision graph), read once (its *prefix*: the keys and values of the
+prompt up to and including it), and everything asked about it continues that prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meiqa.engine.package import EnginePackage, ImageProcessing
+from meiqa.engine.prompts import layout
+from meiqa.engine.runtime.base import GraphSession
+from meiqa.errors import AnswerUnreadable
+from meiqa.kernels.patches import pixels_to_patches
+
+Floats = NDArray[np.float32]
+Item = TypeVar("Item")
+
+ROWS_PER_CALL = 8
+"""Rows of one decoder call: more no longer fit the cache of a CPU core."""
+RATING_TOKENS = 8
+"""Longest printed rating, in tokens."""
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+@dataclass(frozen=True, eq=False)
+class VisualTokens:
+    """A picture as the decoder sees it: tokens (T, D) on a grid of rows and columns."""
+
+    values: Floats
+    grid: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.values.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Keys and values (L, 2, H, T, d) of a prompt's opening with one picture.
+
+    Attributes:
+        key_values: float32.
+        tokens: the picture.
+        next_position: position of the token that comes next.
+    """
+
+    key_values: Floats
+    tokens: VisualTokens
+    next_position: int
+
+    @property
+    def length(self) -> int:
+        """Tokens in the prefix."""
+        return self.key_values.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the visual tokens included."""
+        return self.key_values.nbytes + self.tokens.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Description:
+    """What the model wrote about a picture.
+
+    Attributes:
+        text: the description.
+        key: mean of the decoder's last hidden states over the description, (D,).
+        rating: the printed rating, None when none was asked for.
+        complete: False when the token limit cut the description.
+        tokens: tokens written.
+    """
+
+    text: str
+    key: Floats
+    rating: float | None
+    complete: bool
+    tokens: int
+
+
+class Vlm(Protocol):
+    """What the pipeline asks of a model."""
+
+    @property
+    def image(self) -> ImageProcessing:
+        """How it wants its pixels."""
+        ...
+
+    def encode(self, pixels: NDArray[np.uint8]) -> VisualTokens:
+        """See a picture: uint8 (H, W, 3), sides multiples of a cell."""
+        ...
+
+    def read(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:
+        """Read the prompt's opening with each picture."""
+        ...
+
+    def describe(self, prefix: Prefix, max_tokens: int) -> Description:
+        """Write a description of at most `max_tokens` and a rating."""
+        ...
+
+    def grade(self, prefix: Prefix) -> NDArray[np.float64]:
+        """Probabilities (5,) of the grade words from 1 to 5, without writing."""
+        ...
+
+    def prefer_first(
+        self, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]
+    ) -> NDArray[np.float64]:
+        """Logit (K,) that the first looks better, for K pairs.
+
+        One prefix against many seconds (K = len(seconds)) reads the prefix once; otherwise firsts
+        and seconds are paired one to one.
+        """
+        ...
+
+    def reflect(self, prefix: Prefix, summary: str, initial: float, score: float) -> Description:
+        """Write a corrected description in the light of a fused score."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """The tokens with which one row of a call continues its prefix.
+
+    Attributes:
+        embeds: (S, D).
+        positions: (3, S).
+    """
+
+    embeds: Floats
+    positions: Floats
+
+
+class LocalVlm:
+    """The model of an engine package, run by two graph sessions."""
+
+    def __init__(
+        self, package: EnginePackage, vision: GraphSession, decoder: GraphSession
+    ) -> None:
+        self.package = package
+        self.prompts = package.prompts
+        self.shape = package.manifest.decoder
+        self._vision = vision
+        self._decoder = decoder
+
+    @property
+    def image(self) -> ImageProcessing:
+        """How the vision graph wants its pixels."""
+        return self.package.manifest.image
+
+    def encode(self, pixels: NDArray[np.uint8]) -> VisualTokens:
+        """See a picture; see `Vlm.encode`."""
+        image = self.image
+        patches = pixels_to_patches(
+            pixels, image.patch_size, image.merge_size, image.mean, image.std
+        )
+        grid = pixels.shape[0] // image.cell_pixels, pixels.shape[1] // image.cell_pixels
+        cells = patches.reshape(*grid, -1)
+        return VisualTokens(self._vision.run({"cells": cells})["tokens"], grid)
+
+    def read(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:
+        """Read pictures, a few in each call; see `Vlm.read`."""
+        return [prefix for part in chunks(pictures, ROWS_PER_CALL) for prefix in self._read(part)]
+
+    def _read(self, pictures: Sequence[VisualTokens]) -> Iterator[Prefix]:
+        p = self.prompts
+        rows, after = [], []
+        for picture in pictures:
+            positions, following = layout([len(p.opening), picture.grid, len(p.closing)])
+            embeds = [self._embed(p.opening), picture.values, self._embed(p.closing)]
+            rows.append(Row(np.concatenate(embeds), positions))
+            after.append(following)
+        made = self._call(rows, self._no_prefixes(len(rows)), one_each=True)["key_values"]
+        for index, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
+            # Copied, so that a cached prefix does not keep its neighbours of the call alive.
+            key_values = made[:, :, index, :, 0, : len(row.embeds)].copy()
+            yield Prefix(key_values, picture, after[index])
+
+    def describe(self, prefix: Prefix, max_tokens: int) -> Description:
+        """Write a description and a rating, greedily; see `Vlm.describe`.
+
+        Raises:
+            AnswerUnreadable: what was printed as the rating is not a number.
+        """
+        writing = Writing(self, prefix, self.prompts.score, max_tokens + RATING_TOKENS + 8)
+        text, complete = self._written_until_end(writing, max_tokens)
+        key = writing.mean_hidden()
+        family = self.prompts.family
+        answer = self.prompts.ids(family.description_end + family.answer_open)
+        writing.force(answer)
+        rating = self._rating(writing)
+        return Description(text, key, rating, complete, len(writing.tokens))
+
+    def reflect(self, prefix: Prefix, summary: str, initial: float, score: float) -> Description:
+        """Write a corrected description; see `Vlm.reflect`."""
+        question = self.prompts.reflect(summary, initial, score)
+        limit = len(self.prompts.ids(summary)) + 32
+        writing = Writing(self, prefix, question, limit)
+        text, complete = self._written_until_end(writing, limit)
+        return Description(text, writing.mean_hidden(), None, complete, len(writing.tokens))
+
+    def _written_until_end(self, writing: Writing, max_tokens: int) -> tuple[str, bool]:
+        """Write until the description ends; its text and whether it ended by itself."""
+        ends = (self.prompts.description_end, self.prompts.stop)
+        while writing.next_token not in ends and len(writing.tokens) < max_tokens:
+            writing.accept(writing.next_token)
+        complete = writing.next_token in ends
+        return self.prompts.tokenizer.decode(writing.tokens).strip(), complete
+
+    def _rating(self, writing: Writing) -> float:
+        """The number the model prints next."""
+        closes = self.prompts.single(self.prompts.family.answer_close)
+        printed: list[int] = []
+        while writing.next_token not in (closes, self.prompts.stop):
+            printed.append(writing.next_token)
+            if len(printed) == RATING_TOKENS:
+                break
+            writing.accept(writing.next_token)
+        text = self.prompts.tokenizer.decode(printed)
+        number = NUMBER.search(text)
+        if number is None:
+            raise AnswerUnreadable("the model printed no rating", seen=repr(text))
+        return float(number.group())
+
+    def grade(self, prefix: Prefix) -> NDArray[np.float64]:
+        """Probabilities of the grade words; see `Vlm.grade`."""
+        row = self._text_row(self.prompts.levels, prefix.next_position)
+        logits = self._call([row], self._stacked([prefix]))["logits"][0, 0, 0]
+        chosen = logits[self.prompts.level_ids].astype(np.float64)
+        weights = np.exp(chosen - chosen.max())
+        return weights / weights.sum()
+
+    def prefer_first(
+        self, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]
+    ) -> NDArray[np.float64]:
+        """Logits of K comparisons, one forward pass each; see `Vlm.prefer_first`."""
+        if len(firsts) == 1:
+            prefixes = self._stacked(firsts)
+            calls = (
+                ([self._second_row(firsts[0], picture) for picture in part], prefixes, False)
+                for part in chunks(seconds, ROWS_PER_CALL)
+            )
+        else:
+            pairs = list(zip(firsts, seconds, strict=True))
+            calls = (
+                (
+                    [self._second_row(first, picture) for first, picture in part],
+                    self._stacked([first for first, _ in part]),
+                    True,
+                )
+                for part in chunks(pairs, ROWS_PER_CALL)
+            )
+        first_id, second_id = self.prompts.verdict_ids
+        verdicts = []
+        for rows, prefixes, one_each in calls:
+            logits = self._call(rows, prefixes, one_each=one_each)["logits"]
+            logits = logits.reshape(len(rows), -1).astype(np.float64)
+            verdicts.append(logits[:, first_id] - logits[:, second_id])
+        return np.concatenate(verdicts) if verdicts else np.zeros(0)
+
+    def _second_row(self, first: Prefix, second: VisualTokens) -> Row:
+        """The row that shows a second picture and asks which looks better."""
+        p = self.prompts
+        question = np.concatenate([p.closing, p.compare])
+        positions, _ = layout(
+            [len(p.second_opening), second.grid, len(question)], first.next_position
+        )
+        embeds = [self._embed(p.second_opening), second.values, self._embed(question)]
+        return Row(np.concatenate(embeds), positions)
+
+    def _text_row(self, ids: NDArray[np.int64], start: int) -> Row:
+        positions, _ = layout([len(ids)], start)
+        return Row(self._embed(ids), positions)
+
+    def _embed(self, ids: NDArray[np.int64] | Sequence[int]) -> Floats:
+        """Embeddings (n, D) of tokens."""
+        return self.package.embedding[ids].astype(np.float32)
+
+    def _no_prefixes(self, count: int) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
+        s = self.shape
+        empty = np.zeros((s.layers, 2, count, s.kv_heads, 0, s.head_dim), np.float32)
+        return {"prefix": empty, "prefix_lengths": np.zeros(count, np.int64)}
+
+    def _stacked(
+        self, prefixes: Sequence[Prefix]
+    ) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
+        """Prefixes side by side, padded to the longest; a single one is not copied."""
+        lengths = np.array([prefix.length for prefix in prefixes], np.int64)
+        if len(prefixes) == 1:
+            return {"prefix": prefixes[0].key_values[:, :, None], "prefix_lengths": lengths}
+        s = self.shape
+        shape = (s.layers, 2, len(prefixes), s.kv_heads, int(lengths.max()), s.head_dim)
+        stacked = np.zeros(shape, np.float32)
+        for index, prefix in enumerate(prefixes):
+            stacked[:, :, index, :, : prefix.length] = prefix.key_values
+        return {"prefix": stacked, "prefix_lengths": lengths}
+
+    def _call(
+        self,
+        rows: Sequence[Row],
+        prefixes: dict[str, NDArray[np.float32] | NDArray[np.int64]],
+        *,
+        one_each: bool = False,
+    ) -> dict[str, Floats]:
+        """Run rows over one shared prefix, or over one prefix each; logits of the last tokens."""
+        shape = (len(rows), 1) if one_each else (1, len(rows))
+        longest = max(len(row.embeds) for row in rows)
+        embeds = np.zeros((len(rows), longest, self.shape.hidden_size), np.float32)
+        positions = np.zeros((3, len(rows), longest), np.float32)
+        for index, row in enumerate(rows):
+            embeds[index, : len(row.embeds)] = row.embeds
+            positions[:, index, : len(row.embeds)] = row.positions
+        last = np.array([len(row.embeds) - 1 for row in rows], np.int64)
+        s = self.shape
+        past = np.zeros((s.layers, 2, shape[0], s.kv_heads, shape[1], 0, s.head_dim), np.float32)
+        return self._decoder.run(
+            {
+                "embeds": embeds.reshape(*shape, longest, -1),
+                "positions": positions.reshape(3, *shape, longest),
+                **prefixes,
+                "past": past,
+                "past_lengths": np.zeros(shape, np.int64),
+                "logit_positions": last.reshape(*shape, 1),
+            }
+        )
+
+    def continue_writing(
+        self, prefix: Prefix, past: Floats, past_length: int, ids: Sequence[int]
+    ) -> dict[str, Floats]:
+        """Feed tokens after a prefix and a past (L, 2, 1, H, 1, capacity, d), of which
+        `past_length` tokens are real; logits of the last token."""
+        row = self._text_row(np.asarray(ids, np.int64), prefix.next_position + past_length)
+        return self._decoder.run(
+            {
+                "embeds": row.embeds[None, None],
+                "positions": np.ascontiguousarray(row.positions)[:, None, None],
+                **self._stacked([prefix]),
+                "past": past,
+                "past_lengths": np.array([[past_length]], np.int64),
+                "logit_positions": np.array([[[len(ids) - 1]]], np.int64),
+            }
+        )
+
+
+class Writing:
+    """Greedy writing after a prefix, with the past's keys and values kept in place.
+
+    Attributes:
+        tokens: what was accepted so far, the question not included.
+        next_token: what the model would write next.
+    """
+
+    def __init__(
+        self, vlm: LocalVlm, prefix: Prefix, question: NDArray[np.int64], capacity: int
+    ) -> None:
+        s = vlm.shape
+        room = len(question) + capacity
+        self.tokens: list[int] = []
+        self._vlm, self._prefix = vlm, prefix
+        self._past = np.zeros((s.layers, 2, 1, s.kv_heads, 1, room, s.head_dim), np.float32)
+        self._length = 0
+        self._hidden: list[Floats] = []
+        self.next_token = 0
+        self._feed(question.tolist())
+        self._hidden.clear()
+
+    def accept(self, token: int) -> None:
+        """Write one token."""
+        self.tokens.append(token)
+        self._feed([token])
+
+    def force(self, ids: NDArray[np.int64]) -> None:
+        """Write given tokens, whatever the model would have written."""
+        self._feed(ids.tolist())
+
+    def mean_hidden(self) -> Floats:
+        """Mean of the last hidden states over the accepted tokens, (D,); zeros before any."""
+        if not self._hidden:
+            return np.zeros(self._vlm.shape.hidden_size, np.float32)
+        mean: Floats = np.concatenate(self._hidden).mean(axis=0)
+        return mean
+
+    def _feed(self, ids: list[int]) -> None:
+        made = self._vlm.continue_writing(self._prefix, self._past, self._length, ids)
+        self._past[:, :, :, :, :, self._length : self._length + len(ids)] = made["key_values"]
+        self._length += len(ids)
+        self._hidden.append(made["hidden"][0, 0])
+        self.next_token = int(made["logits"][0, 0, 0].argmax())
+
+
+def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Consecutive parts of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
