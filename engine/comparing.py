@@ -21,10 +21,13 @@ class Verdicts:
     """Answers of "does the photo look better?" for K neighbours.
 
     Attributes:
-        preferences: (K,) probability that the photo looks better, NaN where it was not asked.
+        logits: (K, 2) logit of "the photo looks better" with the photo shown first and with it
+            shown second; NaN where it was not asked.
+        preferences: (K,) the same as one probability, NaN where it was not asked.
         asked: neighbours asked about; reused_tokens: prefix tokens that were not read again.
     """
 
+    logits: NDArray[np.float64]
     preferences: NDArray[np.float64]
     asked: int
     reused_tokens: int
@@ -63,33 +66,31 @@ class Comparer:
         """
         distance = [abs(case.score - initial_score) for case in neighbours]
         order = np.argsort(distance, kind="stable")
-        preferences = np.full(len(neighbours), np.nan)
+        logits = np.full((len(neighbours), 2), np.nan)
         asked = reused = 0
         for start in range(0, len(order), WAVE):
-            if not go_on(preferences):
+            if not go_on(preferences_of(logits, temperature)):
                 break
             wave = order[start : start + WAVE]
             cases = [neighbours[index] for index in wave]
-            answers, saved = self._ask(photo, cases, both_orders, temperature)
-            preferences[wave] = answers
+            logits[wave], saved = self._ask(photo, cases, both_orders)
             asked += len(wave)
             reused += saved
-        return Verdicts(preferences, asked, reused)
+        return Verdicts(logits, preferences_of(logits, temperature), asked, reused)
 
     def _ask(
-        self, photo: Prefix, cases: Sequence[Case], both_orders: bool, temperature: float
+        self, photo: Prefix, cases: Sequence[Case], both_orders: bool
     ) -> tuple[NDArray[np.float64], int]:
-        """Preferences of one wave and the prefix tokens that were not read again."""
+        """Logits (n, 2) of one wave and the prefix tokens that were not read again."""
         pictures = [VisualTokens(case.tokens, case.grid) for case in cases]
-        photo_first = sigmoid(self.vlm.prefer_first([photo], pictures) / temperature)
+        logits = np.full((len(cases), 2), np.nan)
+        logits[:, 0] = self.vlm.prefer_first([photo], pictures)
         reused = photo.length * len(cases)
-        if not both_orders:
-            return photo_first, reused
-        firsts, kept = self._prefixes(cases, pictures)
-        case_first = sigmoid(
-            self.vlm.prefer_first(firsts, [photo.tokens] * len(cases)) / temperature
-        )
-        return (photo_first + 1 - case_first) / 2, reused + kept
+        if both_orders:
+            firsts, kept = self._prefixes(cases, pictures)
+            logits[:, 1] = -self.vlm.prefer_first(firsts, [photo.tokens] * len(cases))
+            reused += kept
+        return logits, reused
 
     def _prefixes(
         self, cases: Sequence[Case], pictures: Sequence[VisualTokens]
@@ -104,6 +105,16 @@ class Comparer:
             found[index] = prefix
             self.anchor_prefixes.put(keys[index], prefix)
         return [prefix for prefix in found if prefix is not None], kept
+
+
+def preferences_of(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+    """Probability (K,) that the photo looks better, from logits (K, 2).
+
+    The mean of the two orders where both were asked, which cancels a bias for either place.
+    """
+    chances = sigmoid(logits / temperature)
+    answers = (~np.isnan(chances)).sum(axis=1)
+    return np.where(answers > 0, np.nansum(chances, axis=1) / np.maximum(answers, 1), np.nan)
 
 
 def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import meiqa
 from meiqa.engine.caches import ByteLru, ContentKey
-from meiqa.engine.comparing import Comparer, Verdicts, sigmoid
+from meiqa.engine.comparing import Comparer, Verdicts, preferences_of
 from meiqa.engine.fusing import Posterior, fuse
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid, load_pixels, source_name
 from meiqa.engine.package import Calibration, EnginePackage
@@ -170,12 +170,12 @@ class Engine:
         scores = [self.score(image, learn=False).score for image in (first, second)]
         photos = [self._read(load_pixels(image)) for image in (first, second)]
         one, two = (photo.prefix for photo in photos)
-        logits = self._vlm.prefer_first([one, two], [two.tokens, one.tokens])
-        forth, back = sigmoid(logits / self._calibration.temperature)
+        forth, back = self._vlm.prefer_first([one, two], [two.tokens, one.tokens])
+        preference = preferences_of(np.array([[forth, -back]]), self._calibration.temperature)
         return PairComparison(
             first=photos[0].pixels.name,
             second=photos[1].pixels.name,
-            preference=float(forth + 1 - back) / 2,
+            preference=float(preference[0]),
             first_score=scores[0],
             second_score=scores[1],
             timings_ms={"total": clock.elapsed_ms},

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from meiqa.engine.package import Calibration
 from meiqa.engine.vlm import Description, Floats, Prefix, Vlm
-from meiqa.errors import AnswerUnreadable
 
 GRADES = np.arange(1.0, 6.0)
 
@@ -48,13 +47,10 @@ def first_opinion(
         summary_tokens: limit of the description; 0 asks for a grade word only.
     """
     if summary_tokens == 0:
-        return graded_opinion(vlm, prefix, calibration, None, unreadable=False)
-    try:
-        description = vlm.describe(prefix, summary_tokens)
-    except AnswerUnreadable:
-        return graded_opinion(vlm, prefix, calibration, None, unreadable=True)
+        return graded_opinion(vlm, prefix, calibration, None)
+    description = vlm.describe(prefix, summary_tokens)
     if calibration.score_head == "levels" or description.rating is None:
-        return graded_opinion(vlm, prefix, calibration, description, unreadable=False)
+        return graded_opinion(vlm, prefix, calibration, description)
     return Opinion(
         raw=description.rating,
         head="text",
@@ -73,8 +69,6 @@ def graded_opinion(
     prefix: Prefix,
     calibration: Calibration,
     description: Description | None,
-    *,
-    unreadable: bool,
 ) -> Opinion:
     """The opinion whose score is the expectation over the grade words."""
     raw = expected_grade(vlm.grade(prefix))
@@ -86,7 +80,7 @@ def graded_opinion(
         summary=description.text if description else None,
         key=description.key if description else None,
         shortened=description is not None and not description.complete,
-        unreadable=unreadable,
+        unreadable=description is not None and description.rating is None,
         written_tokens=description.tokens if description else 0,
     )
 

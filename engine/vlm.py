@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from meiqa.engine.package import EnginePackage, ImageProcessing
 from meiqa.engine.prompts import layout
 from meiqa.engine.runtime.base import GraphSession
-from meiqa.errors import AnswerUnreadable
 from meiqa.kernels.patches import pixels_to_patches
 
 Floats = NDArray[np.float32]
@@ -75,7 +74,7 @@ class Description:
     Attributes:
         text: the description.
         key: mean of the decoder's last hidden states over the description, (D,).
-        rating: the printed rating, None when none was asked for.
+        rating: the printed rating, None when none was asked for or it is not a number.
         complete: False when the token limit cut the description.
         tokens: tokens written.
     """
@@ -185,11 +184,7 @@ class LocalVlm:
             yield Prefix(key_values, picture, after[index])
 
     def describe(self, prefix: Prefix, max_tokens: int) -> Description:
-        """Write a description and a rating, greedily; see `Vlm.describe`.
-
-        Raises:
-            AnswerUnreadable: what was printed as the rating is not a number.
-        """
+        """Write a description and a rating, greedily; see `Vlm.describe`."""
         writing = Writing(self, prefix, self.prompts.score, max_tokens + RATING_TOKENS + 8)
         text, complete = self._written_until_end(writing, max_tokens)
         key = writing.mean_hidden()
@@ -215,8 +210,8 @@ class LocalVlm:
         complete = writing.next_token in ends
         return self.prompts.tokenizer.decode(writing.tokens).strip(), complete
 
-    def _rating(self, writing: Writing) -> float:
-        """The number the model prints next."""
+    def _rating(self, writing: Writing) -> float | None:
+        """The number the model prints next, None if it prints something else."""
         closes = self.prompts.single(self.prompts.family.answer_close)
         printed: list[int] = []
         while writing.next_token not in (closes, self.prompts.stop):
@@ -224,11 +219,8 @@ class LocalVlm:
             if len(printed) == RATING_TOKENS:
                 break
             writing.accept(writing.next_token)
-        text = self.prompts.tokenizer.decode(printed)
-        number = NUMBER.search(text)
-        if number is None:
-            raise AnswerUnreadable("the model printed no rating", seen=repr(text))
-        return float(number.group())
+        number = NUMBER.search(self.prompts.tokenizer.decode(printed))
+        return float(number.group()) if number else None
 
     def grade(self, prefix: Prefix) -> NDArray[np.float64]:
         """Probabilities of the grade words; see `Vlm.grade`."""

@@ -40,7 +40,7 @@ class Recipe:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     average_decay: float = 0.995
-    checkpoint_minutes: float = 2.0
+    checkpoint_minutes: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--tower", choices=("conv", "vit"), default="conv")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--judged", type=int, default=1024, help="unseen photographs in a log line")
+    parser.add_argument("--judged", type=int, default=256, help="unseen photographs in a log line")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     run = Pretraining(arguments.work, arguments.tower, Recipe(arguments.minutes))
