@@ -211,9 +211,7 @@ class Engine:
             photo, known = self._read_or_known(pixels)
         plan = plan_work(policy.k, clock.remaining_ms, costs) if costs else whole_plan(policy.k)
         with clock.stage("describe"):
-            opinion = first_opinion(
-                self._vlm, photo.prefix, self._calibration, plan.summary_tokens
-            )
+            opinion = first_opinion(self._vlm, photo.prefix, self._calibration, plan.summary_tokens)
         with clock.stage("retrieve"):
             key = self._projected_key(photo) if opinion.key is None else opinion.key
             neighbours = snapshot.retrieve(
@@ -319,8 +317,6 @@ class Engine:
     ) -> tuple[str | None, tuple[str, ...]]:
         """Reflect and remember; the corrected description and what could not be done."""
         reflection = reflect(self._vlm, photo.prefix, photo.pixels.digest, opinion, posterior)
-        if not self.memory.writable:
-            return reflection.description.text, ("not remembered: the memory is read-only",)
         try:
             self.memory.remember(reflection.case, provenance=f"reflected on {photo.pixels.name}")
         except StoreError as error:
@@ -441,4 +437,3 @@ def open_memory(
 def holds_anchors(path: Path) -> bool:
     """Whether a memory directory has anchors of its own."""
     return (path / "anchors.seg").exists()
-

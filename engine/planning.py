@@ -87,7 +87,9 @@ def degraded_plans(whole: Plan) -> Iterator[Plan]:
     yield Plan(SHORT_SUMMARY_TOKENS, k, both_orders=True, degraded=("shorter summary",))
     yield Plan(0, k, both_orders=True, degraded=("no summary",))
     for fewer in range(k - 1, min(FEWEST_NEIGHBOURS, k) - 1, -1):
-        yield Plan(0, fewer, both_orders=True, degraded=("no summary", f"{fewer} of {k} neighbours"))
+        yield Plan(
+            0, fewer, both_orders=True, degraded=("no summary", f"{fewer} of {k} neighbours")
+        )
     for fewer in range(k, 0, -1):
         lost = ("no summary", f"{fewer} of {k} neighbours", "one order")
         yield Plan(0, fewer, both_orders=False, degraded=lost)

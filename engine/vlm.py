@@ -59,7 +59,7 @@ class Prefix:
     @property
     def length(self) -> int:
         """Tokens in the prefix."""
-        return self.key_values.shape[3]
+        return int(self.key_values.shape[3])
 
     @property
     def nbytes(self) -> int:
@@ -141,9 +141,7 @@ class Row:
 class LocalVlm:
     """The model of an engine package, run by two graph sessions."""
 
-    def __init__(
-        self, package: EnginePackage, vision: GraphSession, decoder: GraphSession
-    ) -> None:
+    def __init__(self, package: EnginePackage, vision: GraphSession, decoder: GraphSession) -> None:
         self.package = package
         self.prompts = package.prompts
         self.shape = package.manifest.decoder
@@ -228,7 +226,8 @@ class LocalVlm:
         logits = self._call([row], self._stacked([prefix]))["logits"][0, 0, 0]
         chosen = logits[self.prompts.level_ids].astype(np.float64)
         weights = np.exp(chosen - chosen.max())
-        return weights / weights.sum()
+        probabilities: NDArray[np.float64] = weights / weights.sum()
+        return probabilities
 
     def prefer_first(
         self, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
@@ -77,7 +78,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         PackageNotFound: a file is missing.
-        PackageCorrupted: the architecture is not supported or the weights do not fit it.
+        PackageCorrupted: a file is not what it should be, the architecture is not supported, or
+            the weights do not fit it.
     """
     config = read_json(folder / "config.json")
     architecture = (config.get("architectures") or ["none"])[0]
@@ -87,31 +89,42 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             seen=architecture,
             allowed=", ".join(SUPPORTED),
         )
-    vision = ConvHybridConfig(
-        **{**config["vision_config"], "widths": tuple(config["vision_config"]["widths"])}
-    )
-    section = tuple(config["text_config"]["mrope_section"])
-    text = DecoderConfig(**{**config["text_config"], "mrope_section": section})
-    model = ConvHybridVlm(vision, text)
-    load_weights(model, required(folder / "model.safetensors"))
     image = read_json(folder / "preprocessor_config.json")
-    tokenizer = Tokenizer.from_file(str(required(folder / "tokenizer.json")))
-    return Checkpoint(
-        model.eval(), tokenizer, tuple(image["image_mean"]), tuple(image["image_std"])
+    try:
+        model = ConvHybridVlm(*shapes_in(config))
+        mean, std = tuple(image["image_mean"]), tuple(image["image_std"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise PackageCorrupted(
+            f"the configuration in {folder} is not what this version reads", seen=str(error)
+        ) from error
+    load_weights(model, required(folder / "model.safetensors"))
+    return Checkpoint(model.eval(), read_tokenizer(folder / "tokenizer.json"), mean, std)
+
+
+def shapes_in(config: dict[str, Any]) -> tuple[ConvHybridConfig, DecoderConfig]:
+    """Shapes of the tower and of the decoder in config.json."""
+    vision, text = config["vision_config"], config["text_config"]
+    return (
+        ConvHybridConfig(**{**vision, "widths": tuple(vision["widths"])}),
+        DecoderConfig(**{**text, "mrope_section": tuple(text["mrope_section"])}),
     )
 
 
 def load_weights(model: ConvHybridVlm, path: Path) -> None:
     """Copy weights into the model; every weight must be there and none left over."""
-    stored = {name.removeprefix("model."): value for name, value in load_file(path).items()}
-    if model.language_model.config.tie_word_embeddings:
-        embedding = stored["language_model.embed_tokens.weight"]
-        stored["language_model.lm_head.weight"] = embedding
-    expected = model.state_dict().keys()
-    if stored.keys() != expected:
+    try:
+        stored = {name.removeprefix("model."): value for name, value in load_file(path).items()}
+    except SafetensorError as error:
+        raise PackageCorrupted(f"{path} is not a safetensors file", seen=str(error)) from error
+    embedding = "language_model.embed_tokens.weight"
+    if model.language_model.config.tie_word_embeddings and embedding in stored:
+        stored["language_model.lm_head.weight"] = stored[embedding]
+    found = {(name, tuple(value.shape)) for name, value in stored.items()}
+    expected = {(name, tuple(value.shape)) for name, value in model.state_dict().items()}
+    if found != expected:
         raise PackageCorrupted(
             f"{path} does not hold this architecture's weights",
-            seen=", ".join(sorted(stored.keys() ^ expected)[:4]),
+            seen=", ".join(f"{name} {list(shape)}" for name, shape in sorted(found ^ expected)[:4]),
         )
     singles = {n: v.float() if v.is_floating_point() else v for n, v in stored.items()}
     with torch.no_grad():
@@ -129,5 +142,19 @@ def required(path: Path) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint."""
-    values: dict[str, Any] = json.loads(required(path).read_text())
+    try:
+        values = json.loads(required(path).read_text())
+    except ValueError as error:
+        raise PackageCorrupted(f"{path} is not valid JSON", seen=str(error)) from error
+    if not isinstance(values, dict):
+        raise PackageCorrupted(f"{path} is not an object", seen=type(values).__name__)
     return values
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint."""
+    text = required(path).read_text()
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise PackageCorrupted(f"{path} is not a tokenizer", seen=str(error)) from error

@@ -66,7 +66,9 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         batch, cells, width = x.shape
@@ -75,7 +77,8 @@ class AttentionBlock(nn.Module):
         scores = query @ key.transpose(-1, -2) * (width // self.heads) ** -0.5
         mixed = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, cells, width)
         x = x + self.proj(mixed)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 def cell_statistics(features: Tensor, window: int) -> Tensor:
@@ -128,7 +131,8 @@ class ConvHybridTower(nn.Module):
         statistics = torch.cat(
             [cell_statistics(f, cell // s) for f, s in ((at8, 8), (at16, 16), (at32, 32))], -1
         )
-        return statistics.unflatten(1, (images.shape[2] // cell, images.shape[3] // cell))
+        rows, columns = images.shape[2] // cell, images.shape[3] // cell
+        return statistics.reshape(images.shape[0], rows, columns, self.statistics_width)
 
     def tokens_from_features(self, features: Tensor) -> Tensor:
         """Statistics (B, cells, statistics_width) → visual tokens (B, cells, hidden_size)."""

@@ -97,7 +97,7 @@ class SegmentedAttention(nn.Module):
 
     def by_kv_head(self, x: Tensor) -> Tensor:
         """(P, R, S, H * d) → (P, H, R, S, d)."""
-        return x.unflatten(-1, (self.kv_heads, self.head_dim)).permute(0, 3, 1, 2, 4)
+        return x.reshape(*x.shape[:3], self.kv_heads, self.head_dim).permute(0, 3, 1, 2, 4)
 
     def forward(
         self,
@@ -135,7 +135,7 @@ class SegmentedAttention(nn.Module):
         own = query @ own_keys.transpose(-1, -2)
         own = (own.reshape(p, h, r, g, s, own.shape[-1]) + own_bias).reshape(own.shape)
         weights = torch.cat([seen, own], -1).softmax(-1)
-        of_prefix, of_own = weights.split([seen.shape[-1], own.shape[-1]], -1)
+        of_prefix, of_own = torch.split(weights, [seen.shape[-1], own.shape[-1]], -1)
         mixed = of_prefix.reshape(p, h, r * g * s, seen.shape[-1]) @ prefix[1]
         mixed = mixed.reshape(p, h, r, g * s, d) + of_own @ own_values
         mixed = mixed.reshape(p, h, r, g, s, d).permute(0, 2, 4, 1, 3, 5)

@@ -82,7 +82,7 @@ def export_decoder(decoder: SharedPrefixDecoder, path: Path) -> None:
 def export(
     module: nn.Module,
     example: tuple[Tensor, ...],
-    shapes: dict[str, dict[int, object]],
+    shapes: dict[str, dict[int, Dim]],
     outputs: tuple[str, ...],
     path: Path,
 ) -> None:

@@ -64,7 +64,9 @@ DECODER_EVERY = 7
 Pictures = Sequence[NDArray[np.uint8]]
 
 
-def export_package(checkpoint: Path, out: Path, precision: str, pictures: Pictures) -> EnginePackage:
+def export_package(
+    checkpoint: Path, out: Path, precision: str, pictures: Pictures
+) -> EnginePackage:
     """Export a checkpoint.
 
     Args:

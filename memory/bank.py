@@ -152,6 +152,11 @@ class MemoryBank:
     ) -> None:
         self.close()
 
+    @property
+    def writable(self) -> bool:
+        """Whether cases can be remembered."""
+        return self._contrast.writable
+
     def snapshot(self) -> Snapshot:
         """Freeze what is stored now; what is remembered or forgotten later does not change it."""
         return Snapshot(self._anchors, self._contrast.view(), self._contrast.note_retrieved)

@@ -72,8 +72,9 @@ def describe_attributes(attributes: dict[str, float]) -> dict[str, str]:
 
 def laplacian(luma: np.ndarray) -> np.ndarray:
     """Four-neighbour Laplacian of the interior."""
-    inner = luma[1:-1, 1:-1]
-    return luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * inner
+    around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
+    response: np.ndarray = around - 4 * luma[1:-1, 1:-1]
+    return response
 
 
 def noise_deviation(luma: np.ndarray) -> float:

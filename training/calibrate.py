@@ -14,6 +14,7 @@ import itertools
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,13 +67,11 @@ def judge_anchors(
     comparer = Comparer(vlm, package.digest, ByteLru[Prefix](ANCHOR_CACHE_BYTES))
     snapshot, names = bank.snapshot(), anchor_names(data)
     rows = [row for row in human_scored(data) if row["file"] in names]
-    columns: dict[str, list[object]] = {name: [] for name in Judged.__dataclass_fields__}
+    columns: dict[str, list[Any]] = {name: [] for name in Judged.__dataclass_fields__}
     for index, row in enumerate(sorted(rows, key=lambda r: name_hash(r["file"]))[:limit], 1):
         digest, prefix = read_photograph(vlm, data / "biq2021" / "images" / row["file"])
         description = vlm.describe(prefix, FULL_SUMMARY_TOKENS)
-        neighbours = snapshot.retrieve(
-            description.key, RetrievalPolicy(k=k), exclude_digest=digest
-        )
+        neighbours = snapshot.retrieve(description.key, RetrievalPolicy(k=k), exclude_digest=digest)
         verdicts = comparer.compare(
             prefix, 3.0, neighbours, both_orders=True, temperature=1.0, go_on=lambda _: True
         )
@@ -99,7 +98,9 @@ def fitted_logistic(raw: Floats, human: Floats) -> Logistic:
     return Logistic(*(float(b) for b in fit.x))
 
 
-def fused_scores(judged: Judged, prior: Floats, temperature: float, sigma: float, lam: float) -> tuple[Floats, Floats]:
+def fused_scores(
+    judged: Judged, prior: Floats, temperature: float, sigma: float, lam: float
+) -> tuple[Floats, Floats]:
     """Posterior scores and deviations (N,) under given parameters."""
     n, k, _ = judged.logits.shape
     preferences = preferences_of(judged.logits.reshape(n * k, 2), temperature).reshape(n, k)
@@ -124,12 +125,18 @@ def fitted_deviation(errors: Floats, stds: Floats) -> tuple[float, float]:
         return float(np.mean(np.log(variance) + errors**2 / variance))
 
     spread = float(np.sqrt(np.mean(errors**2)))
-    found = minimize(surprise, np.log([0.5 * spread / np.mean(stds), 0.5 * spread]), method="Nelder-Mead")
+    found = minimize(
+        surprise,
+        np.log(np.array([0.5 * spread / float(np.mean(stds)), 0.5 * spread])),
+        method="Nelder-Mead",
+    )
     scale, floor = np.exp(found.x)
     return float(scale), float(floor)
 
 
-def fitted_head(judged: Judged, head: str, base: Calibration) -> tuple[Calibration, dict[str, float]]:
+def fitted_head(
+    judged: Judged, head: str, base: Calibration
+) -> tuple[Calibration, dict[str, float]]:
     """Calibration with one score head as the initial score, and what it reaches."""
     raws = {"text": judged.text, "levels": judged.levels}
     prior = raws[head]
@@ -157,7 +164,9 @@ def fitted_head(judged: Judged, head: str, base: Calibration) -> tuple[Calibrati
     return fitted, reached
 
 
-def fitted_calibration(judged: Judged, base: Calibration) -> tuple[Calibration, dict[str, dict[str, float]]]:
+def fitted_calibration(
+    judged: Judged, base: Calibration
+) -> tuple[Calibration, dict[str, dict[str, float]]]:
     """The calibration of the head whose fused scores are nearest to people's."""
     readable = ~np.isnan(judged.text)
     text = fitted_logistic(judged.text[readable], judged.human[readable])

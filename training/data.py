@@ -180,7 +180,9 @@ def prepare(data: Path, folder: Path, workers: int) -> None:
                 write_set(folder, name, len(part), iter(made))
         for name, sources in distorted.items():
             if not (folder / f"{name}.jsonl").exists():
-                batches = pool.map(partial(distorted_photographs, data=data, scores=scores), sources)
+                batches = pool.map(
+                    partial(distorted_photographs, data=data, scores=scores), sources
+                )
                 made = (pair for batch in batches for pair in batch)
                 write_set(folder, name, len(sources) * per_source, made)
 
@@ -188,7 +190,9 @@ def prepare(data: Path, folder: Path, workers: int) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m meiqa.training.data", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with biq2021/, pristine/ and labels/")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with biq2021/, pristine/ and labels/"
+    )
     parser.add_argument("--work", type=Path, required=True, help="where the arrays are written")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()

@@ -65,9 +65,10 @@ class CellSet:
 
     def window(self, index: int, side: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         """A random window (h, w, F) of a random view of one photograph."""
-        view = self.features[index, rng.integers(self.features.shape[1])]
+        view: np.ndarray = self.features[index, rng.integers(self.features.shape[1])]
         top, left = (rng.integers(0, n - s + 1) for n, s in zip(view.shape[:2], side, strict=True))
-        return view[top : top + side[0], left : left + side[1]]
+        window: np.ndarray = view[top : top + side[0], left : left + side[1]]
+        return window
 
 
 @torch.no_grad()
@@ -196,9 +197,7 @@ class Reader:
         """Next-token logits (P * R, V) after "which looks better" against partners (P, R)."""
         p, rows = self.prompts, (partners.shape[0], partners.shape[1])
         question = np.concatenate([p.closing, p.compare])
-        positions, _ = layout(
-            [len(p.second_opening), read.grid, len(question)], read.next_position
-        )
+        positions, _ = layout([len(p.second_opening), read.grid, len(question)], read.next_position)
         embeds = torch.cat(
             [
                 self.embedded(p.second_opening, rows),
@@ -209,10 +208,13 @@ class Reader:
         )
         return self.logits(self.continued(read, embeds, positions)[:, :, -1]).flatten(0, 1)
 
-    def text_loss(self, read: ReadPictures, prompts: list[np.ndarray], answers: list[str]) -> Tensor:
+    def text_loss(
+        self, read: ReadPictures, prompts: list[np.ndarray], answers: list[str]
+    ) -> Tensor:
         """Cross-entropy of answers, the printed rating weighted up."""
         rows = [
-            (prompt, self.prompts.ids(answer)) for prompt, answer in zip(prompts, answers, strict=True)
+            (prompt, self.prompts.ids(answer))
+            for prompt, answer in zip(prompts, answers, strict=True)
         ]
         longest = max(len(p) + len(a) for p, a in rows)
         ids = np.zeros((len(rows), longest), np.int64)
@@ -226,9 +228,13 @@ class Reader:
             )
         positions, _ = layout([longest - 1], read.next_position)
         table = self.model.language_model.embed_tokens
-        hidden = self.continued(read, table(torch.from_numpy(ids[:, :-1]))[:, None], positions)[:, 0]
+        hidden = self.continued(read, table(torch.from_numpy(ids[:, :-1]))[:, None], positions)[
+            :, 0
+        ]
         losses = functional.cross_entropy(
-            self.logits(hidden).flatten(0, 1), torch.from_numpy(ids[:, 1:]).flatten(), reduction="none"
+            self.logits(hidden).flatten(0, 1),
+            torch.from_numpy(ids[:, 1:]).flatten(),
+            reduction="none",
         )
         kept = torch.from_numpy(weights[:, 1:]).flatten()
         return (losses * kept).sum() / kept.sum()
@@ -275,10 +281,12 @@ class Objective(nn.Module):
         return {
             "rated": 0.5 * functional.smooth_l1_loss(rated, batch.scores, beta=0.5),
             "text": reader.text_loss(read, [prompts.score] * size, answers),
-            "levels": 0.5 * soft_answer_loss(
+            "levels": 0.5
+            * soft_answer_loss(
                 reader.asked(read, prompts.levels), prompts.level_ids, level_targets(batch.scores)
             ),
-            "pairs": 2.0 * soft_answer_loss(
+            "pairs": 2.0
+            * soft_answer_loss(
                 reader.compared(read, partners),
                 prompts.verdict_ids,
                 torch.stack([wins, 1 - wins], -1),
@@ -313,7 +321,9 @@ def unseen_report(reader: Reader, anchors: CellSet, count: int) -> dict[str, flo
         cells = np.array(anchors.features[part, 0], np.float32)
         grid = (cells.shape[1], cells.shape[2])
         read = reader.read(torch.from_numpy(cells).flatten(1, 2), grid)
-        logits = reader.asked(read, reader.prompts.levels)[:, torch.as_tensor(reader.prompts.level_ids)]
+        logits = reader.asked(read, reader.prompts.levels)[
+            :, torch.as_tensor(reader.prompts.level_ids)
+        ]
         graded.extend((logits.softmax(-1) @ torch.arange(1.0, 6.0)).tolist())
         truth = torch.tensor([p.score for p in anchors.photographs[part]])
         scores.extend(truth.tolist())
@@ -360,14 +370,19 @@ def initial_model(tower: ConvHybridTower, vocabulary: int) -> ConvHybridVlm:
 class Finetuning:
     """A resumable run of stage 2."""
 
-    def __init__(self, model: ConvHybridVlm, tokenizer: Tokenizer, folder: Path, recipe: Recipe) -> None:
+    def __init__(
+        self, model: ConvHybridVlm, tokenizer: Tokenizer, folder: Path, recipe: Recipe
+    ) -> None:
         self.recipe, self.folder, self.tokenizer = recipe, folder, tokenizer
         folder.mkdir(parents=True, exist_ok=True)
         self.model = model
         self.average = copy.deepcopy(model)
         self.objective = Objective(Reader(model, tokenizer), recipe)
         self.optimiser = torch.optim.AdamW(
-            self.parameter_groups(), recipe.learning_rate, (0.9, 0.95), weight_decay=recipe.weight_decay
+            self.parameter_groups(),
+            recipe.learning_rate,
+            (0.9, 0.95),
+            weight_decay=recipe.weight_decay,
         )
         self.base_rates = [group["lr"] for group in self.optimiser.param_groups]
         self.steps, self.spent_s = 0, 0.0
@@ -377,12 +392,21 @@ class Finetuning:
     def parameter_groups(self) -> list[dict[str, object]]:
         """Decoder at full rate, the tower's attention at a share of it, convolutions frozen."""
         tower = self.model.visual
-        reading = [tower.statistics_norm, tower.embed, tower.blocks, tower.merger_norm, tower.merger]
+        reading = [
+            tower.statistics_norm,
+            tower.embed,
+            tower.blocks,
+            tower.merger_norm,
+            tower.merger,
+        ]
         rate = self.recipe.learning_rate
         decoder = [*self.model.language_model.parameters(), *self.objective.rating.parameters()]
         return [
             {"params": decoder, "lr": rate},
-            {"params": [p for m in reading for p in m.parameters()], "lr": rate * self.recipe.tower_share},
+            {
+                "params": [p for m in reading for p in m.parameters()],
+                "lr": rate * self.recipe.tower_share,
+            },
         ]
 
     def resume(self) -> None:
@@ -441,7 +465,9 @@ class Finetuning:
         """Append mean losses and the report on unseen photographs."""
         line: dict[str, float] = {"minutes": round(self.spent_s / 60, 2), "steps": self.steps}
         line |= {name: round(float(np.mean([x[name] for x in losses])), 4) for name in losses[0]}
-        line |= unseen_report(Reader(self.average, self.tokenizer), anchors, min(256, len(anchors.photographs)))
+        line |= unseen_report(
+            Reader(self.average, self.tokenizer), anchors, min(256, len(anchors.photographs))
+        )
         print(json.dumps(line), flush=True)
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")

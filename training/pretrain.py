@@ -87,7 +87,8 @@ class CropSampler:
 def correlation_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
     """1 - Pearson correlation."""
     p, w = predicted - predicted.mean(), wanted - wanted.mean()
-    return 1 - (p * w).sum() / (p.norm() * w.norm() + 1e-6)
+    correlation: Tensor = (p * w).sum() / (p.norm() * w.norm() + 1e-6)
+    return 1 - correlation
 
 
 def batch_loss(model: JudgedTower, batch: CropBatch) -> Tensor:
@@ -135,7 +136,7 @@ class Pretraining:
         self.recipe, self.folder = recipe, work / f"stage1-{tower}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = JudgedTower(make_tower(tower, HIDDEN_SIZE), HIDDEN_SIZE)
-        self.model.to(memory_format=torch.channels_last)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.model)
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -182,7 +183,9 @@ class Pretraining:
         nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
         self.optimiser.step()
         self.steps += 1
-        average_into(self.average, self.model, min(self.recipe.average_decay, 1 - 10 / (self.steps + 10)))
+        average_into(
+            self.average, self.model, min(self.recipe.average_decay, 1 - 10 / (self.steps + 10))
+        )
         return float(loss.detach())
 
     def run(self, sampler: CropSampler, judged: PhotographSet, judged_count: int) -> None:

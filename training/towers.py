@@ -32,7 +32,8 @@ class WindowAttentionBlock(nn.Module):
             rotate(query, cosine, sine), rotate(key, cosine, sine), value
         )
         x = x + self.proj(mixed.transpose(1, 2).reshape(windows, patches, width))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 class WindowVitTower(nn.Module):
@@ -76,7 +77,10 @@ class WindowVitTower(nn.Module):
         order = self.in_windows(torch.arange(h * w).reshape(1, h, w, 1), self.window).flatten()
         cosine, sine = self.rotary(place[..., 0], place[..., 1])
         x = self.in_windows(grid, self.window)
-        everywhere = (cosine.transpose(0, 1).flatten(1, 2)[None], sine.transpose(0, 1).flatten(1, 2)[None])
+        everywhere = (
+            cosine.transpose(0, 1).flatten(1, 2)[None],
+            sine.transpose(0, 1).flatten(1, 2)[None],
+        )
         for index, block in enumerate(self.blocks):
             if index % 3 == 2:
                 x = block(x.reshape(b, -1, c), *everywhere).reshape(x.shape)

@@ -1,0 +1,77 @@
+"""A model of a few thousand random weights with the architecture of the real one."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from meiqa.engine.package import EnginePackage
+from meiqa.export import package as packaging
+from meiqa.export.checkpoint import Checkpoint, ConvHybridVlm, save_checkpoint
+from meiqa.export.conv_hybrid import ConvHybridConfig
+from meiqa.export.decoder import DecoderConfig
+from meiqa.training.texts import corpus_of, train_tokenizer
+
+WIDTH = 64
+MROPE_SECTION = (2, 3, 3)
+TEXTS = [
+    "Slight blur. The picture is soft and dark, with little noise. Overall poor quality.",
+    "The picture is sharp and well exposed, with natural colour. Overall good quality.",
+]
+
+
+def make_checkpoint(seed: int = 0) -> Checkpoint:
+    """A random model; batch statistics are random too, so that folding them is put to the test."""
+    tokenizer = train_tokenizer([*corpus_of([]), *TEXTS * 50])
+    vision = ConvHybridConfig(hidden_size=WIDTH, widths=(8, 8, 16, 16, 16), attention_blocks=1)
+    text = DecoderConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=WIDTH,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mrope_section=MROPE_SECTION,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = ConvHybridVlm(vision, text).eval()
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
+                torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return Checkpoint(model, tokenizer, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+
+
+def save(folder: Path) -> Path:
+    """Write the random model as a checkpoint."""
+    save_checkpoint(make_checkpoint(), folder)
+    return folder
+
+
+def export_float(checkpoint: Path, out: Path, pictures: list[NDArray[np.uint8]]) -> EnginePackage:
+    """Export in fp32; what PyTorch's exporter says about its own deprecations is not ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|onnxscript)\b")
+        return packaging.export_package(checkpoint, out, "fp32", pictures)
+
+
+def export_int8(
+    checkpoint: Path, float_package: EnginePackage, out: Path, pictures: list[NDArray[np.uint8]]
+) -> EnginePackage:
+    """Export in INT8, taking the float graphs from a package, since tracing them is slow."""
+
+    def copy_float_package(_: Checkpoint, __: Path, folder: Path) -> None:
+        for file in float_package.path.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packaging, "write_float_package", copy_float_package)
+        return packaging.export_package(checkpoint, out, "int8", pictures)
