@@ -25,6 +25,8 @@ from meiqa.errors import PackageCorrupted, PackageNotFound, SchemaUnsupported, U
 SCHEMA = 1
 MANIFEST = "manifest.json"
 SCORE_HEADS = ("text", "levels")
+GRAPHS = ("vision", "decoder")
+DATA_FILES = ("embedding.npy", "key_projection.npy", "tokenizer.json")
 
 Record = TypeVar("Record", bound="_Fields")
 
@@ -227,10 +229,34 @@ class Manifest:
                 "the manifest has other fields than this version reads",
                 seen=", ".join(sorted(values.keys() ^ names)),
             )
+        try:
+            return cls._of_parts(values)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise PackageCorrupted(
+                "a part of the manifest is not what this version reads", seen=str(error)
+            ) from error
+
+    @classmethod
+    def _of_parts(cls, values: Mapping[str, Any]) -> Manifest:
+        graphs = {name: Graph.from_dict(graph) for name, graph in values["graphs"].items()}
+        if graphs.keys() != set(GRAPHS):
+            raise PackageCorrupted(
+                "the manifest has other graphs than this version runs",
+                seen=", ".join(sorted(graphs)) or "none",
+                allowed=", ".join(GRAPHS),
+            )
+        used = {*DATA_FILES, *(graph.file for graph in graphs.values())}
+        unlisted = used - values["files"].keys()
+        if unlisted:
+            raise PackageCorrupted(
+                "the manifest has no digest of a file that is used",
+                seen=", ".join(sorted(unlisted)),
+                hint="export or install the package again",
+            )
         return cls(
             **{
                 **values,
-                "graphs": {n: Graph.from_dict(g) for n, g in values["graphs"].items()},
+                "graphs": graphs,
                 "image": ImageProcessing.from_dict(values["image"]),
                 "decoder": DecoderShape.from_dict(values["decoder"]),
                 "prompt": PromptFamily.from_dict(values["prompt"]),

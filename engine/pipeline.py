@@ -96,8 +96,9 @@ class Engine:
         if threads is not None and threads < 1:
             raise UsageError("threads must be positive", seen=threads, allowed="1 or more")
         opened = EnginePackage.open(package or ASSETS / "package", verify=verify)
-        bank = open_memory(memory, opened.digest, verify=verify, learn=learn)
-        return cls(LocalVlm(opened, *open_sessions(opened, device, threads)), opened, bank)
+        vlm = LocalVlm(opened, *open_sessions(opened, device, threads))
+        # Last, so that an engine that is refused does not hold the memory's lock.
+        return cls(vlm, opened, open_memory(memory, opened.digest, verify=verify, learn=learn))
 
     def __enter__(self) -> Engine:
         return self

@@ -29,14 +29,14 @@ DECODER_SHAPES = (
 def largest_difference(
     module: nn.Module, path: Path, names: Sequence[str], inputs: tuple[Tensor, ...]
 ) -> float:
-    """Largest difference between a module's outputs and its graph's."""
+    """Largest difference between a module's outputs and its graph's; NaN if one of them is."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
     with torch.no_grad():
         wanted = module(*inputs)
     wanted = wanted if isinstance(wanted, tuple) else (wanted,)
     pairs = zip(wanted, session.run(None, feeds), strict=True)
-    return max(float(np.abs(w.numpy() - made).max()) for w, made in pairs)
+    return float(np.max([np.abs(w.numpy() - made).max() for w, made in pairs]))
 
 
 def vision_parity(tower: ConvHybridTower, path: Path) -> float:
@@ -44,14 +44,14 @@ def vision_parity(tower: ConvHybridTower, path: Path) -> float:
     generator = torch.Generator().manual_seed(0)
     width = tower.config.merge_size**2 * 3 * tower.config.patch_size**2
     cells = (torch.randn(*grid, width, generator=generator) for grid in GRIDS)
-    return max(largest_difference(tower, path, VISION_INPUTS, (x,)) for x in cells)
+    return float(np.max([largest_difference(tower, path, VISION_INPUTS, (x,)) for x in cells]))
 
 
 def decoder_parity(decoder: SharedPrefixDecoder, path: Path) -> float:
     """Largest difference of logits, hidden states and key-values over several shapes."""
     generator = torch.Generator().manual_seed(0)
     inputs = (decoder_inputs(decoder, shape, generator) for shape in DECODER_SHAPES)
-    return max(largest_difference(decoder, path, DECODER_INPUTS, x) for x in inputs)
+    return float(np.max([largest_difference(decoder, path, DECODER_INPUTS, x) for x in inputs]))
 
 
 def decoder_inputs(

@@ -82,12 +82,18 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def open_engine(
-    package: str | None, memory: str | None, *, device: str, threads: int | None, verify: bool
+    package: str | None,
+    memory: str | None,
+    *,
+    device: str,
+    threads: int | None,
+    verify: bool,
+    learn: bool,
 ) -> Engine:
     """Open the engine of a command; the one place where the command line meets the engine."""
     from meiqa.engine.pipeline import Engine
 
-    return Engine.open(package, memory, device=device, threads=threads, verify=verify)
+    return Engine.open(package, memory, device=device, threads=threads, verify=verify, learn=learn)
 
 
 def _score(options: argparse.Namespace) -> int:
@@ -95,7 +101,7 @@ def _score(options: argparse.Namespace) -> int:
 
     photos, failures = _photos_of(options.paths)
     with ExitStack() as stack:
-        engine = stack.enter_context(_engine_of(options)) if photos else None
+        engine = stack.enter_context(_engine_of(options, learn=options.learn)) if photos else None
         writer = stack.enter_context(result_writer(options.format, sys.stdout))
         for failure in failures:
             writer.write(failure)
@@ -173,18 +179,19 @@ def _demo(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         if options.memory is None:  # the user's own memory is not for demonstrations
             options.memory = stack.enter_context(TemporaryDirectory(prefix="meiqa-demo-"))
-        engine = stack.enter_context(_engine_of(options))
+        engine = stack.enter_context(_engine_of(options, learn=True))
         show(engine, photos, _budget_of(options), options.k, sys.stdout)
     return 0
 
 
-def _engine_of(options: argparse.Namespace) -> Engine:
+def _engine_of(options: argparse.Namespace, *, learn: bool = False) -> Engine:
     return open_engine(
         options.package,
         options.memory,
         device=options.device,
         threads=options.threads,
         verify=options.verify,
+        learn=learn,
     )
 
 

@@ -29,6 +29,7 @@ class OnnxSession:
             self._session = onnxruntime.InferenceSession(path, options, providers=[provider])
         except (
             onnxruntime.capi.onnxruntime_pybind11_state.Fail,
+            onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument,
             onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf,
             onnxruntime.capi.onnxruntime_pybind11_state.InvalidGraph,
         ) as error:

@@ -27,6 +27,7 @@ def twins() -> tuple[Qwen2_5_VLTextModel, SharedPrefixDecoder]:
         num_attention_heads=4,
         num_key_value_heads=2,
         mrope_section=(2, 3, 3),
+        rope_theta=100.0,  # turns far over these few positions, so that a wrong one is seen
     )
     reference = Qwen2_5_VLTextModel(
         Qwen2_5_VLTextConfig(

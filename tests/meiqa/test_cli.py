@@ -66,7 +66,8 @@ def test_engine_options_reach_the_seam(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(cli, "open_engine", refuse)
     options = ["--package", "P", "--memory", "M", "--device", "cuda", "--threads", "3"]
     assert cli.main(["score", "x.jpg", *options, "--no-verify"]) == 2
-    assert seen == [(("P", "M"), {"device": "cuda", "threads": 3, "verify": False})]
+    expected = {"device": "cuda", "threads": 3, "verify": False, "learn": True}
+    assert seen == [(("P", "M"), expected)]
     assert errors_of(capsys) == ["meiqa: error: no engine package at P; build one"]
 
 

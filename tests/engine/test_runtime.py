@@ -1,0 +1,70 @@
+"""The runtime runs on the device that was asked for, or says why not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from meiqa.engine.package import EnginePackage
+from meiqa.engine.pipeline import Engine
+from meiqa.engine.runtime.onnx import open_sessions
+from meiqa.errors import DeviceUnavailable, PackageCorrupted, StoreMismatch, UsageError
+
+
+def test_cuda_where_there_is_none(
+    package: EnginePackage, anchors: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(DeviceUnavailable, match=r"cuda.*CPUExecutionProvider.*--device cpu"):
+        Engine.open(package.path, anchors, device="cuda", learn=False)
+
+
+def test_an_unknown_device(package: EnginePackage, anchors: Path) -> None:
+    with pytest.raises(UsageError, match=r"tpu.*cpu, cuda"):
+        Engine.open(package.path, anchors, device="tpu", learn=False)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_must_be_positive(package: EnginePackage, anchors: Path, threads: int) -> None:
+    with pytest.raises(UsageError, match="threads"):
+        Engine.open(package.path, anchors, threads=threads, learn=False)
+
+
+@pytest.mark.parametrize("name", ["vision.onnx", "decoder.onnx"])
+@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x08"], ids=repr)
+def test_a_file_that_is_no_graph(
+    package: EnginePackage, tmp_path: Path, name: str, content: bytes
+) -> None:
+    folder = Path(shutil.copytree(package.path, tmp_path / "copy"))
+    (folder / name).write_bytes(content)
+    with pytest.raises(PackageCorrupted) as caught:
+        open_sessions(EnginePackage.open(folder, verify=False), "cpu", 1)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_graph(package: EnginePackage, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(package.path, tmp_path / "copy"))
+    whole = (folder / "decoder.onnx").read_bytes()
+    (folder / "decoder.onnx").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PackageCorrupted, match=r"decoder\.onnx"):
+        open_sessions(EnginePackage.open(folder, verify=False), "cpu", 1)
+
+
+def test_a_memory_of_another_package(int8_package: EnginePackage, anchors: Path) -> None:
+    with pytest.raises(StoreMismatch):
+        Engine.open(int8_package.path, anchors, learn=False)
+
+
+def test_a_refused_engine_leaves_the_memory_unlocked(
+    package: EnginePackage, anchors: Path, tmp_path: Path
+) -> None:
+    memory = Path(shutil.copytree(anchors, tmp_path / "memory"))
+    with pytest.raises(UsageError) as caught:
+        Engine.open(package.path, memory, device="tpu")
+    with Engine.open(package.path, memory, threads=1) as engine:
+        assert engine.memory.forget() == 0
+    assert "tpu" in str(caught.value)
