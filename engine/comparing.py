@@ -55,23 +55,24 @@ class Comparer:
         *,
         both_orders: bool,
         temperature: float,
-        go_on: Callable[[NDArray[np.float64]], bool],
+        go_on: Callable[[NDArray[np.float64], int], bool],
     ) -> Verdicts:
         """Ask about the neighbours nearest in score first, a wave at a time.
 
         Near scores tell most: the answer there is the least certain beforehand.
 
         Args:
-            go_on: given the preferences so far, says whether another wave is worth it.
+            go_on: given the preferences so far and the number of neighbours in the next wave,
+                says whether it is worth its time.
         """
         distance = [abs(case.score - initial_score) for case in neighbours]
         order = np.argsort(distance, kind="stable")
         logits = np.full((len(neighbours), 2), np.nan)
         asked = reused = 0
         for start in range(0, len(order), WAVE):
-            if not go_on(preferences_of(logits, temperature)):
-                break
             wave = order[start : start + WAVE]
+            if not go_on(preferences_of(logits, temperature), len(wave)):
+                break
             cases = [neighbours[index] for index in wave]
             logits[wave], saved = self._ask(photo, cases, both_orders)
             asked += len(wave)
@@ -112,9 +113,10 @@ def preferences_of(logits: NDArray[np.float64], temperature: float) -> NDArray[n
 
     The mean of the two orders where both were asked, which cancels a bias for either place.
     """
-    chances = sigmoid(logits / temperature)
-    answers = (~np.isnan(chances)).sum(axis=1)
-    return np.where(answers > 0, np.nansum(chances, axis=1) / np.maximum(answers, 1), np.nan)
+    asked = ~np.isnan(logits)
+    chances = np.where(asked, sigmoid(np.where(asked, logits, 0.0) / temperature), 0.0)
+    answers = asked.sum(axis=1)
+    return np.where(answers > 0, chances.sum(axis=1) / np.maximum(answers, 1), np.nan)
 
 
 def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -266,9 +266,9 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the digests of all files: what a memory is tied to."""
-        listing = "".join(f"{self.files[name]}  {name}\n" for name in sorted(self.files))
-        return hashlib.sha256(listing.encode()).hexdigest()
+        """SHA-256 over everything that makes visual tokens and keys: what a memory is tied to."""
+        made_by = {name: asdict(self)[name] for name in ("files", "image", "decoder", "prompt")}
+        return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
 
 def parsed(text: str) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from meiqa.engine.caches import ByteLru, ContentKey
 from meiqa.engine.comparing import Comparer, Verdicts, preferences_of
 from meiqa.engine.fusing import Posterior, fuse
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid, load_pixels, source_name
-from meiqa.engine.package import Calibration, EnginePackage
+from meiqa.engine.package import Calibration, EnginePackage, ImageProcessing
 from meiqa.engine.planning import CostModel, Plan, Stopwatch, plan_work
 from meiqa.engine.reflecting import gate_opens, reflect
 from meiqa.engine.scoring import Opinion, first_opinion
 from meiqa.engine.vlm import Floats, LocalVlm, Prefix, VisualTokens, Vlm
-from meiqa.errors import ImageError, StoreError, StoreLocked, UsageError
+from meiqa.errors import ImageError, ImageTooSmall, StoreError, StoreLocked, UsageError
 from meiqa.locations import user_memory
 from meiqa.memory import Case, MemoryBank, RetrievalPolicy, Snapshot
 from meiqa.types import (
@@ -37,6 +37,7 @@ LOG = logging.getLogger(__name__)
 ASSETS = Path(meiqa.__file__).parent / "assets"
 PHOTO_CACHE_BYTES = 64 << 20
 ANCHOR_CACHE_BYTES = 512 << 20
+SMALLEST_SIDE = 16
 UNBOUNDED = Budget()
 
 
@@ -261,20 +262,7 @@ class Engine:
     def _read_or_known(self, pixels: Pixels) -> tuple[Photo, bool]:
         """Encode and read a photo, unless the same pixels were read before."""
         image = self._vlm.image
-        try:
-            fitted = fit_to_grid(
-                pixels.array,
-                multiple=image.cell_pixels,
-                min_pixels=image.min_pixels,
-                max_pixels=image.max_pixels,
-            )
-        except ImageError as error:
-            raise type(error)(
-                f"{pixels.name}: {error.what}",
-                seen=error.seen,
-                allowed=error.allowed,
-                hint=error.hint,
-            ) from error
+        fitted = fitted_to(pixels, image)
         grid = fitted.shape[0] // image.cell_pixels, fitted.shape[1] // image.cell_pixels
         key = ContentKey(pixels.digest, grid, self.package.digest)
         known = self._photos.get(key)
@@ -294,7 +282,7 @@ class Engine:
     ) -> Verdicts:
         """Compare in waves until the budget's time or precision is reached."""
 
-        def go_on(preferences: NDArray[np.float64]) -> bool:
+        def go_on(preferences: NDArray[np.float64], next_wave: int) -> bool:
             if clock.budget.std is not None:
                 so_far = fuse(
                     opinion.score, opinion.std, neighbours, preferences, self._calibration
@@ -302,7 +290,9 @@ class Engine:
                 if so_far.std <= clock.budget.std:
                     return False
             remaining_ms = clock.remaining_ms
-            return remaining_ms is None or costs is None or remaining_ms >= costs.of_wave(plan)
+            if remaining_ms is None or costs is None:
+                return True
+            return remaining_ms >= costs.of_wave(plan, next_wave)
 
         return self._comparer.compare(
             photo.prefix,
@@ -334,6 +324,33 @@ class Engine:
         if self._costs is None:
             self._costs = measure_costs(self._vlm, self._calibration)
         return self._costs
+
+
+def fitted_to(pixels: Pixels, image: ImageProcessing) -> NDArray[np.uint8]:
+    """A photo on the vision tower's grid.
+
+    Raises:
+        ImageTooSmall: there is too little to judge.
+        ImageError: it is too elongated.
+    """
+    height, width = pixels.array.shape[:2]
+    if min(height, width) < SMALLEST_SIDE:
+        raise ImageTooSmall(
+            f"{pixels.name} is too small to be judged",
+            seen=f"{width} x {height} pixels",
+            allowed=f"at least {SMALLEST_SIDE} on each side",
+        )
+    try:
+        return fit_to_grid(
+            pixels.array,
+            multiple=image.cell_pixels,
+            min_pixels=image.min_pixels,
+            max_pixels=image.max_pixels,
+        )
+    except ImageError as error:
+        raise type(error)(
+            f"{pixels.name}: {error.what}", seen=error.seen, allowed=error.allowed, hint=error.hint
+        ) from error
 
 
 def whole_plan(k: int) -> Plan:

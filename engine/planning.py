@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from meiqa.engine.comparing import WAVE
 from meiqa.types import Budget
 
 FULL_SUMMARY_TOKENS = 96
@@ -61,9 +60,9 @@ class CostModel:
         pairs = plan.neighbours * (2 if plan.both_orders else 1) * self.pair_ms
         return HEADROOM * ((words or self.grade_ms) + pairs)
 
-    def of_wave(self, plan: Plan) -> float:
-        """Milliseconds that the next wave of comparisons should take, with headroom."""
-        return HEADROOM * WAVE * (2 if plan.both_orders else 1) * self.pair_ms
+    def of_wave(self, plan: Plan, neighbours: int) -> float:
+        """Milliseconds that a wave of comparisons should take."""
+        return neighbours * (2 if plan.both_orders else 1) * self.pair_ms
 
 
 def plan_work(k: int, remaining_ms: float | None, costs: CostModel) -> Plan:
@@ -90,7 +89,8 @@ def degraded_plans(whole: Plan) -> Iterator[Plan]:
         yield Plan(
             0, fewer, both_orders=True, degraded=("no summary", f"{fewer} of {k} neighbours")
         )
-    for fewer in range(k, 0, -1):
+    yield Plan(0, k, both_orders=False, degraded=("no summary", "one order"))
+    for fewer in range(k - 1, 0, -1):
         lost = ("no summary", f"{fewer} of {k} neighbours", "one order")
         yield Plan(0, fewer, both_orders=False, degraded=lost)
 

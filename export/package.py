@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from meiqa.engine.images import fit_to_grid, load_pixels
+from meiqa.engine.images import ImageSource, load_pixels
 from meiqa.engine.package import (
     UNCALIBRATED,
     DecoderShape,
@@ -31,6 +31,7 @@ from meiqa.engine.package import (
     file_digest,
     write_manifest,
 )
+from meiqa.engine.pipeline import fitted_to
 from meiqa.engine.prompts import MEIQA
 from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.engine.runtime.onnx import open_sessions
@@ -65,7 +66,7 @@ Pictures = Sequence[NDArray[np.uint8]]
 
 
 def export_package(
-    checkpoint: Path, out: Path, precision: str, pictures: Pictures
+    checkpoint: Path, out: Path, precision: str, pictures: Sequence[ImageSource]
 ) -> EnginePackage:
     """Export a checkpoint.
 
@@ -73,7 +74,7 @@ def export_package(
         checkpoint: folder in Hugging Face's layout.
         out: where the package goes; must not exist.
         precision: "fp32" or "int8".
-        pictures: uint8 (H, W, 3) photographs to calibrate activations and the key projection on.
+        pictures: photographs to calibrate activations and the key projection on.
 
     Raises:
         UsageError: unknown precision, no pictures, or something is at `out`.
@@ -90,7 +91,8 @@ def export_package(
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         write_float_package(loaded, checkpoint, folder)
-        fitted = [fitted_to(picture, image_processing(loaded)) for picture in pictures]
+        image = image_processing(loaded)
+        fitted = [fitted_to(load_pixels(picture), image) for picture in pictures]
         if precision == "int8":
             quantise_package(folder, fitted[:CALIBRATION_PICTURES])
         add_key_projection(folder, fitted[:KEY_PICTURES])
@@ -112,16 +114,6 @@ def image_processing(checkpoint: Checkpoint) -> ImageProcessing:
         max_pixels=MAX_PIXELS,
         mean=checkpoint.pixel_mean,
         std=checkpoint.pixel_std,
-    )
-
-
-def fitted_to(picture: NDArray[np.uint8], image: ImageProcessing) -> NDArray[np.uint8]:
-    """A picture on the tower's grid."""
-    return fit_to_grid(
-        picture,
-        multiple=image.cell_pixels,
-        min_pixels=image.min_pixels,
-        max_pixels=image.max_pixels,
     )
 
 
@@ -233,10 +225,10 @@ def add_key_projection(folder: Path, pictures: Pictures) -> None:
     seal(folder, package.manifest)
 
 
-def pictures_in(folder: Path, count: int) -> list[NDArray[np.uint8]]:
+def pictures_in(folder: Path, count: int) -> list[Path]:
     """Up to `count` photographs of a folder, spread by a hash of their names."""
     paths = sorted(folder.iterdir(), key=lambda p: hashlib.sha256(p.name.encode()).hexdigest())
-    return [load_pixels(path).array for path in paths[:count]]
+    return paths[:count]
 
 
 def main() -> None:

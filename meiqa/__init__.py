@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from meiqa.engine.pipeline import Engine
     from meiqa.errors import (
-        AnswerUnreadable,
         DecodeError,
         DeviceUnavailable,
-        GenerationError,
         ImageError,
         ImageTooLarge,
         ImageTooSmall,
@@ -46,14 +44,12 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "AnswerUnreadable",
     "Assessment",
     "Budget",
     "DecodeError",
     "DeviceUnavailable",
     "Engine",
     "Failure",
-    "GenerationError",
     "ImageError",
     "ImageTooLarge",
     "ImageTooSmall",

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import meiqa
 from meiqa.errors import (
     DecodeError,
-    GenerationError,
     ImageError,
     MeiqaError,
     UsageError,
@@ -242,7 +241,7 @@ def _report_failures(failures: Sequence[Mapping[str, Any]], attempted: int) -> i
 
 
 def _concerns_the_photo(error: MeiqaError) -> bool:
-    return isinstance(error, ImageError | GenerationError)
+    return isinstance(error, ImageError)
 
 
 def _say(line: str) -> None:

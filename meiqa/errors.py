@@ -15,8 +15,6 @@ MeiqaError
 │   ├── StoreLocked          another process is writing (retryable)
 │   └── StoreMismatch        the memory belongs to another engine package
 ├── DeviceUnavailable        the device asked for is not there
-├── GenerationError
-│   └── AnswerUnreadable     the model's answer holds no score
 └── UsageError               an option or a label table that makes no sense
 """
 
@@ -26,10 +24,8 @@ MeiqaError
 from __future__ import annotations
 
 __all__ = [
-    "AnswerUnreadable",
     "DecodeError",
     "DeviceUnavailable",
-    "GenerationError",
     "ImageError",
     "ImageTooLarge",
     "ImageTooSmall",
@@ -155,14 +151,6 @@ class StoreMismatch(StoreError):
 
 class DeviceUnavailable(MeiqaError):
     """The device asked for is not there."""
-
-
-class GenerationError(MeiqaError):
-    """The model did not produce what was asked for."""
-
-
-class AnswerUnreadable(GenerationError):
-    """The model's answer holds no readable score."""
 
 
 class UsageError(MeiqaError):

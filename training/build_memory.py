@@ -12,8 +12,9 @@ import argparse
 import time
 from pathlib import Path
 
-from meiqa.engine.images import fit_to_grid, load_pixels
+from meiqa.engine.images import load_pixels
 from meiqa.engine.package import EnginePackage
+from meiqa.engine.pipeline import fitted_to
 from meiqa.engine.planning import FULL_SUMMARY_TOKENS
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import LocalVlm, Prefix
@@ -26,13 +27,8 @@ ANCHOR_STD = 0.2
 
 def read_photograph(vlm: LocalVlm, path: Path) -> tuple[str, Prefix]:
     """Pixel digest and prefix of one photograph."""
-    pixels, image = load_pixels(path), vlm.image
-    fitted = fit_to_grid(
-        pixels.array,
-        multiple=image.cell_pixels,
-        min_pixels=image.min_pixels,
-        max_pixels=image.max_pixels,
-    )
+    pixels = load_pixels(path)
+    fitted = fitted_to(pixels, vlm.image)
     return pixels.digest, vlm.read([vlm.encode(fitted)])[0]
 
 

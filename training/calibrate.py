@@ -59,10 +59,9 @@ class Judged:
     stds: Floats
 
 
-def judge_anchors(
-    package: EnginePackage, bank: MemoryBank, data: Path, limit: int, k: int
-) -> Judged:
+def judge_anchors(package: EnginePackage, bank: MemoryBank, data: Path, limit: int) -> Judged:
     """Score, retrieve for and compare a spread of anchors, each without itself."""
+    calibration = package.manifest.calibration
     vlm = LocalVlm(package, *open_sessions(package, "cpu", None))
     comparer = Comparer(vlm, package.digest, ByteLru[Prefix](ANCHOR_CACHE_BYTES))
     snapshot, names = bank.snapshot(), anchor_names(data)
@@ -71,9 +70,13 @@ def judge_anchors(
     for index, row in enumerate(sorted(rows, key=lambda r: name_hash(r["file"]))[:limit], 1):
         digest, prefix = read_photograph(vlm, data / "biq2021" / "images" / row["file"])
         description = vlm.describe(prefix, FULL_SUMMARY_TOKENS)
-        neighbours = snapshot.retrieve(description.key, RetrievalPolicy(k=k), exclude_digest=digest)
+        neighbours = snapshot.retrieve(
+            description.key,
+            RetrievalPolicy(k=calibration.neighbours, bins=calibration.bins),
+            exclude_digest=digest,
+        )
         verdicts = comparer.compare(
-            prefix, 3.0, neighbours, both_orders=True, temperature=1.0, go_on=lambda _: True
+            prefix, 3.0, neighbours, both_orders=True, temperature=1.0, go_on=lambda *_: True
         )
         columns["human"].append(1.0 + 4.0 * float(row["mos"]))
         columns["text"].append(np.nan if description.rating is None else description.rating)
@@ -138,10 +141,10 @@ def fitted_head(
     judged: Judged, head: str, base: Calibration
 ) -> tuple[Calibration, dict[str, float]]:
     """Calibration with one score head as the initial score, and what it reaches."""
-    raws = {"text": judged.text, "levels": judged.levels}
-    prior = raws[head]
-    logistic = getattr(base, head)
-    mapped = np.asarray(logistic(np.where(np.isnan(prior), judged.levels, prior)))
+    mapped = np.asarray(base.levels(judged.levels))
+    if head == "text":
+        readable = ~np.isnan(judged.text)
+        mapped[readable] = base.text(judged.text[readable])
     temperature, sigma, lam = fitted_fusion(judged, mapped)
     scores, stds = fused_scores(judged, mapped, temperature, sigma, lam)
     scale, floor = fitted_deviation(scores - judged.human, stds)
@@ -198,7 +201,7 @@ def main() -> None:
     package = EnginePackage.open(arguments.package)
     base = package.manifest.calibration
     with MemoryBank.open(arguments.memory, "r", package_digest=package.digest) as bank:
-        judged = judge_anchors(package, bank, arguments.data, arguments.limit, base.neighbours)
+        judged = judge_anchors(package, bank, arguments.data, arguments.limit)
     calibration, reached = fitted_calibration(judged, base)
     package.with_calibration(calibration)
     print(json.dumps({"reached": reached, "calibration": asdict(calibration)}, indent=2))

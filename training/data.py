@@ -11,6 +11,7 @@ import argparse
 import csv
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ ANCHOR_COUNT = 1_024
 HELD_OUT_PRISTINE = 40
 HUMAN_SIDE = 512
 SYNTHETIC_SIDE = 320
+CALIBRATION_PHOTOGRAPHS = 256
 SYNTHETIC_PER_PHOTOGRAPH = 18
 PRISTINE_PER_PHOTOGRAPH = 2
 PRISTINE_SCORE = 4.6
@@ -158,6 +160,13 @@ def write_set(
     (folder / f"{name}.jsonl").write_text("\n".join(records))
 
 
+def copy_calibration_photographs(data: Path, rows: list[dict[str, str]], folder: Path) -> None:
+    """Lay out training photographs for the export, which calibrates on files."""
+    folder.mkdir(exist_ok=True)
+    for row in sorted(rows, key=lambda r: name_hash(r["file"]))[:CALIBRATION_PHOTOGRAPHS]:
+        shutil.copyfile(data / "biq2021" / "images" / row["file"], folder / row["file"])
+
+
 def prepare(data: Path, folder: Path, workers: int) -> None:
     """Decode and distort everything that training reads; sets already written are kept."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,6 +182,7 @@ def prepare(data: Path, folder: Path, workers: int) -> None:
     }
     scores = kadid_scores(data / "labels" / "KADID-10k.txt")
     per_source = SYNTHETIC_PER_PHOTOGRAPH + PRISTINE_PER_PHOTOGRAPH
+    copy_calibration_photographs(data, human["human"], folder / "calibration")
     with ProcessPoolExecutor(workers) as pool:
         for name, part in human.items():
             if not (folder / f"{name}.jsonl").exists():

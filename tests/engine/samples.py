@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.images import fit_to_grid, load_pixels
-from meiqa.engine.package import Calibration, EnginePackage
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import LocalVlm, VisualTokens
-from meiqa.memory import AnchorWriter, Case
+from meiqa.memory import AnchorWriter, Case, MemoryBank
+from meiqa.types import Assessment, Failure
 
 Picture = NDArray[np.uint8]
 
 ANCHORS = 24
+K = 8
 SIZES = ((160, 224), (256, 128), (192, 192), (70, 330))
 
 
@@ -31,6 +36,9 @@ def picture(seed: int, size: tuple[int, int] = (160, 224)) -> Picture:
     smooth = np.stack(waves, 2) * random.uniform(10, 60) + random.uniform(60, 190, 3)
     noisy = smooth + random.normal(0, random.uniform(0, 40), smooth.shape)
     return noisy.clip(0, 255).astype(np.uint8)
+
+
+PHOTOS = [picture(seed, SIZES[seed % len(SIZES)]) for seed in range(7)]
 
 
 def open_vlm(package: EnginePackage, threads: int = 1) -> LocalVlm:
@@ -77,9 +85,22 @@ def build_anchors(path: Path, package: EnginePackage) -> Path:
     return path
 
 
-def calibrated(package: EnginePackage, **changes: object) -> EnginePackage:
-    """Rewrite a package's calibration in part."""
-    from dataclasses import replace
+def calibrated_copy(package: EnginePackage, folder: Path, **changes: float) -> EnginePackage:
+    """A copy of a package with another calibration."""
+    shutil.copytree(package.path, folder)
+    calibration = replace(package.manifest.calibration, **changes)  # type: ignore[arg-type]
+    return EnginePackage(folder, package.manifest).with_calibration(calibration)
 
-    calibration: Calibration = package.manifest.calibration
-    return package.with_calibration(replace(calibration, **changes))  # type: ignore[arg-type]
+
+def read_memory(package: EnginePackage, path: Path) -> MemoryBank:
+    """A memory opened read-only."""
+    return MemoryBank.open(path, "r", package_digest=package.digest)
+
+
+def assessed(results: Iterator[Assessment | Failure]) -> list[Assessment]:
+    """The results of a run in which every photo could be judged."""
+    kept = []
+    for result in results:
+        assert isinstance(result, Assessment)
+        kept.append(result)
+    return kept

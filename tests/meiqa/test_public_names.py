@@ -15,14 +15,12 @@ from meiqa import errors, types
 
 def test_public_names_are_pinned() -> None:
     assert meiqa.__all__ == [
-        "AnswerUnreadable",
         "Assessment",
         "Budget",
         "DecodeError",
         "DeviceUnavailable",
         "Engine",
         "Failure",
-        "GenerationError",
         "ImageError",
         "ImageTooLarge",
         "ImageTooSmall",

@@ -1,0 +1,88 @@
+"""The first opinion: the printed rating, or the grade word where it can't be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from meiqa.engine.package import UNCALIBRATED, ImageProcessing, Logistic
+from meiqa.engine.scoring import expected_grade, first_opinion
+from meiqa.engine.vlm import Description, Prefix, VisualTokens, Vlm
+
+PREFIX = Prefix(np.zeros((1, 2, 1, 3, 4), np.float32), VisualTokens(np.zeros((1, 4)), (1, 1)), 3)
+KEY = np.ones(4, np.float32)
+
+
+class Scripted(Vlm):
+    """A model that says what it is told to."""
+
+    image = ImageProcessing(16, 4, 1, 1, (0, 0, 0), (1, 1, 1))
+
+    def __init__(self, rating: float | None, grades: Sequence[float], *, complete: bool = True):
+        self._rating = rating
+        self._grades = np.array(grades)
+        self._complete = complete
+
+    def describe(self, prefix: Prefix, max_tokens: int) -> Description:
+        return Description("soft and dark", KEY, self._rating, self._complete, 7)
+
+    def grade(self, prefix: Prefix) -> NDArray[np.float64]:
+        return self._grades
+
+
+def test_the_printed_rating_is_the_score() -> None:
+    opinion = first_opinion(Scripted(3.27, [1, 0, 0, 0, 0]), PREFIX, UNCALIBRATED, 96)
+    assert (opinion.score, opinion.raw, opinion.head) == (3.27, 3.27, "text")
+    assert (opinion.summary, opinion.written_tokens) == ("soft and dark", 7)
+    assert not opinion.unreadable
+    assert not opinion.shortened
+
+
+def test_an_unreadable_rating_falls_back_to_the_grade_word_and_says_so() -> None:
+    opinion = first_opinion(Scripted(None, [0, 0, 0.5, 0.5, 0]), PREFIX, UNCALIBRATED, 96)
+    assert (opinion.score, opinion.head) == (3.5, "levels")
+    assert opinion.unreadable
+    assert opinion.summary == "soft and dark"
+    assert opinion.key is KEY
+
+
+def test_without_a_description_nothing_is_unreadable() -> None:
+    opinion = first_opinion(Scripted(None, [0, 1, 0, 0, 0]), PREFIX, UNCALIBRATED, 0)
+    assert (opinion.score, opinion.head) == (2.0, "levels")
+    assert not opinion.unreadable
+    assert (opinion.summary, opinion.key, opinion.written_tokens) == (None, None, 0)
+
+
+def test_the_calibration_chooses_and_maps_the_head() -> None:
+    calibration = replace(
+        UNCALIBRATED,
+        score_head="levels",
+        levels=Logistic(0.0, 1.0, 3.0, 0.5, 1.0),
+        levels_std=0.4,
+        text_std=0.9,
+    )
+    opinion = first_opinion(Scripted(4.9, [0, 0, 0, 1, 0]), PREFIX, calibration, 96)
+    assert (opinion.raw, opinion.score, opinion.std) == (4.0, 3.0, 0.4)
+    assert not opinion.unreadable
+    text = replace(calibration, score_head="text", text=Logistic(0.0, 1.0, 3.0, 0.5, 1.0))
+    opinion = first_opinion(Scripted(4.0, [0, 0, 0, 1, 0]), PREFIX, text, 96)
+    assert (opinion.score, opinion.std) == (3.0, 0.9)
+
+
+@pytest.mark.parametrize(("printed", "score"), [(77.0, 5.0), (0.0, 1.0)])
+def test_a_rating_off_the_scale_is_kept_on_it(printed: float, score: float) -> None:
+    assert first_opinion(Scripted(printed, [1] * 5), PREFIX, UNCALIBRATED, 96).score == score
+
+
+def test_a_cut_description_is_marked() -> None:
+    vlm = Scripted(3.0, [0, 0, 1, 0, 0], complete=False)
+    assert first_opinion(vlm, PREFIX, UNCALIBRATED, 16).shortened
+
+
+def test_the_expected_grade() -> None:
+    assert expected_grade(np.array([0.1, 0.2, 0.4, 0.2, 0.1])) == pytest.approx(3.0)
+    assert expected_grade(np.array([0, 0, 0, 0, 1.0])) == 5.0
