@@ -78,17 +78,17 @@ def cached_cells(tower: ConvHybridTower, work: Path, name: str, views: int) -> C
     digest = sum(float(p.double().sum()) for p in tower.parameters())
     path = work / f"cells-{name}-{digest:.6f}.npy"
     if not path.exists():
-        cell = tower.config.cell_pixels
+        cell, device = tower.config.cell_pixels, tower.embed.weight.device
         count, height, width = photographs.pixels.shape[:3]
         shape = (count, views, height // cell, width // cell, tower.statistics_width)
         made = np.lib.format.open_memmap(
             path.with_suffix(".tmp"), mode="w+", dtype=np.float16, shape=shape
         )
         for start in range(0, count, 8):
-            pixels = torch.from_numpy(np.array(photographs.pixels[start : start + 8]))
+            pixels = torch.from_numpy(np.array(photographs.pixels[start : start + 8])).to(device)
             for mirrored in range(views):
                 view = normalised(pixels.flip(2) if mirrored else pixels)
-                made[start : start + 8, mirrored] = tower.cell_features(view).numpy()
+                made[start : start + 8, mirrored] = tower.cell_features(view).cpu().numpy()
             if start % 800 == 0:
                 print(f"cells of {name}: {start} of {count}", flush=True)
         made.flush()
@@ -107,14 +107,14 @@ class WindowBatch:
     @property
     def scores(self) -> Tensor:
         """(B,)."""
-        return torch.tensor([p.score for p in self.photographs])
+        return torch.tensor([p.score for p in self.photographs], device=self.features.device)
 
 
 class WindowSampler:
     """Draws windows: small ones from both sets, large ones from the human-scored set only."""
 
-    def __init__(self, human: CellSet, distorted: CellSet, seed: int) -> None:
-        self.human, self.distorted = human, distorted
+    def __init__(self, human: CellSet, distorted: CellSet, seed: int, device: torch.device) -> None:
+        self.human, self.distorted, self.device = human, distorted, device
         self.rng = np.random.default_rng(seed)
 
     def batch(self, size: int) -> WindowBatch:
@@ -129,7 +129,7 @@ class WindowSampler:
             for index in self.rng.integers(0, len(source.photographs), count):
                 windows.append(source.window(index, side, self.rng).reshape(side[0] * side[1], -1))
                 photographs.append(source.photographs[index])
-        stacked = torch.from_numpy(np.stack(windows)).float()
+        stacked = torch.from_numpy(np.stack(windows)).to(self.device).float()
         return WindowBatch(stacked, side, photographs)
 
 
@@ -152,9 +152,18 @@ class Reader:
         self.model = model
         self.prompts = Prompts(MEIQA, tokenizer)
 
+    def on_device(self, values: np.ndarray) -> Tensor:
+        """An array on the model's device."""
+        weight = self.model.language_model.norm.weight
+        return torch.from_numpy(np.ascontiguousarray(values)).to(weight.device)
+
+    def spread(self, positions: np.ndarray, rows: tuple[int, int]) -> Tensor:
+        """Positions (3, n) for every row, (3, P, R, n)."""
+        return self.on_device(positions)[:, None, None].expand(-1, *rows, -1)
+
     def embedded(self, ids: np.ndarray, shape: tuple[int, int]) -> Tensor:
         """Embeddings (P, R, n, D) of token ids (n,), the same in every row."""
-        embeds: Tensor = self.model.language_model.embed_tokens(torch.from_numpy(ids))
+        embeds: Tensor = self.model.language_model.embed_tokens(self.on_device(ids))
         return embeds.expand(*shape, -1, -1)
 
     def read(self, features: Tensor, grid: tuple[int, int]) -> ReadPictures:
@@ -167,9 +176,9 @@ class Reader:
         positions, after = layout([len(p.opening), grid, len(p.closing)])
         decoder = self.model.language_model
         hidden, key_values = decoder.hidden_states(
-            embeds, spread(positions, rows), decoder.no_segments(*rows)
+            embeds, self.spread(positions, rows), decoder.no_segments(*rows)
         )
-        lengths = torch.full(rows[:1], embeds.shape[2])
+        lengths = torch.full(rows[:1], embeds.shape[2], device=embeds.device)
         return ReadPictures(
             tokens, grid, key_values[:, :, :, :, 0], lengths, hidden[:, 0, -1], after
         )
@@ -180,7 +189,7 @@ class Reader:
         rows = (embeds.shape[0], embeds.shape[1])
         empty = decoder.no_segments(*rows)
         segments = Segments(read.key_values, read.lengths, empty.past, empty.past_lengths)
-        return decoder.hidden_states(embeds, spread(positions, rows), segments)[0]
+        return decoder.hidden_states(embeds, self.spread(positions, rows), segments)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states."""
@@ -228,32 +237,25 @@ class Reader:
             )
         positions, _ = layout([longest - 1], read.next_position)
         table = self.model.language_model.embed_tokens
-        hidden = self.continued(read, table(torch.from_numpy(ids[:, :-1]))[:, None], positions)[
-            :, 0
-        ]
+        hidden = self.continued(read, table(self.on_device(ids[:, :-1]))[:, None], positions)[:, 0]
         losses = functional.cross_entropy(
             self.logits(hidden).flatten(0, 1),
-            torch.from_numpy(ids[:, 1:]).flatten(),
+            self.on_device(ids[:, 1:]).flatten(),
             reduction="none",
         )
-        kept = torch.from_numpy(weights[:, 1:]).flatten()
+        kept = self.on_device(weights[:, 1:]).flatten()
         return (losses * kept).sum() / kept.sum()
-
-
-def spread(positions: np.ndarray, rows: tuple[int, int]) -> Tensor:
-    """Positions (3, n) for every row, (3, P, R, n)."""
-    return torch.from_numpy(np.ascontiguousarray(positions))[:, None, None].expand(-1, *rows, -1)
 
 
 def level_targets(scores: Tensor) -> Tensor:
     """Soft grades (B, 5) around the scores."""
-    distance = scores[:, None] - torch.arange(1.0, 6.0)
+    distance = scores[:, None] - torch.arange(1.0, 6.0, device=scores.device)
     return (-(distance**2) / (2 * LEVEL_DEVIATION**2)).softmax(-1)
 
 
 def soft_answer_loss(logits: Tensor, ids: np.ndarray | tuple[int, int], wanted: Tensor) -> Tensor:
     """Cross-entropy of the whole vocabulary against probabilities of a few tokens."""
-    chosen = logits.log_softmax(-1)[:, torch.as_tensor(ids)]
+    chosen = logits.log_softmax(-1)[:, torch.as_tensor(ids, device=logits.device)]
     return -(wanted * chosen).sum(-1).mean()
 
 
@@ -272,7 +274,7 @@ class Objective(nn.Module):
         size = len(batch.photographs)
         rated = 3.0 + self.rating(read.last_hidden).squeeze(-1)
         answers = [scored_answer(p) for p in batch.photographs]
-        partners = torch.from_numpy(
+        partners = reader.on_device(
             (np.arange(size)[:, None] + rng.integers(1, size, (size, self.recipe.pairs_per_prefix)))
             % size
         )
@@ -320,16 +322,16 @@ def unseen_report(reader: Reader, anchors: CellSet, count: int) -> dict[str, flo
         part = slice(start, start + 16)
         cells = np.array(anchors.features[part, 0], np.float32)
         grid = (cells.shape[1], cells.shape[2])
-        read = reader.read(torch.from_numpy(cells).flatten(1, 2), grid)
+        read = reader.read(reader.on_device(cells).flatten(1, 2), grid)
         logits = reader.asked(read, reader.prompts.levels)[
             :, torch.as_tensor(reader.prompts.level_ids)
         ]
-        graded.extend((logits.softmax(-1) @ torch.arange(1.0, 6.0)).tolist())
+        graded.extend((logits.softmax(-1).cpu() @ torch.arange(1.0, 6.0)).tolist())
         truth = torch.tensor([p.score for p in anchors.photographs[part]])
         scores.extend(truth.tolist())
         partners = (torch.arange(len(truth))[:, None] + torch.arange(1, 4)) % len(truth)
         first, second = reader.prompts.verdict_ids
-        verdicts = reader.compared(read, partners)
+        verdicts = reader.compared(read, partners).cpu()
         said = (verdicts[:, first] > verdicts[:, second]).reshape(partners.shape)
         apart = (truth[:, None] - truth[partners]).abs() > 0.2
         right += int(((said == (truth[:, None] > truth[partners])) & apart).sum())
@@ -343,7 +345,7 @@ def unseen_report(reader: Reader, anchors: CellSet, count: int) -> dict[str, flo
 def load_pretrained(work: Path) -> ConvHybridTower:
     """The averaged conv tower of stage 1."""
     judged = JudgedTower(make_tower("conv", HIDDEN_SIZE), HIDDEN_SIZE)
-    state = torch.load(work / "stage1-conv" / "checkpoint.pt", weights_only=True)
+    state = torch.load(work / "stage1-conv" / "checkpoint.pt", "cpu", weights_only=True)
     judged.load_state_dict(state["average"])
     tower = judged.tower.eval()
     assert isinstance(tower, ConvHybridTower)
@@ -378,6 +380,7 @@ class Finetuning:
         self.model = model
         self.average = copy.deepcopy(model)
         self.objective = Objective(Reader(model, tokenizer), recipe)
+        self.objective.to(model.language_model.norm.weight.device)
         self.optimiser = torch.optim.AdamW(
             self.parameter_groups(),
             recipe.learning_rate,
@@ -411,7 +414,8 @@ class Finetuning:
 
     def resume(self) -> None:
         """Go on from the last checkpoint."""
-        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        device = self.model.language_model.norm.weight.device
+        state = torch.load(self.folder / "checkpoint.pt", device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.objective.rating.load_state_dict(state["rating"])
@@ -480,19 +484,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the checkpoint is written")
     parser.add_argument("--minutes", type=float, default=35.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    tower = load_pretrained(arguments.work)
+    tower = load_pretrained(arguments.work).to(arguments.device)
     human, distorted, anchors = (
         cached_cells(tower, arguments.work, name, views)
         for name, views in (("human", 2), ("distorted", 1), ("anchors", 1))
     )
     tokenizer = train_tokenizer(corpus_of([*human.photographs, *distorted.photographs]))
-    model = initial_model(tower, tokenizer.get_vocab_size())
+    model = initial_model(tower, tokenizer.get_vocab_size()).to(arguments.device)
     run = Finetuning(model, tokenizer, arguments.work / "stage2", Recipe(arguments.minutes))
-    run.run(WindowSampler(human, distorted, seed=run.steps), anchors)
-    save_checkpoint(Checkpoint(run.average.eval(), tokenizer, MEAN, STD), arguments.out)
+    run.run(WindowSampler(human, distorted, run.steps, arguments.device), anchors)
+    save_checkpoint(Checkpoint(run.average.cpu().eval(), tokenizer, MEAN, STD), arguments.out)
 
 
 if __name__ == "__main__":

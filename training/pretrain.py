@@ -14,7 +14,7 @@ import copy
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,10 @@ class CropBatch:
     kinds: Tensor
     levels: Tensor
     human: Tensor
+
+    def to(self, device: torch.device) -> CropBatch:
+        """The batch on a device."""
+        return CropBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class CropSampler:
@@ -106,11 +110,12 @@ def batch_loss(model: JudgedTower, batch: CropBatch) -> Tensor:
 def judged_scores(model: JudgedTower, pixels: np.ndarray, batch: int = 8) -> np.ndarray:
     """Scores (N,) of whole photographs."""
     model.eval()
+    device = model.score.weight.device
     parts = [
-        model(normalised(torch.from_numpy(np.array(pixels[i : i + batch]))))[0]
+        model(normalised(torch.from_numpy(np.array(pixels[i : i + batch])).to(device)))[0]
         for i in range(0, len(pixels), batch)
     ]
-    return torch.cat(parts).numpy()
+    return torch.cat(parts).cpu().numpy()
 
 
 @torch.no_grad()
@@ -131,12 +136,12 @@ def average_into(average: nn.Module, model: nn.Module, decay: float) -> None:
 class Pretraining:
     """A resumable run of stage 1."""
 
-    def __init__(self, work: Path, tower: str, recipe: Recipe) -> None:
+    def __init__(self, work: Path, tower: str, recipe: Recipe, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.recipe, self.folder = recipe, work / f"stage1-{tower}"
+        self.recipe, self.folder, self.device = recipe, work / f"stage1-{tower}", device
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = JudgedTower(make_tower(tower, HIDDEN_SIZE), HIDDEN_SIZE)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.model)
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -147,7 +152,7 @@ class Pretraining:
 
     def resume(self) -> None:
         """Go on from the last checkpoint."""
-        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        state = torch.load(self.folder / "checkpoint.pt", self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -177,7 +182,7 @@ class Pretraining:
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate()
         batch = sampler.batch(self.recipe.batch, self.recipe.human_share)
-        loss = batch_loss(self.model, batch)
+        loss = batch_loss(self.model, batch.to(self.device))
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
@@ -222,10 +227,11 @@ def main() -> None:
     parser.add_argument("--tower", choices=("conv", "vit"), default="conv")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--judged", type=int, default=256, help="unseen photographs in a log line")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    run = Pretraining(arguments.work, arguments.tower, Recipe(arguments.minutes))
+    run = Pretraining(arguments.work, arguments.tower, Recipe(arguments.minutes), arguments.device)
     sampler = CropSampler(
         PhotographSet.load(arguments.work, "human"),
         PhotographSet.load(arguments.work, "distorted"),

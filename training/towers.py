@@ -57,7 +57,7 @@ class WindowVitTower(nn.Module):
     def rotary(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine (windows, 1, patches, head_dim) of row and column positions."""
         quarter = self.head_dim // 4
-        frequencies = 10_000.0 ** (-torch.arange(quarter) / quarter)
+        frequencies = 10_000.0 ** (-torch.arange(quarter, device=rows.device) / quarter)
         angles = torch.cat([rows[..., None] * frequencies, columns[..., None] * frequencies], -1)
         angles = torch.cat([angles, angles], -1)[:, None]
         return angles.cos(), angles.sin()
@@ -72,9 +72,10 @@ class WindowVitTower(nn.Module):
         """Images (B, 3, H, W), sides multiples of 128 → visual tokens (B, cells, hidden_size)."""
         grid = self.embed(images).permute(0, 2, 3, 1)
         b, h, w, c = grid.shape
-        row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        count = torch.arange(h * w, device=images.device)
+        row, column = (count // w).reshape(h, w), (count % w).reshape(h, w)
         place = self.in_windows(torch.stack([row, column], -1)[None].float(), self.window)
-        order = self.in_windows(torch.arange(h * w).reshape(1, h, w, 1), self.window).flatten()
+        order = self.in_windows(count.reshape(1, h, w, 1), self.window).flatten()
         cosine, sine = self.rotary(place[..., 0], place[..., 1])
         x = self.in_windows(grid, self.window)
         everywhere = (
@@ -87,7 +88,7 @@ class WindowVitTower(nn.Module):
             else:
                 x = block(x, cosine.repeat(b, 1, 1, 1), sine.repeat(b, 1, 1, 1))
         plain = torch.empty_like(order)
-        plain[order] = torch.arange(h * w)
+        plain[order] = count
         restored = self.norm(x.reshape(b, h * w, c)[:, plain]).reshape(b, h, w, c)
         cells = self.in_windows(restored, self.merge).reshape(b, -1, self.merge**2 * c)
         merged: Tensor = self.merger(cells)
@@ -131,5 +132,5 @@ class JudgedTower(nn.Module):
 
 def normalised(pixels: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) → float (B, 3, H, W) in channels-last memory."""
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    mean, std = (torch.tensor(values, device=pixels.device) for values in (MEAN, STD))
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)

@@ -157,6 +157,7 @@ def test_writing_equals_reading_everything_anew(
         written.append(token)
         writing.accept(token)
     assert writing.tokens == written
+    assert len(set(written)) > 3
     text = np.concatenate([question, np.array(written, np.int64)])
     hidden = cold(vlm, decoder, [*opening(vlm, pictures[index]), text])["hidden"][0, 0, -12:]
     np.testing.assert_allclose(writing.mean_hidden(), hidden.mean(axis=0), atol=TOLERANCE, rtol=0)

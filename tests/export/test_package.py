@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from numpy.typing import NDArray
 
 from meiqa.engine.package import EnginePackage
 from meiqa.errors import PackageCorrupted, UsageError
@@ -15,6 +17,10 @@ from meiqa.export.package import export_package, pictures_in
 from tests.engine.samples import open_vlm, picture, seen
 
 PICTURES = [picture(0)]
+
+
+def relative_difference(exact: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(exact - other) / np.linalg.norm(exact))
 
 
 def test_the_package_is_complete(package: EnginePackage) -> None:
@@ -31,13 +37,28 @@ def test_int8_is_smaller_and_says_nearly_the_same(
 ) -> None:
     assert int8_package.manifest.precision == "int8"
     assert int8_package.digest != package.digest
-    # Of the decoder's 200 kB only the output layer and the norms stay in float.
-    sizes = [(p.path / "decoder.onnx").stat().st_size for p in (package, int8_package)]
+    packages = (package, int8_package)
+    sizes = [(p.path / "decoder.onnx").stat().st_size for p in packages]
     assert sizes[1] < sizes[0]
-    pixels = picture(77)
-    tokens = [seen(open_vlm(p), pixels).values for p in (package, int8_package)]
-    difference = np.abs(tokens[0] - tokens[1])
-    assert 0 < difference.mean() < 0.1 * np.abs(tokens[0]).mean()
+    exact, rounded = (seen(open_vlm(p), picture(77)) for p in packages)
+    assert 0 < relative_difference(exact.values, rounded.values) < 0.1
+    exact_prefix, rounded_prefix = (open_vlm(p).read([exact])[0] for p in packages)
+    assert 0 < relative_difference(exact_prefix.key_values, rounded_prefix.key_values) < 0.1
+
+
+def test_attention_stays_in_float(int8_package: EnginePackage) -> None:
+    for name in ("vision.onnx", "decoder.onnx"):
+        graph = onnx.load(int8_package.path / name).graph
+        made_by = {output: node for node in graph.node for output in node.output}
+        weights = {initialiser.name for initialiser in graph.initializer}
+        kinds = {True: 0, False: 0}
+        for node in graph.node:
+            if node.op_type == "MatMul" and node.input[1] not in weights:
+                second = made_by[node.input[1]]
+                quantised = second.op_type == "DequantizeLinear"
+                assert not quantised or second.input[0] in weights, node.name
+                kinds[quantised] += 1
+        assert min(kinds.values()) > 0
 
 
 def test_the_key_projection_was_fitted(package: EnginePackage) -> None:

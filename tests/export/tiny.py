@@ -41,11 +41,24 @@ def make_checkpoint(seed: int = 0) -> Checkpoint:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = ConvHybridVlm(vision, text).eval()
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
-                torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+        liven(model)
     return Checkpoint(model, tokenizer, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+
+
+def liven(model: ConvHybridVlm) -> None:
+    """Draw weights under which pictures make a difference.
+
+    With PyTorch's own the model repeats its last token, whatever it sees, and normalisations are
+    the identity, so that folding them could go wrong unseen.
+    """
+    for module in model.visual.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+        elif isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.25)
+    for name, weight in model.language_model.named_parameters():
+        torch.nn.init.normal_(weight, std=1.0 if "norm" in name else 0.25)
 
 
 def save(folder: Path) -> Path:
