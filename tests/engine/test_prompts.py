@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from meiqa.errors import PackageCorrupted
 MERGE = 2
 
 
-class PositionsOnly(Qwen2_5_VLModel):
+class PositionsOnly(Qwen2_5_VLModel):  # type: ignore[no-untyped-call]
     """The reference's positions without its weights."""
 
     def __init__(self) -> None:
@@ -41,9 +42,9 @@ def reference_positions(pieces: list[int | tuple[int, int]]) -> tuple[np.ndarray
         else:
             kinds += [0] * piece
     positions, deltas = PositionsOnly().get_rope_index(
-        torch.zeros(1, len(kinds), dtype=torch.long),
-        torch.tensor([kinds], dtype=torch.int),
-        image_grid_thw=torch.tensor(grids),
+        cast(torch.LongTensor, torch.zeros(1, len(kinds), dtype=torch.long)),
+        cast(torch.IntTensor, torch.tensor([kinds], dtype=torch.int)),
+        image_grid_thw=cast(torch.LongTensor, torch.tensor(grids)),
     )
     return positions[:, 0].numpy(), int(deltas[0]) + len(kinds)
 

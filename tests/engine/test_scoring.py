@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from meiqa.engine.package import UNCALIBRATED, ImageProcessing, Logistic
+from meiqa.engine.package import UNCALIBRATED, Logistic
 from meiqa.engine.scoring import expected_grade, first_opinion
 from meiqa.engine.vlm import Description, Prefix, VisualTokens, Vlm
 
-PREFIX = Prefix(np.zeros((1, 2, 1, 3, 4), np.float32), VisualTokens(np.zeros((1, 4)), (1, 1)), 3)
+PREFIX = Prefix(
+    np.zeros((1, 2, 1, 3, 4), np.float32), VisualTokens(np.zeros((1, 4), np.float32), (1, 1)), 3
+)
 KEY = np.ones(4, np.float32)
 
 
-class Scripted(Vlm):
-    """A model that says what it is told to."""
+class Scripted:
+    """The part of a model that gives opinions; it says what it is told to."""
 
-    image = ImageProcessing(16, 4, 1, 1, (0, 0, 0), (1, 1, 1))
-
-    def __init__(self, rating: float | None, grades: Sequence[float], *, complete: bool = True):
+    def __init__(self, rating: float | None, grades: Sequence[float], complete: bool) -> None:
         self._rating = rating
         self._grades = np.array(grades)
         self._complete = complete
@@ -34,8 +35,12 @@ class Scripted(Vlm):
         return self._grades
 
 
+def scripted(rating: float | None, grades: Sequence[float], *, complete: bool = True) -> Vlm:
+    return cast(Vlm, Scripted(rating, grades, complete))
+
+
 def test_the_printed_rating_is_the_score() -> None:
-    opinion = first_opinion(Scripted(3.27, [1, 0, 0, 0, 0]), PREFIX, UNCALIBRATED, 96)
+    opinion = first_opinion(scripted(3.27, [1, 0, 0, 0, 0]), PREFIX, UNCALIBRATED, 96)
     assert (opinion.score, opinion.raw, opinion.head) == (3.27, 3.27, "text")
     assert (opinion.summary, opinion.written_tokens) == ("soft and dark", 7)
     assert not opinion.unreadable
@@ -43,7 +48,7 @@ def test_the_printed_rating_is_the_score() -> None:
 
 
 def test_an_unreadable_rating_falls_back_to_the_grade_word_and_says_so() -> None:
-    opinion = first_opinion(Scripted(None, [0, 0, 0.5, 0.5, 0]), PREFIX, UNCALIBRATED, 96)
+    opinion = first_opinion(scripted(None, [0, 0, 0.5, 0.5, 0]), PREFIX, UNCALIBRATED, 96)
     assert (opinion.score, opinion.head) == (3.5, "levels")
     assert opinion.unreadable
     assert opinion.summary == "soft and dark"
@@ -51,7 +56,7 @@ def test_an_unreadable_rating_falls_back_to_the_grade_word_and_says_so() -> None
 
 
 def test_without_a_description_nothing_is_unreadable() -> None:
-    opinion = first_opinion(Scripted(None, [0, 1, 0, 0, 0]), PREFIX, UNCALIBRATED, 0)
+    opinion = first_opinion(scripted(None, [0, 1, 0, 0, 0]), PREFIX, UNCALIBRATED, 0)
     assert (opinion.score, opinion.head) == (2.0, "levels")
     assert not opinion.unreadable
     assert (opinion.summary, opinion.key, opinion.written_tokens) == (None, None, 0)
@@ -65,21 +70,21 @@ def test_the_calibration_chooses_and_maps_the_head() -> None:
         levels_std=0.4,
         text_std=0.9,
     )
-    opinion = first_opinion(Scripted(4.9, [0, 0, 0, 1, 0]), PREFIX, calibration, 96)
+    opinion = first_opinion(scripted(4.9, [0, 0, 0, 1, 0]), PREFIX, calibration, 96)
     assert (opinion.raw, opinion.score, opinion.std) == (4.0, 3.0, 0.4)
     assert not opinion.unreadable
     text = replace(calibration, score_head="text", text=Logistic(0.0, 1.0, 3.0, 0.5, 1.0))
-    opinion = first_opinion(Scripted(4.0, [0, 0, 0, 1, 0]), PREFIX, text, 96)
+    opinion = first_opinion(scripted(4.0, [0, 0, 0, 1, 0]), PREFIX, text, 96)
     assert (opinion.score, opinion.std) == (3.0, 0.9)
 
 
 @pytest.mark.parametrize(("printed", "score"), [(77.0, 5.0), (0.0, 1.0)])
 def test_a_rating_off_the_scale_is_kept_on_it(printed: float, score: float) -> None:
-    assert first_opinion(Scripted(printed, [1] * 5), PREFIX, UNCALIBRATED, 96).score == score
+    assert first_opinion(scripted(printed, [1] * 5), PREFIX, UNCALIBRATED, 96).score == score
 
 
 def test_a_cut_description_is_marked() -> None:
-    vlm = Scripted(3.0, [0, 0, 1, 0, 0], complete=False)
+    vlm = scripted(3.0, [0, 0, 1, 0, 0], complete=False)
     assert first_opinion(vlm, PREFIX, UNCALIBRATED, 16).shortened
 
 

@@ -44,7 +44,8 @@ def twins() -> tuple[Qwen2_5_VLTextModel, SharedPrefixDecoder]:
                 "mrope_section": list(config.mrope_section),
             },
         )
-    ).eval()
+    )
+    reference.train(False)
     with torch.no_grad():
         # The reference starts with small weights, zero biases and unit scales: too tame to tell.
         for parameter in reference.parameters():
