@@ -1,0 +1,137 @@
+"""The embedded model and memory, through the public face, on scikit-image's photographs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import meiqa
+from meiqa import Assessment, Budget, Engine, cli
+from meiqa.demo import demo_photos
+from meiqa.engine.package import EnginePackage
+
+ASSETS = Path(meiqa.__file__).parent / "assets"
+LARGEST_ASSETS_BYTES = 40 << 20
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A contrast memory of this module's own."""
+    return tmp_path_factory.mktemp("shipped") / "memory"
+
+
+@pytest.fixture(scope="module")
+def engine(memory: Path) -> Iterator[Engine]:
+    """The engine as a user opens it."""
+    with Engine.open(memory=memory) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def assessed(engine: Engine) -> dict[str, Assessment]:
+    """Every photo of the demo, nothing learnt."""
+    photos = demo_photos()
+    results = engine.score_many([photo for _, photo in photos], learn=False)
+    found = {}
+    for (name, _), result in zip(photos, results, strict=True):
+        assert isinstance(result, Assessment)
+        found[name] = result
+    return found
+
+
+def test_assets_are_small_and_whole() -> None:
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= LARGEST_ASSETS_BYTES
+    assert EnginePackage.open(ASSETS / "package", verify=True).manifest.precision == "int8"
+
+
+def test_there_are_a_thousand_anchors(engine: Engine) -> None:
+    assert engine.memory.snapshot().count_anchors >= 1_000
+
+
+def test_degraded_photos_score_below_clean_ones(assessed: dict[str, Assessment]) -> None:
+    clean = {name.split(",")[0]: a.score for name, a in assessed.items() if "clean" in name}
+    pairs = [
+        (clean[name.split(",")[0]], a.score) for name, a in assessed.items() if "clean" not in name
+    ]
+    assert np.mean([before > after for before, after in pairs]) >= 0.8
+
+
+def test_comparisons_move_scores_and_are_listed(assessed: dict[str, Assessment]) -> None:
+    moved = [a for a in assessed.values() if abs(a.score - a.initial_score) > 0.05]
+    assert moved
+    for assessment in moved:
+        assert len(assessment.neighbours) == 32
+        assert all(
+            0 <= n.preference <= 1 for n in assessment.neighbours if n.preference is not None
+        )
+        assert assessment.summary
+        assert assessment.degraded == ()
+
+
+def test_a_reflection_is_remembered_and_met_again(engine: Engine) -> None:
+    for _, photo in demo_photos():
+        if engine.score(photo).reflection is not None:
+            break
+    else:
+        pytest.fail("no photo of the demo was reflected on")
+    # The same scene a little darker is another photo; its nearest case is the one just learnt.
+    twin = Image.fromarray((np.asarray(photo) * 0.97).astype(np.uint8))
+    origins = {neighbour.origin for neighbour in engine.score(twin, learn=False).neighbours}
+    assert "contrast" in origins
+
+
+def test_a_small_budget_is_kept_and_says_what_it_cost(engine: Engine) -> None:
+    _, photo = demo_photos()[0]
+    engine.score(photo, budget=Budget(ms=1000), learn=False)
+    hurried = engine.score(photo, budget=Budget(ms=40), learn=False)
+    assert hurried.degraded
+    assert hurried.summary is None
+
+
+def test_json_has_the_names_that_tools_parse(
+    memory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, photo = demo_photos()[0]
+    photo.save(tmp_path / "photo.png")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut short")
+    command = ["score", str(tmp_path), "--no-learn", "--memory", str(memory), "--format", "json"]
+    assert cli.main(command) == 1
+    printed = capsys.readouterr()
+    broken, good = json.loads(printed.out)
+    assert broken["path"].endswith("broken.jpg")
+    assert "error" in broken
+    assert {
+        "path",
+        "score",
+        "std",
+        "ci95",
+        "initial_score",
+        "word",
+        "percentile",
+        "summary",
+    } <= set(good)
+    assert {"neighbours", "degraded", "timings_ms", "counters"} <= set(good)
+    assert set(good["neighbours"][0]) == {"id", "origin", "score", "preference"}
+    assert "Traceback" not in printed.err
+
+
+def test_a_changed_package_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(ASSETS / "package", package)
+    with (package / "decoder.onnx").open("r+b") as graph:
+        graph.seek(1000)
+        graph.write(b"\0\0\0\0")
+    assert cli.main(["score", "photo.jpg", "--package", str(package)]) in (1, 2)
+    picture = tmp_path / "photo.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    assert cli.main(["score", str(picture), "--package", str(package)]) == 2
+    printed = capsys.readouterr()
+    assert "decoder.onnx is not the file that the manifest names" in printed.err
+    assert "Traceback" not in printed.err
