@@ -31,8 +31,8 @@ class Posterior:
 
 
 def fuse(
-    initial_score: float,
-    initial_std: float,
+    prior: float,
+    prior_std: float,
     neighbours: Sequence[Case],
     preferences: np.ndarray,
     calibration: Calibration,
@@ -40,18 +40,18 @@ def fuse(
     """Posterior of one photo.
 
     Args:
-        initial_score, initial_std: the first opinion.
+        prior, prior_std: the score to start from and its deviation.
         neighbours: K remembered cases.
         preferences: (K,) probability that the photo looks better, NaN where it was not asked.
         calibration: sigma, lam and the mapping of the deviation.
 
     Returns:
-        The first opinion as it is when nothing was asked.
+        The prior as it is when nothing was asked.
     """
     if np.isnan(preferences).all():
-        return Posterior(initial_score, initial_std)
+        return Posterior(prior, prior_std)
     scores, stds = thurstone_map(
-        np.array([initial_score]),
+        np.array([prior]),
         np.array([[case.score for case in neighbours]]),
         np.array([[case.std for case in neighbours]]),
         np.asarray(preferences, np.float64)[None],

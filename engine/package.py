@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +26,37 @@ from meiqa.errors import PackageCorrupted, PackageNotFound, SchemaUnsupported, U
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-SCORE_HEADS = ("text", "levels")
 GRAPHS = ("vision", "decoder")
 DATA_FILES = ("embedding.npy", "key_projection.npy", "tokenizer.json")
 
 Record = TypeVar("Record", bound="_Fields")
+
+
+@dataclass(frozen=True)
+class _Allowed:
+    """Numbers that a field of the manifest may hold: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    kind: type = Real
+
+    def refuse_others(self, name: str, value: Any) -> None:
+        """Raise PackageCorrupted unless the value is such a number and finite."""
+        number = isinstance(value, self.kind) and not isinstance(value, bool)
+        if not (number and abs(value) <= sys.float_info.max and self.holds(value)):
+            raise PackageCorrupted(
+                f"a number in the manifest makes no sense: {name}",
+                seen=repr(value),
+                allowed=self.words,
+            )
+
+
+_FINITE = _Allowed("a finite number", lambda value: True)
+_POSITIVE = _Allowed("a number above 0", lambda value: value > 0)
+_NOT_NEGATIVE = _Allowed("0 or a number above it", lambda value: value >= 0)
+_SHARE = _Allowed("0 to 1", lambda value: 0 <= value <= 1)
+_COUNT = _Allowed("a whole number, 1 or more", lambda value: value >= 1, Integral)
+_COUNT_OR_NONE = _Allowed("a whole number, 0 or more", lambda value: value >= 0, Integral)
 
 
 @dataclass(frozen=True)
@@ -46,6 +74,15 @@ class _Fields:
                 hint="export the checkpoint again with this version",
             )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def _require(self, allowed: _Allowed, *names: str) -> None:
+        """Refuse fields that hold anything but the numbers allowed.
+
+        Raises:
+            PackageCorrupted: one does.
+        """
+        for name in names:
+            allowed.refuse_others(f"{type(self).__name__}.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -65,6 +102,24 @@ class ImageProcessing(_Fields):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def __post_init__(self) -> None:
+        self._require(_COUNT, "patch_size", "merge_size", "min_pixels", "max_pixels")
+        if self.min_pixels > self.max_pixels:
+            raise PackageCorrupted(
+                "the manifest's bounds of the area are swapped",
+                seen=f"min_pixels {self.min_pixels}, max_pixels {self.max_pixels}",
+                allowed="min_pixels up to max_pixels",
+            )
+        for name, values, allowed in (("mean", self.mean, _FINITE), ("std", self.std, _POSITIVE)):
+            if not isinstance(values, tuple) or len(values) != 3:
+                raise PackageCorrupted(
+                    f"the manifest's {name} of the channels is not one number each",
+                    seen=repr(values),
+                    allowed="3 numbers",
+                )
+            for value in values:
+                allowed.refuse_others(f"ImageProcessing.{name}", value)
+
     @property
     def cell_pixels(self) -> int:
         """Side of the square of pixels behind one visual token."""
@@ -81,6 +136,9 @@ class DecoderShape(_Fields):
     hidden_size: int
     vocab_size: int
 
+    def __post_init__(self) -> None:
+        self._require(_COUNT, *(field.name for field in fields(self)))
+
 
 @dataclass(frozen=True)
 class Logistic(_Fields):
@@ -91,6 +149,9 @@ class Logistic(_Fields):
     b3: float
     b4: float
     b5: float
+
+    def __post_init__(self) -> None:
+        self._require(_FINITE, *(field.name for field in fields(self)))
 
     def __call__(self, raw: NDArray[np.float64] | float) -> NDArray[np.float64]:
         """b1 (1/2 - 1 / (1 + exp(b2 (raw - b3)))) + b4 raw + b5, kept on the 1-5 scale."""
@@ -108,12 +169,12 @@ class Calibration(_Fields):
     """What is fitted on photographs that the model was not trained on.
 
     Attributes:
-        score_head: which answer is the initial score: "text" (the printed rating) or "levels"
-            (expectation over the grade words).
-        text, levels: logistic of each head.
-        text_std, levels_std: deviation of each head's mapped score from people's.
+        text, levels: logistic of the printed rating and of the expectation over grade words.
+        text_std, levels_std: deviation of each mapped score from people's.
+        grade_share: weight of the grade words in the score that fusion starts from; the rest is
+            the printed rating's.
         sigma: deviation of a comparison, in score units (Thurstone Case V).
-        lam: weight of the initial score in the fusion.
+        lam: weight of that starting score in the fusion.
         temperature: divides the difference of the two verdicts' logits.
         std_scale, std_floor: map the posterior's deviation to the observed one:
             sqrt((scale * std)^2 + floor^2).
@@ -122,11 +183,11 @@ class Calibration(_Fields):
         bins: strata over the anchors' scores.
     """
 
-    score_head: str
     text: Logistic
     levels: Logistic
     text_std: float
     levels_std: float
+    grade_share: float
     sigma: float
     lam: float
     temperature: float
@@ -136,26 +197,29 @@ class Calibration(_Fields):
     neighbours: int
     bins: int
 
+    def __post_init__(self) -> None:
+        self._require(_POSITIVE, "sigma", "lam", "temperature")
+        self._require(
+            _NOT_NEGATIVE, "text_std", "levels_std", "std_scale", "std_floor", "reflect_above"
+        )
+        self._require(_SHARE, "grade_share")
+        self._require(_COUNT_OR_NONE, "neighbours")
+        self._require(_COUNT, "bins")
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
         """Read what stands in the manifest."""
         made = super().from_dict(values)
-        if made.score_head not in SCORE_HEADS:
-            raise PackageCorrupted(
-                "unknown score head in the manifest",
-                seen=made.score_head,
-                allowed=", ".join(SCORE_HEADS),
-            )
-        text, levels = (Logistic.from_dict(values[name]) for name in SCORE_HEADS)
+        text, levels = (Logistic.from_dict(values[name]) for name in ("text", "levels"))
         return replace(made, text=text, levels=levels)
 
 
 UNCALIBRATED = Calibration(
-    score_head="text",
     text=IDENTITY,
     levels=IDENTITY,
     text_std=0.6,
     levels_std=0.6,
+    grade_share=0.5,
     sigma=0.7,
     lam=0.5,
     temperature=1.0,
@@ -175,6 +239,15 @@ class Graph(_Fields):
     file: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for names in ((self.file,), self.inputs, self.outputs):
+            if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+                raise PackageCorrupted(
+                    "a graph in the manifest names its file, inputs or outputs by no text",
+                    seen=repr(names),
+                    allowed="names",
+                )
 
 
 @dataclass(frozen=True)
@@ -264,10 +337,11 @@ class Manifest:
             }
         )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that makes visual tokens and keys: what a memory is tied to."""
-        made_by = {name: asdict(self)[name] for name in ("files", "image", "decoder", "prompt")}
+        everything = asdict(self)
+        made_by = {name: everything[name] for name in ("files", "image", "decoder", "prompt")}
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,18 +11,25 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-import meiqa
 from meiqa.engine.caches import ByteLru, ContentKey
 from meiqa.engine.comparing import Comparer, Verdicts, preferences_of
 from meiqa.engine.fusing import Posterior, fuse
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid, load_pixels, source_name
-from meiqa.engine.package import Calibration, EnginePackage, ImageProcessing
-from meiqa.engine.planning import CostModel, Plan, Stopwatch, plan_work
+from meiqa.engine.package import EnginePackage, ImageProcessing
+from meiqa.engine.planning import (
+    CostModel,
+    Plan,
+    Stopwatch,
+    measure_costs,
+    observe_costs,
+    plan_work,
+)
 from meiqa.engine.reflecting import gate_opens, reflect
+from meiqa.engine.remembering import open_memory
 from meiqa.engine.scoring import Opinion, first_opinion
 from meiqa.engine.vlm import Floats, LocalVlm, Prefix, VisualTokens, Vlm
-from meiqa.errors import ImageError, ImageTooSmall, StoreError, StoreLocked, UsageError
-from meiqa.locations import user_memory
+from meiqa.errors import ImageError, ImageTooSmall, StoreError, UsageError
+from meiqa.locations import embedded_assets
 from meiqa.memory import Case, MemoryBank, RetrievalPolicy, Snapshot
 from meiqa.types import (
     Assessment,
@@ -34,7 +41,6 @@ from meiqa.types import (
 )
 
 LOG = logging.getLogger(__name__)
-ASSETS = Path(meiqa.__file__).parent / "assets"
 PHOTO_CACHE_BYTES = 64 << 20
 ANCHOR_CACHE_BYTES = 512 << 20
 SMALLEST_SIDE = 16
@@ -87,7 +93,8 @@ class Engine:
             device: "cpu" or "cuda".
             threads: threads of the runtime; as many as there are cores by default.
             verify: compare digests of package and memory.
-            learn: open the memory for writing; False opens it read-only.
+            learn: open the memory for writing, creating it if need be; False opens it read-only,
+                and a `memory` must exist then.
 
         Raises:
             PackageError, StoreError, DeviceUnavailable, UsageError.
@@ -96,7 +103,7 @@ class Engine:
 
         if threads is not None and threads < 1:
             raise UsageError("threads must be positive", seen=threads, allowed="1 or more")
-        opened = EnginePackage.open(package or ASSETS / "package", verify=verify)
+        opened = EnginePackage.open(package or embedded_assets() / "package", verify=verify)
         vlm = LocalVlm(opened, *open_sessions(opened, device, threads))
         # Last, so that an engine that is refused does not hold the memory's lock.
         return cls(vlm, opened, open_memory(memory, opened.digest, verify=verify, learn=learn))
@@ -211,7 +218,7 @@ class Engine:
             pixels = load_pixels(image)
         with clock.stage("read"):
             photo, known = self._read_or_known(pixels)
-        plan = plan_work(policy.k, clock.remaining_ms, costs) if costs else whole_plan(policy.k)
+        plan = plan_work(policy.k, clock.remaining_ms, costs)
         with clock.stage("describe"):
             opinion = first_opinion(self._vlm, photo.prefix, self._calibration, plan.summary_tokens)
         with clock.stage("retrieve"):
@@ -223,14 +230,18 @@ class Engine:
             verdicts = self._compared(photo, opinion, neighbours, plan, clock, costs)
         with clock.stage("fuse"):
             posterior = fuse(
-                opinion.score, opinion.std, neighbours, verdicts.preferences, self._calibration
+                opinion.prior,
+                opinion.prior_std,
+                neighbours,
+                verdicts.preferences,
+                self._calibration,
             )
         if costs:
             observe_costs(costs, clock, opinion, verdicts, plan)
         reflection, notes = None, degradations(plan, opinion, verdicts, len(neighbours))
         if learn and gate_opens(opinion, posterior, self._calibration.reflect_above):
             with clock.stage("reflect"):
-                reflection, unlearnt = self._learn(photo, opinion, posterior)
+                reflection, unlearnt = self._learn(photo, opinion, posterior, clock)
             notes += unlearnt
         clock.timings_ms["total"] = clock.elapsed_ms
         return Assessment(
@@ -285,7 +296,7 @@ class Engine:
         def go_on(preferences: NDArray[np.float64], next_wave: int) -> bool:
             if clock.budget.std is not None:
                 so_far = fuse(
-                    opinion.score, opinion.std, neighbours, preferences, self._calibration
+                    opinion.prior, opinion.prior_std, neighbours, preferences, self._calibration
                 )
                 if so_far.std <= clock.budget.std:
                     return False
@@ -304,16 +315,33 @@ class Engine:
         )
 
     def _learn(
-        self, photo: Photo, opinion: Opinion, posterior: Posterior
+        self, photo: Photo, opinion: Opinion, posterior: Posterior, clock: Stopwatch
     ) -> tuple[str | None, tuple[str, ...]]:
         """Reflect and remember; the corrected description and what could not be done."""
-        reflection = reflect(self._vlm, photo.prefix, photo.pixels.digest, opinion, posterior)
+        if opinion.summary is None:
+            return None, ("not reflected: no summary",)
+        if clock.remaining_ms is not None and clock.remaining_ms < self._reflection_ms(clock):
+            return None, ("not reflected: no time",)
+        reflection = reflect(
+            self._vlm,
+            photo.prefix,
+            photo.pixels.digest,
+            opinion.summary,
+            opinion.score,
+            posterior,
+        )
+        if reflection is None:
+            return None, ("not reflected: nothing was written",)
         try:
             self.memory.remember(reflection.case, provenance=f"reflected on {photo.pixels.name}")
         except StoreError as error:
             LOG.warning("%s was not remembered: %s", photo.pixels.name, error)
             return reflection.description.text, (f"not remembered: {error.what}",)
         return reflection.description.text, ()
+
+    def _reflection_ms(self, clock: Stopwatch) -> float:
+        """A corrected description takes about as long as the first."""
+        return clock.timings_ms["describe"]
 
     def _projected_key(self, photo: Photo) -> Floats:
         """Retrieval key of a photo about which nothing was written."""
@@ -353,56 +381,11 @@ def fitted_to(pixels: Pixels, image: ImageProcessing) -> NDArray[np.uint8]:
         ) from error
 
 
-def whole_plan(k: int) -> Plan:
-    """Everything, as if there were no limit."""
-    return plan_work(k, None, CostModel(0.0, 0.0, 0.0, 0.0))
-
-
 def projected_key(tokens: VisualTokens, projection: NDArray[np.float32]) -> Floats:
     """Guess a summary's key from visual tokens: their mean through a linear map (D + 1, D_key)."""
     mean = np.append(tokens.values.mean(axis=0), np.float32(1.0))
     key: Floats = mean @ projection
     return key
-
-
-def measure_costs(vlm: Vlm, calibration: Calibration) -> CostModel:
-    """Time each stage once warm, on a blank photo."""
-    image = vlm.image
-    side = int(image.max_pixels**0.5) // image.cell_pixels * image.cell_pixels
-    prefix = vlm.read([vlm.encode(np.full((side, side, 3), 127, np.uint8))])[0]
-    timed: dict[str, float] = {}
-    written = 1
-    for _ in range(2):
-        clock = Stopwatch(UNBOUNDED)
-        with clock.stage("describe"):
-            written = max(1, first_opinion(vlm, prefix, calibration, 16).written_tokens)
-        with clock.stage("grade"):
-            vlm.grade(prefix)
-        with clock.stage("pairs"):
-            vlm.prefer_first([prefix], [prefix.tokens] * 8)
-            vlm.prefer_first(vlm.read([prefix.tokens] * 8), [prefix.tokens] * 8)
-        timed = clock.timings_ms
-    return CostModel(
-        token_ms=timed["describe"] / written,
-        summary_tokens=48.0,
-        pair_ms=timed["pairs"] / 16,
-        grade_ms=timed["grade"],
-    )
-
-
-def observe_costs(
-    costs: CostModel, clock: Stopwatch, opinion: Opinion, verdicts: Verdicts, plan: Plan
-) -> None:
-    """Learn from the photo just done."""
-    if opinion.written_tokens:
-        costs.observe("token_ms", clock.timings_ms["describe"] / opinion.written_tokens)
-        if not opinion.shortened:
-            costs.observe("summary_tokens", opinion.written_tokens)
-    else:
-        costs.observe("grade_ms", clock.timings_ms["describe"])
-    if verdicts.asked:
-        orders = 2 if plan.both_orders else 1
-        costs.observe("pair_ms", clock.timings_ms["compare"] / (verdicts.asked * orders))
 
 
 def degradations(
@@ -431,27 +414,3 @@ def as_neighbours(cases: tuple[Case, ...], verdicts: Verdicts) -> tuple[Neighbou
         )
         for case, preference in zip(cases, verdicts.preferences, strict=True)
     )
-
-
-def open_memory(
-    path: str | Path | None, package_digest: str, *, verify: bool, learn: bool
-) -> MemoryBank:
-    """Open the memory of a package; see `Engine.open`.
-
-    While another process writes to it, the memory is opened read-only, with a warning.
-    """
-    contrast = Path(path) if path is not None else user_memory() / package_digest[:16]
-    anchors = contrast if holds_anchors(contrast) else ASSETS / "memory"
-    if learn:
-        try:
-            return MemoryBank.compose(
-                anchors, contrast, "rw", package_digest=package_digest, verify=verify
-            )
-        except StoreLocked as error:
-            LOG.warning("nothing will be remembered: %s", error)
-    return MemoryBank.compose(anchors, contrast, "r", package_digest=package_digest, verify=verify)
-
-
-def holds_anchors(path: Path) -> bool:
-    """Whether a memory directory has anchors of its own."""
-    return (path / "anchors.seg").exists()

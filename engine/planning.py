@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from meiqa.engine.comparing import Verdicts
+from meiqa.engine.package import Calibration
+from meiqa.engine.scoring import Opinion
+from meiqa.engine.vlm import ROWS_PER_CALL, Vlm
+from meiqa.kernels.thurstone import thurstone_map
 from meiqa.types import Budget
 
 FULL_SUMMARY_TOKENS = 96
 SHORT_SUMMARY_TOKENS = 16
+USUAL_SUMMARY_TOKENS = 48.0
 FEWEST_NEIGHBOURS = 4
 HEADROOM = 1.15
 """Stages are planned to take this much longer than measured."""
@@ -58,20 +67,20 @@ class CostModel:
         """Milliseconds that a plan should take, with headroom."""
         words = min(self.summary_tokens, plan.summary_tokens) * self.token_ms
         pairs = plan.neighbours * (2 if plan.both_orders else 1) * self.pair_ms
-        return HEADROOM * ((words or self.grade_ms) + pairs)
+        return HEADROOM * (self.grade_ms + words + pairs)
 
     def of_wave(self, plan: Plan, neighbours: int) -> float:
-        """Milliseconds that a wave of comparisons should take."""
-        return neighbours * (2 if plan.both_orders else 1) * self.pair_ms
+        """Milliseconds that a wave of comparisons should take, with headroom."""
+        return HEADROOM * neighbours * (2 if plan.both_orders else 1) * self.pair_ms
 
 
-def plan_work(k: int, remaining_ms: float | None, costs: CostModel) -> Plan:
+def plan_work(k: int, remaining_ms: float | None, costs: CostModel | None) -> Plan:
     """The first plan, in the declared order of degradation, that fits the time left.
 
     Shorter summary, no summary, fewer neighbours, one order, first opinion only.
     """
     whole = Plan(FULL_SUMMARY_TOKENS, k, both_orders=True)
-    if remaining_ms is None:
+    if remaining_ms is None or costs is None:
         return whole
     for plan in degraded_plans(whole):
         if costs.of(plan) <= remaining_ms:
@@ -121,3 +130,45 @@ class Stopwatch:
     def remaining_ms(self) -> float | None:
         """Milliseconds left, None without a limit."""
         return None if self.budget.ms is None else self.budget.ms - self.elapsed_ms
+
+
+def measure_costs(vlm: Vlm, calibration: Calibration) -> CostModel:
+    """Time each stage warm, on a blank photo; compiles what is compiled on first use."""
+    image = vlm.image
+    side = math.isqrt(image.max_pixels) // image.cell_pixels * image.cell_pixels
+    prefix = vlm.read([vlm.encode(np.full((side, side, 3), 127, np.uint8))])[0]
+    for _ in range(2):
+        clock = Stopwatch(Budget())
+        with clock.stage("describe"):
+            written = max(1, vlm.describe(prefix, SHORT_SUMMARY_TOKENS).tokens)
+        with clock.stage("grade"):
+            vlm.grade(prefix)
+        with clock.stage("pairs"):
+            vlm.prefer_first([prefix], [prefix.tokens] * ROWS_PER_CALL)
+            vlm.prefer_first(
+                vlm.read([prefix.tokens] * ROWS_PER_CALL), [prefix.tokens] * ROWS_PER_CALL
+            )
+        one = np.ones((1, 1))
+        thurstone_map(one[0], one, one, one, calibration.sigma, calibration.lam)
+    return CostModel(
+        token_ms=clock.timings_ms["describe"] / written,
+        summary_tokens=USUAL_SUMMARY_TOKENS,
+        pair_ms=clock.timings_ms["pairs"] / (2 * ROWS_PER_CALL),
+        grade_ms=clock.timings_ms["grade"],
+    )
+
+
+def observe_costs(
+    costs: CostModel, clock: Stopwatch, opinion: Opinion, verdicts: Verdicts, plan: Plan
+) -> None:
+    """Learn from the photo just done."""
+    if opinion.written_tokens:
+        writing_ms = max(0.0, clock.timings_ms["describe"] - costs.grade_ms)
+        costs.observe("token_ms", writing_ms / opinion.written_tokens)
+        if not opinion.shortened:
+            costs.observe("summary_tokens", opinion.written_tokens)
+    else:
+        costs.observe("grade_ms", clock.timings_ms["describe"])
+    if verdicts.asked:
+        orders = 2 if plan.both_orders else 1
+        costs.observe("pair_ms", clock.timings_ms["compare"] / (verdicts.asked * orders))

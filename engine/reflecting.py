@@ -24,14 +24,21 @@ def gate_opens(opinion: Opinion, posterior: Posterior, reflect_above: float) -> 
 
 
 def reflect(
-    vlm: Vlm, prefix: Prefix, image_digest: str, opinion: Opinion, posterior: Posterior
-) -> Reflection:
-    """Describe the photo again in the light of its fused score.
+    vlm: Vlm,
+    prefix: Prefix,
+    image_digest: str,
+    summary: str,
+    initial_score: float,
+    posterior: Posterior,
+) -> Reflection | None:
+    """Describe the photo again in the light of its fused score; None if nothing was written.
 
     The case is stored under the corrected description's key, so that photos which would get the
     same corrected description find it.
     """
-    description = vlm.reflect(prefix, opinion.summary or "", opinion.score, posterior.score)
+    description = vlm.reflect(prefix, summary, initial_score, posterior.score)
+    if description.key is None:
+        return None
     case = Case(
         id=image_digest[:16],
         origin="contrast",

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.package import Calibration
-from meiqa.engine.vlm import Description, Floats, Prefix, Vlm
+from meiqa.engine.vlm import Floats, Prefix, Vlm
 
 GRADES = np.arange(1.0, 6.0)
 
@@ -18,19 +18,19 @@ class Opinion:
     """The model's own score and description.
 
     Attributes:
-        raw: the score on the model's own scale; head: "text" or "levels", where it came from.
-        score, std: the score mapped to 1-5 and its deviation from people's.
+        score: the initial score on 1-5: the printed rating, or the grade where none was printed.
+        prior: the score that fusion starts from: rating and grade, weighted.
+        prior_std: its deviation from people's.
         summary: the description, None when none was written.
         key: retrieval key (D,), None when nothing was written.
         shortened: the description was cut at the plan's limit.
-        unreadable: a rating was asked for and what was printed is not a number.
+        unreadable: what was printed as the rating is not a number.
         written_tokens: tokens written.
     """
 
-    raw: float
-    head: str
     score: float
-    std: float
+    prior: float
+    prior_std: float
     summary: str | None
     key: Floats | None
     shortened: bool
@@ -41,48 +41,27 @@ class Opinion:
 def first_opinion(
     vlm: Vlm, prefix: Prefix, calibration: Calibration, summary_tokens: int
 ) -> Opinion:
-    """Ask the model for its description and score.
-
-    Args:
-        summary_tokens: limit of the description; 0 asks for a grade word only.
-    """
+    """Ask the model for a grade word and, unless `summary_tokens` is 0, description and rating."""
+    grade = float(calibration.levels(expected_grade(vlm.grade(prefix))))
     if summary_tokens == 0:
-        return graded_opinion(vlm, prefix, calibration, None)
-    description = vlm.describe(prefix, summary_tokens)
-    if calibration.score_head == "levels" or description.rating is None:
-        return graded_opinion(vlm, prefix, calibration, description)
+        return Opinion(grade, grade, calibration.levels_std, None, None, False, False, 0)
+    described = vlm.describe(prefix, summary_tokens)
+    rating = grade if described.rating is None else float(calibration.text(described.rating))
     return Opinion(
-        raw=description.rating,
-        head="text",
-        score=float(calibration.text(description.rating)),
-        std=calibration.text_std,
-        summary=description.text,
-        key=description.key,
-        shortened=not description.complete,
-        unreadable=False,
-        written_tokens=description.tokens,
+        score=rating,
+        prior=weighted(rating, grade, calibration.grade_share),
+        prior_std=weighted(calibration.text_std, calibration.levels_std, calibration.grade_share),
+        summary=described.text,
+        key=described.key,
+        shortened=not described.complete,
+        unreadable=described.rating is None,
+        written_tokens=described.tokens,
     )
 
 
-def graded_opinion(
-    vlm: Vlm,
-    prefix: Prefix,
-    calibration: Calibration,
-    description: Description | None,
-) -> Opinion:
-    """The opinion whose score is the expectation over the grade words."""
-    raw = expected_grade(vlm.grade(prefix))
-    return Opinion(
-        raw=raw,
-        head="levels",
-        score=float(calibration.levels(raw)),
-        std=calibration.levels_std,
-        summary=description.text if description else None,
-        key=description.key if description else None,
-        shortened=description is not None and not description.complete,
-        unreadable=description is not None and description.rating is None,
-        written_tokens=description.tokens if description else 0,
-    )
+def weighted(of_rating: float, of_grade: float, grade_share: float) -> float:
+    """What holds for rating and grade together, the grade counting `grade_share`."""
+    return (1.0 - grade_share) * of_rating + grade_share * of_grade
 
 
 def expected_grade(probabilities: NDArray[np.float64]) -> float:

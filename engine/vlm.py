@@ -7,7 +7,7 @@ prompt up to and including it), and everything asked about it continues that pre
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from meiqa.engine.package import EnginePackage, ImageProcessing
 from meiqa.engine.prompts import layout
-from meiqa.engine.runtime.base import GraphSession
+from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.kernels.patches import pixels_to_patches
 
 Floats = NDArray[np.float32]
@@ -73,14 +73,15 @@ class Description:
 
     Attributes:
         text: the description.
-        key: mean of the decoder's last hidden states over the description, (D,).
+        key: mean of the decoder's last hidden states over the description, (D,); None when
+            nothing was written.
         rating: the printed rating, None when none was asked for or it is not a number.
         complete: False when the token limit cut the description.
         tokens: tokens written.
     """
 
     text: str
-    key: Floats
+    key: Floats | None
     rating: float | None
     complete: bool
     tokens: int
@@ -234,28 +235,32 @@ class LocalVlm:
     ) -> NDArray[np.float64]:
         """Logits of K comparisons, one forward pass each; see `Vlm.prefer_first`."""
         if len(firsts) == 1:
-            prefixes = self._stacked(firsts)
-            calls = (
-                ([self._second_row(firsts[0], picture) for picture in part], prefixes, False)
-                for part in chunks(seconds, ROWS_PER_CALL)
-            )
-        else:
-            pairs = list(zip(firsts, seconds, strict=True))
-            calls = (
-                (
-                    [self._second_row(first, picture) for first, picture in part],
-                    self._stacked([first for first, _ in part]),
-                    True,
-                )
-                for part in chunks(pairs, ROWS_PER_CALL)
-            )
+            return self._prefer_shared(firsts[0], seconds)
+        pairs = list(zip(firsts, seconds, strict=True))
+        return joined(self._prefer_paired(part) for part in chunks(pairs, ROWS_PER_CALL))
+
+    def _prefer_shared(self, first: Prefix, seconds: Sequence[VisualTokens]) -> NDArray[np.float64]:
+        """One prefix read by all rows."""
+        stacked = self._stacked([first])
+        return joined(
+            self._verdicts([self._second_row(first, second) for second in part], stacked)
+            for part in chunks(seconds, ROWS_PER_CALL)
+        )
+
+    def _prefer_paired(self, pairs: Sequence[tuple[Prefix, VisualTokens]]) -> NDArray[np.float64]:
+        """A prefix to each row, in one call."""
+        rows = [self._second_row(first, second) for first, second in pairs]
+        return self._verdicts(rows, self._stacked([first for first, _ in pairs]), one_each=True)
+
+    def _verdicts(
+        self, rows: Sequence[Row], prefixes: dict[str, Array], *, one_each: bool = False
+    ) -> NDArray[np.float64]:
+        """Logit that the first picture of each row looks better."""
+        logits = self._call(rows, prefixes, one_each=one_each)["logits"]
+        flat = logits.reshape(len(rows), -1).astype(np.float64)
         first_id, second_id = self.prompts.verdict_ids
-        verdicts = []
-        for rows, prefixes, one_each in calls:
-            logits = self._call(rows, prefixes, one_each=one_each)["logits"]
-            logits = logits.reshape(len(rows), -1).astype(np.float64)
-            verdicts.append(logits[:, first_id] - logits[:, second_id])
-        return np.concatenate(verdicts) if verdicts else np.zeros(0)
+        verdicts: NDArray[np.float64] = flat[:, first_id] - flat[:, second_id]
+        return verdicts
 
     def _second_row(self, first: Prefix, second: VisualTokens) -> Row:
         """The row that shows a second picture and asks which looks better."""
@@ -275,14 +280,12 @@ class LocalVlm:
         """Embeddings (n, D) of tokens."""
         return self.package.embedding[ids].astype(np.float32)
 
-    def _no_prefixes(self, count: int) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
+    def _no_prefixes(self, count: int) -> dict[str, Array]:
         s = self.shape
         empty = np.zeros((s.layers, 2, count, s.kv_heads, 0, s.head_dim), np.float32)
         return {"prefix": empty, "prefix_lengths": np.zeros(count, np.int64)}
 
-    def _stacked(
-        self, prefixes: Sequence[Prefix]
-    ) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
+    def _stacked(self, prefixes: Sequence[Prefix]) -> dict[str, Array]:
         """Prefixes side by side, padded to the longest; a single one is not copied."""
         lengths = np.array([prefix.length for prefix in prefixes], np.int64)
         if len(prefixes) == 1:
@@ -297,7 +300,7 @@ class LocalVlm:
     def _call(
         self,
         rows: Sequence[Row],
-        prefixes: dict[str, NDArray[np.float32] | NDArray[np.int64]],
+        prefixes: dict[str, Array],
         *,
         one_each: bool = False,
     ) -> dict[str, Floats]:
@@ -372,10 +375,10 @@ class Writing:
         """Write given tokens, whatever the model would have written."""
         self._feed(ids.tolist())
 
-    def mean_hidden(self) -> Floats:
-        """Mean of the last hidden states over the accepted tokens, (D,); zeros before any."""
+    def mean_hidden(self) -> Floats | None:
+        """Mean of the last hidden states over the accepted tokens, (D,); None before any."""
         if not self._hidden:
-            return np.zeros(self._vlm.shape.hidden_size, np.float32)
+            return None
         mean: Floats = np.concatenate(self._hidden).mean(axis=0)
         return mean
 
@@ -385,6 +388,11 @@ class Writing:
         self._length += len(ids)
         self._hidden.append(made["hidden"][0, 0])
         self.next_token = int(made["logits"][0, 0, 0].argmax())
+
+
+def joined(parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Parts one after the other; empty if there are none."""
+    return np.concatenate([np.zeros(0), *parts])
 
 
 def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

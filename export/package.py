@@ -32,12 +32,15 @@ from meiqa.engine.package import (
     write_manifest,
 )
 from meiqa.engine.pipeline import fitted_to
+from meiqa.engine.planning import FULL_SUMMARY_TOKENS
 from meiqa.engine.prompts import MEIQA
 from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.engine.runtime.onnx import open_sessions
+from meiqa.engine.scoring import expected_grade
 from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import PackageCorrupted, UsageError
 from meiqa.export.checkpoint import ARCHITECTURE, Checkpoint, load_checkpoint
+from meiqa.export.commands import run_command
 from meiqa.export.graphs import (
     DECODER_INPUTS,
     DECODER_OUTPUTS,
@@ -59,8 +62,9 @@ MIN_PIXELS, MAX_PIXELS = 128 * 128, 512 * 512
 RIDGE = 1e-2
 CALIBRATION_PICTURES = 40
 KEY_PICTURES = 256
-DECODER_EVERY = 7
-"""One decoder call of so many is calibrated on: they are many and alike, and held in memory."""
+WRITING_EVERY = 16
+LARGEST_INT8_MOVE = 0.05
+"""Largest mean change of a grade, in score units, that quantisation may cause."""
 
 Pictures = Sequence[NDArray[np.uint8]]
 
@@ -94,7 +98,7 @@ def export_package(
         image = image_processing(loaded)
         fitted = [fitted_to(load_pixels(picture), image) for picture in pictures]
         if precision == "int8":
-            quantise_package(folder, fitted[:CALIBRATION_PICTURES])
+            quantise_package(folder, fitted)
         add_key_projection(folder, fitted[:KEY_PICTURES])
         folder.chmod(0o755)
         folder.replace(out)
@@ -170,28 +174,37 @@ def seal(folder: Path, manifest: Manifest) -> None:
 
 
 class RecordingSession:
-    """A session that keeps what it is fed in one call of `every`."""
+    """A session that keeps what it is fed, but only one in `WRITING_EVERY` calls with one token.
 
-    def __init__(self, session: GraphSession, every: int) -> None:
+    Such calls write text; they are many and alike, and all that is kept is held in memory.
+    """
+
+    def __init__(self, session: GraphSession) -> None:
         self._session = session
-        self._every = every
-        self._calls = 0
+        self._written = 0
         self.feeds: list[dict[str, np.ndarray]] = []
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
         """Execute and, in turn, keep the inputs."""
-        if self._calls % self._every == 0:
+        writes = "embeds" in inputs and inputs["embeds"].shape[2] == 1
+        if not writes or self._written % WRITING_EVERY == 0:
             self.feeds.append({name: np.array(value) for name, value in inputs.items()})
-        self._calls += 1
+        self._written += writes
         return self._session.run(inputs)
 
 
 def quantise_package(folder: Path, pictures: Pictures) -> None:
-    """Replace both graphs by INT8 ones, calibrated on everything the engine asks of pictures."""
+    """Replace both graphs by INT8 ones and refuse them if grades move too much.
+
+    Calibrated on everything the engine asks of the first pictures; checked on others if there are
+    any, so that the check sees what the calibration did not.
+    """
     package = EnginePackage.open(folder)
-    sessions = open_sessions(package, "cpu", None)
-    vision, decoder = RecordingSession(sessions[0], 1), RecordingSession(sessions[1], DECODER_EVERY)
-    exercise(LocalVlm(package, vision, decoder), pictures)
+    vision, decoder = (RecordingSession(s) for s in open_sessions(package, "cpu", None))
+    float_vlm = LocalVlm(package, vision, decoder)
+    exercise(float_vlm, pictures[:CALIBRATION_PICTURES])
+    checked = pictures[CALIBRATION_PICTURES:][:CALIBRATION_PICTURES] or pictures
+    wanted = grades(float_vlm, checked)
     for name, feeds, kept in (
         ("vision", vision.feeds, float_nodes_of_vision(folder / "vision.onnx")),
         ("decoder", decoder.feeds, float_nodes_of_decoder(folder / "decoder.onnx")),
@@ -199,16 +212,34 @@ def quantise_package(folder: Path, pictures: Pictures) -> None:
         quantise(folder / f"{name}.onnx", folder / f"{name}.int8", feeds, kept)
         (folder / f"{name}.int8").replace(folder / f"{name}.onnx")
     seal(folder, replace(package.manifest, precision="int8"))
+    quantised = EnginePackage.open(folder)
+    made = grades(LocalVlm(quantised, *open_sessions(quantised, "cpu", None)), checked)
+    moved = float(np.abs(made - wanted).mean())
+    if not moved <= LARGEST_INT8_MOVE:
+        raise PackageCorrupted(
+            "quantisation moves the grades too much",
+            seen=f"{moved:.3f} on average",
+            allowed=f"{LARGEST_INT8_MOVE} on the 1-5 scale",
+            hint="give more and more varied pictures, or export with --precision fp32",
+        )
+    parity = {**quantised.manifest.parity, "int8_grade": moved}
+    write_manifest(folder, replace(quantised.manifest, parity=parity))
+
+
+def grades(vlm: LocalVlm, pictures: Pictures) -> NDArray[np.float64]:
+    """Expected grade (N,) of each picture."""
+    prefixes = vlm.read([vlm.encode(picture) for picture in pictures])
+    return np.array([expected_grade(vlm.grade(prefix)) for prefix in prefixes])
 
 
 def exercise(vlm: LocalVlm, pictures: Pictures) -> None:
     """Ask everything that the engine asks: read, describe, grade, compare, reflect."""
     prefixes = vlm.read([vlm.encode(picture) for picture in pictures])
     for prefix, other in zip(prefixes, prefixes[1:] + prefixes[:1], strict=True):
-        description = vlm.describe(prefix, 96)
+        description = vlm.describe(prefix, FULL_SUMMARY_TOKENS)
         vlm.grade(prefix)
         vlm.prefer_first([prefix], [other.tokens])
-        vlm.reflect(prefix, description.text, description.rating or 3.0, 3.0)
+        vlm.reflect(prefix, description.text, 3.5, 2.5)
 
 
 def add_key_projection(folder: Path, pictures: Pictures) -> None:
@@ -216,9 +247,16 @@ def add_key_projection(folder: Path, pictures: Pictures) -> None:
     package = EnginePackage.open(folder)
     vlm = LocalVlm(package, *open_sessions(package, "cpu", None))
     tokens = [vlm.encode(picture) for picture in pictures]
-    keys = np.stack([vlm.describe(prefix, 96).key for prefix in vlm.read(tokens)])
-    means = np.stack([np.append(t.values.mean(axis=0), 1.0) for t in tokens]).astype(np.float64)
-    unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    keys = [vlm.describe(prefix, FULL_SUMMARY_TOKENS).key for prefix in vlm.read(tokens)]
+    known = [
+        (t, key / np.linalg.norm(key))
+        for t, key in zip(tokens, keys, strict=True)
+        if key is not None
+    ]
+    if not known:
+        raise PackageCorrupted("the model describes none of the pictures", seen="empty texts")
+    means = np.stack([np.append(t.values.mean(axis=0), 1.0) for t, _ in known]).astype(np.float64)
+    unit = np.stack([key for _, key in known])
     gram = means.T @ means + RIDGE * len(means) * np.eye(means.shape[1])
     projection = np.linalg.solve(gram, means.T @ unit)
     np.save(folder / "key_projection.npy", projection.astype(np.float32))
@@ -247,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

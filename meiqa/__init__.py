@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         StoreLocked,
         StoreMismatch,
         StoreNotFound,
+        StoreUnwritable,
         UsageError,
     )
     from meiqa.types import (
@@ -65,6 +66,7 @@ __all__ = [
     "StoreLocked",
     "StoreMismatch",
     "StoreNotFound",
+    "StoreUnwritable",
     "UsageError",
     "__version__",
     "quality_word",

@@ -99,6 +99,7 @@ def _score(options: argparse.Namespace) -> int:
     from meiqa.formats import result_writer
 
     photos, failures = _photos_of(options.paths)
+    attempted = len(photos) + len(failures)
     with ExitStack() as stack:
         engine = stack.enter_context(_engine_of(options, learn=options.learn)) if photos else None
         writer = stack.enter_context(result_writer(options.format, sys.stdout))
@@ -106,7 +107,7 @@ def _score(options: argparse.Namespace) -> int:
             writer.write(failure)
         if engine is not None:
             failures += _score_photos(engine, photos, options, writer.write)
-    return _report_failures([failure.to_dict() for failure in failures], len(photos))
+    return _report_failures([failure.to_dict() for failure in failures], attempted)
 
 
 def _score_photos(
@@ -142,8 +143,11 @@ def _compare(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     from meiqa.benchmarks.accuracy import LabelTable, evaluate
     from meiqa.formats import evaluation_text, json_text
+    from meiqa.locations import embedded_assets
     from meiqa.progress import Progress
 
+    if options.memory is None:  # what this user's photos taught would change the figures
+        options.memory = str(embedded_assets() / "memory")
     labels = LabelTable.read(options.labels, split=options.split, mos_range=options.mos_range)
     count = min(options.limit or len(labels), len(labels))
     with _engine_of(options) as engine, Progress(count, sys.stderr) as progress:
@@ -236,7 +240,7 @@ def _report_failures(failures: Sequence[Mapping[str, Any]], attempted: int) -> i
         path, error = one_line(failure["path"]), failure["error"]
         _say(f"error: {error}" if path in error else f"error: {path}: {error}")
     if failures and attempted > 1:
-        _say(f"{len(failures)} of {attempted} photos could not be assessed")
+        _say(f"{len(failures)} of {attempted} inputs could not be assessed")
     return _EXIT_FAILURES if failures else 0
 
 
@@ -316,7 +320,7 @@ def _add_eval(commands: _Commands) -> None:
     )
     _add_format(command, "text", "json")
     _add_effort(command)
-    _add_engine(command)
+    _add_engine(command, memory="the embedded anchors alone")
     command.set_defaults(run=_eval)
 
 
@@ -333,7 +337,7 @@ def _add_demo(commands: _Commands) -> None:
         help="score scikit-image's photographs, clean and degraded, with a memory of its own",
     )
     _add_effort(command)
-    _add_engine(command)
+    _add_engine(command, memory="a temporary one")
     command.set_defaults(run=_demo)
 
 
@@ -353,9 +357,9 @@ def _add_effort(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_engine(command: argparse.ArgumentParser) -> None:
+def _add_engine(command: argparse.ArgumentParser, *, memory: str = "the user's own") -> None:
     command.add_argument("--package", metavar="DIR", help="engine package (default: the embedded)")
-    command.add_argument("--memory", metavar="DIR", help="memory (default: the user's own)")
+    command.add_argument("--memory", metavar="DIR", help=f"memory (default: {memory})")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     command.add_argument("--threads", type=_positive_count, metavar="N")
     command.add_argument(
@@ -364,21 +368,29 @@ def _add_engine(command: argparse.ArgumentParser) -> None:
 
 
 def _milliseconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of milliseconds")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is below 0")
-    return value
+    return _whole_number(text, lowest=0)
 
 
 def _positive_count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is below 1")
+    return _whole_number(text, lowest=1)
+
+
+def _whole_number(text: str, *, lowest: int) -> int:
+    complaint = f"{text!r} is not a whole number from {lowest} up"
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(complaint) from None
+    if value < lowest:
+        raise argparse.ArgumentTypeError(complaint)
     return value

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import meiqa
 from meiqa.errors import MeiqaError
-from meiqa.locations import user_memory
+from meiqa.locations import package_memory, user_memory
 
 if TYPE_CHECKING:
     from meiqa.engine.pipeline import Engine
@@ -37,7 +37,8 @@ def examine(
 
     Returns:
         JSON-ready: versions, machine, providers, native_kernel, package, memory, and missing: a
-        list of {what, hint}, empty if photos can be scored.
+        list of {what, hint}, empty if photos can be scored. The user's own memory may be
+        unwritable, one that was asked for may not.
     """
     missing: list[dict[str, str | None]] = []
     report: dict[str, Any] = {
@@ -46,8 +47,11 @@ def examine(
         "providers": _providers(),
         "native_kernel": _native_kernel(missing),
         "package": None,
-        "memory": _memory_directory(memory, missing),
+        "memory": _memory_directory(user_memory() if memory is None else Path(memory)),
     }
+    if memory is not None and not report["memory"]["writable"]:
+        hint = "name another directory with --memory DIR, or only read it with --no-learn"
+        missing.append({"what": f"{memory} cannot be written", "hint": hint})
     try:
         with open_engine() as engine:
             report["package"] = {
@@ -55,6 +59,8 @@ def examine(
                 "digest": engine.package.digest,
                 "verified": verify,
             }
+            if memory is None:
+                report["memory"] = _memory_directory(package_memory(engine.package.digest))
             snapshot = engine.memory.snapshot()
             report["memory"]["anchors"] = snapshot.count_anchors
             report["memory"]["contrast"] = snapshot.count_contrast
@@ -85,7 +91,7 @@ def report_text(report: Mapping[str, Any]) -> str:
         lines.append(f"{'package digest':<16}{package['digest']}")
     else:
         lines.append(f"{'package':<16}not opened")
-    access = "writable" if memory["writable"] else "not writable"
+    access = "writable" if memory["writable"] else "not writable: nothing is remembered"
     lines.append(f"{'memory':<16}{memory['path']} ({access})")
     if memory["anchors"] is not None:
         lines.append(f"{'':<16}{memory['anchors']} anchors, {memory['contrast']} contrast cases")
@@ -158,17 +164,9 @@ def _native_kernel(missing: list[dict[str, str | None]]) -> bool:
     return True
 
 
-def _memory_directory(memory: str | None, missing: list[dict[str, str | None]]) -> dict[str, Any]:
-    path = Path(memory) if memory else user_memory()
+def _memory_directory(path: Path) -> dict[str, Any]:
     existing = path
-    while not existing.exists() and existing != existing.parent:
+    while not os.path.exists(existing) and existing != existing.parent:
         existing = existing.parent
     writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-    if not writable:
-        missing.append(
-            {
-                "what": f"{existing} cannot be written to, so nothing would be remembered",
-                "hint": "name another directory with --memory DIR or MEIQA_MEMORY",
-            }
-        )
     return {"path": str(path), "writable": writable, "anchors": None, "contrast": None}

@@ -13,6 +13,7 @@ MeiqaError
 │   ├── StoreNotFound        no memory at the path
 │   ├── StoreCorrupted       a segment or a record cannot be trusted
 │   ├── StoreLocked          another process is writing (retryable)
+│   ├── StoreUnwritable      the disk refuses to be written
 │   └── StoreMismatch        the memory belongs to another engine package
 ├── DeviceUnavailable        the device asked for is not there
 └── UsageError               an option or a label table that makes no sense
@@ -39,6 +40,7 @@ __all__ = [
     "StoreLocked",
     "StoreMismatch",
     "StoreNotFound",
+    "StoreUnwritable",
     "UsageError",
     "one_line",
 ]
@@ -143,6 +145,10 @@ class StoreLocked(StoreError):
     """Another process is writing to the memory."""
 
     retryable = True
+
+
+class StoreUnwritable(StoreError):
+    """The place of the memory is read-only, forbidden or full."""
 
 
 class StoreMismatch(StoreError):

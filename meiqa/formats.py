@@ -199,7 +199,7 @@ def _assessment_text(assessment: Assessment) -> str:
     if assessment.reflection:
         lines.append(f"  on reflection: {assessment.reflection}")
     if assessment.degraded:
-        lines.append(f"  left out for the budget: {', '.join(assessment.degraded)}")
+        lines.append(f"  note: {'; '.join(assessment.degraded)}")
     return "\n".join(lines)
 
 

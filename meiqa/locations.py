@@ -1,4 +1,4 @@
-"""Where meiqa keeps what belongs to the user."""
+"""Where meiqa finds what is shipped with it and keeps what belongs to the user."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["user_memory"]
+__all__ = ["embedded_assets", "package_memory", "user_memory"]
+
+
+def embedded_assets() -> Path:
+    """Give the directory of the embedded engine package (`package`) and anchors (`memory`)."""
+    return Path(__file__).parent / "assets"
+
+
+def package_memory(package_digest: str) -> Path:
+    """Give the directory of the user's memory for a package, which need not exist yet."""
+    return user_memory() / package_digest[:16]
 
 
 def user_memory() -> Path:
-    """Give the directory of the user's contrast memory, which need not exist yet.
+    """Give the directory that holds the user's memories, one directory for each package.
 
     `MEIQA_MEMORY` names it; otherwise it is `meiqa/memory` in the platform's data directory.
     """

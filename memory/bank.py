@@ -14,7 +14,6 @@ from meiqa.memory.cases import Case, FloatArray
 from meiqa.memory.contrast import ContrastMemory, ContrastView, Mode
 from meiqa.memory.records import Identity
 from meiqa.memory.retrieval import RetrievalPolicy, nearest_anchors, shares
-from meiqa.types import Origin
 
 __all__ = ["Case", "MemoryBank", "Snapshot"]
 
@@ -131,6 +130,7 @@ class MemoryBank:
             StoreCorrupted: a file is damaged.
             StoreMismatch: a part was encoded by another package; the hint says what to run.
             StoreLocked: mode "rw", and another process is writing.
+            StoreUnwritable: mode "rw", and the directory of the contrast cases cannot be written.
             UsageError: unknown mode.
         """
         if mode not in ("r", "rw"):
@@ -152,11 +152,6 @@ class MemoryBank:
     ) -> None:
         self.close()
 
-    @property
-    def writable(self) -> bool:
-        """Whether cases can be remembered."""
-        return self._contrast.writable
-
     def snapshot(self) -> Snapshot:
         """Freeze what is stored now; what is remembered or forgotten later does not change it."""
         return Snapshot(self._anchors, self._contrast.view(), self._contrast.note_retrieved)
@@ -176,20 +171,13 @@ class MemoryBank:
         """
         self._contrast.remember(case, provenance)
 
-    def forget(self, origin: Origin = "contrast", since: datetime | None = None) -> int:
+    def forget(self, since: datetime | None = None) -> int:
         """Remove the contrast cases stored at `since` or later, or all; give how many.
 
         Raises:
-            UsageError: anchors are asked for, which cannot be changed; or `since` has no time zone.
+            UsageError: `since` has no time zone.
             StoreError: the bank is read-only or closed.
         """
-        if origin != "contrast":
-            raise UsageError(
-                "anchors cannot be forgotten",
-                seen=origin,
-                allowed="contrast",
-                hint="build an anchor memory without them",
-            )
         return self._contrast.forget(since)
 
     def close(self) -> None:

@@ -103,7 +103,7 @@ class ContrastMemory:
         StoreLocked: mode "rw", and another process is writing.
         StoreCorrupted: the database is damaged.
         StoreMismatch: its cases were encoded by another package.
-        StoreError: mode "rw", and the directory cannot be written.
+        StoreUnwritable: mode "rw", and the directory cannot be written.
     """
 
     def __init__(self, path: Path, mode: Mode, identity: Identity) -> None:
@@ -121,7 +121,7 @@ class ContrastMemory:
         try:
             if mode == "rw":
                 self._begin_writing()
-            if self._database.exists():
+            if self._has_database():
                 self._connect()
         except BaseException:
             self.close()
@@ -140,7 +140,7 @@ class ContrastMemory:
         """
         with self._mutex:
             self._require_open()
-            if self._connection is None and self._database.exists():
+            if self._connection is None and self._has_database():
                 self._connect()
             if self._connection is not None:
                 self._refresh(self._connection)
@@ -228,11 +228,20 @@ class ContrastMemory:
             finally:
                 connection.close()
 
+    def _has_database(self) -> bool:
+        # Unlike Path.exists, this takes a directory that may not be searched for an empty one.
+        return os.path.exists(self._database)
+
     def _connect(self) -> None:
-        self._connection = connect(self._database, "rw" if self.writable else "r")
-        found = read_identity(self._database, self._connection)
-        hint = "open it with the package that wrote it, or choose another directory"
-        check_identity(self._database, found, self._identity, hint)
+        connection = connect(self._database, "rw" if self.writable else "r")
+        try:
+            found = read_identity(self._database, connection)
+            hint = "open it with the package that wrote it, or choose another directory"
+            check_identity(self._database, found, self._identity, hint)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
 
     def _refresh(self, connection: sqlite3.Connection) -> None:
         with sqlite_errors(self._database):

@@ -23,7 +23,7 @@ class WriterLock:
 
     Raises:
         StoreLocked: another owner has it; the error names the pid.
-        StoreError: the lock file cannot be written.
+        StoreUnwritable: the lock file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:

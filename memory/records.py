@@ -27,6 +27,7 @@ from meiqa.errors import (
     StoreLocked,
     StoreMismatch,
     StoreNotFound,
+    StoreUnwritable,
 )
 from meiqa.memory.cases import Case, Widths
 from meiqa.memory.encoding import EncodedTokens
@@ -151,13 +152,11 @@ def _store_error(path: Path, error: sqlite3.Error) -> MeiqaError:
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StoreLocked(f"{path} is in use", seen=error, hint="try again")
-    if code in (
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_PERM,
-    ):
-        return StoreError(f"cannot use {path}", seen=error, hint="check its directory and disk")
+    hint = "check its directory and disk"
+    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY):
+        return StoreUnwritable(f"cannot write {path}", seen=error, hint=hint)
+    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        return StoreError(f"cannot use {path}", seen=error, hint=hint)
     return _corrupted(path, error)
 
 
@@ -171,7 +170,7 @@ def create_database(path: Path, identity: Identity) -> None:
     """Create an empty database so that its name appears only when it is whole and on the disk.
 
     Raises:
-        StoreError: the file cannot be written.
+        StoreUnwritable: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.partial")
     temporary.unlink(missing_ok=True)

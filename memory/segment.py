@@ -33,7 +33,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.errors import StoreCorrupted, StoreError, StoreMismatch, StoreNotFound, UsageError
+from meiqa.errors import (
+    StoreCorrupted,
+    StoreError,
+    StoreMismatch,
+    StoreNotFound,
+    StoreUnwritable,
+    UsageError,
+)
 
 __all__ = ["Segment", "disk_errors", "file_sha256", "sync_directory", "write_segment"]
 
@@ -101,7 +108,7 @@ def write_segment(path: Path, arrays: Mapping[str, Array], attributes: Mapping[s
 
     Raises:
         UsageError: an array has another dtype.
-        StoreError: the file cannot be written.
+        StoreUnwritable: the file cannot be written.
     """
     stored = {name: _as_stored(name, array) for name, array in arrays.items()}
     header, offsets, file_bytes = _build_header(stored, attributes)
@@ -128,7 +135,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(
+        raise StoreUnwritable(
             f"cannot write {path}",
             seen=error.strerror,
             hint="choose a writable directory with room, or open the memory with mode 'r'",

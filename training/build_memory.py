@@ -18,6 +18,8 @@ from meiqa.engine.pipeline import fitted_to
 from meiqa.engine.planning import FULL_SUMMARY_TOKENS
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import LocalVlm, Prefix
+from meiqa.errors import PackageCorrupted
+from meiqa.export.commands import run_command
 from meiqa.memory import AnchorWriter, Case
 from meiqa.training.data import anchor_names, human_scored
 
@@ -36,6 +38,8 @@ def anchor_case(vlm: LocalVlm, path: Path, score: float) -> Case:
     """See, read and describe one photograph."""
     digest, prefix = read_photograph(vlm, path)
     description = vlm.describe(prefix, FULL_SUMMARY_TOKENS)
+    if description.key is None:
+        raise PackageCorrupted("the model writes nothing about an anchor", seen=path.name)
     return Case(
         id=path.stem,
         origin="anchor",
@@ -80,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

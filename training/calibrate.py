@@ -29,6 +29,8 @@ from meiqa.engine.planning import FULL_SUMMARY_TOKENS
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.scoring import expected_grade
 from meiqa.engine.vlm import LocalVlm, Prefix
+from meiqa.errors import PackageCorrupted
+from meiqa.export.commands import run_command
 from meiqa.kernels.thurstone import thurstone_map
 from meiqa.memory import MemoryBank, RetrievalPolicy
 from meiqa.training.build_memory import read_photograph
@@ -36,9 +38,15 @@ from meiqa.training.data import anchor_names, human_scored, name_hash
 
 Floats = NDArray[np.float64]
 
-TEMPERATURES = (0.7, 1.0, 1.4, 2.0, 2.8)
-SIGMAS = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
-LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0, 16.0)
+TEMPERATURES = (0.35, 0.5, 0.7, 1.0, 1.4)
+SIGMAS = (0.5, 0.7, 1.0, 1.5, 2.0, 2.5, 3.5)
+LAMBDAS = (0.01, 0.1, 0.3, 1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 30.0, 100.0)
+"""In increasing order."""
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+REFLECTED_SHARE = 0.05
+"""Share of photos whose score moves enough to be reflected on."""
+LARGEST_GATE = 0.75
+"""The gate of ME-IQA, for models whose scores move that much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +78,8 @@ def judge_anchors(package: EnginePackage, bank: MemoryBank, data: Path, limit: i
     for index, row in enumerate(sorted(rows, key=lambda r: name_hash(r["file"]))[:limit], 1):
         digest, prefix = read_photograph(vlm, data / "biq2021" / "images" / row["file"])
         description = vlm.describe(prefix, FULL_SUMMARY_TOKENS)
+        if description.key is None:
+            raise PackageCorrupted("the model writes nothing about an anchor", seen=row["file"])
         neighbours = snapshot.retrieve(
             description.key,
             RetrievalPolicy(k=calibration.neighbours, bins=calibration.bins),
@@ -104,20 +114,37 @@ def fitted_logistic(raw: Floats, human: Floats) -> Logistic:
 def fused_scores(
     judged: Judged, prior: Floats, temperature: float, sigma: float, lam: float
 ) -> tuple[Floats, Floats]:
-    """Posterior scores and deviations (N,) under given parameters."""
+    """Posterior scores, kept on the scale, and deviations (N,) under given parameters."""
     n, k, _ = judged.logits.shape
     preferences = preferences_of(judged.logits.reshape(n * k, 2), temperature).reshape(n, k)
-    return thurstone_map(prior, judged.scores, judged.stds, preferences, sigma, lam)
+    scores, stds = thurstone_map(prior, judged.scores, judged.stds, preferences, sigma, lam)
+    return np.clip(scores, 1.0, 5.0), stds
 
 
 def fitted_fusion(judged: Judged, prior: Floats) -> tuple[float, float, float]:
-    """Temperature, sigma and lambda with the smallest squared error."""
+    """Temperature, sigma and the smallest lambda that is not clearly worse than the best.
 
-    def error(parameters: tuple[float, float, float]) -> float:
-        scores, _ = fused_scores(judged, prior, *parameters)
-        return float(np.mean((scores - judged.human) ** 2))
+    For each lambda the pair with the smallest squared error is taken. Among the lambdas whose
+    error exceeds the best by less than the standard error of the difference, the smallest wins:
+    where the data can't tell, the comparisons are trusted rather than the prior.
+    """
 
-    return min(itertools.product(TEMPERATURES, SIGMAS, LAMBDAS), key=error)
+    def squared_errors(parameters: tuple[float, float, float]) -> Floats:
+        errors: Floats = (fused_scores(judged, prior, *parameters)[0] - judged.human) ** 2
+        return errors
+
+    def best_with(lam: float) -> tuple[tuple[float, float, float], Floats]:
+        tried = ((t, s, lam) for t, s in itertools.product(TEMPERATURES, SIGMAS))
+        found = ((parameters, squared_errors(parameters)) for parameters in tried)
+        return min(found, key=lambda pair: float(pair[1].mean()))
+
+    fits = [best_with(lam) for lam in LAMBDAS]
+    best = min((errors for _, errors in fits), key=lambda errors: float(errors.mean()))
+    return next(
+        parameters
+        for parameters, errors in fits
+        if np.mean(errors - best) <= np.std(errors - best) / np.sqrt(len(best))
+    )
 
 
 def fitted_deviation(errors: Floats, stds: Floats) -> tuple[float, float]:
@@ -127,7 +154,7 @@ def fitted_deviation(errors: Floats, stds: Floats) -> tuple[float, float]:
         variance = np.exp(2 * logs[0]) * stds**2 + np.exp(2 * logs[1])
         return float(np.mean(np.log(variance) + errors**2 / variance))
 
-    spread = float(np.sqrt(np.mean(errors**2)))
+    spread = root_mean_square(errors)
     found = minimize(
         surprise,
         np.log(np.array([0.5 * spread / float(np.mean(stds)), 0.5 * spread])),
@@ -137,57 +164,66 @@ def fitted_deviation(errors: Floats, stds: Floats) -> tuple[float, float]:
     return float(scale), float(floor)
 
 
-def fitted_head(
-    judged: Judged, head: str, base: Calibration
-) -> tuple[Calibration, dict[str, float]]:
-    """Calibration with one score head as the initial score, and what it reaches."""
-    mapped = np.asarray(base.levels(judged.levels))
-    if head == "text":
-        readable = ~np.isnan(judged.text)
-        mapped[readable] = base.text(judged.text[readable])
-    temperature, sigma, lam = fitted_fusion(judged, mapped)
-    scores, stds = fused_scores(judged, mapped, temperature, sigma, lam)
-    scale, floor = fitted_deviation(scores - judged.human, stds)
+def fitted_heads(judged: Judged, base: Calibration) -> tuple[Calibration, Floats, Floats]:
+    """Logistics and deviations of both heads, with their mapped scores (N,) each."""
+    levels = fitted_logistic(judged.levels, judged.human)
+    by_grade = np.asarray(levels(judged.levels))
+    readable = ~np.isnan(judged.text)
+    by_text = by_grade.copy()
+    text = base.text
+    if readable.any():
+        text = fitted_logistic(judged.text[readable], judged.human[readable])
+        by_text[readable] = text(judged.text[readable])
     fitted = replace(
         base,
-        score_head=head,
-        temperature=temperature,
-        sigma=sigma,
-        lam=lam,
-        std_scale=scale,
-        std_floor=floor,
+        text=text,
+        levels=levels,
+        text_std=root_mean_square(by_text - judged.human),
+        levels_std=root_mean_square(by_grade - judged.human),
     )
-    reached = {
-        "initial_srcc": float(spearmanr(mapped, judged.human).statistic),
-        "initial_rmse": float(np.sqrt(np.mean((mapped - judged.human) ** 2))),
-        "fused_srcc": float(spearmanr(scores, judged.human).statistic),
-        "fused_rmse": float(np.sqrt(np.mean((scores - judged.human) ** 2))),
-        "moved_by_more_than_0.75": float(np.mean(np.abs(scores - mapped) > 0.75)),
-    }
-    return fitted, reached
+    return fitted, by_text, by_grade
 
 
 def fitted_calibration(
     judged: Judged, base: Calibration
 ) -> tuple[Calibration, dict[str, dict[str, float]]]:
-    """The calibration of the head whose fused scores are nearest to people's."""
-    readable = ~np.isnan(judged.text)
-    text = fitted_logistic(judged.text[readable], judged.human[readable])
-    levels = fitted_logistic(judged.levels, judged.human)
-    errors = (
-        np.asarray(text(judged.text[readable])) - judged.human[readable],
-        np.asarray(levels(judged.levels)) - judged.human,
-    )
-    base = replace(
+    """The whole calibration, and what each score reaches on the anchors it was fitted on."""
+    base, by_text, by_grade = fitted_heads(judged, base)
+
+    def prior_with(share: float) -> Floats:
+        return (1.0 - share) * by_text + share * by_grade
+
+    share = min(SHARES, key=lambda s: root_mean_square(prior_with(s) - judged.human))
+    prior = prior_with(share)
+    temperature, sigma, lam = fitted_fusion(judged, prior)
+    scores, stds = fused_scores(judged, prior, temperature, sigma, lam)
+    scale, floor = fitted_deviation(scores - judged.human, stds)
+    moved = float(np.quantile(np.abs(scores - by_text), 1.0 - REFLECTED_SHARE))
+    calibration = replace(
         base,
-        text=text,
-        levels=levels,
-        text_std=float(np.sqrt(np.mean(errors[0] ** 2))),
-        levels_std=float(np.sqrt(np.mean(errors[1] ** 2))),
+        grade_share=share,
+        temperature=temperature,
+        sigma=sigma,
+        lam=lam,
+        std_scale=scale,
+        std_floor=floor,
+        reflect_above=min(LARGEST_GATE, moved),
     )
-    fits = {head: fitted_head(judged, head, base) for head in ("text", "levels")}
-    best = min(fits, key=lambda head: fits[head][1]["fused_rmse"])
-    return fits[best][0], {head: reached for head, (_, reached) in fits.items()}
+    named = {"text": by_text, "levels": by_grade, "prior": prior, "fused": scores}
+    return calibration, {name: agreement(s, judged.human) for name, s in named.items()}
+
+
+def agreement(scores: Floats, human: Floats) -> dict[str, float]:
+    """Rank correlation and error."""
+    return {
+        "srcc": float(spearmanr(scores, human).statistic),
+        "rmse": root_mean_square(scores - human),
+    }
+
+
+def root_mean_square(errors: Floats) -> float:
+    """Square root of the mean square."""
+    return float(np.sqrt(np.mean(errors**2)))
 
 
 def main() -> None:
@@ -208,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from meiqa.export.commands import run_command
 from meiqa.training.attributes import measure_attributes
 from meiqa.training.distortions import KINDS, distort, kadid_scores
 
@@ -107,7 +108,10 @@ def read_pixels(path: Path) -> np.ndarray:
 
 
 def squared(pixels: np.ndarray) -> np.ndarray:
-    """A photograph at HUMAN_SIDE a side, as the engine's grid makes of the few that differ."""
+    """A photograph at HUMAN_SIDE a side, so that all of them fit one array.
+
+    Five are of another size and are resized; the engine keeps each on a grid of its own.
+    """
     if pixels.shape[:2] == (HUMAN_SIDE, HUMAN_SIDE):
         return pixels
     resized = Image.fromarray(pixels).resize((HUMAN_SIDE, HUMAN_SIDE), Image.Resampling.BICUBIC)
@@ -210,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

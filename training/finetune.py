@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import time
@@ -26,6 +27,7 @@ from torch.nn import functional
 
 from meiqa.engine.prompts import MEIQA, Prompts, layout
 from meiqa.export.checkpoint import Checkpoint, ConvHybridVlm, save_checkpoint
+from meiqa.export.commands import run_command
 from meiqa.export.conv_hybrid import ConvHybridConfig, ConvHybridTower
 from meiqa.export.decoder import DecoderConfig, Segments
 from meiqa.training.data import Photograph, PhotographSet
@@ -71,12 +73,20 @@ class CellSet:
         return window
 
 
+def cells_digest(tower: ConvHybridTower, records: Path) -> str:
+    """What cell statistics depend on: the tower's weights and statistics, and the records."""
+    digest = hashlib.sha256(records.read_bytes())
+    for name, value in tower.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 @torch.no_grad()
 def cached_cells(tower: ConvHybridTower, work: Path, name: str, views: int) -> CellSet:
     """Cell statistics of a prepared set (views = 2: mirrored too), computed once for this tower."""
     photographs = PhotographSet.load(work, name)
-    digest = sum(float(p.double().sum()) for p in tower.parameters())
-    path = work / f"cells-{name}-{digest:.6f}.npy"
+    path = work / f"cells-{name}-{cells_digest(tower, work / f'{name}.jsonl')}.npy"
     if not path.exists():
         cell, device = tower.config.cell_pixels, tower.embed.weight.device
         count, height, width = photographs.pixels.shape[:3]
@@ -501,4 +511,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

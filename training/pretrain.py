@@ -23,6 +23,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meiqa.export.commands import run_command
 from meiqa.training.data import PhotographSet
 from meiqa.training.towers import JudgedTower, make_tower, normalised
 
@@ -241,4 +242,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

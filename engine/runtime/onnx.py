@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from meiqa.engine.package import EnginePackage, check_device
+from meiqa.engine.package import EnginePackage, Graph, check_device
 from meiqa.engine.runtime.base import Array
 from meiqa.errors import DeviceUnavailable, PackageCorrupted
 
@@ -19,7 +19,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 class OnnxSession:
     """A graph in ONNX Runtime on the device that was asked for, never on another."""
 
-    def __init__(self, path: Path, device: str, threads: int | None) -> None:
+    def __init__(self, folder: Path, graph: Graph, device: str, threads: int | None) -> None:
+        path = folder / graph.file
         provider = PROVIDERS[device]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -40,7 +41,10 @@ class OnnxSession:
             ) from error
         if provider not in self._session.get_providers():
             raise missing_device(device)
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        inputs = [value.name for value in self._session.get_inputs()]
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        check_names(path, "inputs", inputs, graph.inputs)
+        check_names(path, "outputs", self._outputs, graph.outputs)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
         """Execute the graph; see `GraphSession`."""
@@ -55,16 +59,31 @@ def open_sessions(
     Raises:
         UsageError: unknown device name.
         DeviceUnavailable: the device is not there, or the installed runtime can't use it.
-        PackageCorrupted: a graph can't be loaded.
+        PackageCorrupted: a graph can't be loaded or has another interface than the manifest says.
     """
     check_device(device)
     if PROVIDERS[device] not in onnxruntime.get_available_providers():
         raise missing_device(device)
     vision, decoder = (
-        OnnxSession(package.path / package.manifest.graphs[name].file, device, threads)
+        OnnxSession(package.path, package.manifest.graphs[name], device, threads)
         for name in ("vision", "decoder")
     )
     return vision, decoder
+
+
+def check_names(path: Path, kind: str, found: Sequence[str], listed: Sequence[str]) -> None:
+    """Refuse a graph whose inputs or outputs, in any order, are not those that the manifest lists.
+
+    Raises:
+        PackageCorrupted: they are others.
+    """
+    if sorted(found) != sorted(listed):
+        raise PackageCorrupted(
+            f"{path} has other {kind} than its manifest says",
+            seen=", ".join(found),
+            allowed=", ".join(listed),
+            hint="export the package again",
+        )
 
 
 def missing_device(device: str) -> DeviceUnavailable:

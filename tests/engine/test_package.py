@@ -121,11 +121,65 @@ def test_a_graph_that_no_digest_covers_is_refused(folder: Path) -> None:
     assert "other.onnx" in refusal(folder, PackageCorrupted)
 
 
-def test_an_unknown_score_head_is_refused(folder: Path) -> None:
-    rewrite(folder, lambda values: values["calibration"].update(score_head="guess"))
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("calibration", "sigma", 0.0),
+        ("calibration", "sigma", float("nan")),
+        ("calibration", "lam", -0.1),
+        ("calibration", "temperature", float("inf")),
+        ("calibration", "temperature", 10**400),
+        ("calibration", "text_std", -1.0),
+        ("calibration", "std_scale", -1e-9),
+        ("calibration", "std_floor", "0.1"),
+        ("calibration", "reflect_above", None),
+        ("calibration", "grade_share", 1.01),
+        ("calibration", "neighbours", 2.5),
+        ("calibration", "neighbours", -1),
+        ("calibration", "bins", 0),
+        ("calibration", "bins", True),
+        ("image", "patch_size", 0),
+        ("image", "merge_size", "4"),
+        ("image", "min_pixels", 10**9),
+        ("image", "mean", [0.5, 0.5]),
+        ("image", "mean", 0.5),
+        ("image", "std", [0.2, 0.2, 0.0]),
+        ("decoder", "layers", 0),
+        ("decoder", "vocab_size", 1e3),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_named(
+    folder: Path, part: str, name: str, value: object
+) -> None:
+    rewrite(folder, lambda values: values[part].update({name: value}))
     message = refusal(folder, PackageCorrupted)
-    assert "guess" in message
-    assert "text, levels" in message
+    assert name in message
+    assert "got" in message
+    assert "allowed: " in message
+
+
+@pytest.mark.parametrize("head", ["text", "levels"])
+def test_a_logistic_is_of_finite_numbers(folder: Path, head: str) -> None:
+    rewrite(folder, lambda values: values["calibration"][head].update(b4=float("nan")))
+    assert "Logistic.b4" in refusal(folder, PackageCorrupted)
+
+
+@pytest.mark.parametrize(("name", "value"), [("file", 3), ("inputs", None), ("outputs", [1])])
+def test_a_graph_is_described_by_names(folder: Path, name: str, value: object) -> None:
+    rewrite(folder, lambda values: values["graphs"]["vision"].update({name: value}))
+    assert "names" in refusal(folder, PackageCorrupted)
+
+
+def test_the_ends_of_what_is_allowed_are_allowed() -> None:
+    for share in (0, 1.0):
+        replace(UNCALIBRATED, grade_share=share, std_floor=0.0, reflect_above=0, neighbours=0)
+
+
+def test_the_digest_is_computed_once(package: EnginePackage) -> None:
+    manifest = Manifest.from_json(package.manifest.to_json())
+    assert manifest.digest is manifest.digest
+    assert manifest == package.manifest
+    assert replace(manifest, precision="other", files={}).digest != manifest.digest
 
 
 def test_a_manifest_is_read_as_it_was_written(package: EnginePackage) -> None:
@@ -136,7 +190,7 @@ def test_a_calibration_is_kept_and_does_not_change_the_digest(folder: Path) -> N
     before = EnginePackage.open(folder)
     fitted = replace(
         UNCALIBRATED,
-        score_head="levels",
+        grade_share=0.25,
         levels=Logistic(1.5, 2.0, 3.1, 0.4, 1.7),
         sigma=0.42,
         neighbours=8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import onnxruntime
@@ -44,6 +45,19 @@ def test_a_file_that_is_no_graph(
         open_sessions(EnginePackage.open(folder, verify=False), "cpu", 1)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("graph", ["vision", "decoder"])
+@pytest.mark.parametrize("kind", ["inputs", "outputs"])
+def test_a_graph_of_another_interface(package: EnginePackage, graph: str, kind: str) -> None:
+    manifest = package.manifest
+    other = {
+        **manifest.graphs,
+        graph: replace(manifest.graphs[graph], **{kind: ("something",)}),
+    }
+    changed = EnginePackage(package.path, replace(manifest, graphs=other))
+    with pytest.raises(PackageCorrupted, match=rf"{graph}\.onnx has other {kind}.*something"):
+        open_sessions(changed, "cpu", 1)
 
 
 def test_a_truncated_graph(package: EnginePackage, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def scripted(rating: float | None, grades: Sequence[float], *, complete: bool = 
 
 def test_the_printed_rating_is_the_score() -> None:
     opinion = first_opinion(scripted(3.27, [1, 0, 0, 0, 0]), PREFIX, UNCALIBRATED, 96)
-    assert (opinion.score, opinion.raw, opinion.head) == (3.27, 3.27, "text")
+    assert opinion.score == 3.27
+    assert opinion.prior == pytest.approx((3.27 + 1.0) / 2)
     assert (opinion.summary, opinion.written_tokens) == ("soft and dark", 7)
     assert not opinion.unreadable
     assert not opinion.shortened
@@ -49,7 +50,7 @@ def test_the_printed_rating_is_the_score() -> None:
 
 def test_an_unreadable_rating_falls_back_to_the_grade_word_and_says_so() -> None:
     opinion = first_opinion(scripted(None, [0, 0, 0.5, 0.5, 0]), PREFIX, UNCALIBRATED, 96)
-    assert (opinion.score, opinion.head) == (3.5, "levels")
+    assert (opinion.score, opinion.prior) == (3.5, 3.5)
     assert opinion.unreadable
     assert opinion.summary == "soft and dark"
     assert opinion.key is KEY
@@ -57,25 +58,24 @@ def test_an_unreadable_rating_falls_back_to_the_grade_word_and_says_so() -> None
 
 def test_without_a_description_nothing_is_unreadable() -> None:
     opinion = first_opinion(scripted(None, [0, 1, 0, 0, 0]), PREFIX, UNCALIBRATED, 0)
-    assert (opinion.score, opinion.head) == (2.0, "levels")
+    assert (opinion.score, opinion.prior) == (2.0, 2.0)
     assert not opinion.unreadable
     assert (opinion.summary, opinion.key, opinion.written_tokens) == (None, None, 0)
 
 
-def test_the_calibration_chooses_and_maps_the_head() -> None:
+def test_the_calibration_maps_and_weighs_rating_and_grade() -> None:
     calibration = replace(
         UNCALIBRATED,
-        score_head="levels",
         levels=Logistic(0.0, 1.0, 3.0, 0.5, 1.0),
+        text=Logistic(0.0, 1.0, 3.0, 0.25, 1.0),
         levels_std=0.4,
-        text_std=0.9,
+        text_std=0.8,
+        grade_share=0.75,
     )
-    opinion = first_opinion(scripted(4.9, [0, 0, 0, 1, 0]), PREFIX, calibration, 96)
-    assert (opinion.raw, opinion.score, opinion.std) == (4.0, 3.0, 0.4)
-    assert not opinion.unreadable
-    text = replace(calibration, score_head="text", text=Logistic(0.0, 1.0, 3.0, 0.5, 1.0))
-    opinion = first_opinion(scripted(4.0, [0, 0, 0, 1, 0]), PREFIX, text, 96)
-    assert (opinion.score, opinion.std) == (3.0, 0.9)
+    opinion = first_opinion(scripted(4.8, [0, 0, 0, 1, 0]), PREFIX, calibration, 96)
+    assert opinion.score == pytest.approx(2.2)
+    assert opinion.prior == pytest.approx(0.25 * 2.2 + 0.75 * 3.0)
+    assert opinion.prior_std == pytest.approx(0.25 * 0.8 + 0.75 * 0.4)
 
 
 @pytest.mark.parametrize(("printed", "score"), [(77.0, 5.0), (0.0, 1.0)])

@@ -23,6 +23,7 @@ from meiqa.errors import (
     PackageNotFound,
     StoreMismatch,
 )
+from meiqa.locations import embedded_assets
 from meiqa.types import Budget
 
 Grey = Callable[..., Path]
@@ -142,7 +143,17 @@ def test_several_failures_are_counted(engine: Any, grey: Grey, capsys: Output) -
     assert cli.main(["score", *photos]) == 1
     lines = errors_of(capsys)
     assert "none1.jpg: no such file" in lines[0]
-    assert lines[-1] == "meiqa: 2 of 3 photos could not be assessed"
+    assert lines[-1] == "meiqa: 2 of 3 inputs could not be assessed"
+
+
+def test_directories_without_photos_are_counted(
+    engine: Any, grey: Grey, tmp_path: Path, capsys: Output
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    paths = [str(tmp_path / "one"), str(tmp_path / "two"), "none.jpg", str(grey("a.png"))]
+    assert cli.main(["score", *paths]) == 1
+    assert errors_of(capsys)[-1] == "meiqa: 3 of 4 inputs could not be assessed"
 
 
 def test_an_error_that_names_no_file_gets_its_name(
@@ -214,6 +225,22 @@ def test_wrong_usage_is_one_line_and_exits_2(command: list[str], capsys: Output)
     assert "--help`" in line
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--k", "a", "'a' is not a whole number from 0 up"),
+        ("--k", "-1", "'-1' is not a whole number from 0 up"),
+        ("--threads", "2.5", "'2.5' is not a whole number from 1 up"),
+        ("--budget-ms", "soon", "'soon' is not a positive number of milliseconds"),
+    ],
+)
+def test_a_number_that_is_none_is_told_what_it_should_be(
+    option: str, value: str, wanted: str, capsys: Output
+) -> None:
+    assert cli.main(["score", "a.jpg", option, value]) == 2
+    assert f"argument {option}: {wanted};" in errors_of(capsys)[0]
+
+
 def test_compare(engine: Any, grey: Grey, capsys: Output) -> None:
     dark, bright = str(grey("dark.png", 20)), str(grey("bright.png", 200))
     assert cli.main(["compare", dark, bright]) == 0
@@ -239,6 +266,28 @@ def test_eval_in_json(engine: Any, labels: Path, capsys: Output) -> None:
     assert all(not call["learn"] for call in engine.calls)
     assert cli.main(command) == 0
     assert "4 photos, K = 3, human scores 0 to 1" in capsys.readouterr().out
+
+
+def test_eval_knows_nothing_that_was_learnt(
+    engine: Any, labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories: list[str] = []
+
+    def open_engine(package: str | None, memory: str, **_: object) -> Any:
+        memories.append(memory)
+        return engine
+
+    monkeypatch.setattr(cli, "open_engine", open_engine)
+    monkeypatch.setenv("MEIQA_MEMORY", str(tmp_path / "learnt"))
+    command = ["eval", str(labels), "--images", str(labels.parent)]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--memory", "M"]) == 0
+    assert memories == [str(embedded_assets() / "memory"), "M"]
+
+
+def test_the_embedded_memory_holds_anchors_alone() -> None:
+    files = {path.name for path in (embedded_assets() / "memory").iterdir()}
+    assert files == {"anchors.seg", "anchors.sqlite3"}
 
 
 def test_eval_lists_missing_images_and_exits_1(engine: Any, labels: Path, capsys: Output) -> None:

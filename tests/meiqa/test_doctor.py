@@ -16,7 +16,7 @@ Output = pytest.CaptureFixture[str]
 
 
 def test_a_healthy_installation(engine: Any, tmp_path: Path, capsys: Output) -> None:
-    assert cli.main(["doctor", "--format", "json", "--memory", str(tmp_path / "new")]) == 0
+    assert cli.main(["doctor", "--format", "json", "--memory", str(tmp_path)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["package"] == {
         "path": "/packages/grey",
@@ -24,7 +24,7 @@ def test_a_healthy_installation(engine: Any, tmp_path: Path, capsys: Output) -> 
         "verified": True,
     }
     assert report["memory"] == {
-        "path": str(tmp_path / "new"),
+        "path": str(tmp_path),
         "writable": True,
         "anchors": 3,
         "contrast": 1,
@@ -32,7 +32,6 @@ def test_a_healthy_installation(engine: Any, tmp_path: Path, capsys: Output) -> 
     assert report["native_kernel"] is True
     assert "CPUExecutionProvider" in report["providers"]
     assert report["missing"] == []
-    assert not (tmp_path / "new").exists()
 
 
 def test_text(engine: Any, tmp_path: Path, capsys: Output) -> None:
@@ -74,12 +73,31 @@ def test_missing_runtime_and_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert report["providers"] == []
 
 
-def test_a_memory_that_cannot_be_written(engine: Any, tmp_path: Path) -> None:
+def test_a_named_memory_that_cannot_be_written_is_a_fault(engine: Any, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     report = doctor.examine(lambda: engine, str(file / "memory"))
     assert not report["memory"]["writable"]
-    assert "--memory DIR" in report["missing"][0]["hint"]
+    assert "--no-learn" in report["missing"][0]["hint"]
+
+
+def test_the_users_memory_may_be_unwritable(
+    engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MEIQA_MEMORY", str(tmp_path / "file" / "memory"))
+    assert cli.main(["doctor"]) == 0
+    assert "(not writable: nothing is remembered)" in capsys.readouterr().out
+
+
+def test_the_users_memory_is_that_of_the_package(
+    engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEIQA_MEMORY", str(tmp_path / "new"))
+    memory = doctor.examine(lambda: engine, None)["memory"]
+    assert memory["path"] == str(tmp_path / "new" / ("ab" * 8))
+    assert memory["writable"]
+    assert not (tmp_path / "new").exists()
 
 
 def test_user_memory_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,12 +90,14 @@ def test_csv_can_be_read_back(assessment: Assessment) -> None:
 
 def test_text_tells_the_whole_way(assessment: Assessment) -> None:
     text = written(
-        "text", replace(assessment, reflection="Warmer.", degraded=("one order",)), FAILURE
+        "text",
+        replace(assessment, reflection="Warmer.", degraded=("one order", "not remembered")),
+        FAILURE,
     )
     assert "3.46 ± 0.21  good   (initial 3.10, better than 61 % of the anchors, 15 ms)" in text
     assert "beats upset (4.50) 90 %, beats mild (3.10) 70 % (3 compared)" in text
     assert "on reflection: Warmer." in text
-    assert "left out for the budget: one order" in text
+    assert "note: one order; not remembered" in text
     assert "b.jpg" not in text
 
 

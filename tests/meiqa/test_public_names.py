@@ -36,6 +36,7 @@ def test_public_names_are_pinned() -> None:
         "StoreLocked",
         "StoreMismatch",
         "StoreNotFound",
+        "StoreUnwritable",
         "UsageError",
         "__version__",
         "quality_word",

@@ -155,8 +155,6 @@ def test_forgetting_since_a_moment(path: Path) -> None:
         assert bank.forget() == 0
         with pytest.raises(UsageError, match="time zone"):
             bank.forget(since=datetime(2026, 1, 1))
-        with pytest.raises(UsageError, match="anchors cannot be forgotten"):
-            bank.forget("anchor")
         assert bank.snapshot().count_anchors == 3
 
 
@@ -325,6 +323,17 @@ def test_contrast_cases_of_another_package_are_refused(path: Path, tmp_path: Pat
         for mode in ("r", "rw"):
             with pytest.raises(StoreMismatch, match=r"contrast\.sqlite3"):
                 MemoryBank.compose(anchors, path, mode, package_digest=digest)
+
+
+def test_a_store_refused_once_is_refused_again(path: Path, tmp_path: Path) -> None:
+    foreign = build_anchors(tmp_path / "foreign", digest="cd34")
+    with open_bank(foreign, digest="cd34") as bank:
+        bank.remember(make_case("a"), provenance="a test")
+    with open_bank(path, "r") as reader:
+        shutil.copy(foreign / "contrast.sqlite3", path)  # it appears under the open reader
+        for _ in range(2):
+            with pytest.raises(StoreMismatch, match=r"contrast\.sqlite3"):
+                reader.snapshot()
 
 
 def test_another_schema_is_not_called_damage(path: Path) -> None:
