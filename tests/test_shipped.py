@@ -75,6 +75,21 @@ def test_comparisons_move_scores_and_are_listed(assessed: dict[str, Assessment])
         assert assessment.degraded == ()
 
 
+def test_a_score_is_the_same_alone_in_a_batch_reversed_and_on_one_thread(
+    assessed: dict[str, Assessment], tmp_path: Path
+) -> None:
+    names = list(assessed)[:7]
+    photos = dict(demo_photos())
+    together = {name: assessed[name].score for name in names}
+    for threads, order in ((1, names), (2, names[::-1])):
+        with Engine.open(memory=tmp_path / str(threads), threads=threads) as engine:
+            alone = engine.score(photos[names[3]], learn=False).score
+            batch = engine.score_many([photos[name] for name in order], learn=False)
+            scores = {name: r.score for name, r in zip(order, batch, strict=True)}  # type: ignore[union-attr]
+        assert alone == pytest.approx(together[names[3]], abs=1e-3)
+        assert scores == pytest.approx(together, abs=1e-3)
+
+
 def test_a_reflection_is_remembered_and_met_again(engine: Engine) -> None:
     for _, photo in demo_photos():
         if engine.score(photo).reflection is not None:

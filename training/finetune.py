@@ -39,6 +39,11 @@ LAYERS, HEADS, KV_HEADS, INNER = 4, 4, 2, 640
 PREFERENCE_DEVIATION = 0.5
 """Deviation of the difference of two human scores, in score units: sets how soft verdicts are."""
 LEVEL_DEVIATION = 0.6
+HUMAN_SHARE = 0.625
+"""Share of a batch that is human-scored; the rest is distorted."""
+SQUARE_SHARE = 0.4
+LARGEST_SQUARE, SHORTEST_SIDE, LONGEST_SIDE = 8, 3, 12
+"""Sides of grids, in cells: 8 x 8 is 512 x 512 pixels, the most that the tower is shown."""
 RATING_WEIGHT = 4.0
 """Weight of a token of the printed rating beside one of the description."""
 
@@ -66,8 +71,13 @@ class CellSet:
     photographs: tuple[Photograph, ...]
 
     def window(self, index: int, side: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """A random window (h, w, F) of a random view of one photograph."""
+        """A random window (h, w, F) of a random view of one photograph.
+
+        A view smaller than the window is continued by its mirror images: cells are texture.
+        """
         view: np.ndarray = self.features[index, rng.integers(self.features.shape[1])]
+        lacking = [(0, max(0, s - n)) for n, s in zip(view.shape[:2], side, strict=True)]
+        view = np.pad(view, [*lacking, (0, 0)], mode="symmetric")
         top, left = (rng.integers(0, n - s + 1) for n, s in zip(view.shape[:2], side, strict=True))
         window: np.ndarray = view[top : top + side[0], left : left + side[1]]
         return window
@@ -121,19 +131,23 @@ class WindowBatch:
 
 
 class WindowSampler:
-    """Draws windows: small ones from both sets, large ones from the human-scored set only."""
+    """Draws windows of human-scored and distorted photographs on the grids the engine meets."""
 
     def __init__(self, human: CellSet, distorted: CellSet, seed: int, device: torch.device) -> None:
         self.human, self.distorted, self.device = human, distorted, device
         self.rng = np.random.default_rng(seed)
 
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns: often the largest square, else any up to the largest area."""
+        if self.rng.random() < SQUARE_SHARE:
+            return LARGEST_SQUARE, LARGEST_SQUARE
+        rows = int(self.rng.integers(SHORTEST_SIDE, LONGEST_SIDE + 1))
+        longest = min(LONGEST_SIDE, LARGEST_SQUARE**2 // rows)
+        return rows, int(self.rng.integers(SHORTEST_SIDE, longest + 1))
+
     def batch(self, size: int) -> WindowBatch:
-        """`size` windows of one random size."""
-        whole, small = self.human.features.shape[2], self.distorted.features.shape[2]
-        mixed = self.rng.random() < 0.5
-        low, high = (3, small) if mixed else (small, whole)
-        side = (int(self.rng.integers(low, high + 1)), int(self.rng.integers(low, high + 1)))
-        humans = size * 5 // 8 if mixed else size
+        """`size` windows on one grid, most of them human-scored."""
+        side, humans = self.grid(), round(size * HUMAN_SHARE)
         windows, photographs = [], []
         for source, count in ((self.human, humans), (self.distorted, size - humans)):
             for index in self.rng.integers(0, len(source.photographs), count):
@@ -212,15 +226,23 @@ class Reader:
         embeds = self.embedded(question, (read.lengths.shape[0], 1))
         return self.logits(self.continued(read, embeds, positions)[:, 0, -1])
 
-    def compared(self, read: ReadPictures, partners: Tensor) -> Tensor:
-        """Next-token logits (P * R, V) after "which looks better" against partners (P, R)."""
+    def compared(
+        self, read: ReadPictures, seconds: Tensor, grid: tuple[int, int], partners: Tensor
+    ) -> Tensor:
+        """Next-token logits (P * R, V) after "which looks better".
+
+        Args:
+            read: the first pictures, P of them.
+            seconds: visual tokens (M, cells, D) of the second pictures, on `grid`.
+            partners: (P, R) which seconds each first is compared with.
+        """
         p, rows = self.prompts, (partners.shape[0], partners.shape[1])
         question = np.concatenate([p.closing, p.compare])
-        positions, _ = layout([len(p.second_opening), read.grid, len(question)], read.next_position)
+        positions, _ = layout([len(p.second_opening), grid, len(question)], read.next_position)
         embeds = torch.cat(
             [
                 self.embedded(p.second_opening, rows),
-                read.tokens[partners],
+                seconds[partners],
                 self.embedded(question, rows),
             ],
             2,
@@ -277,19 +299,21 @@ class Objective(nn.Module):
         self.reader, self.recipe = reader, recipe
         self.rating = nn.Linear(HIDDEN_SIZE, 1)
 
-    def forward(self, batch: WindowBatch, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Named losses; their weighted sum is minimised."""
+    def forward(
+        self, batch: WindowBatch, others: WindowBatch, rng: np.random.Generator
+    ) -> dict[str, Tensor]:
+        """Named losses of a batch, compared with others; their sum is minimised."""
         reader, prompts = self.reader, self.reader.prompts
         read = reader.read(batch.features, batch.grid)
         size = len(batch.photographs)
         rated = 3.0 + self.rating(read.last_hidden).squeeze(-1)
         answers = [scored_answer(p) for p in batch.photographs]
         partners = reader.on_device(
-            (np.arange(size)[:, None] + rng.integers(1, size, (size, self.recipe.pairs_per_prefix)))
-            % size
+            rng.integers(0, len(others.photographs), (size, self.recipe.pairs_per_prefix))
         )
-        difference = batch.scores[:, None] - batch.scores[partners]
+        difference = batch.scores[:, None] - others.scores[partners]
         wins = torch.special.ndtr(difference / PREFERENCE_DEVIATION).flatten()
+        seconds = reader.model.visual.tokens_from_features(others.features)
         return {
             "rated": 0.5 * functional.smooth_l1_loss(rated, batch.scores, beta=0.5),
             "text": reader.text_loss(read, [prompts.score] * size, answers),
@@ -299,7 +323,7 @@ class Objective(nn.Module):
             ),
             "pairs": 2.0
             * soft_answer_loss(
-                reader.compared(read, partners),
+                reader.compared(read, seconds, others.grid, partners),
                 prompts.verdict_ids,
                 torch.stack([wins, 1 - wins], -1),
             ),
@@ -341,7 +365,7 @@ def unseen_report(reader: Reader, anchors: CellSet, count: int) -> dict[str, flo
         scores.extend(truth.tolist())
         partners = (torch.arange(len(truth))[:, None] + torch.arange(1, 4)) % len(truth)
         first, second = reader.prompts.verdict_ids
-        verdicts = reader.compared(read, partners).cpu()
+        verdicts = reader.compared(read, read.tokens, read.grid, partners).cpu()
         said = (verdicts[:, first] > verdicts[:, second]).reshape(partners.shape)
         apart = (truth[:, None] - truth[partners]).abs() > 0.2
         right += int(((said == (truth[:, None] > truth[partners])) & apart).sum())
@@ -451,7 +475,8 @@ class Finetuning:
         factor = min(1.0, (self.steps + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * share)))
         for group, base in zip(self.optimiser.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
-        losses = self.objective(sampler.batch(self.recipe.prefixes), sampler.rng)
+        first, second = (sampler.batch(self.recipe.prefixes) for _ in range(2))
+        losses = self.objective(first, second, sampler.rng)
         self.optimiser.zero_grad()
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], 1.0)

@@ -135,7 +135,7 @@ def test_comparisons_are_asked_alike(
 ) -> None:
     partners = torch.tensor([[1, 2], [2, 0], [0, 1]])
     with torch.no_grad():
-        wanted = reader.compared(trained, partners).reshape(3, 2, -1)
+        wanted = reader.compared(trained, trained.tokens, trained.grid, partners).reshape(3, 2, -1)
     first_id, second_id = reader.prompts.verdict_ids
     for first, (others, logits) in enumerate(zip(partners.tolist(), wanted, strict=True)):
         seconds = [prefixes[other].tokens for other in others]
