@@ -12,9 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import json
-import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +28,9 @@ from meiqa.export.commands import run_command
 from meiqa.export.conv_hybrid import ConvHybridConfig, ConvHybridTower
 from meiqa.export.decoder import DecoderConfig, Segments
 from meiqa.training.data import Photograph, PhotographSet
-from meiqa.training.pretrain import HIDDEN_SIZE, average_into
+from meiqa.training.pretrain import HIDDEN_SIZE
 from meiqa.training.texts import corpus_of, reflection_pair, scored_answer, train_tokenizer
+from meiqa.training.timed_run import Pace, TimedRun
 from meiqa.training.towers import MEAN, STD, JudgedTower, make_tower, normalised
 
 LAYERS, HEADS, KV_HEADS, INNER = 4, 4, 2, 640
@@ -44,6 +42,8 @@ HUMAN_SHARE = 0.625
 SQUARE_SHARE = 0.4
 LARGEST_SQUARE, SHORTEST_SIDE, LONGEST_SIDE = 8, 3, 12
 """Sides of grids, in cells: 8 x 8 is 512 x 512 pixels, the most that the tower is shown."""
+REPORTED_ANCHORS = 256
+"""Unseen photographs in a line of the log."""
 RATING_WEIGHT = 4.0
 """Weight of a token of the printed rating beside one of the description."""
 
@@ -59,8 +59,11 @@ class Recipe:
     learning_rate: float = 1e-3
     tower_share: float = 0.3
     weight_decay: float = 0.05
-    average_decay: float = 0.995
-    checkpoint_minutes: float = 3.0
+
+    @property
+    def pace(self) -> Pace:
+        """Time budget, checkpoints and averaging."""
+        return Pace(self.minutes, 3.0, warm_up_steps=100, largest_norm=1.0, average_decay=0.995)
 
 
 @dataclass(frozen=True)
@@ -403,28 +406,29 @@ def initial_model(tower: ConvHybridTower, vocabulary: int) -> ConvHybridVlm:
     return model
 
 
-class Finetuning:
+class Finetuning(TimedRun):
     """A resumable run of stage 2."""
 
     def __init__(
         self, model: ConvHybridVlm, tokenizer: Tokenizer, folder: Path, recipe: Recipe
     ) -> None:
-        self.recipe, self.folder, self.tokenizer = recipe, folder, tokenizer
-        folder.mkdir(parents=True, exist_ok=True)
+        self.recipe, self.tokenizer = recipe, tokenizer
         self.model = model
         self.average = copy.deepcopy(model)
         self.objective = Objective(Reader(model, tokenizer), recipe)
         self.objective.to(model.language_model.norm.weight.device)
-        self.optimiser = torch.optim.AdamW(
+        optimiser = torch.optim.AdamW(
             self.parameter_groups(),
             recipe.learning_rate,
             (0.9, 0.95),
             weight_decay=recipe.weight_decay,
         )
-        self.base_rates = [group["lr"] for group in self.optimiser.param_groups]
-        self.steps, self.spent_s = 0, 0.0
-        if (folder / "checkpoint.pt").exists():
-            self.resume()
+        parts: dict[str, nn.Module] = {
+            "model": model,
+            "average": self.average,
+            "rating": self.objective.rating,
+        }
+        super().__init__(folder, parts, optimiser, recipe.pace)
 
     def parameter_groups(self) -> list[dict[str, object]]:
         """Decoder at full rate, the tower's attention at a share of it, convolutions frozen."""
@@ -446,70 +450,20 @@ class Finetuning:
             },
         ]
 
-    def resume(self) -> None:
-        """Go on from the last checkpoint."""
-        device = self.model.language_model.norm.weight.device
-        state = torch.load(self.folder / "checkpoint.pt", device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.objective.rating.load_state_dict(state["rating"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.steps, self.spent_s = state["steps"], state["spent_s"]
-
-    def save(self) -> None:
-        """Write the checkpoint; an interrupted write leaves the one before."""
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "rating": self.objective.rating.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "steps": self.steps,
-            "spent_s": self.spent_s,
-        }
-        torch.save(state, self.folder / "checkpoint.tmp")
-        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")
-
     def step(self, sampler: WindowSampler) -> dict[str, float]:
         """One optimiser step; returns the losses."""
-        share = min(1.0, self.spent_s / (60 * self.recipe.minutes))
-        factor = min(1.0, (self.steps + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * share)))
-        for group, base in zip(self.optimiser.param_groups, self.base_rates, strict=True):
-            group["lr"] = base * factor
         first, second = (sampler.batch(self.recipe.prefixes) for _ in range(2))
         losses = self.objective(first, second, sampler.rng)
-        self.optimiser.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], 1.0)
-        self.optimiser.step()
-        self.steps += 1
-        decay = min(self.recipe.average_decay, 1 - 10 / (self.steps + 10))
-        average_into(self.average, self.model, decay)
+        self.descend(torch.stack(list(losses.values())).sum())
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
     def run(self, sampler: WindowSampler, anchors: CellSet) -> None:
-        """Train until the time is spent."""
-        limit_s, every_s = 60 * self.recipe.minutes, 60 * self.recipe.checkpoint_minutes
-        losses: list[dict[str, float]] = []
-        next_save_s = self.spent_s + every_s
-        while self.spent_s < limit_s:
-            began = time.perf_counter()
-            losses.append(self.step(sampler))
-            self.spent_s += time.perf_counter() - began
-            if self.spent_s >= min(next_save_s, limit_s):
-                self.save()
-                self.log(losses, anchors)
-                losses, next_save_s = [], self.spent_s + every_s
-
-    def log(self, losses: list[dict[str, float]], anchors: CellSet) -> None:
-        """Append mean losses and the report on unseen photographs."""
-        line: dict[str, float] = {"minutes": round(self.spent_s / 60, 2), "steps": self.steps}
-        line |= {name: round(float(np.mean([x[name] for x in losses])), 4) for name in losses[0]}
-        line |= unseen_report(
-            Reader(self.average, self.tokenizer), anchors, min(256, len(anchors.photographs))
+        """Train until the time is spent, with a log line and a checkpoint every few minutes."""
+        count = min(REPORTED_ANCHORS, len(anchors.photographs))
+        self.run_until_spent(
+            lambda: self.step(sampler),
+            lambda: unseen_report(Reader(self.average, self.tokenizer), anchors, count),
         )
-        print(json.dumps(line), flush=True)
-        with (self.folder / "log.jsonl").open("a") as log:
-            log.write(json.dumps(line) + "\n")
 
 
 def main() -> None:

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import math
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from torch.nn import functional
 
 from meiqa.export.commands import run_command
 from meiqa.training.data import PhotographSet
+from meiqa.training.timed_run import Pace, TimedRun
 from meiqa.training.towers import JudgedTower, make_tower, normalised
 
 HIDDEN_SIZE = 256
@@ -40,8 +38,11 @@ class Recipe:
     human_share: float = 0.5
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
-    average_decay: float = 0.995
-    checkpoint_minutes: float = 4.0
+
+    @property
+    def pace(self) -> Pace:
+        """Time budget, checkpoints and averaging."""
+        return Pace(self.minutes, 4.0, warm_up_steps=200, largest_norm=2.0, average_decay=0.995)
 
 
 @dataclass(frozen=True)
@@ -119,106 +120,43 @@ def judged_scores(model: JudgedTower, pixels: np.ndarray, batch: int = 8) -> np.
     return torch.cat(parts).cpu().numpy()
 
 
-@torch.no_grad()
-def average_into(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the average's weights and statistics towards the model's; copy its counters."""
-    pairs = zip(
-        (*average.parameters(), *average.buffers()),
-        (*model.parameters(), *model.buffers()),
-        strict=True,
-    )
-    for kept, new in pairs:
-        if kept.is_floating_point():
-            kept.lerp_(new, 1 - decay)
-        else:
-            kept.copy_(new)
-
-
-class Pretraining:
+class Pretraining(TimedRun):
     """A resumable run of stage 1."""
 
     def __init__(self, work: Path, tower: str, recipe: Recipe, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.recipe, self.folder, self.device = recipe, work / f"stage1-{tower}", device
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.recipe, self.device = recipe, device
         self.model = JudgedTower(make_tower(tower, HIDDEN_SIZE), HIDDEN_SIZE)
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.model)
-        self.optimiser = torch.optim.AdamW(
+        optimiser = torch.optim.AdamW(
             self.model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay
         )
-        self.steps, self.spent_s = 0, 0.0
-        if (self.folder / "checkpoint.pt").exists():
-            self.resume()
-
-    def resume(self) -> None:
-        """Go on from the last checkpoint."""
-        state = torch.load(self.folder / "checkpoint.pt", self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.steps, self.spent_s = state["steps"], state["spent_s"]
-
-    def save(self) -> None:
-        """Write the checkpoint; an interrupted write leaves the one before."""
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "steps": self.steps,
-            "spent_s": self.spent_s,
-        }
-        torch.save(state, self.folder / "checkpoint.tmp")
-        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")
-
-    def learning_rate(self) -> float:
-        """Warm-up over the first 200 steps, then a cosine over the time budget."""
-        share = min(1.0, self.spent_s / (60 * self.recipe.minutes))
-        cosine = 0.5 * (1 + math.cos(math.pi * share))
-        return self.recipe.learning_rate * min(1.0, (self.steps + 1) / 200) * (0.02 + 0.98 * cosine)
+        parts: dict[str, nn.Module] = {"model": self.model, "average": self.average}
+        super().__init__(work / f"stage1-{tower}", parts, optimiser, recipe.pace)
 
     def step(self, sampler: CropSampler) -> float:
         """One optimiser step; returns the loss."""
         self.model.train()
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.learning_rate()
         batch = sampler.batch(self.recipe.batch, self.recipe.human_share)
         loss = batch_loss(self.model, batch.to(self.device))
-        self.optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
-        self.optimiser.step()
-        self.steps += 1
-        average_into(
-            self.average, self.model, min(self.recipe.average_decay, 1 - 10 / (self.steps + 10))
-        )
+        self.descend(loss)
         return float(loss.detach())
+
+    def unseen_srcc(self, judged: PhotographSet, count: int) -> float:
+        """Rank correlation of the average's scores on photographs kept out of training."""
+        scores = judged_scores(self.average, judged.pixels[:count])
+        return float(spearmanr(scores, judged.scores[:count]).statistic)
 
     def run(self, sampler: CropSampler, judged: PhotographSet, judged_count: int) -> None:
         """Train until the time is spent, with a log line and a checkpoint every few minutes."""
-        next_save_s, losses = self.spent_s + 60 * self.recipe.checkpoint_minutes, []
-        while self.spent_s < 60 * self.recipe.minutes:
-            began = time.perf_counter()
-            losses.append(self.step(sampler))
-            self.spent_s += time.perf_counter() - began
-            if self.spent_s >= next_save_s or self.spent_s >= 60 * self.recipe.minutes:
-                self.save()
-                self.log(losses, judged, judged_count)
-                losses, next_save_s = [], self.spent_s + 60 * self.recipe.checkpoint_minutes
-
-    def log(self, losses: list[float], judged: PhotographSet, count: int) -> None:
-        """Append the loss and the rank correlation on photographs kept out of training."""
-        scores = judged_scores(self.average, judged.pixels[:count])
-        line = {
-            "minutes": round(self.spent_s / 60, 2),
-            "steps": self.steps,
-            "crops": self.steps * self.recipe.batch,
-            "loss": round(float(np.mean(losses)), 4),
-            "unseen_srcc": round(float(spearmanr(scores, judged.scores[:count]).statistic), 4),
-        }
-        print(json.dumps(line), flush=True)
-        with (self.folder / "log.jsonl").open("a") as log:
-            log.write(json.dumps(line) + "\n")
+        self.run_until_spent(
+            lambda: {"loss": self.step(sampler)},
+            lambda: {
+                "crops": self.steps * self.recipe.batch,
+                "unseen_srcc": self.unseen_srcc(judged, judged_count),
+            },
+        )
 
 
 def main() -> None:
