@@ -143,7 +143,6 @@ def test_a_changed_package_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     with (package / "decoder.onnx").open("r+b") as graph:
         graph.seek(1000)
         graph.write(b"\0\0\0\0")
-    assert cli.main(["score", "photo.jpg", "--package", str(package)]) in (1, 2)
     picture = tmp_path / "photo.png"
     Image.new("RGB", (64, 64)).save(picture)
     assert cli.main(["score", str(picture), "--package", str(package)]) == 2

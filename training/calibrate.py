@@ -1,6 +1,6 @@
 """Fit the calibration of a package on its anchors, each judged against the others.
 
-    python -m meiqa.training.calibrate --package PACKAGE --memory MEMORY --data DATA --limit 400
+    python -m meiqa.training.calibrate --package PACKAGE --memory MEMORY --data DATA
 
 The anchors were kept out of the model's training, and an anchor never meets itself, so they stand
 in for photographs that users bring. Fitted are the logistic of both score heads, sigma, lambda and
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--package", type=Path, required=True, help="its manifest is rewritten")
     parser.add_argument("--memory", type=Path, required=True, help="anchors made by this package")
     parser.add_argument("--data", type=Path, required=True, help="folder with biq2021/")
-    parser.add_argument("--limit", type=int, default=400, help="anchors to judge")
+    parser.add_argument("--limit", type=int, default=500, help="anchors to judge")
     arguments = parser.parse_args()
     package = EnginePackage.open(arguments.package)
     base = package.manifest.calibration

@@ -139,3 +139,13 @@ def test_the_choice_of_pictures_does_not_depend_on_how_many(tmp_path: Path) -> N
     assert (len(few), len(many)) == (2, 5)
     for one, same in zip(few, many, strict=False):
         np.testing.assert_array_equal(one, same)
+
+
+def test_int8_that_moves_the_grades_is_refused(
+    package: EnginePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "package"
+    shutil.copytree(package.path, folder)
+    monkeypatch.setattr(packaging, "LARGEST_INT8_MOVE", 0.0)
+    with pytest.raises(PackageCorrupted, match="quantisation moves the grades too much"):
+        packaging.quantise_package(folder, [picture(3, (128, 192))])
