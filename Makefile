@@ -45,7 +45,7 @@ $(DEMO_INSTALLED): $(BUILD) | $(VENV)/bin/python
 
 $(TEST_INSTALLED): $(BUILD) | $(VENV)/bin/python
 	@echo "Installing meiqa with PyTorch and the test tools into $(VENV) (a few minutes)"
-	$(PIP) install --quiet -e '.[cpu,demo,export,train,test]'
+	$(PIP) install --quiet -e '.[cpu,demo,export,rtx,train,test]'
 	touch $(DEMO_INSTALLED) $@
 
 clean:

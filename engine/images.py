@@ -39,7 +39,7 @@ IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 
 ImageSource = str | Path | bytes | Image.Image | NDArray[Any]
 
-_MAX_ASPECT = 100.0
+MAX_ASPECT = 100.0
 # Photographs only: Pillow's other plugins run Ghostscript, follow references or hold no photo.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _DAMAGED = "the file is damaged or incomplete: fetch it again"
@@ -136,11 +136,11 @@ def _grid(
     height: int, width: int, multiple: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
     """Choose (rows, columns) in units of `multiple`."""
-    if min(height, width) < 1 or max(height, width) > _MAX_ASPECT * min(height, width):
+    if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
         raise ImageError(
             "the photo is too elongated to be judged",
             seen=f"{width} x {height} pixels",
-            allowed=f"an aspect ratio of at most {_MAX_ASPECT:.0f}:1",
+            allowed=f"an aspect ratio of at most {MAX_ASPECT:.0f}:1",
             hint="crop it",
         )
     fewest, most = -(-min_pixels // multiple**2), max_pixels // multiple**2

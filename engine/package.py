@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
@@ -24,10 +24,12 @@ from tokenizers import Tokenizer
 from meiqa.engine.prompts import PromptFamily, Prompts
 from meiqa.errors import PackageCorrupted, PackageNotFound, SchemaUnsupported, UsageError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 GRAPHS = ("vision", "decoder")
 DATA_FILES = ("embedding.npy", "key_projection.npy", "tokenizer.json")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+DEVICES = ("cpu", "cuda", "tensorrt")
 
 Record = TypeVar("Record", bound="_Fields")
 
@@ -128,16 +130,31 @@ class ImageProcessing(_Fields):
 
 @dataclass(frozen=True)
 class DecoderShape(_Fields):
-    """What the host has to know of the decoder."""
+    """What the host has to know of the decoder.
+
+    Attributes:
+        layers, kv_heads, head_dim: of the keys and values.
+        hidden_size: width of the hidden states and of a token's embedding.
+        vocab_size: number of tokens.
+        deepstack: how many more features of that width follow a visual token in its row; they
+            enter behind the first layers (Qwen3-VL).
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
     hidden_size: int
     vocab_size: int
+    deepstack: int
 
     def __post_init__(self) -> None:
-        self._require(_COUNT, *(field.name for field in fields(self)))
+        self._require(_COUNT, "layers", "kv_heads", "head_dim", "hidden_size", "vocab_size")
+        self._require(_COUNT_OR_NONE, "deepstack")
+
+    @property
+    def embed_width(self) -> int:
+        """Width of what the decoder is fed for a token."""
+        return self.hidden_size * (1 + self.deepstack)
 
 
 @dataclass(frozen=True)
@@ -232,22 +249,97 @@ UNCALIBRATED = Calibration(
 """What an exported package starts with, before `meiqa.training.calibrate` fits it."""
 
 
+Shape = tuple[int | str, ...]
+"""Extent of each axis; a name stands for a dynamic one."""
+
+
 @dataclass(frozen=True)
 class Graph(_Fields):
-    """One ONNX file with its interface."""
+    """One ONNX file with its interface.
+
+    Attributes:
+        file: the graph; weights: the file of its weights, None where they are inside the graph.
+        inputs, outputs: shape of each by name.
+    """
 
     file: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    weights: str | None
+    inputs: Mapping[str, Shape]
+    outputs: Mapping[str, Shape]
 
     def __post_init__(self) -> None:
-        for names in ((self.file,), self.inputs, self.outputs):
-            if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-                raise PackageCorrupted(
-                    "a graph in the manifest names its file, inputs or outputs by no text",
-                    seen=repr(names),
-                    allowed="names",
-                )
+        named = isinstance(self.file, str) and isinstance(self.weights, str | None)
+        if not (named and all(map(are_ports, (self.inputs, self.outputs)))):
+            raise PackageCorrupted(
+                "a graph in the manifest does not say its files, inputs and outputs",
+                seen=repr(asdict(self)),
+                allowed="file names, and shapes by name",
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Graph:
+        """Read what stands in the manifest."""
+        made = super().from_dict(values)
+        inputs, outputs = (
+            {name: tuple(shape) for name, shape in ports.items()}
+            for ports in (made.inputs, made.outputs)
+        )
+        return replace(made, inputs=inputs, outputs=outputs)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The graph's file and, if there is one, that of its weights."""
+        return (self.file,) if self.weights is None else (self.file, self.weights)
+
+
+def are_ports(ports: object) -> bool:
+    """Whether these are shapes by name."""
+    return isinstance(ports, Mapping) and all(
+        isinstance(name, str)
+        and isinstance(shape, list | tuple)
+        and all(isinstance(axis, int | str) for axis in shape)
+        for name, shape in ports.items()
+    )
+
+
+Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+"""Least, usual and greatest shape of each input."""
+
+
+@dataclass(frozen=True)
+class TensorRtEngine(_Fields):
+    """A graph compiled for one kind of GPU by one version of TensorRT.
+
+    Attributes:
+        graph: which of the package's graphs.
+        file: path below the package; sha256: its digest.
+        runtime: "tensorrt" or "tensorrt_rtx"; version: of that runtime.
+        compute_capability: of the GPUs it runs on, as "8.9".
+        precision: "fp32", "fp16" or "int8".
+        profile: shapes it accepts.
+        size_bytes, build_s: what it took.
+    """
+
+    graph: str
+    file: str
+    sha256: str
+    runtime: str
+    version: str
+    compute_capability: str
+    precision: str
+    profile: Profile
+    size_bytes: int
+    build_s: float
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TensorRtEngine:
+        """Read what stands in the manifest."""
+        made = super().from_dict(values)
+        profile: Profile = {
+            name: (tuple(least), tuple(usual), tuple(most))
+            for name, (least, usual, most) in made.profile.items()
+        }
+        return replace(made, profile=profile)
 
 
 @dataclass(frozen=True)
@@ -257,11 +349,12 @@ class Manifest:
     Attributes:
         architecture: class name in the source checkpoint.
         source: name and SHA-256 of the checkpoint's weights.
-        precision: "fp32" or "int8".
+        precision: one of `PRECISIONS`.
         graphs: "vision" and "decoder".
         image, decoder, prompt, calibration: see their classes.
-        parity: largest differences seen when the export was verified.
-        files: SHA-256 of every file but the manifest.
+        report: what was measured when the export was verified.
+        files: SHA-256 of every file but the manifest and the engines.
+        engines: graphs compiled with TensorRT.
     """
 
     architecture: str
@@ -272,8 +365,9 @@ class Manifest:
     decoder: DecoderShape
     prompt: PromptFamily
     calibration: Calibration
-    parity: Mapping[str, float]
+    report: Mapping[str, Any]
     files: Mapping[str, str]
+    engines: tuple[TensorRtEngine, ...] = ()
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -318,7 +412,7 @@ class Manifest:
                 seen=", ".join(sorted(graphs)) or "none",
                 allowed=", ".join(GRAPHS),
             )
-        used = {*DATA_FILES, *(graph.file for graph in graphs.values())}
+        used = {*DATA_FILES, *(file for graph in graphs.values() for file in graph.files)}
         unlisted = used - values["files"].keys()
         if unlisted:
             raise PackageCorrupted(
@@ -334,6 +428,7 @@ class Manifest:
                 "decoder": DecoderShape.from_dict(values["decoder"]),
                 "prompt": PromptFamily.from_dict(values["prompt"]),
                 "calibration": Calibration.from_dict(values["calibration"]),
+                "engines": tuple(TensorRtEngine.from_dict(engine) for engine in values["engines"]),
             }
         )
 
@@ -415,8 +510,8 @@ class EnginePackage:
         return Prompts(self.manifest.prompt, Tokenizer.from_file(str(self.path / "tokenizer.json")))
 
     @cached_property
-    def embedding(self) -> NDArray[np.float16]:
-        """Token embeddings (V, D), memory-mapped."""
+    def embedding(self) -> NDArray[np.float16 | np.float32]:
+        """Token embeddings (V, D), memory-mapped, in half precision but in an fp32 package."""
         return self.array("embedding.npy")
 
     def array(self, name: str) -> NDArray[Any]:
@@ -427,6 +522,12 @@ class EnginePackage:
     def with_calibration(self, calibration: Calibration) -> EnginePackage:
         """Rewrite the manifest with another calibration; the digest stays."""
         changed = replace(self.manifest, calibration=calibration)
+        write_manifest(self.path, changed)
+        return EnginePackage(self.path, changed)
+
+    def with_engines(self, engines: Sequence[TensorRtEngine]) -> EnginePackage:
+        """Rewrite the manifest with other engines; the digest stays."""
+        changed = replace(self.manifest, engines=tuple(engines))
         write_manifest(self.path, changed)
         return EnginePackage(self.path, changed)
 
@@ -446,5 +547,5 @@ def file_digest(path: Path) -> str:
 
 def check_device(device: str) -> None:
     """Refuse a device name that does not exist."""
-    if device not in ("cpu", "cuda"):
-        raise UsageError("unknown device", seen=device, allowed="cpu, cuda")
+    if device not in DEVICES:
+        raise UsageError("unknown device", seen=device, allowed=", ".join(DEVICES))

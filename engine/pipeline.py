@@ -15,7 +15,7 @@ from meiqa.engine.caches import ByteLru, ContentKey
 from meiqa.engine.comparing import Comparer, Verdicts, preferences_of
 from meiqa.engine.fusing import Posterior, fuse
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid, load_pixels, source_name
-from meiqa.engine.package import EnginePackage, ImageProcessing
+from meiqa.engine.package import EnginePackage, ImageProcessing, check_device
 from meiqa.engine.planning import (
     CostModel,
     Plan,
@@ -26,6 +26,7 @@ from meiqa.engine.planning import (
 )
 from meiqa.engine.reflecting import gate_opens, reflect
 from meiqa.engine.remembering import open_memory
+from meiqa.engine.runtime.base import GraphSession
 from meiqa.engine.scoring import Opinion, first_opinion
 from meiqa.engine.vlm import Floats, LocalVlm, Prefix, VisualTokens, Vlm
 from meiqa.errors import ImageError, ImageTooSmall, StoreError, UsageError
@@ -90,7 +91,7 @@ class Engine:
             memory: directory of a memory. One without anchors of its own gets the embedded
                 anchors. By default what is learnt goes to the user's data directory, apart for
                 each package.
-            device: "cpu" or "cuda".
+            device: "cpu", "cuda", or "tensorrt" for engines that `meiqa build` made.
             threads: threads of the runtime; as many as there are cores by default.
             verify: compare digests of package and memory.
             learn: open the memory for writing, creating it if need be; False opens it read-only,
@@ -99,12 +100,10 @@ class Engine:
         Raises:
             PackageError, StoreError, DeviceUnavailable, UsageError.
         """
-        from meiqa.engine.runtime.onnx import open_sessions
-
         if threads is not None and threads < 1:
             raise UsageError("threads must be positive", seen=threads, allowed="1 or more")
         opened = EnginePackage.open(package or embedded_assets() / "package", verify=verify)
-        vlm = LocalVlm(opened, *open_sessions(opened, device, threads))
+        vlm = LocalVlm(opened, *sessions_on(device, opened, threads, verify=verify))
         # Last, so that an engine that is refused does not hold the memory's lock.
         return cls(vlm, opened, open_memory(memory, opened.digest, verify=verify, learn=learn))
 
@@ -352,6 +351,20 @@ class Engine:
         if self._costs is None:
             self._costs = measure_costs(self._vlm, self._calibration)
         return self._costs
+
+
+def sessions_on(
+    device: str, package: EnginePackage, threads: int | None, *, verify: bool
+) -> tuple[GraphSession, GraphSession]:
+    """The package's graphs on a device; only the runtime that is asked for is imported."""
+    check_device(device)
+    if device == "tensorrt":
+        from meiqa.engine.runtime.tensorrt import open_tensorrt_sessions
+
+        return open_tensorrt_sessions(package, verify=verify)
+    from meiqa.engine.runtime.onnx import open_sessions
+
+    return open_sessions(package, device, threads)
 
 
 def fitted_to(pixels: Pixels, image: ImageProcessing) -> NDArray[np.uint8]:

@@ -6,18 +6,28 @@ only in what follows (the *suffix*): so one prefix serves scoring, comparing and
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from meiqa.errors import PackageCorrupted
+from meiqa.errors import PackageCorrupted, UsageError
 
 LEVEL_WORDS = ("bad", "poor", "fair", "good", "excellent")
 """The five grades, worth 1 to 5."""
+
+PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)(?::([^{}]*))?\}")
+"""A name in braces, with or without a format; any other brace of a text stands for itself."""
+PLACEHOLDERS = ("summary", "initial", "score")
+ANSWERS = {"level_words": 5, "verdicts": 2}
+"""The fields that list answers, with their number."""
+MAY_BE_EMPTY = ("second_opening", "answer_open", "answer_close")
 
 
 @dataclass(frozen=True)
@@ -33,9 +43,10 @@ class PromptFamily:
         levels: asks for a grade word; the next token is one of `level_words`.
         compare: asks which picture looks better; the next token is one of `verdicts`.
         reflect: asks for a corrected description; has {summary}, {initial}, {score}.
-        description_end: ends the description.
-        answer_open, answer_close: around the printed rating.
-        stop: ends the turn.
+        description_end: ends the description; one token or several.
+        answer_open, answer_close: around the printed rating, tokens likewise; both empty where
+            none is printed.
+        stop: the token that ends the turn.
         level_words: tokens of the grades, from 1 to 5.
         verdicts: tokens for "the first" and "the second".
     """
@@ -64,17 +75,77 @@ class PromptFamily:
         """Read what `to_dict` wrote.
 
         Raises:
-            PackageCorrupted: fields are missing or unknown.
+            PackageCorrupted: the fields are not those of a prompt family.
         """
-        names = {field.name for field in fields(cls)}
-        if values.keys() != names:
+        if fault := fault_of(values):
             raise PackageCorrupted(
-                "the manifest's prompt family has other fields than this version reads",
-                seen=", ".join(sorted(values.keys() ^ names)),
+                f"the manifest's prompt family {fault[0]}",
+                seen=fault[1],
                 hint="export the checkpoint again with this version",
             )
-        lists = {"level_words": tuple(values["level_words"]), "verdicts": tuple(values["verdicts"])}
-        return cls(**{**values, **lists})
+        return cls(**{**values, **{name: tuple(values[name]) for name in ANSWERS}})
+
+    def reflection(self, summary: str, initial: float, score: float) -> str:
+        """Text that asks for a corrected description."""
+        return filled(self.reflect, {"summary": summary, "initial": initial, "score": score})
+
+
+def filled(text: str, values: dict[str, Any]) -> str:
+    """A text with its placeholders filled in one pass, so that values may hold braces too.
+
+    Raises:
+        KeyError: a placeholder has no value.
+        ValueError: its format does not suit its value.
+    """
+    return PLACEHOLDER.sub(lambda found: format(values[found[1]], found[2] or ""), text)
+
+
+def fault_of(values: dict[str, Any]) -> tuple[str, str] | None:
+    """What keeps values from being a prompt family, and the value seen; None if nothing does."""
+    names = {field.name for field in fields(PromptFamily)}
+    if unknown := sorted(values.keys() - names):
+        return "has other fields than this version reads", f"unknown {', '.join(unknown)}"
+    if missing := sorted(names - values.keys()):
+        return "has other fields than this version reads", f"no {', '.join(missing)}"
+    for name in sorted(names - ANSWERS.keys()):
+        if not is_text(values[name]):
+            return f"needs a text as {name}", repr(values[name])
+        if not values[name] and name not in MAY_BE_EMPTY:
+            return f"has an empty {name}", "''"
+    for name, count in ANSWERS.items():
+        if not are_answers(values[name], count):
+            return f"needs {count} different texts as {name}", repr(values[name])
+    if bool(values["answer_open"]) != bool(values["answer_close"]):
+        return "needs both answer_open and answer_close, or neither", "one of them"
+    return reflection_fault(values["reflect"])
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text that can be written as UTF-8."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def are_answers(value: object, count: int) -> bool:
+    """Whether a value is a list of so many different texts."""
+    return (
+        isinstance(value, (list, tuple))
+        and all(is_text(answer) and answer for answer in value)
+        and len(value) == len(set(value)) == count
+    )
+
+
+def reflection_fault(text: str) -> tuple[str, str] | None:
+    """What is wrong with the placeholders of a `reflect` text; None if nothing is."""
+    used = {found[1] for found in PLACEHOLDER.finditer(text)}
+    if unknown := sorted(used - set(PLACEHOLDERS)):
+        return f"has no placeholder {{{unknown[0]}}} in reflect", f"{{{unknown[0]}}}"
+    if missing := [name for name in PLACEHOLDERS if name not in used]:
+        return "needs {summary}, {initial} and {score} in reflect", f"no {{{missing[0]}}}"
+    try:
+        filled(text, {"summary": "", "initial": 1.5, "score": 4.25})
+    except ValueError as error:
+        return "has a placeholder of a wrong format in reflect", str(error)
+    return None
 
 
 MEIQA = PromptFamily(
@@ -99,16 +170,169 @@ MEIQA = PromptFamily(
 """The family of the embedded default model: the chat layout of Qwen2.5-VL with short questions."""
 
 
+QWEN_OPENING = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\nPicture 1: <|vision_start|>"
+)
+"""Qwen's chat layout with its default system turn; pictures are announced by number."""
+REPLY = "<|im_end|>\n<|im_start|>assistant\n"
+GRADE_QUESTION = "Which word fits the quality of this picture: bad, poor, fair, good or excellent?"
+GRADE_REPLY = f"{REPLY}The quality of this picture is"
+
+VISUALQUALITY_R1 = PromptFamily(
+    name="visualquality-r1",
+    opening=QWEN_OPENING,
+    second_opening="Picture 2: <|vision_start|>",
+    closing="<|vision_end|>",
+    score=(
+        "How good is this picture's quality overall? Rate it with a float from 1 to 5 that has two "
+        "decimals; 1 stands for very poor and 5 for excellent quality. Think about it within "
+        "<think> </think> tags first, and then write the rating alone within <answer> </answer> "
+        f"tags.{REPLY}<think>"
+    ),
+    levels=f"{GRADE_QUESTION}{GRADE_REPLY}",
+    compare=(
+        "Which of the two pictures has the better quality? Write only its number, 1 or 2, within "
+        f"<answer> </answer> tags.{REPLY}<answer>"
+    ),
+    reflect=(
+        "You rated this picture's quality {initial:.2f} and thought: {summary} Beside pictures "
+        "whose quality is known it comes out at {score:.2f}, on a scale from 1 (very poor) to 5 "
+        "(excellent). Describe its quality again, in agreement with that, within <think> </think> "
+        f"tags.{REPLY}<think>"
+    ),
+    description_end="</think>",
+    answer_open="<answer>",
+    answer_close="</answer>",
+    stop="<|im_end|>",
+    level_words=MEIQA.level_words,
+    verdicts=("1", "2"),
+)
+"""For VisualQuality-R1: a description in think tags, then a rating with two decimals.
+
+A reply begins with the opened tag, so that it is a description from its first token on.
+"""
+
+EVOQUALITY = replace(
+    VISUALQUALITY_R1,
+    name="evoquality",
+    compare=(
+        "Compare the quality of these two pictures. Reply with nothing but the index of the better "
+        f"one: 0 if it is the first picture, 1 if it is the second.{REPLY}"
+    ),
+    verdicts=("0", "1"),
+)
+"""For EvoQuality: rates as VisualQuality-R1 does, and answers 0 or 1 for the better of a pair."""
+
+Q_INSIGHT = replace(
+    VISUALQUALITY_R1,
+    name="q-insight",
+    opening=(
+        "<|im_start|>system\nYou help a user with questions about pictures. Before you answer, "
+        "reason about the question within <think> </think> tags; then give the answer within "
+        "<answer> </answer> tags.<|im_end|>\n<|im_start|>user\nPicture 1: <|vision_start|>"
+    ),
+    score=(
+        "How good is this picture's quality overall? Rate it with a float from 1 to 5 that has two "
+        "decimals; 1 stands for very poor and 5 for excellent quality. The answer is JSON with "
+        f'the key "rating", such as {{"rating": number}}.{REPLY}<think>'
+    ),
+)
+"""For Q-Insight: a system turn that asks for the tags, and a rating as JSON.
+
+The model was trained with the question before the picture. Here, as in every family, the picture
+comes first, since all prompts share what was read up to and including it.
+"""
+
+LEVELS = replace(
+    VISUALQUALITY_R1,
+    name="levels",
+    score=f"Describe the quality of this picture in a few sentences.{REPLY}",
+    compare=f"Which of the two pictures has the better quality, 1 or 2?{REPLY}Picture ",
+    reflect=(
+        "Of this picture's quality it was said: {summary} That was worth {initial:.2f} on a scale "
+        "from 1 (bad) to 5 (excellent); beside pictures whose quality is known it comes out at "
+        f"{{score:.2f}}. Describe its quality again, in agreement with that.{REPLY}"
+    ),
+    description_end="<|im_end|>",
+    answer_open="",
+    answer_close="",
+)
+"""For level-token heads: the word that ends a fixed phrase is the grade; no rating is printed."""
+
+FAMILIES = {
+    family.name: family for family in (MEIQA, VISUALQUALITY_R1, Q_INSIGHT, EVOQUALITY, LEVELS)
+}
+
+
+def prompt_family(name_or_path: str) -> PromptFamily:
+    """Give a family by its name, or one read from a JSON file with the fields of `PromptFamily`.
+
+    Raises:
+        UsageError: there is no such family, or the file is not one.
+    """
+    if name_or_path in FAMILIES:
+        return FAMILIES[name_or_path]
+    if not name_or_path.endswith(".json"):
+        raise UsageError(
+            "unknown prompt family",
+            seen=name_or_path,
+            allowed=f"{', '.join(FAMILIES)}, or the path of a .json file",
+        )
+    values = read_object(name_or_path)
+    if fault := fault_of(values):
+        raise UsageError(f"{name_or_path} {fault[0]}", seen=fault[1])
+    return PromptFamily.from_dict(values)
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UsageError: the file cannot be read or holds something else.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read", seen=error.strerror) from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON", seen=error) from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} is not a JSON object", seen=type(values).__name__)
+    return values
+
+
 class Prompts:
-    """A prompt family in the tokens of one tokenizer."""
+    """A prompt family in the tokens of one tokenizer.
+
+    Attributes:
+        stop: the token that ends a turn.
+        level_ids: tokens of the five grades, from 1 to 5, int64 (5,).
+        verdict_ids: tokens for "the first looks better" and "the second looks better".
+
+    Raises:
+        PackageCorrupted: an answer is not one token of its own after its question.
+    """
 
     def __init__(self, family: PromptFamily, tokenizer: Tokenizer) -> None:
         self.family = family
         self.tokenizer = tokenizer
+        self.stop = self.single(family.stop)
+        words = [self._answer(family.levels, word) for word in family.level_words]
+        self.level_ids = np.array(words, np.int64)
+        first, second = family.verdicts
+        self.verdict_ids = (
+            self._answer(family.compare, first),
+            self._answer(family.compare, second),
+        )
 
     def ids(self, text: str) -> np.ndarray:
         """Tokens of a text, int64 (n,)."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Text of tokens, special ones included."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def single(self, text: str) -> int:
         """The one token a text must be.
@@ -124,6 +348,31 @@ class Prompts:
                 hint="choose answers that the tokenizer keeps whole",
             )
         return int(ids[0])
+
+    def _answer(self, question: str, answer: str) -> int:
+        """The one token that an answer must be where its question ends."""
+        token = self.single(answer)
+        if self.ids(question + answer).tolist() != [*self.ids(question).tolist(), token]:
+            raise PackageCorrupted(
+                "an answer of the prompt family merges with the end of its question",
+                seen=repr(question[-24:] + answer),
+                hint="put a space either at the end of the question or before the answers",
+            )
+        return token
+
+    def before(self, ids: Sequence[int], marker: str) -> tuple[str, int]:
+        """Text before the last place of a marker, and the number of tokens that are wholly so.
+
+        Where the marker is empty or missing, that is everything.
+        """
+        if not marker or marker not in self.text(ids):
+            return self.tokenizer.decode(ids), len(ids)
+        begins = len(ids) - 1
+        while marker not in self.text(ids[begins:]):
+            begins -= 1
+        # A token may hold the description's last characters beside the marker's first.
+        last = self.text(ids[begins:]).partition(marker)[0]
+        return self.tokenizer.decode(ids[:begins]) + last, begins
 
     @cached_property
     def opening(self) -> np.ndarray:
@@ -155,30 +404,9 @@ class Prompts:
         """Tokens that ask which of two pictures looks better."""
         return self.ids(self.family.compare)
 
-    @cached_property
-    def stop(self) -> int:
-        """The token that ends a turn."""
-        return self.single(self.family.stop)
-
-    @cached_property
-    def description_end(self) -> int:
-        """The token that ends a description."""
-        return self.single(self.family.description_end)
-
-    @cached_property
-    def level_ids(self) -> np.ndarray:
-        """Tokens of the five grades, from 1 to 5."""
-        return np.array([self.single(word) for word in self.family.level_words], np.int64)
-
-    @cached_property
-    def verdict_ids(self) -> tuple[int, int]:
-        """Tokens for "the first looks better" and "the second looks better"."""
-        first, second = self.family.verdicts
-        return self.single(first), self.single(second)
-
     def reflect(self, summary: str, initial: float, score: float) -> np.ndarray:
         """Tokens that ask for a corrected description."""
-        return self.ids(self.family.reflect.format(summary=summary, initial=initial, score=score))
+        return self.ids(self.family.reflection(summary, initial, score))
 
 
 def text_positions(start: int, count: int) -> np.ndarray:

@@ -24,7 +24,7 @@ class Opinion:
         summary: the description, None when none was written.
         key: retrieval key (D,), None when nothing was written.
         shortened: the description was cut at the plan's limit.
-        unreadable: what was printed as the rating is not a number.
+        unreadable: a rating was asked for, and none could be read.
         written_tokens: tokens written.
     """
 
@@ -46,15 +46,18 @@ def first_opinion(
     if summary_tokens == 0:
         return Opinion(grade, grade, calibration.levels_std, None, None, False, False, 0)
     described = vlm.describe(prefix, summary_tokens)
-    rating = grade if described.rating is None else float(calibration.text(described.rating))
+    if described.rating is None:
+        rating, grade_share = grade, 1.0
+    else:
+        rating, grade_share = float(calibration.text(described.rating)), calibration.grade_share
     return Opinion(
         score=rating,
-        prior=weighted(rating, grade, calibration.grade_share),
-        prior_std=weighted(calibration.text_std, calibration.levels_std, calibration.grade_share),
+        prior=weighted(rating, grade, grade_share),
+        prior_std=weighted(calibration.text_std, calibration.levels_std, grade_share),
         summary=described.text,
         key=described.key,
         shortened=not described.complete,
-        unreadable=described.rating is None,
+        unreadable=described.unreadable,
         written_tokens=described.tokens,
     )
 

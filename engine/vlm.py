@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.package import EnginePackage, ImageProcessing
-from meiqa.engine.prompts import layout
+from meiqa.engine.prompts import PromptFamily, layout
 from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.kernels.patches import pixels_to_patches
 
@@ -24,8 +24,14 @@ Item = TypeVar("Item")
 
 ROWS_PER_CALL = 8
 """Rows of one decoder call: more no longer fit the cache of a CPU core."""
-RATING_TOKENS = 8
-"""Longest printed rating, in tokens."""
+ANSWER_TOKENS = 40
+"""Most tokens from the end of a description to the end of the answer."""
+RATING_TOKENS = 16
+"""Most tokens of an answer whose opening was forced."""
+PAST_STEP = 32
+"""Tokens by which a writing's past grows when there is no room left."""
+LOWEST, HIGHEST = 1.0, 5.0
+"""The scale of ratings, for all families."""
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -76,6 +82,7 @@ class Description:
         key: mean of the decoder's last hidden states over the description, (D,); None when
             nothing was written.
         rating: the printed rating, None when none was asked for or it is not a number.
+        unreadable: a rating was asked for, and none could be read.
         complete: False when the token limit cut the description.
         tokens: tokens written.
     """
@@ -83,6 +90,7 @@ class Description:
     text: str
     key: Floats | None
     rating: float | None
+    unreadable: bool
     complete: bool
     tokens: int
 
@@ -180,46 +188,67 @@ class LocalVlm:
         for index, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
             # Copied, so that a cached prefix does not keep its neighbours of the call alive.
             key_values = made[:, :, index, :, 0, : len(row.embeds)].copy()
+            key_values.setflags(write=False)  # so that a device need not be sent it twice
             yield Prefix(key_values, picture, after[index])
 
     def describe(self, prefix: Prefix, max_tokens: int) -> Description:
-        """Write a description and a rating, greedily; see `Vlm.describe`."""
-        writing = Writing(self, prefix, self.prompts.score, max_tokens + RATING_TOKENS + 8)
-        text, complete = self._written_until_end(writing, max_tokens)
-        key = writing.mean_hidden()
-        family = self.prompts.family
-        answer = self.prompts.ids(family.description_end + family.answer_open)
-        writing.force(answer)
-        rating = self._rating(writing)
-        return Description(text, key, rating, complete, len(writing.tokens))
+        """Write a description and a rating, greedily; see `Vlm.describe`.
+
+        The model writes freely, markers included. Only where the limit cuts the description, or
+        where no number was written, the answer's opening is forced, once.
+        """
+        writing = Writing(self, prefix, self.prompts.score, max_tokens + RATING_TOKENS)
+        written = self._written_until_end(writing, max_tokens)
+        asked = bool(self.prompts.family.answer_open)
+        rating = self._rating(writing, written) if asked else None
+        return written.description(writing, rating, unreadable=asked and rating is None)
 
     def reflect(self, prefix: Prefix, summary: str, initial: float, score: float) -> Description:
         """Write a corrected description; see `Vlm.reflect`."""
         question = self.prompts.reflect(summary, initial, score)
         limit = len(self.prompts.ids(summary)) + 32
         writing = Writing(self, prefix, question, limit)
-        text, complete = self._written_until_end(writing, limit)
-        return Description(text, writing.mean_hidden(), None, complete, len(writing.tokens))
+        return self._written_until_end(writing, limit).description(writing)
 
-    def _written_until_end(self, writing: Writing, max_tokens: int) -> tuple[str, bool]:
-        """Write until the description ends; its text and whether it ended by itself."""
-        ends = (self.prompts.description_end, self.prompts.stop)
-        while writing.next_token not in ends and len(writing.tokens) < max_tokens:
-            writing.accept(writing.next_token)
-        complete = writing.next_token in ends
-        return self.prompts.tokenizer.decode(writing.tokens).strip(), complete
+    def _written_until_end(self, writing: Writing, max_tokens: int) -> Written:
+        """Write until the next token completes the end of the description."""
+        family = self.prompts.family
+        marked = writing.until(family.description_end, max_tokens)
+        stopped = writing.next_token == self.prompts.stop
+        if marked:
+            ids, marker = [*writing.tokens, writing.next_token], family.description_end
+        else:
+            # An answer without the end marker before it ends the description as well.
+            ids, marker = writing.tokens, family.answer_open if stopped else ""
+        text, tokens = self.prompts.before(ids, marker)
+        return Written(text.strip(), tokens, marked=marked, complete=marked or stopped)
 
-    def _rating(self, writing: Writing) -> float | None:
-        """The number the model prints next, None if it prints something else."""
-        closes = self.prompts.single(self.prompts.family.answer_close)
-        printed: list[int] = []
-        while writing.next_token not in (closes, self.prompts.stop):
-            printed.append(writing.next_token)
-            if len(printed) == RATING_TOKENS:
-                break
+    def _rating(self, writing: Writing, written: Written) -> float | None:
+        """The number the model prints as its answer, None if it prints none when asked twice."""
+        family = self.prompts.family
+        start, rating = len(writing.tokens), None
+        if written.marked:
+            # The token that completes the end marker may begin the answer's opening, too.
             writing.accept(writing.next_token)
-        number = NUMBER.search(self.prompts.tokenizer.decode(printed))
-        return float(number.group()) if number else None
+            rating = self._answer(writing, start, ANSWER_TOKENS)
+        elif writing.next_token == self.prompts.stop:
+            rating = printed_rating(self.prompts.text(writing.tokens), family, cut=False)
+        if rating is None:
+            ended = "" if written.marked else family.description_end
+            writing.force(self.prompts.ids(ended + family.answer_open))
+            start = len(writing.tokens)
+            rating = self._answer(writing, start, RATING_TOKENS, opening=family.answer_open)
+        return rating
+
+    def _answer(
+        self, writing: Writing, start: int, limit: int, *, opening: str = ""
+    ) -> float | None:
+        """Write until the answer is closed; the number in it from token `start` on."""
+        family = self.prompts.family
+        closed = writing.until(family.answer_close, len(writing.tokens) + limit, start)
+        ids = writing.tokens[start:] + [writing.next_token] * closed
+        cut = not closed and writing.next_token != self.prompts.stop
+        return printed_rating(opening + self.prompts.text(ids), family, cut=cut)
 
     def grade(self, prefix: Prefix) -> NDArray[np.float64]:
         """Probabilities of the grade words; see `Vlm.grade`."""
@@ -277,8 +306,9 @@ class LocalVlm:
         return Row(self._embed(ids), positions)
 
     def _embed(self, ids: NDArray[np.int64] | Sequence[int]) -> Floats:
-        """Embeddings (n, D) of tokens."""
-        return self.package.embedding[ids].astype(np.float32)
+        """Embeddings (n, embed width) of tokens; text has zeros for DeepStack's features."""
+        embeds = self.package.embedding[ids].astype(np.float32)
+        return np.pad(embeds, ((0, 0), (0, self.shape.embed_width - self.shape.hidden_size)))
 
     def _no_prefixes(self, count: int) -> dict[str, Array]:
         s = self.shape
@@ -307,7 +337,7 @@ class LocalVlm:
         """Run rows over one shared prefix, or over one prefix each; logits of the last tokens."""
         shape = (len(rows), 1) if one_each else (1, len(rows))
         longest = max(len(row.embeds) for row in rows)
-        embeds = np.zeros((len(rows), longest, self.shape.hidden_size), np.float32)
+        embeds = np.zeros((len(rows), longest, self.shape.embed_width), np.float32)
         positions = np.zeros((3, len(rows), longest), np.float32)
         for index, row in enumerate(rows):
             embeds[index, : len(row.embeds)] = row.embeds
@@ -348,46 +378,122 @@ class Writing:
     """Greedy writing after a prefix, with the past's keys and values kept in place.
 
     Attributes:
-        tokens: what was accepted so far, the question not included.
+        tokens: what was accepted so far, neither the question nor forced tokens included.
         next_token: what the model would write next.
     """
 
     def __init__(
         self, vlm: LocalVlm, prefix: Prefix, question: NDArray[np.int64], capacity: int
     ) -> None:
-        s = vlm.shape
-        room = len(question) + capacity
         self.tokens: list[int] = []
         self._vlm, self._prefix = vlm, prefix
-        self._past = np.zeros((s.layers, 2, 1, s.kv_heads, 1, room, s.head_dim), np.float32)
+        self._past = self._empty_past(len(question) + capacity)
         self._length = 0
         self._hidden: list[Floats] = []
         self.next_token = 0
         self._feed(question.tolist())
-        self._hidden.clear()
 
     def accept(self, token: int) -> None:
         """Write one token."""
         self.tokens.append(token)
-        self._feed([token])
+        self._hidden.append(self._feed([token]))
 
     def force(self, ids: NDArray[np.int64]) -> None:
         """Write given tokens, whatever the model would have written."""
         self._feed(ids.tolist())
 
-    def mean_hidden(self) -> Floats | None:
-        """Mean of the last hidden states over the accepted tokens, (D,); None before any."""
-        if not self._hidden:
+    def until(self, marker: str, limit: int, start: int = 0) -> bool:
+        """Write until the next token completes a marker in the text from token `start` on.
+
+        Returns:
+            Whether it does; False when the turn ends or `limit` tokens are accepted before. A
+            marker that has begun by then may still be completed.
+        """
+        prompts = self._vlm.prompts
+        # No token is shorter than a byte, so a marker lies within as many tokens as it has bytes.
+        reach = len(marker.encode()) - 1
+        while self.next_token != prompts.stop:
+            first = max(start, len(self.tokens) - reach)
+            tail = prompts.text([*self.tokens[first:], self.next_token])
+            if marker in tail:
+                return True
+            if len(self.tokens) >= limit and not ends_in_beginning(tail, marker):
+                return False
+            self.accept(self.next_token)
+        return False
+
+    def mean_hidden(self, count: int | None = None) -> Floats | None:
+        """Mean of the last hidden states over the first `count` accepted tokens (all by default).
+
+        Returns:
+            (D,), None when there are no such tokens.
+        """
+        hidden = self._hidden[:count]
+        if not hidden:
             return None
-        mean: Floats = np.concatenate(self._hidden).mean(axis=0)
+        mean: Floats = np.concatenate(hidden).mean(axis=0)
         return mean
 
-    def _feed(self, ids: list[int]) -> None:
+    def _feed(self, ids: list[int]) -> Floats:
+        """Read tokens; their last hidden states (n, D)."""
+        if missing := max(0, self._length + len(ids) - self._past.shape[5]):
+            more = self._empty_past(max(missing, PAST_STEP))
+            self._past = np.concatenate([self._past, more], axis=5)
         made = self._vlm.continue_writing(self._prefix, self._past, self._length, ids)
         self._past[:, :, :, :, :, self._length : self._length + len(ids)] = made["key_values"]
         self._length += len(ids)
-        self._hidden.append(made["hidden"][0, 0])
         self.next_token = int(made["logits"][0, 0, 0].argmax())
+        hidden: Floats = made["hidden"][0, 0]
+        return hidden
+
+    def _empty_past(self, room: int) -> Floats:
+        s = self._vlm.shape
+        return np.zeros((s.layers, 2, 1, s.kv_heads, 1, room, s.head_dim), np.float32)
+
+
+@dataclass(frozen=True)
+class Written:
+    """The description in a writing.
+
+    Attributes:
+        text: without what ends it.
+        tokens: how many of the accepted tokens are wholly part of it.
+        marked: the next token completes the end marker.
+        complete: the description ended before the token limit.
+    """
+
+    text: str
+    tokens: int
+    marked: bool
+    complete: bool
+
+    def description(
+        self, writing: Writing, rating: float | None = None, *, unreadable: bool = False
+    ) -> Description:
+        """The description with its key and what was written after it."""
+        key = writing.mean_hidden(self.tokens)
+        return Description(self.text, key, rating, unreadable, self.complete, len(writing.tokens))
+
+
+def printed_rating(text: str, family: PromptFamily, *, cut: bool) -> float | None:
+    """The first number of the last answer in a text; None if there is none on the scale.
+
+    A number at the very end of a text that was `cut` does not count: it may lack digits.
+    """
+    _, opened, answer = text.rpartition(family.answer_open)
+    if not opened:
+        return None
+    answer, closed, _ = answer.partition(family.answer_close)
+    if cut and not closed:
+        answer = answer.rstrip("0123456789.")
+    number = NUMBER.search(answer)
+    rating = float(number.group()) if number else np.nan
+    return rating if LOWEST <= rating <= HIGHEST else None
+
+
+def ends_in_beginning(text: str, marker: str) -> bool:
+    """Whether a text ends in some, but not all, of a marker's characters."""
+    return any(text.endswith(marker[:count]) for count in range(1, len(marker)))
 
 
 def joined(parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:

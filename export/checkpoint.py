@@ -1,134 +1,221 @@
-"""Checkpoints in Hugging Face's layout: config.json, model.safetensors, tokenizer.json.
-
-Safetensors only: nothing in a checkpoint is executed. Half precision on disk, single in memory.
-"""
+"""A checkpoint in Hugging Face's layout, opened for export: what it is, but not its weights yet."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
+from meiqa.engine.package import DecoderShape, ImageProcessing
 from meiqa.errors import PackageCorrupted, PackageNotFound
-from meiqa.export.conv_hybrid import ConvHybridConfig, ConvHybridTower
 from meiqa.export.decoder import DecoderConfig, SharedPrefixDecoder
+from meiqa.export.families import FAMILIES
+from meiqa.export.families.base import Family
+from meiqa.export.weights import SHOWN_NAMES, StoredWeights, weightless
 
-ARCHITECTURE = "MeiqaConvHybridForConditionalGeneration"
-SUPPORTED = (ARCHITECTURE,)
-
-
-class ConvHybridVlm(nn.Module):
-    """Conv-hybrid vision tower and Qwen2.5-VL decoder."""
-
-    def __init__(self, vision: ConvHybridConfig, text: DecoderConfig) -> None:
-        super().__init__()
-        self.visual = ConvHybridTower(vision)
-        self.language_model = SharedPrefixDecoder(text)
+LEAST_PIXELS, MOST_PIXELS = 128 * 128, 1024 * 1024
+"""Bounds of the area that the tower sees, unless the checkpoint's own are narrower."""
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model with what is needed to prompt it.
+    """A checkpoint with everything about it that is small.
 
     Attributes:
-        model: weights in single precision.
+        folder: where it is.
+        family: what it is.
+        config: config.json.
+        processing: preprocessor_config.json.
+        weights: its tensors, on disk.
         tokenizer: its tokenizer.
-        pixel_mean, pixel_std: normalisation of each colour channel.
     """
 
-    model: ConvHybridVlm
+    folder: Path
+    family: Family
+    config: Mapping[str, Any]
+    processing: Mapping[str, Any]
+    weights: StoredWeights
     tokenizer: Tokenizer
-    pixel_mean: tuple[float, float, float]
-    pixel_std: tuple[float, float, float]
 
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Open a checkpoint and check that its weights are those of its architecture.
 
-def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a checkpoint; the tied output layer is not stored twice."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model = checkpoint.model
-    state = model.state_dict()
-    if model.language_model.config.tie_word_embeddings:
-        del state["language_model.lm_head.weight"]
-    halves = {
-        f"model.{name}": value.half().contiguous() if value.is_floating_point() else value
-        for name, value in state.items()
-    }
-    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "architectures": [ARCHITECTURE],
-        "torch_dtype": "float16",
-        "text_config": asdict(model.language_model.config),
-        "vision_config": asdict(model.visual.config),
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    image = {"image_mean": checkpoint.pixel_mean, "image_std": checkpoint.pixel_std}
-    (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=2) + "\n")
-    checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint.
-
-    Raises:
-        PackageNotFound: a file is missing.
-        PackageCorrupted: a file is not what it should be, the architecture is not supported, or
-            the weights do not fit it.
-    """
-    config = read_json(folder / "config.json")
-    architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in SUPPORTED:
-        raise PackageCorrupted(
-            f"{folder} holds an architecture that can't be exported",
-            seen=architecture,
-            allowed=", ".join(SUPPORTED),
+        Raises:
+            PackageNotFound: a file is missing.
+            PackageCorrupted: a file is not what it should be, the architecture is not supported,
+                or the weights do not fit it.
+        """
+        config = read_json(folder / "config.json")
+        made = cls(
+            folder=folder,
+            family=family_of(folder, config),
+            config=config,
+            processing=read_json(folder / "preprocessor_config.json"),
+            weights=StoredWeights.open(folder),
+            tokenizer=read_tokenizer(folder / "tokenizer.json"),
         )
-    image = read_json(folder / "preprocessor_config.json")
-    try:
-        model = ConvHybridVlm(*shapes_in(config))
-        mean, std = tuple(image["image_mean"]), tuple(image["image_std"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise PackageCorrupted(
-            f"the configuration in {folder} is not what this version reads", seen=str(error)
-        ) from error
-    load_weights(model, required(folder / "model.safetensors"))
-    return Checkpoint(model.eval(), read_tokenizer(folder / "tokenizer.json"), mean, std)
+        made.check_weights()
+        return made
+
+    @cached_property
+    def text(self) -> DecoderConfig:
+        """Shape of the decoder."""
+        return self.family.decoder(self.config)
+
+    def tower(self) -> nn.Module:
+        """The vision tower, without weights."""
+        with weightless():
+            return self.family.tower(self.config).eval()
+
+    def decoder(self) -> SharedPrefixDecoder:
+        """The decoder, without weights; its output layer has its own, tied or not."""
+        with weightless():
+            return SharedPrefixDecoder(self.text).eval()
+
+    def tower_weight(self, name: str) -> Tensor:
+        """One parameter of the tower."""
+        return self.family.tower_weight(name, self.weights.below("visual."))
+
+    def decoder_weight(self, name: str) -> Tensor:
+        """One parameter of the decoder."""
+        return self.weights.below("language_model.")[self.stored_decoder_name(name)]
+
+    def stored_decoder_name(self, name: str) -> str:
+        """The tensor behind a parameter: a tied output layer is the embedding."""
+        tied = name == HEAD and self.text.tie_word_embeddings
+        return EMBEDDING if tied else name
+
+    def check_weights(self) -> None:
+        """Refuse weights that are missing or do not fit, from their headers alone.
+
+        Raises:
+            PackageCorrupted: some do.
+        """
+        wrong = list(self.misfits())
+        if wrong:
+            raise PackageCorrupted(
+                f"{self.folder} does not hold the weights of {self.family.architecture}",
+                seen=", ".join(wrong[:SHOWN_NAMES]),
+                hint="compare config.json with the weights",
+            )
+
+    def misfits(self) -> Iterator[str]:
+        """Tensors that are missing, of another shape, or belong to nothing."""
+        stored = self.weights.headers()
+        read: set[str] = set()
+        visual, text = (Recorded(stored, root, read) for root in ("visual.", "language_model."))
+        for name, parameter in self.tower().named_parameters():
+            found = visual_shape(self.family, name, visual)
+            yield from misfit(f"visual.{name}", found, parameter.shape)
+        for name, parameter in self.decoder().named_parameters():
+            kept = text.get(self.stored_decoder_name(name))
+            found = None if kept is None else kept.shape
+            yield from misfit(f"language_model.{name}", found, parameter.shape)
+        ignored = (f".{HEAD}", "num_batches_tracked")
+        yield from (f"{n} is unknown" for n in stored.keys() - read if not n.endswith(ignored))
+
+    @property
+    def image(self) -> ImageProcessing:
+        """How pixels become the tower's patches."""
+        patch, merge = self.family.grid(self.config)
+        least, most = pixel_bounds(self.processing)
+        try:
+            mean, std = (tuple(self.processing[f"image_{part}"]) for part in ("mean", "std"))
+        except (KeyError, TypeError) as error:
+            raise PackageCorrupted(
+                f"{self.folder / 'preprocessor_config.json'} does not say how to normalise pixels",
+                seen=str(error),
+                allowed="image_mean and image_std",
+            ) from error
+        return ImageProcessing(
+            patch_size=patch,
+            merge_size=merge,
+            min_pixels=max(LEAST_PIXELS, least),
+            max_pixels=min(MOST_PIXELS, most),
+            mean=mean,
+            std=std,
+        )
+
+    @property
+    def decoder_shape(self) -> DecoderShape:
+        """What the host has to know of the decoder."""
+        return decoder_shape_of(self.text)
 
 
-def shapes_in(config: dict[str, Any]) -> tuple[ConvHybridConfig, DecoderConfig]:
-    """Shapes of the tower and of the decoder in config.json."""
-    vision, text = config["vision_config"], config["text_config"]
-    return (
-        ConvHybridConfig(**{**vision, "widths": tuple(vision["widths"])}),
-        DecoderConfig(**{**text, "mrope_section": tuple(text["mrope_section"])}),
+def decoder_shape_of(text: DecoderConfig) -> DecoderShape:
+    """What the host has to know of a decoder."""
+    return DecoderShape(
+        layers=text.num_hidden_layers,
+        kv_heads=text.num_key_value_heads,
+        head_dim=text.head_dim,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        deepstack=text.deepstack,
     )
 
 
-def load_weights(model: ConvHybridVlm, path: Path) -> None:
-    """Copy weights into the model; every weight must be there and none left over."""
+def visual_shape(family: Family, name: str, stored: Mapping[str, Tensor]) -> torch.Size | None:
+    """Shape of a parameter of the tower; None if what it is made of is missing."""
     try:
-        stored = {name.removeprefix("model."): value for name, value in load_file(path).items()}
-    except SafetensorError as error:
-        raise PackageCorrupted(f"{path} is not a safetensors file", seen=str(error)) from error
-    embedding = "language_model.embed_tokens.weight"
-    if model.language_model.config.tie_word_embeddings and embedding in stored:
-        stored["language_model.lm_head.weight"] = stored[embedding]
-    found = {(name, tuple(value.shape)) for name, value in stored.items()}
-    expected = {(name, tuple(value.shape)) for name, value in model.state_dict().items()}
-    if found != expected:
+        return family.tower_weight(name, stored).shape
+    except KeyError:
+        return None
+
+
+def misfit(name: str, found: torch.Size | None, wanted: torch.Size) -> Iterator[str]:
+    """What is wrong with a tensor, if anything is."""
+    if found is None:
+        yield f"{name} is missing"
+    elif found != wanted:
+        yield f"{name} {list(found)} is not {list(wanted)}"
+
+
+class Recorded(Mapping[str, Tensor]):
+    """The tensors below a root, with a record of those that were asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], root: str, read: set[str]) -> None:
+        self._tensors, self._root, self._read = tensors, root, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._read.add(self._root + name)
+        return self._tensors[self._root + name]
+
+    def __iter__(self) -> Iterator[str]:
+        names = (name for name in self._tensors if name.startswith(self._root))
+        return (name.removeprefix(self._root) for name in names)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def family_of(folder: Path, config: Mapping[str, Any]) -> Family:
+    """The family that config.json names first."""
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else "none"
+    if architecture not in FAMILIES:
         raise PackageCorrupted(
-            f"{path} does not hold this architecture's weights",
-            seen=", ".join(f"{name} {list(shape)}" for name, shape in sorted(found ^ expected)[:4]),
+            f"{folder} holds an architecture that can't be exported",
+            seen=architecture,
+            allowed=", ".join(sorted(FAMILIES)),
         )
-    singles = {n: v.float() if v.is_floating_point() else v for n, v in stored.items()}
-    with torch.no_grad():
-        model.load_state_dict(singles)
+    return FAMILIES[architecture]
+
+
+def pixel_bounds(processing: Mapping[str, Any]) -> tuple[int, int]:
+    """Least and most pixels that the checkpoint's own preprocessing lets through."""
+    size = processing.get("size") or {}
+    least = processing.get("min_pixels") or size.get("shortest_edge") or LEAST_PIXELS
+    most = processing.get("max_pixels") or size.get("longest_edge") or MOST_PIXELS
+    return int(least), int(most)
 
 
 def required(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The Qwen2.5-VL text decoder as one graph whose prompt is split in three: prefix, past, own.
+"""The text decoder of Qwen2.5-VL and Qwen3-VL as one graph with a prompt in three segments.
 
 * prefix: keys and values of P image prefixes, each shared by R rows and never copied.
 * past: keys and values that the rows generated themselves so far.
@@ -6,11 +6,14 @@
 
 Row (p, r) continues prefix p. The queries of all rows of a prefix are folded into one matrix
 against it, so R comparisons of one photo read its keys and values once. Weight names are those of
-Hugging Face's Qwen2.5-VL checkpoints.
+Hugging Face's checkpoints below "language_model.".
+
+Qwen3-VL's visual tokens carry n DeepStack features beside them, and those of text carry zeros:
+embeddings are then 1 + n widths wide, and the k-th feature joins the hidden states behind layer k.
 
 Letters in shapes: P prefixes, R rows of each, S own tokens, Lp prefix tokens, Lt past tokens,
 N tokens whose logits are wanted, L layers, H key-value heads, g query heads to one of them,
-d head width, D hidden width, V vocabulary.
+d head width, D hidden width, n DeepStack features of a token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +30,16 @@ MASKED = -1e9
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of the decoder, with the field names of Qwen2.5-VL's `text_config`."""
+    """Shape of the decoder, with the field names of Hugging Face's `text_config`.
+
+    Attributes:
+        mrope_section: rotary channels of the temporal, row and column axis.
+        head_dim: width of one attention head; 0 means hidden_size / num_attention_heads.
+        attention_bias: whether queries, keys and values have a bias.
+        qk_norm: whether each head's queries and keys are normalised.
+        mrope_interleaved: whether the three axes alternate channel by channel.
+        deepstack: features that each embedding carries for the first layers, n.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -39,11 +51,20 @@ class DecoderConfig:
     rope_theta: float = 1_000_000.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
+    head_dim: int = 0
+    attention_bias: bool = True
+    qk_norm: bool = False
+    mrope_interleaved: bool = False
+    deepstack: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def embed_width(self) -> int:
+        """Width of an embedding with its DeepStack features, (1 + n) * D."""
+        return self.hidden_size * (1 + self.deepstack)
 
 
 @dataclass(frozen=True)
@@ -81,6 +102,11 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return x * cosine + torch.cat([-high, low], -1) * sine
 
 
+def head_norm(config: DecoderConfig) -> nn.Module:
+    """What normalises one head's queries or keys (..., d), if anything does."""
+    return RmsNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+
 class SegmentedAttention(nn.Module):
     """Grouped-query attention over prefix, past and own tokens with one softmax."""
 
@@ -89,11 +115,12 @@ class SegmentedAttention(nn.Module):
         self.kv_heads = config.num_key_value_heads
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.head_dim = config.head_dim
-        kv_width = self.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        width, kv_width = config.num_attention_heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
 
     def by_kv_head(self, x: Tensor) -> Tensor:
         """(P, R, S, H * d) → (P, H, R, S, d)."""
@@ -123,10 +150,10 @@ class SegmentedAttention(nn.Module):
         """
         p, r, s, _ = x.shape
         h, g, d = self.kv_heads, self.group, self.head_dim
-        query = self.q_proj(x).reshape(p, r, s, h, g, d).permute(0, 3, 1, 4, 2, 5)
+        query = self.q_norm(self.q_proj(x).reshape(p, r, s, h, g, d)).permute(0, 3, 1, 4, 2, 5)
         query = rotate(query, *(table.unsqueeze(3) for table in rotary)) * d**-0.5
         query = query.reshape(p, h, r, g * s, d)
-        key = rotate(self.by_kv_head(self.k_proj(x)), *rotary)
+        key = rotate(self.k_norm(self.by_kv_head(self.k_proj(x))), *rotary)
         value = self.by_kv_head(self.v_proj(x))
         own_keys, own_values = torch.cat([past[0], key], 3), torch.cat([past[1], value], 3)
 
@@ -145,11 +172,11 @@ class SegmentedAttention(nn.Module):
 class GatedMlp(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int, inner: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -225,18 +252,28 @@ class SharedPrefixDecoder(nn.Module):
         )
         return beyond[:, None, None, None, :], own[:, None, :, None, :, :]
 
+    def with_features(self, embeds: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Embeddings (P, R, S, D) and their n DeepStack features, out of (P, R, S, (1 + n) * D)."""
+        if not self.config.deepstack:
+            return embeds, ()
+        x, *features = torch.split(embeds, self.config.hidden_size, -1)
+        return x, tuple(features)
+
     def hidden_states(
         self, embeds: Tensor, positions: Tensor, segments: Segments
     ) -> tuple[Tensor, Tensor]:
         """Run all layers: hidden states (P, R, S, D), new key-values (L, 2, P, H, R, S, d)."""
         rotary = self.rotary(positions)
         prefix_bias, own_bias = self.biases(segments, embeds.shape[2])
-        x, collected = embeds, []
+        x, features = self.with_features(embeds)
+        collected = []
         for index, layer in enumerate(self.layers):
             x, key_values = layer(
                 x, rotary, segments.prefix[index], prefix_bias, segments.past[index], own_bias
             )
             collected.append(key_values)
+            if index < len(features):
+                x = x + features[index]
         return self.norm(x), torch.stack(collected)
 
     def forward(
@@ -252,7 +289,7 @@ class SharedPrefixDecoder(nn.Module):
         """One call of the graph.
 
         Args:
-            embeds: (P, R, S, D) embeddings of the rows' new tokens, padded on the right.
+            embeds: (P, R, S, (1 + n) * D) embeddings of the rows' new tokens, padded on the right.
             positions: (3, P, R, S) temporal, row and column positions, as float.
             prefix: (L, 2, P, H, Lp, d); prefix_lengths: (P,).
             past: (L, 2, P, H, R, Lt, d); past_lengths: (P, R).
@@ -286,5 +323,15 @@ def axis_frequencies(config: DecoderConfig) -> Tensor:
             f"mrope_section {config.mrope_section} must sum to half a head, which is {half}"
         )
     frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
-    owner = torch.repeat_interleave(torch.arange(3), torch.tensor(config.mrope_section))
-    return functional.one_hot(owner, 3).T * frequencies
+    return functional.one_hot(channel_owners(config), 3).T * frequencies
+
+
+def channel_owners(config: DecoderConfig) -> Tensor:
+    """Axis that turns each half-head channel, (d / 2,): 0 temporal, 1 row, 2 column."""
+    section = config.mrope_section
+    if not config.mrope_interleaved:
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(section))
+    owners = torch.zeros(sum(section), dtype=torch.long)
+    for axis in (1, 2):  # every third channel, until the axis has its share; the rest is temporal
+        owners[axis : 3 * section[axis] : 3] = axis
+    return owners

@@ -1,29 +1,29 @@
 """Checkpoint → verified engine package.
 
-    python -m meiqa.export.package CHECKPOINT --images DIR --out PACKAGE --precision int8
-
 Everything is written into a folder beside the target and moved into place at the end, so an
 interrupted or refused export leaves nothing half-written.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import os
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
+import onnx_ir as ir
 from numpy.typing import NDArray
 
-from meiqa.engine.images import ImageSource, load_pixels
+from meiqa.engine.images import IMAGE_SUFFIXES, ImageSource, load_pixels
 from meiqa.engine.package import (
+    PRECISIONS,
     UNCALIBRATED,
-    DecoderShape,
     EnginePackage,
     Graph,
     ImageProcessing,
@@ -33,203 +33,358 @@ from meiqa.engine.package import (
 )
 from meiqa.engine.pipeline import fitted_to
 from meiqa.engine.planning import FULL_SUMMARY_TOKENS
-from meiqa.engine.prompts import MEIQA
-from meiqa.engine.runtime.base import Array, GraphSession
+from meiqa.engine.prompts import MEIQA, PromptFamily
+from meiqa.engine.runtime.base import GraphSession
 from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.scoring import expected_grade
 from meiqa.engine.vlm import LocalVlm
-from meiqa.errors import PackageCorrupted, UsageError
-from meiqa.export.checkpoint import ARCHITECTURE, Checkpoint, load_checkpoint
-from meiqa.export.commands import run_command
+from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
+from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.graphs import (
-    DECODER_INPUTS,
-    DECODER_OUTPUTS,
-    VISION_INPUTS,
-    VISION_OUTPUTS,
-    export_decoder,
-    export_vision,
+    Interface,
+    decoder_graph,
+    decoder_interface,
+    save_graph,
+    vision_graph,
+    vision_interface,
 )
-from meiqa.export.parity import decoder_parity, vision_parity
-from meiqa.export.quantise import (
-    float_nodes_of_decoder,
-    float_nodes_of_vision,
-    quantise,
+from meiqa.export.half import halved
+from meiqa.export.piecewise import PIECE_BYTES, PiecewiseSession
+from meiqa.export.quantise import Assignment, Quantisation, observe
+from meiqa.export.sensitivity import SensitivityStudy
+from meiqa.export.verify import (
+    TorchSession,
+    decoder_feeds,
+    largest_difference,
+    mean_move,
+    vision_feeds,
 )
+from meiqa.export.weights import digest_of, give_weights
 
-PRECISIONS = ("fp32", "int8")
-PARITY_TOLERANCE = 1e-4
-MIN_PIXELS, MAX_PIXELS = 128 * 128, 512 * 512
 RIDGE = 1e-2
-CALIBRATION_PICTURES = 40
+CALIBRATED, STUDIED, CHECKED = slice(0, 40), slice(40, 80), slice(80, 120)
+"""Which of the pictures ranges are observed on, layers' precisions chosen on, grades checked on."""
 KEY_PICTURES = 256
-WRITING_EVERY = 16
-LARGEST_INT8_MOVE = 0.05
-"""Largest mean change of a grade, in score units, that quantisation may cause."""
+SYNTHETIC_PICTURES, SYNTHETIC_SIDE = 4, 256
+WIDEST_WEIGHT_BYTES = 4
+ABSOLUTE, RELATIVE = 1e-4, {"fp32": 1e-5, "fp16": 2e-2}
+"""A graph may differ from PyTorch by so much, or by this share of its largest output."""
+LARGEST_MOVES = {"fp32": 1e-3, "fp16": 1e-2, "int8": 0.03, "int4": 0.06}
+"""Largest mean change of a grade, on the 1-5 scale, from PyTorch to the package."""
 
 Pictures = Sequence[NDArray[np.uint8]]
+Say = Callable[[str], None]
 
 
-def export_package(
-    checkpoint: Path, out: Path, precision: str, pictures: Sequence[ImageSource]
-) -> EnginePackage:
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a checkpoint is exported.
+
+    Attributes:
+        precision: one of `PRECISIONS`.
+        prompt: what the model is asked.
+        pictures: photographs to calibrate and verify on; int8 needs them.
+        max_pixels: bound of the area that the vision tower sees; the checkpoint's by default.
+        sensitivity: measure which layers bear few bits; otherwise only the one that sees pixels and
+            the one that makes logits stay in fp16. Takes minutes with a small model.
+        key_pictures: how many of the pictures are described, to fit the key of photos about which
+            nothing is written; 0 leaves that out.
+        say: told of each step.
+    """
+
+    precision: str = "int8"
+    prompt: PromptFamily = MEIQA
+    pictures: Sequence[ImageSource] = ()
+    max_pixels: int | None = None
+    sensitivity: bool = True
+    key_pictures: int = KEY_PICTURES
+    say: Say = lambda step: None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            allowed = ", ".join(PRECISIONS)
+            raise UsageError("unknown precision", seen=self.precision, allowed=allowed)
+        if self.precision == "int8" and not self.pictures:
+            raise UsageError(
+                "int8 needs photographs to calibrate on",
+                seen="none",
+                hint="give a folder with some dozens of them: --calibration DIR",
+            )
+
+
+def export_package(source: Path, out: Path, options: ExportOptions) -> EnginePackage:
     """Export a checkpoint.
 
     Args:
-        checkpoint: folder in Hugging Face's layout.
+        source: folder in Hugging Face's layout.
         out: where the package goes; must not exist.
-        precision: "fp32" or "int8".
-        pictures: photographs to calibrate activations and the key projection on.
 
     Raises:
-        UsageError: unknown precision, no pictures, or something is at `out`.
-        PackageCorrupted: the graphs differ from PyTorch by more than the tolerance.
+        UsageError: something is at `out`.
+        PackageNotFound, PackageCorrupted: the checkpoint is incomplete or damaged, its architecture
+            is not supported, or what was exported differs from PyTorch by more than the tolerance.
+        PackageUnwritable: the disk is full or refuses to be written.
     """
-    if precision not in PRECISIONS:
-        raise UsageError("unknown precision", seen=precision, allowed=", ".join(PRECISIONS))
-    if not pictures:
-        raise UsageError("an export needs pictures to calibrate on", seen="none")
     if out.exists():
         raise UsageError(f"{out} is there already", hint="remove it or choose another name")
-    loaded = load_checkpoint(checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        write_float_package(loaded, checkpoint, folder)
-        image = image_processing(loaded)
-        fitted = [fitted_to(load_pixels(picture), image) for picture in pictures]
-        if precision == "int8":
-            quantise_package(folder, fitted)
-        add_key_projection(folder, fitted[:KEY_PICTURES])
-        folder.chmod(0o755)
-        folder.replace(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    checkpoint = Checkpoint.open(source)
+    with unfinished(out) as folder:
+        require_space(checkpoint, folder)
+        Export(checkpoint, folder, options).write()
     return EnginePackage.open(out)
 
 
-def image_processing(checkpoint: Checkpoint) -> ImageProcessing:
-    """How pixels become the tower's patches."""
-    vision = checkpoint.model.visual.config
-    return ImageProcessing(
-        patch_size=vision.patch_size,
-        merge_size=vision.merge_size,
-        min_pixels=MIN_PIXELS,
-        max_pixels=MAX_PIXELS,
-        mean=checkpoint.pixel_mean,
-        std=checkpoint.pixel_std,
-    )
+@contextmanager
+def unfinished(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when all went well and vanishes otherwise."""
+    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(out)
+        folder.mkdir()
+        yield folder
+        folder.replace(out)
+    except OSError as error:
+        raise PackageUnwritable(
+            f"{out} can't be written",
+            seen=error.strerror or str(error),
+            hint="see `df` and `ls -ld`",
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_float_package(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
-    """Write and verify the fp32 package, without key projection."""
-    model = checkpoint.model
-    export_vision(model.visual, folder / "vision.onnx")
-    export_decoder(model.language_model, folder / "decoder.onnx")
-    parity = {
-        "vision": vision_parity(model.visual, folder / "vision.onnx"),
-        "decoder": decoder_parity(model.language_model, folder / "decoder.onnx"),
-    }
-    if not all(difference <= PARITY_TOLERANCE for difference in parity.values()):
-        raise PackageCorrupted(
-            "the exported graphs differ from PyTorch",
-            seen=", ".join(f"{name} {difference:.1e}" for name, difference in parity.items()),
-            allowed=f"{PARITY_TOLERANCE:.0e}",
+def remove_abandoned(out: Path) -> None:
+    """Remove what exports to the same place left behind that were killed."""
+    for folder in out.parent.glob(f".{out.name}.*.partial"):
+        owner = folder.name.removesuffix(".partial").rpartition(".")[2]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(folder)
+
+
+def require_space(checkpoint: Checkpoint, folder: Path) -> None:
+    """Refuse at once what would fill the disk after minutes."""
+    needed = sum(t.numel() for t in checkpoint.weights.headers().values()) * WIDEST_WEIGHT_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise PackageUnwritable(
+            f"there is too little space in {folder.parent}",
+            seen=f"{free / 2**30:.1f} GiB",
+            allowed=f"{needed / 2**30:.1f} GiB or more",
+            hint="choose another place for --out",
         )
-    embedding = model.language_model.embed_tokens.weight.detach().numpy()
-    np.save(folder / "embedding.npy", embedding.astype(np.float16))
-    checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
-    width = model.language_model.config.hidden_size
-    np.save(folder / "key_projection.npy", np.zeros((width + 1, width), np.float32))
-    text = model.language_model.config
-    manifest = Manifest(
-        architecture=ARCHITECTURE,
-        source={"name": source.name, "sha256": file_digest(source / "model.safetensors")},
-        precision="fp32",
-        graphs={
-            "vision": Graph("vision.onnx", VISION_INPUTS, VISION_OUTPUTS),
-            "decoder": Graph("decoder.onnx", DECODER_INPUTS, DECODER_OUTPUTS),
-        },
-        image=image_processing(checkpoint),
-        decoder=DecoderShape(
-            layers=text.num_hidden_layers,
-            kv_heads=text.num_key_value_heads,
-            head_dim=text.head_dim,
-            hidden_size=text.hidden_size,
-            vocab_size=text.vocab_size,
-        ),
-        prompt=MEIQA,
-        calibration=UNCALIBRATED,
-        parity=parity,
-        files={},
-    )
-    seal(folder, manifest)
 
 
-def seal(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest with the digests of all files."""
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.suffix != ".tmp")
-    files = {name: file_digest(folder / name) for name in names if name != "manifest.json"}
-    write_manifest(folder, replace(manifest, files=files))
+class Export:
+    """One export, on its way into a folder."""
 
+    def __init__(self, checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> None:
+        self.checkpoint, self.folder, self.options = checkpoint, folder, options
+        self.shape = checkpoint.decoder_shape
+        self.image = narrowed(checkpoint.image, options.max_pixels)
+        self.report: dict[str, Any] = {}
+        self.pictures = [fitted_to(load_pixels(p), self.image) for p in options.pictures]
 
-class RecordingSession:
-    """A session that keeps what it is fed, but only one in `WRITING_EVERY` calls with one token.
+    @property
+    def interfaces(self) -> Mapping[str, Interface]:
+        """Inputs and outputs of the graphs."""
+        return {
+            "vision": vision_interface(self.image, self.shape),
+            "decoder": decoder_interface(self.shape),
+        }
 
-    Such calls write text; they are many and alike, and all that is kept is held in memory.
-    """
+    @cached_property
+    def source_digest(self) -> str:
+        """SHA-256 of the checkpoint's weights."""
+        return digest_of(self.checkpoint.folder)
 
-    def __init__(self, session: GraphSession) -> None:
-        self._session = session
-        self._written = 0
-        self.feeds: list[dict[str, np.ndarray]] = []
+    def write(self) -> None:
+        """Write and verify everything."""
+        reference = self.reference_sessions()
+        self.write_graphs()
+        self.check_graphs(reference)
+        self.write_data()
+        self.seal()
+        self.quantise()
+        self.check_grades(reference)
+        self.fit_key_projection()
+        self.seal()
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
-        """Execute and, in turn, keep the inputs."""
-        writes = "embeds" in inputs and inputs["embeds"].shape[2] == 1
-        if not writes or self._written % WRITING_EVERY == 0:
-            self.feeds.append({name: np.array(value) for name, value in inputs.items()})
-        self._written += writes
-        return self._session.run(inputs)
+    def reference_sessions(self) -> Mapping[str, GraphSession]:
+        """The checkpoint itself in PyTorch, its weights read when they are needed."""
+        tower, decoder = self.checkpoint.tower(), self.checkpoint.decoder()
+        give_weights(tower, self.checkpoint.tower_weight, PIECE_BYTES)
+        give_weights(decoder, self.checkpoint.decoder_weight, PIECE_BYTES)
+        return {
+            "vision": TorchSession(tower, self.interfaces["vision"]),
+            "decoder": TorchSession(decoder, self.interfaces["decoder"]),
+        }
 
-
-def quantise_package(folder: Path, pictures: Pictures) -> None:
-    """Replace both graphs by INT8 ones and refuse them if grades move too much.
-
-    Calibrated on everything the engine asks of the first pictures; checked on others if there are
-    any, so that the check sees what the calibration did not.
-    """
-    package = EnginePackage.open(folder)
-    vision, decoder = (RecordingSession(s) for s in open_sessions(package, "cpu", None))
-    float_vlm = LocalVlm(package, vision, decoder)
-    exercise(float_vlm, pictures[:CALIBRATION_PICTURES])
-    checked = pictures[CALIBRATION_PICTURES:][:CALIBRATION_PICTURES] or pictures
-    wanted = grades(float_vlm, checked)
-    for name, feeds, kept in (
-        ("vision", vision.feeds, float_nodes_of_vision(folder / "vision.onnx")),
-        ("decoder", decoder.feeds, float_nodes_of_decoder(folder / "decoder.onnx")),
-    ):
-        quantise(folder / f"{name}.onnx", folder / f"{name}.int8", feeds, kept)
-        (folder / f"{name}.int8").replace(folder / f"{name}.onnx")
-    seal(folder, replace(package.manifest, precision="int8"))
-    quantised = EnginePackage.open(folder)
-    made = grades(LocalVlm(quantised, *open_sessions(quantised, "cpu", None)), checked)
-    moved = float(np.abs(made - wanted).mean())
-    if not moved <= LARGEST_INT8_MOVE:
-        raise PackageCorrupted(
-            "quantisation moves the grades too much",
-            seen=f"{moved:.3f} on average",
-            allowed=f"{LARGEST_INT8_MOVE} on the 1-5 scale",
-            hint="give more and more varied pictures, or export with --precision fp32",
+    def write_graphs(self) -> None:
+        """Trace both graphs and write them, in half precision or in single."""
+        model = self.checkpoint
+        self.options.say("tracing the vision tower")
+        self.save(
+            "vision", vision_graph(model.tower(), self.interfaces["vision"], model.tower_weight)
         )
-    parity = {**quantised.manifest.parity, "int8_grade": moved}
-    write_manifest(folder, replace(quantised.manifest, parity=parity))
+        self.options.say("tracing the decoder")
+        self.save(
+            "decoder",
+            decoder_graph(model.decoder(), self.interfaces["decoder"], model.decoder_weight),
+        )
+
+    @property
+    def float_precision(self) -> str:
+        """What the graphs are before they are quantised."""
+        return "fp16" if self.options.precision == "fp16" else "fp32"
+
+    def save(self, name: str, graph: ir.Model) -> None:
+        """Write a graph with its weights."""
+        if self.float_precision == "fp16":
+            halved(graph)
+        save_graph(graph, self.folder / f"{name}.onnx")
+
+    def check_graphs(self, reference: Mapping[str, GraphSession]) -> None:
+        """Compare each graph with PyTorch on shapes that tracing has not seen."""
+        feeds = {"vision": vision_feeds(self.image), "decoder": decoder_feeds(self.shape)}
+        self.report["parity"] = {}
+        for name, session in reference.items():
+            self.options.say(f"comparing the {name} graph with PyTorch")
+            made = PiecewiseSession(self.folder / f"{name}.onnx")
+            difference, largest = largest_difference(session, made, feeds[name])
+            allowed = max(ABSOLUTE, RELATIVE[self.float_precision] * largest)
+            self.report["parity"][name] = {"difference": difference, "of": largest}
+            if not difference <= allowed:
+                raise PackageCorrupted(
+                    f"the exported {name} graph differs from PyTorch",
+                    seen=f"{difference:.1e}",
+                    allowed=f"{allowed:.0e}",
+                )
+
+    def write_data(self) -> None:
+        """Write embeddings, tokenizer and a projection that is still to be fitted."""
+        embedding = self.checkpoint.decoder_weight("embed_tokens.weight")
+        exact = self.options.precision == "fp32"
+        np.save(self.folder / "embedding.npy", (embedding if exact else embedding.half()).numpy())
+        self.checkpoint.tokenizer.save(str(self.folder / "tokenizer.json"))
+        widths = self.shape.embed_width + 1, self.shape.hidden_size
+        np.save(self.folder / "key_projection.npy", np.zeros(widths, np.float32))
+
+    def quantise(self) -> None:
+        """Replace the graphs by quantised ones, if that is asked for."""
+        if self.options.precision not in ("int8", "int4"):
+            return
+        files = {name: self.folder / f"{name}.onnx" for name in self.interfaces}
+        observed = {}
+        if self.pictures:
+            self.options.say("observing activations")
+            calibrated = self.pictures[CALIBRATED]
+            observed = observe(files, lambda running: exercise(self.vlm(running), calibrated))
+        quantisation = Quantisation(files, self.options.precision, observed)
+        plan = self.precisions(quantisation)
+        self.options.say(f"rounding weights to {self.options.precision}")
+        made = self.folder / "quantised"
+        made.mkdir()
+        for name in files:
+            save_graph(quantisation.graph(name, plan[name]), made / f"{name}.onnx")
+        for file in made.iterdir():
+            file.replace(self.folder / file.name)
+        made.rmdir()
+
+    def precisions(self, quantisation: Quantisation) -> Mapping[str, Assignment]:
+        """Precision of each layer: measured, or by rule without pictures or time to do so."""
+        studied = self.pictures[STUDIED]
+        if not (studied and self.options.sensitivity):
+            return quantisation.default()
+        self.options.say("measuring how many bits each group of layers needs")
+        study = SensitivityStudy(quantisation, self.vlm, studied, self.folder)
+        plan = study.plan()
+        self.report["sensitivity"] = study.table
+        return plan
+
+    def vlm(self, sessions: Mapping[str, GraphSession]) -> LocalVlm:
+        """The model on some sessions of its graphs."""
+        package = EnginePackage.open(self.folder, verify=False)
+        return LocalVlm(package, sessions["vision"], sessions["decoder"])
+
+    def check_grades(self, reference: Mapping[str, GraphSession]) -> None:
+        """Compare the package with PyTorch on pictures, calibrated on others if there are any."""
+        self.options.say("comparing grades of pictures with PyTorch")
+        made = {name: PiecewiseSession(self.folder / f"{name}.onnx") for name in reference}
+        checked = self.pictures[CHECKED] or self.pictures
+        pictures = checked or synthetic_pictures(self.image)
+        mean, largest = mean_move(self.vlm(reference), self.vlm(made), pictures)
+        self.report["grades"] = {
+            "pictures": len(pictures),
+            "synthetic": not checked,
+            "mean_move": mean,
+            "largest_move": largest,
+        }
+        allowed = LARGEST_MOVES[self.options.precision]
+        if not mean <= allowed:
+            raise PackageCorrupted(
+                f"{self.options.precision} moves the grades too much",
+                seen=f"{mean:.3f} on average",
+                allowed=f"{allowed} on the 1-5 scale",
+                hint="give more and more varied pictures, or a higher --precision",
+            )
+
+    def fit_key_projection(self) -> None:
+        """Fit the linear map from visual tokens to a summary's key (ridge regression)."""
+        pictures = self.pictures[: self.options.key_pictures]
+        if not pictures:
+            return
+        self.options.say(f"describing {len(pictures)} pictures to fit the image key")
+        package = EnginePackage.open(self.folder, verify=False)
+        projection = fitted_projection(
+            LocalVlm(package, *open_sessions(package, "cpu", None)), pictures
+        )
+        np.save(self.folder / "key_projection.npy", projection)
+
+    def seal(self) -> None:
+        """Write the manifest with the digests of all files."""
+        names = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
+        files = {n: file_digest(self.folder / n) for n in names if n != "manifest.json"}
+        graphs = {name: interface.as_graph(name) for name, interface in self.interfaces.items()}
+        write_manifest(self.folder, self.manifest(graphs, files))
+
+    def manifest(self, graphs: Mapping[str, Graph], files: Mapping[str, str]) -> Manifest:
+        """Everything that is known about the package."""
+        source = self.checkpoint.folder
+        return Manifest(
+            architecture=self.checkpoint.family.architecture,
+            source={"name": source.resolve().name, "sha256": self.source_digest},
+            precision=self.options.precision,
+            graphs=graphs,
+            image=self.image,
+            decoder=self.shape,
+            prompt=self.options.prompt,
+            calibration=UNCALIBRATED,
+            report=self.report,
+            files=files,
+        )
 
 
-def grades(vlm: LocalVlm, pictures: Pictures) -> NDArray[np.float64]:
-    """Expected grade (N,) of each picture."""
-    prefixes = vlm.read([vlm.encode(picture) for picture in pictures])
-    return np.array([expected_grade(vlm.grade(prefix)) for prefix in prefixes])
+def narrowed(image: ImageProcessing, max_pixels: int | None) -> ImageProcessing:
+    """Image processing with a smaller bound of the area."""
+    if max_pixels is None:
+        return image
+    if not image.min_pixels <= max_pixels:
+        raise UsageError(
+            "--max-pixels is less than the model needs to see",
+            seen=max_pixels,
+            allowed=f"{image.min_pixels} or more",
+        )
+    return replace(image, max_pixels=max_pixels)
+
+
+def synthetic_pictures(image: ImageProcessing) -> Pictures:
+    """Gradients under noise of growing strength, for checks without photographs."""
+    side = SYNTHETIC_SIDE // image.cell_pixels * image.cell_pixels or image.cell_pixels
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 255, side)[:, None, None] * np.linspace(0.4, 1.0, 3)
+    noises = rng.normal(size=(SYNTHETIC_PICTURES, side, side, 3))
+    noisy = (ramp + 20.0 * index * noise for index, noise in enumerate(noises))
+    return [np.clip(picture, 0, 255).astype(np.uint8) for picture in noisy]
 
 
 def exercise(vlm: LocalVlm, pictures: Pictures) -> None:
@@ -242,47 +397,34 @@ def exercise(vlm: LocalVlm, pictures: Pictures) -> None:
         vlm.reflect(prefix, description.text, 3.5, 2.5)
 
 
-def add_key_projection(folder: Path, pictures: Pictures) -> None:
-    """Fit the linear map from visual tokens to a summary's key (ridge regression)."""
-    package = EnginePackage.open(folder)
-    vlm = LocalVlm(package, *open_sessions(package, "cpu", None))
+def fitted_projection(vlm: LocalVlm, pictures: Pictures) -> NDArray[np.float32]:
+    """Linear map (embed width + 1, D) from the mean of the visual tokens to a unit key.
+
+    Raises:
+        PackageCorrupted: the model describes none of the pictures.
+    """
     tokens = [vlm.encode(picture) for picture in pictures]
     keys = [vlm.describe(prefix, FULL_SUMMARY_TOKENS).key for prefix in vlm.read(tokens)]
-    known = [
-        (t, key / np.linalg.norm(key))
-        for t, key in zip(tokens, keys, strict=True)
-        if key is not None
-    ]
+    known = [(t, key) for t, key in zip(tokens, keys, strict=True) if key is not None]
     if not known:
         raise PackageCorrupted("the model describes none of the pictures", seen="empty texts")
     means = np.stack([np.append(t.values.mean(axis=0), 1.0) for t, _ in known]).astype(np.float64)
-    unit = np.stack([key for _, key in known])
+    unit = np.stack([key / np.linalg.norm(key) for _, key in known])
     gram = means.T @ means + RIDGE * len(means) * np.eye(means.shape[1])
-    projection = np.linalg.solve(gram, means.T @ unit)
-    np.save(folder / "key_projection.npy", projection.astype(np.float32))
-    seal(folder, package.manifest)
+    projection: NDArray[np.float32] = np.linalg.solve(gram, means.T @ unit).astype(np.float32)
+    return projection
 
 
 def pictures_in(folder: Path, count: int) -> list[Path]:
-    """Up to `count` photographs of a folder, spread by a hash of their names."""
-    paths = sorted(folder.iterdir(), key=lambda p: hashlib.sha256(p.name.encode()).hexdigest())
-    return paths[:count]
+    """Up to `count` photographs of a folder, spread by a hash of their names.
 
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.export.package")
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--images", type=Path, required=True, help="photographs to calibrate on")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, default=KEY_PICTURES, help="how many of them")
-    parser.add_argument("--precision", choices=PRECISIONS, default="int8")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    pictures = pictures_in(arguments.images, arguments.pictures)
-    package = export_package(arguments.checkpoint, arguments.out, arguments.precision, pictures)
-    print(f"{package.path}: {package.manifest.precision}, parity {dict(package.manifest.parity)}")
-
-
-if __name__ == "__main__":
-    run_command(main)
+    Raises:
+        UsageError: there are none.
+    """
+    if not folder.is_dir():
+        raise UsageError("there is no folder with photographs", seen=folder)
+    photographs = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not photographs:
+        raise UsageError(f"{folder} holds no photographs", allowed=", ".join(IMAGE_SUFFIXES))
+    by_hash = sorted(photographs, key=lambda p: hashlib.sha256(p.name.encode()).hexdigest())
+    return by_hash[:count]

@@ -1,82 +1,120 @@
-"""Static INT8 by Q/DQ: signed weights per channel, unsigned activations calibrated on pictures.
+"""Float graphs of a package → the same graphs in fewer bits, each layer in the precision it bears.
 
-Only convolutions and linear layers are quantised. The activation's scale is fixed beforehand, so a
-photo's result never depends on what else is in the batch. What stays in float: attention, norms,
-the first convolution (it sees pixels) and the output layer (its logits are compared closely).
+    observed = observe(files, exercise)
+    quantisation = Quantisation(files, "int8", observed)
+    plan = quantisation.default()  # or measured: SensitivityStudy(quantisation, …).plan()
+    save_graph(quantisation.graph("decoder", plan["decoder"]), path)
+
+Graphs are rewritten without reading their weights: those are read, rounded and written one after
+the other when the result is saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_static,
-)
+import onnx_ir as ir
+from numpy.typing import NDArray
 
-Feeds = Mapping[str, np.ndarray]
+from meiqa.engine.runtime.base import GraphSession
+from meiqa.export import int4, int8
+from meiqa.export.calibration import Observed, observing
+from meiqa.export.half import halved
+from meiqa.export.layers import Layer, layers_of
+from meiqa.export.smoothing import fold, foldables, smoothing_scales
 
-
-class RecordedFeeds(CalibrationDataReader):  # type: ignore[misc]
-    """Inputs that a graph was seen to get, one call after the other."""
-
-    def __init__(self, feeds: Iterable[Feeds]) -> None:
-        self._feeds: Iterator[Feeds] = iter(feeds)
-
-    def get_next(self) -> Feeds | None:
-        """The next call's inputs, None at the end."""
-        return next(self._feeds, None)
+Files = Mapping[str, Path]
+Assignment = dict[str, str]
+"""Precision by the name of a layer's weight: "int4", "int8" or "fp16"."""
+LEFT_IN_FLOAT = "fp16"
 
 
-def quantise(
-    source: Path, target: Path, feeds: Iterable[Feeds], kept_in_float: Iterable[str]
-) -> None:
-    """Write the INT8 twin of a float graph.
+def observe(
+    files: Files, exercise: Callable[[Mapping[str, GraphSession]], None]
+) -> dict[str, dict[str, Observed]]:
+    """Run float graphs and note, by graph and activation, what their layers read.
 
     Args:
-        source, target: ONNX files.
-        feeds: inputs to calibrate the activations on.
-        kept_in_float: names of nodes that stay as they are.
+        files: float graphs by name; a copy with more outputs is written beside each for the time.
+        exercise: asks everything of the sessions that the engine will.
     """
-    quantize_static(
-        source,
-        target,
-        RecordedFeeds(feeds),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["Conv", "MatMul"],
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        calibrate_method=CalibrationMethod.MinMax,
-        nodes_to_exclude=[*kept_in_float, *products_of_activations(source)],
-    )
+    with ExitStack() as stack:
+        sessions = {
+            name: stack.enter_context(observing(file, int8.values_to_observe(ir.load(file))))
+            for name, file in files.items()
+        }
+        exercise(sessions)
+        return {name: session.observed() for name, session in sessions.items()}
 
 
-def products_of_activations(path: Path) -> list[str]:
-    """The matrix products without weights, which are attention's.
+class Quantisation:
+    """The float graphs of a package and what is known about them.
 
-    Besides losing accuracy, their quantised kernel leaves its output unset where nothing is summed,
-    as over an empty prefix.
+    Args:
+        files: float graphs by name.
+        precision: "int8" or "int4"; only the decoder has layers in 4 bits.
+        observed: what calibration saw, by graph and activation; empty without pictures, and then
+            nothing can be stored as int8.
     """
-    graph = onnx.load(path, load_external_data=False).graph
-    weights = {initialiser.name for initialiser in graph.initializer}
-    products = (node for node in graph.node if node.op_type == "MatMul")
-    return [node.name for node in products if node.input[1] not in weights]
 
+    def __init__(
+        self, files: Files, precision: str, observed: Mapping[str, Mapping[str, Observed]]
+    ) -> None:
+        self.files, self.precision = files, precision
+        self._observed: dict[str, Mapping[str, Observed]] = dict(observed)
+        self._scales: dict[str, dict[str, NDArray[np.float32]]] = {}
+        for name in files:
+            seen = observed.get(name, {})
+            smooth = self.ladder(name)[:1] == ["int8"]
+            scales = smoothing_scales(self._load(name), seen) if smooth else {}
+            self._scales[name] = scales
+            divided = {value: seen[value].divided(scale) for value, scale in scales.items()}
+            self._observed[name] = {**seen, **divided}
 
-def float_nodes_of_vision(path: Path) -> list[str]:
-    """The first convolution: it reads pixels, whose range is its accuracy."""
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    return [next(node.name for node in nodes if node.op_type == "Conv")]
+    def _load(self, name: str) -> ir.Model:
+        return ir.load(self.files[name])
 
+    def ladder(self, name: str) -> list[str]:
+        """Precisions that a graph's layers may have below float, the smallest first."""
+        rungs = ["int4"] if self.precision == "int4" and name == "decoder" else []
+        return [*rungs, "int8"] if self._observed.get(name) else rungs
 
-def float_nodes_of_decoder(path: Path) -> list[str]:
-    """The output layer, whose closest logits decide."""
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    return [node.name for node in nodes if "logits" in node.output]
+    def layers(self, name: str) -> list[Layer]:
+        """The layers of a float graph."""
+        return layers_of(self._load(name))
+
+    def positions(self, name: str, layer: Layer) -> int:
+        """Tokens or pixels for which a layer was seen at work."""
+        value = int8.result_of(layer) if layer.is_convolution else layer.input
+        return self._observed[name][str(value.name)].seen
+
+    def default(self) -> dict[str, Assignment]:
+        """Every layer in the smallest precision, but the one that sees pixels and the logits'."""
+        plan = {}
+        for name in self.files:
+            layers = self.layers(name)
+            kept = [layers[0]] if name == "vision" else [la for la in layers if la.makes("logits")]
+            small = [*self.ladder(name), LEFT_IN_FLOAT][0]
+            plan[name] = {layer.name: small for layer in layers}
+            plan[name] |= {layer.name: LEFT_IN_FLOAT for layer in kept}
+        return plan
+
+    def graph(self, name: str, assignment: Assignment) -> ir.Model:
+        """A graph with each layer in its precision, "fp32" for those not named; to be saved."""
+        model = self._load(name)
+        seen = self._observed[name]
+        for foldable in list(foldables(model)):
+            if str(foldable.value.name) in self._scales[name]:
+                fold(foldable, self._scales[name][str(foldable.value.name)])
+        ranges = {value: int8.whole_range(of_value) for value, of_value in seen.items()}
+
+        def stored_as(precision: str) -> Callable[[Layer], bool]:
+            return lambda layer: assignment.get(layer.name) == precision
+
+        int8.quantised(model, ranges, stored_as("int8"))
+        int4.quantised(model, seen, stored_as("int4"))
+        halved(model, stored_as("fp16"))
+        return model

@@ -15,8 +15,9 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -187,6 +188,72 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    with _offline_packages("export"):
+        from meiqa.export.hub import local_folder
+        from meiqa.export.package import ExportOptions, export_package, pictures_in
+    from meiqa.engine.prompts import prompt_family
+
+    photographs = options.calibration
+    export_options = ExportOptions(
+        precision=options.precision,
+        prompt=prompt_family(options.prompt),
+        pictures=[] if photographs is None else pictures_in(Path(photographs), options.pictures),
+        max_pixels=options.max_pixels,
+        sensitivity=options.sensitivity,
+        key_pictures=options.key_pictures,
+        say=_say,
+    )
+    package = export_package(local_folder(options.checkpoint), Path(options.out), export_options)
+    _say(f"{package.path}: done; `meiqa inspect {package.path}` shows what is inside")
+    return 0
+
+
+def _build(options: argparse.Namespace) -> int:
+    with _offline_packages("rtx"):
+        from meiqa.export.engines import build_engines
+        from meiqa.export.profiles import Limits
+    from meiqa.progress import StepProgress
+
+    limits = Limits(options.max_batch, options.max_suffix, options.max_prefix, options.max_past)
+    with _offline_packages("rtx"), StepProgress(sys.stderr) as progress:
+        made = build_engines(
+            options.package,
+            options.compute_capability,
+            options.precision,
+            limits,
+            lambda step: progress.show(f"{step.engine}: {step.phase}", step.share),
+        )
+    for engine in made:
+        size, seconds = engine.size_bytes / 1e6, engine.build_s
+        _say(f"{engine.file}: {size:.1f} MB in {seconds:.1f} s")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from meiqa.engine.package import EnginePackage
+    from meiqa.formats import json_text
+    from meiqa.inspection import describe_package, inspection_text
+
+    report = describe_package(EnginePackage.open(options.package, verify=options.verify))
+    as_json = options.format == "json"
+    sys.stdout.write((json_text(report, indent=2) if as_json else inspection_text(report)) + "\n")
+    return 0
+
+
+@contextmanager
+def _offline_packages(extra: str) -> Iterator[None]:
+    """Say how to install what the engine itself does without."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "this command needs packages that are not installed",
+            seen=f"no {error.name}",
+            hint=f"pip install 'meiqa[{extra}]'",
+        ) from error
+
+
 def _engine_of(options: argparse.Namespace, *, learn: bool = False) -> Engine:
     return open_engine(
         options.package,
@@ -277,6 +344,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_score(commands)
     _add_compare(commands)
     _add_eval(commands)
+    _add_export(commands)
+    _add_build(commands)
+    _add_inspect(commands)
     _add_doctor(commands)
     _add_demo(commands)
     return parser
@@ -324,6 +394,75 @@ def _add_eval(commands: _Commands) -> None:
     command.set_defaults(run=_eval)
 
 
+def _add_export(commands: _Commands) -> None:
+    command = commands.add_parser("export", help="turn a checkpoint into an engine package")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or a hub id")
+    command.add_argument("--out", required=True, metavar="PACKAGE")
+    command.add_argument("--precision", choices=("fp32", "fp16", "int8", "int4"), default="int8")
+    command.add_argument(
+        "--prompt",
+        default="meiqa",
+        metavar="NAME",
+        help="meiqa, visualquality-r1, q-insight, evoquality, levels, or a JSON file with one",
+    )
+    command.add_argument(
+        "--calibration", metavar="DIR", help="photographs to calibrate and verify on"
+    )
+    command.add_argument(
+        "--pictures", type=_positive_count, default=256, metavar="N", help="how many of them"
+    )
+    command.add_argument(
+        "--no-sensitivity",
+        dest="sensitivity",
+        action="store_false",
+        help="choose the precision of layers by rule instead of by measuring",
+    )
+    command.add_argument(
+        "--key-pictures",
+        type=_count,
+        default=256,
+        metavar="N",
+        help="how many of them are described, to fit the image key; 0 saves the time",
+    )
+    command.add_argument(
+        "--max-pixels", type=_positive_count, metavar="N", help="area that the model is shown"
+    )
+    command.set_defaults(run=_export)
+
+
+def _add_build(commands: _Commands) -> None:
+    command = commands.add_parser("build", help="compile a package's graphs with TensorRT")
+    command.add_argument("package", metavar="PACKAGE")
+    command.add_argument(
+        "--compute-capability",
+        action="append",
+        default=[],
+        metavar="C",
+        help="of the GPUs that will run it, as 8.9; may be repeated (default: this machine's GPU)",
+    )
+    command.add_argument(
+        "--precision", choices=("fp32", "fp16", "int8"), help="default: the package's own"
+    )
+    for name, what in (
+        ("batch", "comparisons in one call"),
+        ("suffix", "tokens after a prefix in one call"),
+        ("prefix", "tokens of a prompt's opening with its picture"),
+        ("past", "written tokens, the question included"),
+    ):
+        command.add_argument(
+            f"--max-{name}", type=_positive_count, metavar="N", help=f"most {what}"
+        )
+    command.set_defaults(run=_build)
+
+
+def _add_inspect(commands: _Commands) -> None:
+    command = commands.add_parser("inspect", help="print what is inside an engine package")
+    command.add_argument("package", metavar="PACKAGE")
+    _add_format(command, "text", "json")
+    _add_no_verify(command)
+    command.set_defaults(run=_inspect)
+
+
 def _add_doctor(commands: _Commands) -> None:
     command = commands.add_parser("doctor", help="say what is installed and what is missing")
     _add_format(command, "text", "json")
@@ -360,8 +499,12 @@ def _add_effort(command: argparse.ArgumentParser) -> None:
 def _add_engine(command: argparse.ArgumentParser, *, memory: str = "the user's own") -> None:
     command.add_argument("--package", metavar="DIR", help="engine package (default: the embedded)")
     command.add_argument("--memory", metavar="DIR", help=f"memory (default: {memory})")
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument("--device", choices=("cpu", "cuda", "tensorrt"), default="cpu")
     command.add_argument("--threads", type=_positive_count, metavar="N")
+    _add_no_verify(command)
+
+
+def _add_no_verify(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not check digests on opening"
     )

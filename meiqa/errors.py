@@ -8,6 +8,7 @@ MeiqaError
 ├── PackageError
 │   ├── PackageNotFound      no engine package at the path
 │   ├── PackageCorrupted     a file is missing or its digest is wrong
+│   ├── PackageUnwritable    the disk refuses to be written, or is full
 │   └── SchemaUnsupported    the manifest was written for another version
 ├── StoreError
 │   ├── StoreNotFound        no memory at the path
@@ -34,6 +35,7 @@ __all__ = [
     "PackageCorrupted",
     "PackageError",
     "PackageNotFound",
+    "PackageUnwritable",
     "SchemaUnsupported",
     "StoreCorrupted",
     "StoreError",
@@ -123,6 +125,10 @@ class PackageNotFound(PackageError):
 
 class PackageCorrupted(PackageError):
     """A file of the engine package is missing or has the wrong digest."""
+
+
+class PackageUnwritable(PackageError):
+    """The place of the package is read-only, forbidden or full."""
 
 
 class SchemaUnsupported(PackageError):

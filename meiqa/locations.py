@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["embedded_assets", "package_memory", "user_memory"]
+__all__ = ["embedded_assets", "package_memory", "user_cache", "user_memory"]
 
 
 def embedded_assets() -> Path:
@@ -35,3 +35,16 @@ def _data_directory() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support"
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+
+
+def user_cache() -> Path:
+    """Give the directory of what can be computed again; `MEIQA_CACHE` names another."""
+    if named := os.environ.get("MEIQA_CACHE"):
+        return Path(named)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "meiqa"

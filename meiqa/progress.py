@@ -1,11 +1,11 @@
-"""A progress bar for people who watch: on a terminal, for more than one photo, on stderr."""
+"""Progress bars for people who watch: on a terminal, on stderr."""
 
 from __future__ import annotations
 
 import time
 from typing import Self, TextIO
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "StepProgress"]
 
 _WIDTH = 30
 _CLEAR_LINE = "\r\x1b[K"
@@ -42,9 +42,8 @@ class Progress:
     def _draw(self) -> None:
         if not self._visible:
             return
-        filled = _WIDTH * self._done // self._total
-        bar = "#" * filled + "-" * (_WIDTH - filled)
-        self._stream.write(f"{_CLEAR_LINE}[{bar}] {self._done}/{self._total}{self._left()}")
+        bar = _bar(self._done / self._total)
+        self._stream.write(f"{_CLEAR_LINE}{bar} {self._done}/{self._total}{self._left()}")
         self._stream.flush()
 
     def _left(self) -> str:
@@ -52,3 +51,30 @@ class Progress:
             return ""
         elapsed = time.monotonic() - self._started
         return f"  {elapsed / self._done * (self._total - self._done):.0f} s left"
+
+
+class StepProgress:
+    """Show how far a named step is; draws nothing unless the stream is a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._visible = stream.isatty()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._visible:
+            self._stream.write(_CLEAR_LINE)
+            self._stream.flush()
+
+    def show(self, step: str, share: float) -> None:
+        """Draw a step of which this share, 0 to 1, is done."""
+        if self._visible:
+            self._stream.write(f"{_CLEAR_LINE}{_bar(share)} {step}")
+            self._stream.flush()
+
+
+def _bar(share: float) -> str:
+    filled = int(_WIDTH * share)
+    return "[" + "#" * filled + "-" * (_WIDTH - filled) + "]"

@@ -39,7 +39,7 @@ def int8_package(
 
     pictures = [picture(seed, size) for seed, size in enumerate(SIZES)]
     out = tmp_path_factory.mktemp("int8") / "package"
-    return tiny.export_int8(checkpoint, package, out, pictures)
+    return tiny.export_from(package, checkpoint, out, "int8", pictures)
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meiqa.engine.prompts import MEIQA, Prompts, layout
-from meiqa.export.checkpoint import Checkpoint, ConvHybridVlm, save_checkpoint
 from meiqa.export.commands import run_command
-from meiqa.export.conv_hybrid import ConvHybridConfig, ConvHybridTower
 from meiqa.export.decoder import DecoderConfig, Segments
+from meiqa.export.families.conv_hybrid import ConvHybridConfig, ConvHybridTower
+from meiqa.training.checkpoint import ConvHybridVlm, TrainedVlm, save_checkpoint
 from meiqa.training.data import Photograph, PhotographSet
 from meiqa.training.pretrain import HIDDEN_SIZE
 from meiqa.training.texts import corpus_of, reflection_pair, scored_answer, train_tokenizer
@@ -486,7 +486,7 @@ def main() -> None:
     model = initial_model(tower, tokenizer.get_vocab_size()).to(arguments.device)
     run = Finetuning(model, tokenizer, arguments.work / "stage2", Recipe(arguments.minutes))
     run.run(WindowSampler(human, distorted, run.steps, arguments.device), anchors)
-    save_checkpoint(Checkpoint(run.average.cpu().eval(), tokenizer, MEAN, STD), arguments.out)
+    save_checkpoint(TrainedVlm(run.average.cpu().eval(), tokenizer, MEAN, STD), arguments.out)
 
 
 if __name__ == "__main__":

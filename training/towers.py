@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meiqa.export.conv_hybrid import ConvHybridConfig, ConvHybridTower
 from meiqa.export.decoder import GatedMlp, RmsNorm, rotate
+from meiqa.export.families.conv_hybrid import ConvHybridConfig, ConvHybridTower
 from meiqa.training.distortions import KINDS
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)

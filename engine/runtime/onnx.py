@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +71,7 @@ def open_sessions(
     return vision, decoder
 
 
-def check_names(path: Path, kind: str, found: Sequence[str], listed: Sequence[str]) -> None:
+def check_names(path: Path, kind: str, found: Sequence[str], listed: Iterable[str]) -> None:
     """Refuse a graph whose inputs or outputs, in any order, are not those that the manifest lists.
 
     Raises:

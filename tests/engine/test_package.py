@@ -22,7 +22,10 @@ from meiqa.engine.package import (
 )
 from meiqa.errors import PackageCorrupted, PackageError, PackageNotFound, SchemaUnsupported
 
-FILES = ("decoder.onnx", "embedding.npy", "key_projection.npy", "tokenizer.json", "vision.onnx")
+FILES = (
+    *("decoder.onnx", "decoder.onnx.data", "embedding.npy", "key_projection.npy"),
+    *("tokenizer.json", "vision.onnx", "vision.onnx.data"),
+)
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ def test_a_folder_without_a_manifest_is_not_a_package(tmp_path: Path, missing: s
     assert "manifest.json" in refusal(tmp_path / missing, PackageNotFound)
 
 
-@pytest.mark.parametrize("schema", [0, 2, "1", None])
+@pytest.mark.parametrize("schema", [0, 1, 3, "2", None])
 def test_another_schema_is_refused(folder: Path, schema: object) -> None:
     rewrite(folder, lambda values: values.update(schema=schema))
     assert f"schema {schema}" in refusal(folder, SchemaUnsupported)
@@ -86,7 +89,7 @@ def test_a_manifest_that_is_not_one_is_refused(folder: Path, content: bytes) -> 
 def test_unknown_and_lacking_keys_are_named(folder: Path, part: str | None) -> None:
     rewrite(folder, lambda values: (values[part] if part else values).update(colour="blue"))
     assert "colour" in refusal(folder, PackageCorrupted)
-    lost = "parity" if part is None else None
+    lost = "report" if part is None else None
 
     def lose(values: dict[str, Any]) -> None:
         nonlocal lost

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,8 +17,8 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.prompts import MEIQA, PromptFamily, Prompts, layout
-from meiqa.errors import PackageCorrupted
+from meiqa.engine.prompts import FAMILIES, MEIQA, PromptFamily, Prompts, layout, prompt_family
+from meiqa.errors import PackageCorrupted, UsageError
 
 MERGE = 2
 
@@ -85,9 +87,10 @@ def test_a_suffix_goes_on_where_its_prefix_ended() -> None:
     assert end == following
 
 
-def test_every_answer_is_one_token_of_its_own(package: EnginePackage) -> None:
-    prompts = package.prompts
-    ids = [*prompts.level_ids, *prompts.verdict_ids, prompts.stop, prompts.description_end]
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_every_answer_is_one_token_of_its_own(package: EnginePackage, family: PromptFamily) -> None:
+    prompts = Prompts(family, package.prompts.tokenizer)
+    ids = [*prompts.level_ids, *prompts.verdict_ids, prompts.stop]
     assert len(set(ids)) == len(ids)
     words = [prompts.tokenizer.decode([int(token)]).strip() for token in prompts.level_ids]
     assert words == ["bad", "poor", "fair", "good", "excellent"]
@@ -98,17 +101,59 @@ def test_every_answer_is_one_token_of_its_own(package: EnginePackage) -> None:
     [
         {"level_words": (" bad", " poor", " fair", " good", " magnificent")},
         {"verdicts": ("12", "2")},
-        {"description_end": "the end"},
+        {"stop": "the end"},
         {"stop": ""},
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=str,
 )
 def test_an_answer_of_many_tokens_is_refused(
     package: EnginePackage, changes: dict[str, object]
 ) -> None:
-    prompts = Prompts(replace(MEIQA, **changes), package.prompts.tokenizer)  # type: ignore[arg-type]
+    family = replace(MEIQA, **changes)  # type: ignore[arg-type]
     with pytest.raises(PackageCorrupted, match="not a single token"):
-        _ = (prompts.level_ids, prompts.verdict_ids, prompts.description_end, prompts.stop)
+        Prompts(family, package.prompts.tokenizer)
+
+
+def test_an_answer_that_merges_with_its_question_is_refused(package: EnginePackage) -> None:
+    assert package.prompts.single("fair") != package.prompts.single(" fair")
+    family = replace(MEIQA, levels="It is ", level_words=("fair", *MEIQA.level_words[1:]))
+    with pytest.raises(PackageCorrupted, match=r"merges with the end of its question.*It is fair"):
+        Prompts(family, package.prompts.tokenizer)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_pieces_are_the_whole_prompt(package: EnginePackage, family: PromptFamily) -> None:
+    prompts, picture = Prompts(family, package.prompts.tokenizer), "<|image_pad|>"
+    pad = prompts.single(picture)
+    opening = [*prompts.opening, pad, *prompts.closing]
+    text = f"{family.opening}{picture}{family.closing}"
+    for name in ("score", "levels"):
+        whole = prompts.ids(text + getattr(family, name)).tolist()
+        assert whole == [*opening, *getattr(prompts, name)]
+    reflection = family.reflection("It is dark.", 3.456, 2.1)
+    assert prompts.ids(text + reflection).tolist() == [
+        *opening,
+        *prompts.reflect("It is dark.", 3.456, 2.1),
+    ]
+    second = f"{family.second_opening}{picture}{family.closing}{family.compare}"
+    assert prompts.ids(text + second).tolist() == [
+        *opening,
+        *prompts.second_opening,
+        pad,
+        *prompts.closing,
+        *prompts.compare,
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_a_prompt_is_a_chat_of_one_user_turn(family: PromptFamily) -> None:
+    for question in (family.score, family.levels, family.compare, family.reflect):
+        turns = (family.opening + question).split("<|im_start|>")
+        assert turns[0] == ""
+        roles = [turn.partition("\n")[0] for turn in turns[1:]]
+        assert roles == ["system", "user", "assistant"][-len(roles) :]
+        assert all(turn.endswith("<|im_end|>\n") for turn in turns[1:-1])
+        assert "<|im_end|>" not in turns[-1]
 
 
 def test_the_reflection_shows_both_scores(package: EnginePackage) -> None:
@@ -125,3 +170,103 @@ def test_a_family_of_other_fields_is_refused() -> None:
     for changed in ({**values, "colour": "blue"}, {k: v for k, v in values.items() if k != "stop"}):
         with pytest.raises(PackageCorrupted, match="other fields"):
             PromptFamily.from_dict(changed)
+
+
+def test_the_default_familys_reflection_is_what_it_was_trained_on() -> None:
+    values = {"summary": "{score} {", "initial": 3.456, "score": 2.1}
+    text = MEIQA.reflection("{score} {", 3.456, 2.1)
+    assert text == MEIQA.reflect.format(**values)
+
+
+@pytest.mark.parametrize("name", ["meiqa", "visualquality-r1", "q-insight", "evoquality", "levels"])
+def test_a_family_by_name(name: str) -> None:
+    assert prompt_family(name).name == name
+    assert PromptFamily.from_dict(json.loads(json.dumps(prompt_family(name).to_dict()))) == (
+        prompt_family(name)
+    )
+
+
+def test_what_the_foreign_families_ask() -> None:
+    rating, json_rating = FAMILIES["visualquality-r1"], FAMILIES["q-insight"]
+    for fact in ("from 1 to 5", "two decimals", "<think> </think>", "<answer> </answer>"):
+        assert fact in rating.score
+    assert '{"rating": number}' in json_rating.score
+    assert "<think> </think>" in json_rating.opening
+    assert FAMILIES["evoquality"].score == rating.score
+    assert FAMILIES["evoquality"].verdicts == ("0", "1")
+    assert not FAMILIES["levels"].answer_open
+
+
+def test_an_unknown_family_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"unknown prompt family; got qalign; .*q-insight.*json"):
+        prompt_family("qalign")
+
+
+def write(path: Path, values: object) -> str:
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return str(path)
+
+
+def test_a_family_from_a_file(tmp_path: Path) -> None:
+    braces = 'As {"a": {}} } {0}: {summary}{initial:.1f}, {score}'
+    wanted = replace(
+        MEIQA, name="mine", score='Give {"rating": n} {', reflect=braces, verdicts=("0", "1")
+    )
+    family = prompt_family(write(tmp_path / "mine.json", wanted.to_dict()))
+    assert family == wanted
+    assert family.reflection("{score}", 3.456, 2.5) == 'As {"a": {}} } {0}: {score}3.5, 2.5'
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown field": ({"colour": "blue"}, "other fields.*unknown colour"),
+    "number": ({"score": 3}, "needs a text as score; got 3"),
+    "lone surrogate": ({"score": "\ud800"}, "needs a text as score"),
+    "empty": ({"stop": ""}, "empty stop"),
+    "four words": ({"level_words": ["a", "b", "c", "d"]}, "needs 5 different texts as level_words"),
+    "words in a row": ({"level_words": "abcde"}, "needs 5 different texts as level_words"),
+    "a nested word": ({"level_words": ["a", "b", "c", "d", []]}, "needs 5 different texts"),
+    "same verdicts": ({"verdicts": ["1", "1"]}, "needs 2 different texts as verdicts"),
+    "half an answer": ({"answer_close": ""}, "both answer_open and answer_close"),
+    "typing error": ({"reflect": "{sumary} {initial} {score}"}, "no placeholder {sumary}"),
+    "no score": ({"reflect": "{summary} {initial}"}, r"got no {score}"),
+    "wrong format": ({"reflect": "{summary:.2f} {initial} {score}"}, "wrong format in reflect"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), FAULTS.values(), ids=list(FAULTS))
+def test_a_file_that_is_no_family_is_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    path = write(tmp_path / "mine.json", {**MEIQA.to_dict(), **changes})
+    with pytest.raises(UsageError, match=said) as caught:
+        prompt_family(path)
+    assert str(caught.value).startswith(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(PackageCorrupted, match=said):
+        PromptFamily.from_dict({**MEIQA.to_dict(), **changes})
+
+
+def test_a_file_without_a_field_is_refused(tmp_path: Path) -> None:
+    values = {name: value for name, value in MEIQA.to_dict().items() if name != "stop"}
+    with pytest.raises(UsageError, match=r"other fields.*no stop"):
+        prompt_family(write(tmp_path / "mine.json", values))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[]", "not a JSON object; got list"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (None, "cannot be read; got No such file"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_object_is_refused(
+    tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    path = tmp_path / "mine.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        prompt_family(str(path))

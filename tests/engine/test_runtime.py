@@ -53,7 +53,7 @@ def test_a_graph_of_another_interface(package: EnginePackage, graph: str, kind: 
     manifest = package.manifest
     other = {
         **manifest.graphs,
-        graph: replace(manifest.graphs[graph], **{kind: ("something",)}),
+        graph: replace(manifest.graphs[graph], **{kind: {"something": (1, "n")}}),
     }
     changed = EnginePackage(package.path, replace(manifest, graphs=other))
     with pytest.raises(PackageCorrupted, match=rf"{graph}\.onnx has other {kind}.*something"):
@@ -65,6 +65,15 @@ def test_a_truncated_graph(package: EnginePackage, tmp_path: Path) -> None:
     whole = (folder / "decoder.onnx").read_bytes()
     (folder / "decoder.onnx").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(PackageCorrupted, match=r"decoder\.onnx"):
+        open_sessions(EnginePackage.open(folder, verify=False), "cpu", 1)
+
+
+@pytest.mark.parametrize("name", ["vision", "decoder"])
+def test_truncated_weights(package: EnginePackage, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(package.path, tmp_path / "copy"))
+    weights = folder / f"{name}.onnx.data"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(PackageCorrupted, match=rf"{name}\.onnx"):
         open_sessions(EnginePackage.open(folder, verify=False), "cpu", 1)
 
 

@@ -23,20 +23,27 @@ KEY = np.ones(4, np.float32)
 class Scripted:
     """The part of a model that gives opinions; it says what it is told to."""
 
-    def __init__(self, rating: float | None, grades: Sequence[float], complete: bool) -> None:
+    def __init__(
+        self, rating: float | None, grades: Sequence[float], complete: bool, asked: bool
+    ) -> None:
         self._rating = rating
+        self._unreadable = asked and rating is None
         self._grades = np.array(grades)
         self._complete = complete
 
     def describe(self, prefix: Prefix, max_tokens: int) -> Description:
-        return Description("soft and dark", KEY, self._rating, self._complete, 7)
+        return Description(
+            "soft and dark", KEY, self._rating, self._unreadable, self._complete, tokens=7
+        )
 
     def grade(self, prefix: Prefix) -> NDArray[np.float64]:
         return self._grades
 
 
-def scripted(rating: float | None, grades: Sequence[float], *, complete: bool = True) -> Vlm:
-    return cast(Vlm, Scripted(rating, grades, complete))
+def scripted(
+    rating: float | None, grades: Sequence[float], *, complete: bool = True, asked: bool = True
+) -> Vlm:
+    return cast(Vlm, Scripted(rating, grades, complete, asked))
 
 
 def test_the_printed_rating_is_the_score() -> None:
@@ -54,6 +61,15 @@ def test_an_unreadable_rating_falls_back_to_the_grade_word_and_says_so() -> None
     assert opinion.unreadable
     assert opinion.summary == "soft and dark"
     assert opinion.key is KEY
+
+
+def test_a_family_without_a_printed_rating_is_scored_by_grade_word_alone() -> None:
+    calibration = replace(UNCALIBRATED, levels_std=0.4, text_std=0.8, grade_share=0.75)
+    vlm = scripted(None, [0, 0, 0.5, 0.5, 0], asked=False)
+    opinion = first_opinion(vlm, PREFIX, calibration, 96)
+    assert (opinion.score, opinion.prior, opinion.prior_std) == (3.5, 3.5, 0.4)
+    assert not opinion.unreadable
+    assert opinion.summary == "soft and dark"
 
 
 def test_without_a_description_nothing_is_unreadable() -> None:

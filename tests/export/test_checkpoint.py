@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from meiqa.errors import PackageCorrupted, PackageError, PackageNotFound
-from meiqa.export.checkpoint import load_checkpoint, save_checkpoint
+from meiqa.export.checkpoint import Checkpoint
+from meiqa.export.weights import INDEX, SINGLE, StoredWeights, digest_of, give_weights, weightless
+from meiqa.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def rewrite_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], No
 
 def refusal(folder: Path, kind: type[PackageError]) -> str:
     with pytest.raises(kind) as caught:
-        load_checkpoint(folder)
+        Checkpoint.open(folder)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -53,7 +55,7 @@ def test_a_round_trip_keeps_every_weight(checkpoint: Path, tmp_path: Path) -> No
         torch.testing.assert_close(second.model.state_dict()[name], weight, atol=0, rtol=0)
 
 
-def test_a_loaded_model_is_ready_to_export(checkpoint: Path) -> None:
+def test_a_model_read_back_can_be_trained_on(checkpoint: Path) -> None:
     model = load_checkpoint(checkpoint).model
     assert not model.training
     assert model.language_model.lm_head.weight is model.language_model.embed_tokens.weight
@@ -94,7 +96,7 @@ def test_a_lacking_weight_is_named(folder: Path, name: str) -> None:
 
 def test_foreign_weights_are_refused(folder: Path) -> None:
     save_file({"transformer.wte.weight": torch.zeros(4, 4)}, folder / "model.safetensors")
-    assert "does not hold this architecture's weights" in refusal(folder, PackageCorrupted)
+    assert "does not hold the weights of Meiqa" in refusal(folder, PackageCorrupted)
 
 
 def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
@@ -124,3 +126,78 @@ def test_config_keys_that_are_unknown_or_lacking_are_refused(folder: Path) -> No
 def test_a_tokenizer_that_is_not_one_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     assert "tokenizer.json" in refusal(folder, PackageCorrupted)
+
+
+def sharded(folder: Path, count: int = 3) -> list[str]:
+    """Split the weights into shards with an index; the shards' names."""
+    weights = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    places = {name: names[index % count] for index, name in enumerate(weights)}
+    for shard in names:
+        save_file({n: w for n, w in weights.items() if places[n] == shard}, folder / shard)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return names
+
+
+def test_shards_hold_what_one_file_holds(checkpoint: Path, folder: Path) -> None:
+    sharded(folder)
+    whole, parts = StoredWeights.open(checkpoint), StoredWeights.open(folder)
+    assert set(whole) == set(parts)
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, atol=0, rtol=0)
+    Checkpoint.open(folder)
+    assert digest_of(folder) != digest_of(checkpoint)
+
+
+def test_a_lacking_shard_is_named(folder: Path) -> None:
+    lost = sharded(folder)[1]
+    (folder / lost).unlink()
+    assert lost in refusal(folder, PackageNotFound)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 300, -1])
+def test_a_truncated_shard_is_named(folder: Path, kept: int) -> None:
+    cut = folder / sharded(folder)[2]
+    cut.write_bytes(cut.read_bytes()[:kept])
+    assert cut.name in refusal(folder, PackageCorrupted)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_an_index_that_is_none_is_refused(folder: Path, text: str) -> None:
+    sharded(folder)
+    (folder / INDEX).write_text(text)
+    assert INDEX in refusal(folder, PackageCorrupted)
+
+
+def test_pickled_weights_are_not_looked_at(folder: Path) -> None:
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+    assert SINGLE in refusal(folder, PackageNotFound)
+
+
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", "language_model.layers.0.mlp.up_proj.weight"),
+        ("model.language_model.norm.weight", "language_model.norm.weight"),
+        ("lm_head.weight", "language_model.lm_head.weight"),
+        ("visual.merger.mlp.0.bias", "visual.merger.mlp.0.bias"),
+        ("model.visual.merger.mlp.0.bias", "visual.merger.mlp.0.bias"),
+    ],
+)
+def test_the_layouts_of_all_releases_are_one(stored: str, name: str, tmp_path: Path) -> None:
+    save_file({stored: torch.zeros(2)}, tmp_path / SINGLE)
+    assert list(StoredWeights.open(tmp_path)) == [name]
+
+
+@pytest.mark.parametrize("held_bytes", [0, 1 << 30])
+def test_weights_are_held_only_where_they_fit(held_bytes: int) -> None:
+    with weightless():
+        module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+    assert all(parameter.is_meta for parameter in module.parameters())
+    real = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+    give_weights(module, lambda name: real.state_dict()[name], held_bytes)
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), real(x), atol=0, rtol=0)
+    assert all(parameter.is_meta == (held_bytes == 0) for parameter in module.parameters())

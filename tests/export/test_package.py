@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from meiqa.engine.package import EnginePackage
-from meiqa.errors import PackageCorrupted, UsageError
+from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export import package as packaging
-from meiqa.export.package import export_package, pictures_in
+from meiqa.export.package import Export, ExportOptions, export_package, pictures_in
+from meiqa.export.piecewise import PiecewiseSession
 from tests.engine.samples import open_vlm, picture, seen
+from tests.export.tiny import copy_graphs
 
 PICTURES = [picture(0)]
 
@@ -68,84 +77,179 @@ def test_the_key_projection_was_fitted(package: EnginePackage) -> None:
     assert np.abs(projection).max() > 0
 
 
-def test_a_target_that_is_there_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "package").mkdir()
+def test_the_report_states_what_was_measured(package: EnginePackage) -> None:
+    parity, grades = (package.manifest.report[part] for part in ("parity", "grades"))
+    assert parity.keys() == {"vision", "decoder"}
+    assert all(0 <= measured["difference"] <= 1e-4 for measured in parity.values())
+    assert grades["pictures"] > 0
+    assert 0 <= grades["mean_move"] <= grades["largest_move"] <= 1e-3
+
+
+@pytest.fixture
+def export(
+    checkpoint: Path, package: EnginePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., EnginePackage]:
+    """Give an export into an otherwise empty folder, with the graphs taken from a package."""
+    monkeypatch.setattr(Export, "write_graphs", lambda made: copy_graphs(package, made.folder))
+    out = tmp_path / "below" / "package"
+
+    def run(**options: Any) -> EnginePackage:
+        chosen: dict[str, Any] = {"precision": "fp32", "pictures": PICTURES, **options}
+        return export_package(checkpoint, out, ExportOptions(**chosen))
+
+    return run
+
+
+def nothing_left(tmp_path: Path) -> bool:
+    return list((tmp_path / "below").iterdir()) == []
+
+
+def test_a_target_that_is_there_is_refused(
+    export: Callable[..., EnginePackage], tmp_path: Path
+) -> None:
+    (tmp_path / "below" / "package").mkdir(parents=True)
     with pytest.raises(UsageError, match="is there already"):
-        export_package(checkpoint, tmp_path / "package", "fp32", PICTURES)
-    assert list((tmp_path / "package").iterdir()) == []
+        export()
+    assert list((tmp_path / "below" / "package").iterdir()) == []
 
 
-def test_an_unknown_precision_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"int4.*fp32, int8"):
-        export_package(checkpoint, tmp_path / "package", "int4", PICTURES)
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"int7.*fp32, fp16, int8, int4"):
+        ExportOptions(precision="int7")
 
 
-def test_an_export_without_pictures_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="pictures"):
-        export_package(checkpoint, tmp_path / "package", "fp32", [])
+def test_int8_without_pictures_is_refused() -> None:
+    with pytest.raises(UsageError, match="--calibration DIR"):
+        ExportOptions(precision="int8")
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("step", ["export_vision", "export_decoder", "add_key_projection"])
+def test_without_pictures_grades_are_checked_on_made_ones(
+    export: Callable[..., EnginePackage],
+) -> None:
+    made = export(pictures=())
+    assert made.manifest.report["grades"]["synthetic"] is True
+    assert not made.array("key_projection.npy").any()
+
+
+def test_a_smaller_area_is_kept_in_the_manifest(export: Callable[..., EnginePackage]) -> None:
+    assert export(max_pixels=200 * 200).manifest.image.max_pixels == 200 * 200
+
+
+def test_an_area_below_the_least_is_refused(
+    export: Callable[..., EnginePackage], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="--max-pixels"):
+        export(max_pixels=100)
+    assert nothing_left(tmp_path)
+
+
+STEPS = ("write_graphs", "check_graphs", "write_data", "check_grades", "fit_key_projection")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), PackageUnwritable),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("step", STEPS)
 def test_an_export_that_breaks_off_leaves_nothing(
-    checkpoint: Path,
-    package: EnginePackage,
+    export: Callable[..., EnginePackage],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     step: str,
     error: BaseException,
+    raised: type[BaseException],
 ) -> None:
-    def write(graph: str) -> None:
-        def copy(_: object, path: Path) -> None:
-            shutil.copy(package.path / graph, path)
-
-        monkeypatch.setattr(packaging, f"export_{graph.removesuffix('.onnx')}", copy)
-
     def fail(*_: object) -> None:
         raise error
 
-    write("vision.onnx")
-    write("decoder.onnx")
-    monkeypatch.setattr(packaging, step, fail)
-    with pytest.raises(type(error)):
-        export_package(checkpoint, tmp_path / "package", "fp32", PICTURES)
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(Export, step, fail)
+    with pytest.raises(raised):
+        export()
+    assert nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize("difference", [2e-4, float("nan"), float("inf")])
+def test_a_disk_that_fills_up_is_named(
+    export: Callable[..., EnginePackage], tmp_path: Path
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a quota would do
+    try:
+        with pytest.raises(PackageUnwritable, match="package can't be written; got File too large"):
+            export()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert nothing_left(tmp_path)
+
+
+def test_a_disk_that_is_too_small_is_refused_at_once(
+    export: Callable[..., EnginePackage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(PackageUnwritable, match=r"too little space.*0.0 GiB"):
+        export()
+    assert nothing_left(tmp_path)
+
+
+def test_what_a_killed_export_left_is_removed(
+    export: Callable[..., EnginePackage], tmp_path: Path
+) -> None:
+    below = tmp_path / "below"
+    finished = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
+    (below / f".package.{finished.stdout.strip()}.partial").mkdir(parents=True)
+    running = below / f".package.{os.getppid()}.partial"
+    running.mkdir()
+    export()
+    assert set(below.iterdir()) == {below / "package", running}
+
+
+@pytest.mark.parametrize("difference", [2.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("graph", ["vision", "decoder"])
 def test_graphs_that_differ_from_pytorch_are_refused(
-    checkpoint: Path,
+    export: Callable[..., EnginePackage],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     graph: str,
     difference: float,
 ) -> None:
-    for name in ("vision", "decoder"):
-        monkeypatch.setattr(packaging, f"export_{name}", lambda _, path: path.write_bytes(b""))
-        found = difference if name == graph else 0.0
-        monkeypatch.setattr(packaging, f"{name}_parity", lambda *_, found=found: found)
-    with pytest.raises(PackageCorrupted, match="differ from PyTorch"):
-        export_package(checkpoint, tmp_path / "package", "fp32", PICTURES)
-    assert list(tmp_path.iterdir()) == []
+    run = PiecewiseSession.run
+
+    def disturbed(session: PiecewiseSession, inputs: Any) -> Any:
+        made = run(session, inputs)
+        if ("cells" in inputs) == (graph == "vision"):
+            made[next(iter(made))].flat[-1] += difference
+        return made
+
+    monkeypatch.setattr(PiecewiseSession, "run", disturbed)
+    with pytest.raises(PackageCorrupted, match=f"exported {graph} graph differs from PyTorch"):
+        export()
+    assert nothing_left(tmp_path)
+
+
+def test_grades_that_move_too_much_are_refused(
+    export: Callable[..., EnginePackage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(packaging.LARGEST_MOVES, "int8", 0.0)
+    with pytest.raises(PackageCorrupted, match="int8 moves the grades too much"):
+        export(precision="int8")
+    assert nothing_left(tmp_path)
 
 
 def test_the_choice_of_pictures_does_not_depend_on_how_many(tmp_path: Path) -> None:
-    from PIL import Image
-
     for number in range(6):
         Image.fromarray(picture(number, (64, 64))).save(tmp_path / f"{number}.png")
-    few, many = pictures_in(tmp_path, 2), pictures_in(tmp_path, 5)
-    assert (len(few), len(many)) == (2, 5)
-    for one, same in zip(few, many, strict=False):
-        np.testing.assert_array_equal(one, same)
+    (tmp_path / "notes.txt").touch()
+    few, many = pictures_in(tmp_path, 2), pictures_in(tmp_path, 9)
+    assert (len(few), len(many)) == (2, 6)
+    assert few == many[:2]
 
 
-def test_int8_that_moves_the_grades_is_refused(
-    package: EnginePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "package"
-    shutil.copytree(package.path, folder)
-    monkeypatch.setattr(packaging, "LARGEST_INT8_MOVE", 0.0)
-    with pytest.raises(PackageCorrupted, match="quantisation moves the grades too much"):
-        packaging.quantise_package(folder, [picture(3, (128, 192))])
+def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no photographs"):
+        pictures_in(tmp_path, 3)
+    with pytest.raises(UsageError, match="no folder"):
+        pictures_in(tmp_path / "nowhere", 3)

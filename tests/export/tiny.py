@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,14 @@ from numpy.typing import NDArray
 
 from meiqa.engine.package import EnginePackage
 from meiqa.export import package as packaging
-from meiqa.export.checkpoint import Checkpoint, ConvHybridVlm, save_checkpoint
-from meiqa.export.conv_hybrid import ConvHybridConfig
+from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.decoder import DecoderConfig
+from meiqa.export.families.conv_hybrid import ConvHybridConfig
+from meiqa.export.graphs import decoder_interface, vision_interface
+from meiqa.export.package import Export, ExportOptions, export_package
+from meiqa.export.verify import TorchSession
+from meiqa.export.weights import give_weights
+from meiqa.training.checkpoint import ConvHybridVlm, TrainedVlm, save_checkpoint
 from meiqa.training.texts import corpus_of, train_tokenizer
 
 WIDTH = 64
@@ -25,7 +29,7 @@ TEXTS = [
 ]
 
 
-def make_checkpoint(seed: int = 0) -> Checkpoint:
+def make_checkpoint(seed: int = 0) -> TrainedVlm:
     """A random model; batch statistics are random too, so that folding them is put to the test."""
     tokenizer = train_tokenizer([*corpus_of([]), *TEXTS * 50])
     vision = ConvHybridConfig(hidden_size=WIDTH, widths=(8, 8, 16, 16, 16), attention_blocks=1)
@@ -42,7 +46,7 @@ def make_checkpoint(seed: int = 0) -> Checkpoint:
         torch.manual_seed(seed)
         model = ConvHybridVlm(vision, text).eval()
         liven(model)
-    return Checkpoint(model, tokenizer, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+    return TrainedVlm(model, tokenizer, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 
 
 def liven(model: ConvHybridVlm) -> None:
@@ -70,24 +74,39 @@ def save(folder: Path) -> Path:
 
 
 def export_float(checkpoint: Path, out: Path, pictures: list[NDArray[np.uint8]]) -> EnginePackage:
-    """Export in fp32, past two warnings that PyTorch's exporter gives about its own doings."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "# The axis name", UserWarning)
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
-        return packaging.export_package(checkpoint, out, "fp32", pictures)
+    """Export in fp32."""
+    return export_package(checkpoint, out, ExportOptions("fp32", pictures=pictures))
 
 
-def export_int8(
-    checkpoint: Path, float_package: EnginePackage, out: Path, pictures: list[NDArray[np.uint8]]
+def export_from(
+    float_package: EnginePackage,
+    checkpoint: Path,
+    out: Path,
+    precision: str,
+    pictures: list[NDArray[np.uint8]],
 ) -> EnginePackage:
-    """Export in INT8, taking the float graphs from a package, since tracing them is slow."""
-
-    def copy_float_package(_: Checkpoint, __: Path, folder: Path) -> None:
-        for file in float_package.path.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
-
+    """Export in INT8 or INT4, taking the float graphs from a package, since tracing is slow."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packaging, "write_float_package", copy_float_package)
+        patch.setattr(Export, "write_graphs", lambda made: copy_graphs(float_package, made.folder))
         # Random weights have no grades worth keeping; the shipped package is held to the limit.
-        patch.setattr(packaging, "LARGEST_INT8_MOVE", 1.0)
-        return packaging.export_package(checkpoint, out, "int8", pictures)
+        patch.setitem(packaging.LARGEST_MOVES, precision, 1.0)
+        return export_package(checkpoint, out, ExportOptions(precision, pictures=pictures))
+
+
+def copy_graphs(package: EnginePackage, folder: Path) -> None:
+    """Take the graphs of a package."""
+    for graph in package.manifest.graphs.values():
+        for name in graph.files:
+            (folder / name).write_bytes((package.path / name).read_bytes())
+
+
+def reference_sessions(checkpoint: Checkpoint) -> tuple[TorchSession, TorchSession]:
+    """A checkpoint's vision tower and decoder in PyTorch."""
+    tower, decoder = checkpoint.tower(), checkpoint.decoder()
+    give_weights(tower, checkpoint.tower_weight, 1 << 30)
+    give_weights(decoder, checkpoint.decoder_weight, 1 << 30)
+    shape = checkpoint.decoder_shape
+    return (
+        TorchSession(tower, vision_interface(checkpoint.image, shape)),
+        TorchSession(decoder, decoder_interface(shape)),
+    )

@@ -29,6 +29,7 @@ def test_public_names_are_pinned() -> None:
         "PackageCorrupted",
         "PackageError",
         "PackageNotFound",
+        "PackageUnwritable",
         "PairComparison",
         "SchemaUnsupported",
         "StoreCorrupted",

@@ -14,7 +14,7 @@ from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import LocalVlm, Prefix, VisualTokens
-from meiqa.export.checkpoint import load_checkpoint
+from meiqa.training.checkpoint import load_checkpoint
 from meiqa.training.finetune import Reader, ReadPictures
 from meiqa.training.towers import MEAN, STD, normalised
 from tests.engine.samples import picture

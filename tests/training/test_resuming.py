@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from meiqa.export.conv_hybrid import ConvHybridConfig, ConvHybridTower
+from meiqa.export.families.conv_hybrid import ConvHybridConfig, ConvHybridTower
 from meiqa.training import pretrain
 from meiqa.training.attributes import measure_attributes
 from meiqa.training.data import Photograph, PhotographSet

@@ -46,7 +46,7 @@ def test_answers_are_single_tokens(tokenizer: Tokenizer) -> None:
         *prompts.level_ids.tolist(),
         *prompts.verdict_ids,
         prompts.stop,
-        prompts.description_end,
+        prompts.single(family.description_end),
         prompts.single(family.answer_open),
         prompts.single(family.answer_close),
     ]

@@ -7,11 +7,17 @@ image quality is made of; a few attention blocks then let the cells see each oth
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from meiqa.errors import PackageCorrupted
+from meiqa.export.decoder import DecoderConfig
+from meiqa.export.families.base import Config, Family
 
 
 @dataclass(frozen=True)
@@ -153,3 +159,81 @@ class ConvHybridTower(nn.Module):
         """Patches of one image (h, w, m * m * 3 * p * p) → visual tokens (h * w, hidden_size)."""
         features = self.cell_features(self.unpatchify(cells))
         return self.tokens_from_features(features.flatten(1, 2))[0]
+
+
+def folded(tower: ConvHybridTower) -> ConvHybridTower:
+    """The tower shaped for batch normalisations that are folded into convolutions."""
+    for module in tower.modules():
+        if isinstance(module, ConvNorm):
+            module.conv = with_bias(module.conv)
+            module.norm = nn.Identity()  # type: ignore[assignment]
+        elif isinstance(module, ResidualBlock):
+            module.second = with_bias(module.second)
+            module.norm = nn.Identity()  # type: ignore[assignment]
+    return tower
+
+
+def with_bias(conv: nn.Conv2d) -> nn.Conv2d:
+    """A convolution of the same shape that has a bias, too."""
+    return nn.Conv2d(conv.in_channels, conv.out_channels, 3, conv.stride, 1)  # type: ignore[arg-type]
+
+
+def folded_weight(name: str, stored: Mapping[str, Tensor]) -> Tensor:
+    """A parameter of the folded tower."""
+    module, _, kind = name.rpartition(".")
+    block, _, convolution = module.rpartition(".")
+    if convolution not in ("conv", "second"):
+        return stored[name]
+    mean, variance, scale, shift = (
+        stored[f"{block}.norm.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+    )
+    weight = stored[f"{module}.weight"]
+    weight, bias = fuse_conv_bn_weights(
+        weight, None, mean, variance, nn.BatchNorm2d(1).eps, scale, shift
+    )
+    return weight if kind == "weight" else bias
+
+
+def read_tower(config: Config) -> ConvHybridTower:
+    """The folded tower of a config.json."""
+    return folded(ConvHybridTower(tower_config(config)))
+
+
+def tower_config(config: Config) -> ConvHybridConfig:
+    """Shape of the tower in config.json."""
+    try:
+        vision = config["vision_config"]
+        return ConvHybridConfig(**{**vision, "widths": tuple(vision["widths"])})
+    except (KeyError, TypeError) as error:
+        raise unreadable("vision_config", error) from error
+
+
+def decoder_config(config: Config) -> DecoderConfig:
+    """Shape of the decoder in config.json."""
+    try:
+        text = config["text_config"]
+        return DecoderConfig(**{**text, "mrope_section": tuple(text["mrope_section"])})
+    except (KeyError, TypeError) as error:
+        raise unreadable("text_config", error) from error
+
+
+def unreadable(part: str, error: Exception) -> PackageCorrupted:
+    """The error for a part of config.json that has missing or unknown fields."""
+    return PackageCorrupted(f"config.json has no {part} that this version reads", seen=str(error))
+
+
+def grid(config: Config) -> tuple[int, int]:
+    """Side of a patch in pixels, and of a cell in patches."""
+    vision = tower_config(config)
+    return vision.patch_size, vision.merge_size
+
+
+FAMILY = Family(
+    architecture="MeiqaConvHybridForConditionalGeneration",
+    model_type="meiqa_conv_hybrid",
+    tower=read_tower,
+    decoder=decoder_config,
+    grid=grid,
+    tower_weight=folded_weight,
+)
+"""The embedded default model: this tower before a Qwen2.5-VL decoder."""

@@ -1,0 +1,10 @@
+"""The families of checkpoints that can be exported, by architecture."""
+
+from __future__ import annotations
+
+from meiqa.export.families import conv_hybrid, qwen2_5_vl, qwen3_vl
+
+FAMILIES = {
+    family.architecture: family
+    for family in (conv_hybrid.FAMILY, qwen2_5_vl.FAMILY, qwen3_vl.FAMILY)
+}

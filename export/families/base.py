@@ -1,0 +1,191 @@
+"""What a family of checkpoints tells the exporter, and how its config.json is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+from optimum.utils.normalized_config import NormalizedConfig, NormalizedTextConfig
+from torch import Tensor, nn
+
+from meiqa.errors import PackageCorrupted
+from meiqa.export.decoder import DecoderConfig
+
+Config = Mapping[str, Any]
+"""A config.json."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of checkpoints.
+
+    Attributes:
+        architecture: what config.json calls it under `architectures`.
+        model_type: what config.json calls it under `model_type`.
+        tower: makes the vision tower.
+        decoder: reads the shape of the decoder.
+        grid: reads pixels a patch and patches a cell, each along one side.
+        tower_weight: value of one parameter of the tower, out of the stored tensors by their names
+            below "visual.".
+    """
+
+    architecture: str
+    model_type: str
+    tower: Callable[[Config], nn.Module]
+    decoder: Callable[[Config], DecoderConfig]
+    grid: Callable[[Config], tuple[int, int]]
+    tower_weight: Callable[[str, Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of config.json, whose fields are asked for by optimum's normalised names.
+
+    Attributes:
+        path: what stands before a field's name in a message, such as "vision_config.".
+        values: the fields.
+        names: optimum's class that maps normalised names to the section's own.
+    """
+
+    path: str
+    values: Config
+    names: Callable[..., NormalizedConfig]
+
+    def written(self, name: str) -> str:
+        """A field's full name as config.json has it."""
+        normalised = self.names(SimpleNamespace())
+        known = {**vars(type(normalised)), **vars(normalised)}
+        return f"{self.path}{known.get(name.upper(), name)}"
+
+    def below(self, name: str) -> Section:
+        """A section of this one.
+
+        Raises:
+            PackageCorrupted: it is missing or not an object.
+        """
+        if not isinstance(self.value(name), Mapping):
+            raise self.refuse(name, "an object")
+        return replace(self, path=f"{self.written(name)}.", values=self.value(name))
+
+    def value(self, name: str) -> Any:
+        """A field of any type.
+
+        Raises:
+            PackageCorrupted: it is missing.
+        """
+        try:
+            return getattr(self.names(SimpleNamespace(**self.values)), name)
+        except AttributeError:
+            raise PackageCorrupted(f"config.json lacks {self.written(name)}") from None
+
+    def refuse(self, name: str, allowed: str) -> PackageCorrupted:
+        """The error that says what a field should have been."""
+        return PackageCorrupted(
+            f"config.json has an unusable {self.written(name)}",
+            seen=self.value(name),
+            allowed=allowed,
+        )
+
+    def whole(self, name: str) -> int:
+        """A positive integer."""
+        value = self.value(name)
+        if type(value) is not int or value < 1:
+            raise self.refuse(name, "a positive integer")
+        return value
+
+    def wholes(self, name: str) -> tuple[int, ...]:
+        """A list of integers that are not negative."""
+        value = self.value(name)
+        if not isinstance(value, list) or any(type(one) is not int or one < 0 for one in value):
+            raise self.refuse(name, "a list of integers")
+        return tuple(value)
+
+    def number(self, name: str) -> float:
+        """A positive number."""
+        value = self.value(name)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self.refuse(name, "a positive number")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """A truth value; absent means false."""
+        value = self.values.get(name, False)
+        if type(value) is not bool:
+            raise self.refuse(name, "true or false")
+        return value
+
+    def indexes(self, name: str, below: int) -> tuple[int, ...]:
+        """Ascending indexes of layers of which there are `below`."""
+        values = self.wholes(name)
+        if any(one >= below for one in values) or sorted({*values}) != [*values]:
+            raise self.refuse(name, f"ascending integers below {below}")
+        return values
+
+    def only(self, name: str, allowed: object) -> None:
+        """Refuse any value but the one that the graphs are made for; absent means that one."""
+        if self.values.get(name, allowed) not in (allowed, None):
+            raise self.refuse(name, str(allowed))
+
+
+def text_section(config: Config) -> Section:
+    """The decoder's fields: until 4.51 transformers wrote them at the top level."""
+    top = Section("", config, NormalizedTextConfig)
+    return top.below("text_config") if "text_config" in config else top
+
+
+def rotary_section(text: Section) -> Section:
+    """The rotary fields, `rope_theta` and `rope_type` among them, as each version wrote them."""
+    rotary = text.below("rope_parameters" if text.values.get("rope_parameters") else "rope_scaling")
+    kind = rotary.values.get("rope_type") or rotary.values.get("type")
+    values = {"rope_theta": text.values.get("rope_theta"), **rotary.values}
+    # "mrope" is the old name of what every version does here: plain frequencies on three axes.
+    return replace(rotary, values={**values, "rope_type": None if kind == "mrope" else kind})
+
+
+def decoder_shape(config: Config, **differences: Any) -> DecoderConfig:
+    """Shape of the decoder, with the fields in which a family differs from Qwen2.5-VL.
+
+    Raises:
+        PackageCorrupted: a field is missing, unreadable or asks for what the graph can't do.
+    """
+    top, text = Section("", config, NormalizedTextConfig), text_section(config)
+    rotary = rotary_section(text)
+    text.only("hidden_act", "silu")
+    text.only("use_sliding_window", False)
+    rotary.only("rope_type", "default")
+    shape = DecoderConfig(
+        vocab_size=text.whole("vocab_size"),
+        hidden_size=text.whole("hidden_size"),
+        intermediate_size=text.whole("intermediate_size"),
+        num_hidden_layers=text.whole("num_layers"),
+        num_attention_heads=text.whole("num_attention_heads"),
+        num_key_value_heads=text.whole("num_key_value_heads"),
+        mrope_section=rotary_channels(rotary),
+        rope_theta=rotary.number("rope_theta"),
+        rms_norm_eps=text.number("rms_norm_eps"),
+        tie_word_embeddings=top.flag("tie_word_embeddings") or text.flag("tie_word_embeddings"),
+        **differences,
+    )
+    check_heads(shape, text, rotary)
+    return shape
+
+
+def rotary_channels(rotary: Section) -> tuple[int, int, int]:
+    """Channels of the three axes."""
+    channels = rotary.wholes("mrope_section")
+    if len(channels) != 3:
+        raise rotary.refuse("mrope_section", "three integers")
+    return channels[0], channels[1], channels[2]
+
+
+def check_heads(shape: DecoderConfig, text: Section, rotary: Section) -> None:
+    """Refuse heads that don't divide the width, one another or the rotary channels."""
+    if "head_dim" not in text.values and shape.hidden_size % shape.num_attention_heads:
+        raise text.refuse("num_attention_heads", f"a divisor of {shape.hidden_size}")
+    if shape.num_attention_heads % shape.num_key_value_heads:
+        raise text.refuse("num_key_value_heads", f"a divisor of {shape.num_attention_heads}")
+    if sum(shape.mrope_section) * 2 != shape.head_dim:
+        raise rotary.refuse("mrope_section", f"a sum of {shape.head_dim / 2:g}")

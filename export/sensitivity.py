@@ -1,0 +1,193 @@
+"""Which layers don't bear fewer bits, measured group by group.
+
+One group of layers is quantised at a time and everything else left in float; what that moves, in
+grades and in verdicts of comparisons on pictures that were not calibrated on, decides. A group may
+spend as much of a budget for the whole model as it has a share in what quantising saves: in the
+bytes of all weights or in all multiplications, whichever is more. Where a group moves the answers
+by more than that, its layers are measured one by one, and those that do so too stay behind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meiqa.engine.runtime.base import GraphSession
+from meiqa.engine.scoring import expected_grade
+from meiqa.engine.vlm import VisualTokens, Vlm
+from meiqa.export.graphs import save_graph
+from meiqa.export.piecewise import PiecewiseSession
+from meiqa.export.quantise import LEFT_IN_FLOAT, Assignment, Quantisation
+
+BUDGETS = {"int8": 0.1, "int4": 0.2}
+"""Move, in grades, of which each group may spend its share."""
+COMPARED = 4
+"""Pictures that each picture is compared with."""
+
+Pictures = Sequence[NDArray[np.uint8]]
+OpenVlm = Callable[[Mapping[str, GraphSession]], Vlm]
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model says of pictures: grades (N,) on 1-5, preferences (N, K) on 0-1."""
+
+    grades: NDArray[np.float64]
+    preferences: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, vlm: Vlm, tokens: Sequence[VisualTokens]) -> Answers:
+        """Grade all pictures and compare each with the ones after it."""
+        prefixes = vlm.read(tokens)
+        around = [*tokens, *tokens]
+        others = (around[i + 1 : i + 1 + COMPARED] for i in range(len(tokens)))
+        logits = [vlm.prefer_first([p], o) for p, o in zip(prefixes, others, strict=True)]
+        grades = [expected_grade(vlm.grade(prefix)) for prefix in prefixes]
+        return cls(np.array(grades), 1 / (1 + np.exp(-np.stack(logits))))
+
+    def moves_to(self, other: Answers) -> tuple[float, float]:
+        """Mean change of grades and of preferences."""
+        return (
+            float(np.abs(self.grades - other.grades).mean()),
+            float(np.abs(self.preferences - other.preferences).mean()),
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of a graph that are judged together.
+
+    Attributes:
+        layers: by their names, the part of all weights' bytes that each holds and the part of all
+            multiplications that each does.
+    """
+
+    graph: str
+    name: str
+    layers: Mapping[str, tuple[float, float]]
+
+    @property
+    def byte_share(self) -> float:
+        """Part of the bytes of all graphs' weights."""
+        return sum(of_bytes for of_bytes, _ in self.layers.values())
+
+    @property
+    def work_share(self) -> float:
+        """Part of all graphs' multiplications."""
+        return sum(of_work for _, of_work in self.layers.values())
+
+    def only(self, names: Collection[str]) -> Group:
+        """Some of its layers."""
+        return replace(self, layers={n: costs for n, costs in self.layers.items() if n in names})
+
+
+def groups_of(quantisation: Quantisation) -> list[Group]:
+    """The layers of graphs, those together that differ in their block's number only.
+
+    The first layer of the vision graph, which sees pixels, is by itself.
+    """
+    layers = [
+        (graph, layer) for graph in quantisation.files for layer in quantisation.layers(graph)
+    ]
+    sizes = np.array([prod(layer.shape) for _, layer in layers])
+    works = sizes * [quantisation.positions(graph, layer) for graph, layer in layers]
+    groups: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    first = layers[0][1].name
+    shares = zip(sizes / sizes.sum(), works / works.sum(), strict=True)
+    for (graph, layer), (of_bytes, of_work) in zip(layers, shares, strict=True):
+        kind = re.sub(r"\.\d+(?=\.)", ".*", layer.name, count=1)
+        key = graph, layer.name if layer.name == first else kind
+        groups.setdefault(key, {})[layer.name] = float(of_bytes), float(of_work)
+    return [Group(graph, kind, names) for (graph, kind), names in groups.items()]
+
+
+class SensitivityStudy:
+    """Measures what quantising parts of a model moves.
+
+    Args:
+        quantisation: makes the trials.
+        open_vlm: a model on sessions of the graphs.
+        pictures: photographs, fitted to the grid, others than those calibrated on.
+        folder: where the trials' graphs are written for the time they run.
+    """
+
+    def __init__(
+        self, quantisation: Quantisation, open_vlm: OpenVlm, pictures: Pictures, folder: Path
+    ) -> None:
+        self._quantisation, self._open_vlm = quantisation, open_vlm
+        self._pictures, self._folder = pictures, folder
+        self._float = {n: PiecewiseSession(file) for n, file in quantisation.files.items()}
+        vlm = open_vlm(self._float)
+        self._tokens = [vlm.encode(picture) for picture in pictures]
+        self._exact = Answers.of(vlm, self._tokens)
+        self.table: list[dict[str, Any]] = []
+
+    def plan(self) -> dict[str, Assignment]:
+        """Precision of every layer; `table` then holds all measurements."""
+        plan: dict[str, Assignment] = {name: {} for name in self._quantisation.files}
+        for group in groups_of(self._quantisation):
+            plan[group.graph] |= self._assigned(group, self._quantisation.ladder(group.graph))
+        return plan
+
+    def _assigned(self, group: Group, ladder: Sequence[str]) -> Assignment:
+        """The smallest precision that each of a group's layers bears."""
+        if not ladder:
+            return dict.fromkeys(group.layers, LEFT_IN_FLOAT)
+        smallest, *wider = ladder
+        assigned = dict.fromkeys(group.layers, smallest)
+        if self._bears(group, smallest):
+            return assigned
+        failing: Collection[str] = group.layers
+        if len(group.layers) > 1:
+            # If none fails alone, all of them do together.
+            alone = [name for name in group.layers if not self._bears(group.only([name]), smallest)]
+            failing = alone or group.layers
+        return assigned | self._assigned(group.only(failing), wider)
+
+    def _bears(self, group: Group, precision: str) -> bool:
+        """Measure a group in a precision, note it, and say whether it stays below its share."""
+        with self._trial(group, precision) as session:
+            vlm = self._open_vlm({**self._float, group.graph: session})
+            tokens = self._tokens
+            if group.graph == "vision":
+                tokens = [vlm.encode(picture) for picture in self._pictures]
+            grade, verdict = self._exact.moves_to(Answers.of(vlm, tokens))
+        # Grades span 4 and preferences 1.
+        share = max(group.byte_share, group.work_share)
+        allowed = BUDGETS[self._quantisation.precision] * share
+        bears = max(grade, 4 * verdict) <= allowed
+        self.table.append(
+            {
+                "graph": group.graph,
+                "group": group.name if len(group.layers) > 1 else next(iter(group.layers)),
+                "layers": len(group.layers),
+                "precision": precision,
+                "byte_share": group.byte_share,
+                "work_share": group.work_share,
+                "grade_move": grade,
+                "verdict_move": verdict,
+                "allowed_move": allowed,
+                "borne": bears,
+            }
+        )
+        return bears
+
+    @contextmanager
+    def _trial(self, group: Group, precision: str) -> Iterator[GraphSession]:
+        """A graph of which one group of layers is quantised."""
+        model = self._quantisation.graph(group.graph, dict.fromkeys(group.layers, precision))
+        file = self._folder / f".{group.graph}.trial.onnx"
+        try:
+            save_graph(model, file)
+            yield PiecewiseSession(file)
+        finally:
+            for written in (file, file.with_name(f"{file.name}.data")):
+                written.unlink(missing_ok=True)
