@@ -69,6 +69,7 @@ class Engine:
         self.memory = memory
         self._vlm = vlm
         self._calibration = package.manifest.calibration
+        self._summary_tokens = package.manifest.prompt.summary_tokens
         self._photos: ByteLru[Prefix] = ByteLru(PHOTO_CACHE_BYTES)
         self._comparer = Comparer(vlm, package.digest, ByteLru(ANCHOR_CACHE_BYTES))
         self._costs: CostModel | None = None
@@ -217,7 +218,7 @@ class Engine:
             pixels = load_pixels(image)
         with clock.stage("read"):
             photo, known = self._read_or_known(pixels)
-        plan = plan_work(policy.k, clock.remaining_ms, costs)
+        plan = plan_work(policy.k, self._summary_tokens, clock.remaining_ms, costs)
         with clock.stage("describe"):
             opinion = first_opinion(self._vlm, photo.prefix, self._calibration, plan.summary_tokens)
         with clock.stage("retrieve"):
@@ -349,7 +350,7 @@ class Engine:
     def _measured_costs(self) -> CostModel:
         """Costs on this machine, measured once with a blank photo."""
         if self._costs is None:
-            self._costs = measure_costs(self._vlm, self._calibration)
+            self._costs = measure_costs(self._vlm, self._calibration, self._summary_tokens)
         return self._costs
 
 

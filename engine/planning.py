@@ -17,9 +17,9 @@ from meiqa.engine.vlm import ROWS_PER_CALL, Vlm
 from meiqa.kernels.thurstone import thurstone_map
 from meiqa.types import Budget
 
-FULL_SUMMARY_TOKENS = 96
 SHORT_SUMMARY_TOKENS = 16
-USUAL_SUMMARY_TOKENS = 48.0
+USUAL_SHARE = 0.5
+"""Share of its limit that a description is taken to need before one was seen."""
 FEWEST_NEIGHBOURS = 4
 HEADROOM = 1.15
 """Stages are planned to take this much longer than measured."""
@@ -74,12 +74,14 @@ class CostModel:
         return HEADROOM * neighbours * (2 if plan.both_orders else 1) * self.pair_ms
 
 
-def plan_work(k: int, remaining_ms: float | None, costs: CostModel | None) -> Plan:
+def plan_work(
+    k: int, summary_tokens: int, remaining_ms: float | None, costs: CostModel | None
+) -> Plan:
     """The first plan, in the declared order of degradation, that fits the time left.
 
     Shorter summary, no summary, fewer neighbours, one order, first opinion only.
     """
-    whole = Plan(FULL_SUMMARY_TOKENS, k, both_orders=True)
+    whole = Plan(summary_tokens, k, both_orders=True)
     if remaining_ms is None or costs is None:
         return whole
     for plan in degraded_plans(whole):
@@ -132,7 +134,7 @@ class Stopwatch:
         return None if self.budget.ms is None else self.budget.ms - self.elapsed_ms
 
 
-def measure_costs(vlm: Vlm, calibration: Calibration) -> CostModel:
+def measure_costs(vlm: Vlm, calibration: Calibration, summary_tokens: int) -> CostModel:
     """Time each stage warm, on a blank photo; compiles what is compiled on first use."""
     image = vlm.image
     side = math.isqrt(image.max_pixels) // image.cell_pixels * image.cell_pixels
@@ -152,7 +154,7 @@ def measure_costs(vlm: Vlm, calibration: Calibration) -> CostModel:
         thurstone_map(one[0], one, one, one, calibration.sigma, calibration.lam)
     return CostModel(
         token_ms=clock.timings_ms["describe"] / written,
-        summary_tokens=USUAL_SUMMARY_TOKENS,
+        summary_tokens=USUAL_SHARE * summary_tokens,
         pair_ms=clock.timings_ms["pairs"] / (2 * ROWS_PER_CALL),
         grade_ms=clock.timings_ms["grade"],
     )

@@ -49,6 +49,7 @@ class PromptFamily:
         stop: the token that ends the turn.
         level_words: tokens of the grades, from 1 to 5.
         verdicts: tokens for "the first" and "the second".
+        summary_tokens: tokens that a description may take when time allows.
     """
 
     name: str
@@ -65,6 +66,7 @@ class PromptFamily:
     stop: str
     level_words: tuple[str, ...]
     verdicts: tuple[str, str]
+    summary_tokens: int
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as they stand in the manifest."""
@@ -107,7 +109,10 @@ def fault_of(values: dict[str, Any]) -> tuple[str, str] | None:
         return "has other fields than this version reads", f"unknown {', '.join(unknown)}"
     if missing := sorted(names - values.keys()):
         return "has other fields than this version reads", f"no {', '.join(missing)}"
-    for name in sorted(names - ANSWERS.keys()):
+    limit = values["summary_tokens"]
+    if type(limit) is not int or limit < 1:
+        return "needs a whole number from 1 up as summary_tokens", repr(limit)
+    for name in sorted(names - ANSWERS.keys() - {"summary_tokens"}):
         if not is_text(values[name]):
             return f"needs a text as {name}", repr(values[name])
         if not values[name] and name not in MAY_BE_EMPTY:
@@ -166,6 +171,7 @@ MEIQA = PromptFamily(
     stop="<|im_end|>",
     level_words=tuple(f" {word}" for word in LEVEL_WORDS),
     verdicts=("1", "2"),
+    summary_tokens=96,
 )
 """The family of the embedded default model: the chat layout of Qwen2.5-VL with short questions."""
 
@@ -207,6 +213,7 @@ VISUALQUALITY_R1 = PromptFamily(
     stop="<|im_end|>",
     level_words=MEIQA.level_words,
     verdicts=("1", "2"),
+    summary_tokens=384,
 )
 """For VisualQuality-R1: a description in think tags, then a rating with two decimals.
 

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from meiqa.errors import PackageCorrupted
 from meiqa.export.layers import Layer, derived, followed_by, layers_of, replace_node
 
+LARGEST = float(np.finfo(np.float16).max)
+
 
 def halved(model: ir.Model, chosen: Callable[[Layer], bool] = lambda layer: True) -> None:
     """Store the weights of linear layers and convolutions as fp16 and multiply in fp16, in place.
@@ -60,11 +62,11 @@ def in_half_range(name: str) -> Callable[[NDArray[np.float32]], NDArray[np.float
 
     def rounded(values: NDArray[np.float32]) -> NDArray[np.float16]:
         largest = float(np.abs(values).max(initial=0.0))
-        if not largest <= np.finfo(np.float16).max:
+        if not largest <= LARGEST:
             raise PackageCorrupted(
                 f"the weight {name} does not fit into fp16",
                 seen=f"{largest:g}",
-                allowed=f"up to {np.finfo(np.float16).max:g}",
+                allowed=f"up to {LARGEST:g}",
                 hint="export with --precision fp32",
             )
         return values.astype(np.float16)

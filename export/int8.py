@@ -97,19 +97,13 @@ def quantised(
         at_input = ranges[str(source.name)]
         steps = partial(layer_steps, layer.output_axis, bias_limit(layer, at_input))
         if layer.bias is not None:
-            layer.node.replace_input_with(2, bias_in_steps(graph, layer, steps, at_input))
+            bias = bias_in_steps(graph, layer, layer.bias, steps, at_input)
+            layer.node.replace_input_with(2, bias)
         layer.node.replace_input_with(1, weight_in_steps(graph, layer, steps))
         layer.node.replace_input_with(0, through_bytes(graph, source, at_input))
         if layer.is_convolution:
             requantise(graph, result, ranges[str(result.name)])
     drop_unread(graph)
-
-
-def output_steps(weight: Floats, axis: int) -> Floats:
-    """Step (C,) of each output channel: its largest weight is `LARGEST` steps, 0 where all are 0."""
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    largest: Floats = np.abs(weight).max(axis=others) / np.float32(LARGEST)
-    return largest
 
 
 def bias_limit(layer: Layer, at_input: Range) -> Callable[[], Floats | float]:
@@ -123,8 +117,9 @@ def bias_limit(layer: Layer, at_input: Range) -> Callable[[], Floats | float]:
 
 
 def layer_steps(axis: int, smallest: Callable[[], Floats | float], weight: Floats) -> Floats:
-    """Step (C,) of each output channel of a layer's weight, wide enough for its bias too."""
-    steps = np.maximum(output_steps(weight, axis), smallest())
+    """Step (C,) of each output channel of a weight: `LARGEST` of them are its largest value."""
+    largest = np.abs(weight).max(axis=tuple(i for i in range(weight.ndim) if i != axis))
+    steps = np.maximum(largest / LARGEST, smallest())
     return np.where(steps > 0, steps, 1.0).astype(np.float32)
 
 
@@ -143,23 +138,23 @@ def weight_in_steps(graph: ir.Graph, layer: Layer, steps: Steps) -> ir.Value:
     return dequantised(graph, codes, scale, zero, axis)
 
 
-def bias_in_steps(graph: ir.Graph, layer: Layer, steps: Steps, at_input: Range) -> ir.Value:
+def bias_in_steps(
+    graph: ir.Graph, layer: Layer, bias: ir.Value, steps: Steps, at_input: Range
+) -> ir.Value:
     """A convolution's bias in the steps of its sums."""
-    assert layer.bias is not None
-    name, tensor, width = f"{layer.bias.name}", layer.bias.const_value, layer.shape[0]
+    width, weight = layer.shape[0], layer.weight.const_value
 
-    def sum_steps(weight: Floats) -> Floats:
-        return steps(weight) * at_input.scale
+    def sum_steps(_: Floats) -> Floats:
+        return steps(read(weight)) * at_input.scale
 
-    def whole(weight: Floats) -> NDArray[np.int32]:
-        codes: NDArray[np.int32] = np.rint(
-            read(tensor).astype(np.float64) / sum_steps(weight)
-        ).astype(np.int32)
+    def whole(values: Floats) -> NDArray[np.int32]:
+        exact = values.astype(np.float64) / sum_steps(values)
+        codes: NDArray[np.int32] = np.rint(exact).astype(np.int32)
         return codes
 
-    scale = derived(graph, layer.weight, f"{name}.scale", ir.DataType.FLOAT, (width,), sum_steps)
-    codes = derived(graph, layer.weight, f"{name}.int32", ir.DataType.INT32, (width,), whole)
-    zero = constant(graph, f"{name}.zero", np.zeros(width, np.int32))
+    scale = derived(graph, bias, "scale", ir.DataType.FLOAT, (width,), sum_steps)
+    codes = derived(graph, bias, "int32", ir.DataType.INT32, (width,), whole)
+    zero = constant(graph, f"{bias.name}.zero", np.zeros(width, np.int32))
     return dequantised(graph, codes, scale, zero, 0)
 
 
@@ -190,6 +185,5 @@ def through_bytes(graph: ir.Graph, value: ir.Value, at: Range) -> ir.Value:
 def requantise(graph: ir.Graph, result: ir.Value, at: Range) -> None:
     """Make all who read a convolution's result read it through bytes."""
     readers = [(node, index) for node, index in result.uses() if node.op_type != "QuantizeLinear"]
-    back = through_bytes(graph, result, at)
     for node, index in readers:
-        node.replace_input_with(index, back)
+        node.replace_input_with(index, through_bytes(graph, result, at))

@@ -32,7 +32,6 @@ from meiqa.engine.package import (
     write_manifest,
 )
 from meiqa.engine.pipeline import fitted_to
-from meiqa.engine.planning import FULL_SUMMARY_TOKENS
 from meiqa.engine.prompts import MEIQA, PromptFamily
 from meiqa.engine.runtime.base import GraphSession
 from meiqa.engine.runtime.onnx import open_sessions
@@ -391,7 +390,7 @@ def exercise(vlm: LocalVlm, pictures: Pictures) -> None:
     """Ask everything that the engine asks: read, describe, grade, compare, reflect."""
     prefixes = vlm.read([vlm.encode(picture) for picture in pictures])
     for prefix, other in zip(prefixes, prefixes[1:] + prefixes[:1], strict=True):
-        description = vlm.describe(prefix, FULL_SUMMARY_TOKENS)
+        description = vlm.describe(prefix, vlm.prompts.family.summary_tokens)
         vlm.grade(prefix)
         vlm.prefer_first([prefix], [other.tokens])
         vlm.reflect(prefix, description.text, 3.5, 2.5)
@@ -404,7 +403,8 @@ def fitted_projection(vlm: LocalVlm, pictures: Pictures) -> NDArray[np.float32]:
         PackageCorrupted: the model describes none of the pictures.
     """
     tokens = [vlm.encode(picture) for picture in pictures]
-    keys = [vlm.describe(prefix, FULL_SUMMARY_TOKENS).key for prefix in vlm.read(tokens)]
+    limit = vlm.prompts.family.summary_tokens
+    keys = [vlm.describe(prefix, limit).key for prefix in vlm.read(tokens)]
     known = [(t, key) for t, key in zip(tokens, keys, strict=True) if key is not None]
     if not known:
         raise PackageCorrupted("the model describes none of the pictures", seen="empty texts")

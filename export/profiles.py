@@ -8,7 +8,6 @@ from math import isqrt
 
 from meiqa.engine.images import MAX_ASPECT
 from meiqa.engine.package import EnginePackage, Graph, Profile
-from meiqa.engine.planning import FULL_SUMMARY_TOKENS
 from meiqa.engine.vlm import ANSWER_TOKENS, PAST_STEP, RATING_TOKENS, ROWS_PER_CALL
 from meiqa.errors import PackageCorrupted, UsageError
 
@@ -143,13 +142,14 @@ def call_lengths(package: EnginePackage) -> tuple[CallLengths, CallLengths]:
     usual = min(most, max(1, USUAL_SIDE // image.cell_pixels) ** 2)
     around = len(prompts.opening) + len(prompts.closing)
     asked = len(prompts.second_opening) + len(prompts.closing) + len(prompts.compare)
-    summary = int(FULL_SUMMARY_TOKENS * ROOM_FOR_WRITING)
+    limit = prompts.family.summary_tokens
+    summary = int(limit * ROOM_FOR_WRITING)
     reflect = len(prompts.reflect("", 1.0, 1.0)) + summary
     longest_question = max(len(prompts.score), len(prompts.levels), reflect)
     # What `LocalVlm` writes behind a description, and the steps in which it makes room.
-    described = len(prompts.score) + FULL_SUMMARY_TOKENS + ANSWER_TOKENS + RATING_TOKENS
+    described = len(prompts.score) + limit + ANSWER_TOKENS + RATING_TOKENS
     return (
-        CallLengths(asked + usual, around + usual, len(prompts.score) + FULL_SUMMARY_TOKENS // 2),
+        CallLengths(asked + usual, around + usual, len(prompts.score) + limit // 2),
         CallLengths(
             max(asked + most, longest_question),
             around + most,

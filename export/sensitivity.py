@@ -44,12 +44,11 @@ class Answers:
     preferences: NDArray[np.float64]
 
     @classmethod
-    def of(cls, vlm: Vlm, tokens: Sequence[VisualTokens]) -> Answers:
+    def of(cls, vlm: Vlm, tokens: list[VisualTokens]) -> Answers:
         """Grade all pictures and compare each with the ones after it."""
         prefixes = vlm.read(tokens)
-        around = [*tokens, *tokens]
-        others = (around[i + 1 : i + 1 + COMPARED] for i in range(len(tokens)))
-        logits = [vlm.prefer_first([p], o) for p, o in zip(prefixes, others, strict=True)]
+        around = [*tokens[1:], *tokens * COMPARED]
+        logits = [vlm.prefer_first([p], around[i:][:COMPARED]) for i, p in enumerate(prefixes)]
         grades = [expected_grade(vlm.grade(prefix)) for prefix in prefixes]
         return cls(np.array(grades), 1 / (1 + np.exp(-np.stack(logits))))
 

@@ -36,7 +36,10 @@ class TorchSession:
 
     def run(self, inputs: Feeds) -> dict[str, NDArray[np.float32]]:
         """Execute the module; see `GraphSession`."""
-        arguments = (torch.from_numpy(np.require(inputs[n], requirements="W")) for n in self._interface.inputs)
+        arguments = (
+            torch.from_numpy(np.require(inputs[n], requirements="W"))
+            for n in self._interface.inputs
+        )
         with torch.no_grad():
             made = self._module(*arguments)
         tensors = made if isinstance(made, tuple) else (made,)

@@ -85,7 +85,7 @@ def _engine_lines(engines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _tree(values: object, depth: int = 1) -> list[str]:
-    """Nested values, one to a line; a list of records becomes a line a record."""
+    """Nested values, one to a line; a list of records becomes a table."""
     indent = "  " * depth
     if not isinstance(values, Mapping):
         return [f"{indent}{_value(values)}"]
@@ -94,12 +94,23 @@ def _tree(values: object, depth: int = 1) -> list[str]:
         if isinstance(value, Mapping) and value:
             lines += [f"{indent}{name}", *_tree(value, depth + 1)]
         elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
-            rows = [", ".join(f"{k} {_value(v)}" for k, v in record.items()) for record in value]
-            lines += [f"{indent}{name}", *(f"{indent}  {row}" for row in rows)]
+            lines += [f"{indent}{name}", *(f"{indent}  {row}" for row in _table(value))]
         else:
             lines.append(f"{indent}{name:<18}{_value(value)}")
     return lines
 
 
+def _table(records: Sequence[Mapping[str, object]]) -> list[str]:
+    """Records under their names, in columns."""
+    rows = [list(records[0]), *([_value(v) for v in record.values()] for record in records)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
 def _value(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

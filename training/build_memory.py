@@ -15,7 +15,6 @@ from pathlib import Path
 from meiqa.engine.images import load_pixels
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import fitted_to
-from meiqa.engine.planning import FULL_SUMMARY_TOKENS
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import LocalVlm, Prefix
 from meiqa.errors import PackageCorrupted
@@ -37,7 +36,7 @@ def read_photograph(vlm: LocalVlm, path: Path) -> tuple[str, Prefix]:
 def anchor_case(vlm: LocalVlm, path: Path, score: float) -> Case:
     """See, read and describe one photograph."""
     digest, prefix = read_photograph(vlm, path)
-    description = vlm.describe(prefix, FULL_SUMMARY_TOKENS)
+    description = vlm.describe(prefix, vlm.prompts.family.summary_tokens)
     if description.key is None:
         raise PackageCorrupted("the model writes nothing about an anchor", seen=path.name)
     return Case(
@@ -58,9 +57,9 @@ def build_memory(package: EnginePackage, data: Path, out: Path) -> int:
     vlm = LocalVlm(package, *open_sessions(package, "cpu", None))
     names = anchor_names(data)
     rows = [row for row in human_scored(data) if row["file"] in names]
-    width = package.manifest.decoder.hidden_size
+    widths = package.manifest.decoder
     began = time.perf_counter()
-    with AnchorWriter(out, package.digest, key_width=width, token_width=width) as writer:
+    with AnchorWriter(out, package.digest, widths.hidden_size, widths.embed_width) as writer:
         for index, row in enumerate(rows, start=1):
             path = data / "biq2021" / "images" / row["file"]
             case = anchor_case(vlm, path, 1.0 + 4.0 * float(row["mos"]))

@@ -25,7 +25,6 @@ from meiqa.engine.caches import ByteLru
 from meiqa.engine.comparing import Comparer, preferences_of
 from meiqa.engine.package import Calibration, EnginePackage, Logistic
 from meiqa.engine.pipeline import ANCHOR_CACHE_BYTES
-from meiqa.engine.planning import FULL_SUMMARY_TOKENS
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.scoring import expected_grade
 from meiqa.engine.vlm import LocalVlm, Prefix
@@ -77,7 +76,7 @@ def judge_anchors(package: EnginePackage, bank: MemoryBank, data: Path, limit: i
     columns: dict[str, list[Any]] = {name: [] for name in Judged.__dataclass_fields__}
     for index, row in enumerate(sorted(rows, key=lambda r: name_hash(r["file"]))[:limit], 1):
         digest, prefix = read_photograph(vlm, data / "biq2021" / "images" / row["file"])
-        description = vlm.describe(prefix, FULL_SUMMARY_TOKENS)
+        description = vlm.describe(prefix, vlm.prompts.family.summary_tokens)
         if description.key is None:
             raise PackageCorrupted("the model writes nothing about an anchor", seen=row["file"])
         neighbours = snapshot.retrieve(

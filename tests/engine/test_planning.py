@@ -16,8 +16,8 @@ WHOLE = Plan(96, 8, both_orders=True)
 
 
 def test_no_limit_no_loss() -> None:
-    assert plan_work(8, None, COSTS) == WHOLE
-    assert plan_work(8, 1e9, COSTS) == WHOLE
+    assert plan_work(8, 96, None, COSTS) == WHOLE
+    assert plan_work(8, 96, 1e9, COSTS) == WHOLE
 
 
 def test_the_order_of_degradation() -> None:
@@ -59,7 +59,7 @@ def test_every_loss_is_named() -> None:
 @pytest.mark.parametrize("remaining_ms", [0.0, 0.1, -50.0])
 @pytest.mark.parametrize("k", [0, 1, 32])
 def test_too_little_for_anything(remaining_ms: float, k: int) -> None:
-    plan = plan_work(k, remaining_ms, COSTS)
+    plan = plan_work(k, 96, remaining_ms, COSTS)
     assert (plan.summary_tokens, plan.neighbours) == (0, 0)
     assert "initial score only" in plan.degraded
 
@@ -74,7 +74,7 @@ def test_the_first_plan_that_fits_is_taken(
     k: int, remaining_ms: float, token_ms: float, pair_ms: float
 ) -> None:
     costs = CostModel(token_ms, 40.0, pair_ms, grade_ms=3.0)
-    plan = plan_work(k, remaining_ms, costs)
+    plan = plan_work(k, 96, remaining_ms, costs)
     better = list(itertools.takewhile(lambda p: p != plan, degraded_plans(Plan(96, k, True))))
     assert all(costs.of(p) > remaining_ms for p in better)
     assert costs.of(plan) <= remaining_ms or "initial score only" in plan.degraded
@@ -82,7 +82,7 @@ def test_the_first_plan_that_fits_is_taken(
 
 def test_more_time_buys_more() -> None:
     spans = (30, 60, 120, 200, 400)
-    plans = [plan_work(8, span, COSTS) for span in spans]
+    plans = [plan_work(8, 96, span, COSTS) for span in spans]
     pairs = [p.neighbours * (1 + p.both_orders) for p in plans]
     assert pairs == sorted(pairs)
     assert pairs[0] < pairs[-1]
@@ -101,9 +101,9 @@ def test_costs_move_towards_what_is_measured() -> None:
 
 def test_a_slower_machine_plans_less() -> None:
     costs = CostModel(2.0, 40.0, 3.0, 4.0)
-    before = plan_work(8, 160, costs)
+    before = plan_work(8, 96, 160, costs)
     costs.observe("pair_ms", 30.0)
-    after = plan_work(8, 160, costs)
+    after = plan_work(8, 96, 160, costs)
     assert len(after.degraded) > len(before.degraded)
 
 

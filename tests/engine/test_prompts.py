@@ -229,6 +229,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "half an answer": ({"answer_close": ""}, "both answer_open and answer_close"),
     "typing error": ({"reflect": "{sumary} {initial} {score}"}, "no placeholder {sumary}"),
     "no score": ({"reflect": "{summary} {initial}"}, r"got no {score}"),
+    "no limit": ({"summary_tokens": 0}, "a whole number from 1 up as summary_tokens"),
+    "limit as text": ({"summary_tokens": "96"}, "a whole number from 1 up"),
     "wrong format": ({"reflect": "{summary:.2f} {initial} {score}"}, "wrong format in reflect"),
 }
 

@@ -20,7 +20,6 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, save
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from meiqa.engine.images import _grid
 from meiqa.engine.package import (
@@ -43,6 +42,7 @@ from meiqa.export.engines import (
     builder_for,
     graphs_for,
 )
+from meiqa.export.package import ExportOptions, export_package
 from meiqa.export.profiles import (
     Limits,
     decoder_profiles,
@@ -56,6 +56,7 @@ from tests.engine.samples import PHOTOS, seen
 
 CAPABILITIES = ("8.6", "8.9", "12.0")
 DEFAULT = embedded_assets() / "package"
+CHECKPOINT = Path(__file__).parents[2] / "training" / "default"
 
 needs_builder = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None,
@@ -73,37 +74,11 @@ def sealed(folder: Path, **changes: Any) -> EnginePackage:
     return EnginePackage.open(folder)
 
 
-def make_float(model: ir.Model) -> None:
-    """Undo the quantisation of a graph: the floats that its integers stand for."""
-    graph = model.graph
-    for node in list(graph):
-        if node.op_type == "QuantizeLinear":
-            (source, scale, _), quantised = node.inputs, node.outputs[0]
-            for use in list(quantised.uses()):
-                use.node.outputs[0].replace_all_uses_with(source)
-        elif node.op_type == "DequantizeLinear" and node.inputs[0].const_value is not None:
-            values, scale = (value.const_value.numpy() for value in node.inputs[:2])
-            shape = [1] * values.ndim
-            shape[node.attributes["axis"].as_int()] = scale.size
-            floats = (values * scale.reshape(shape)).astype(np.float32)
-            name = node.outputs[0].name
-            constant = ir.Value(name=f"{name}_float", const_value=ir.tensor(floats, name=name))
-            graph.register_initializer(constant)
-            node.outputs[0].replace_all_uses_with(constant)
-    RemoveUnusedNodesPass()(model)
-
-
 @pytest.fixture(scope="module")
 def float_package(tmp_path_factory: pytest.TempPathFactory) -> EnginePackage:
-    """Give the default model in fp32, with its weights beside the graphs as in a large one."""
-    folder = Path(shutil.copytree(DEFAULT, tmp_path_factory.mktemp("float") / "package"))
-    graphs = {}
-    for name, graph in EnginePackage.open(folder).manifest.graphs.items():
-        model = ir.load(folder / graph.file)
-        make_float(model)
-        ir.save(model, folder / graph.file, external_data=f"{graph.file}.data")
-        graphs[name] = replace(graph, weights=f"{graph.file}.data")
-    return sealed(folder, precision="fp32", graphs=graphs, engines=())
+    """Give the default model in fp32, exported from its checkpoint."""
+    out = tmp_path_factory.mktemp("float") / "package"
+    return export_package(CHECKPOINT, out, ExportOptions("fp32"))
 
 
 @pytest.fixture(scope="module")
