@@ -239,6 +239,8 @@ class Engine:
         if costs:
             observe_costs(costs, clock, opinion, verdicts, plan)
         reflection, notes = None, degradations(plan, opinion, verdicts, len(neighbours))
+        if neighbours and not key.any():
+            notes += ("neighbours not chosen by likeness: the package has no image key",)
         if learn and gate_opens(opinion, posterior, self._calibration.reflect_above):
             with clock.stage("reflect"):
                 reflection, unlearnt = self._learn(photo, opinion, posterior, clock)

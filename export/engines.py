@@ -18,16 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from meiqa.engine.package import GRAPHS, EnginePackage, Profile, TensorRtEngine
 from meiqa.engine.runtime.tensorrt import TensorRt, hull, installed_tensorrts, open_gpu
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, PackageError, UsageError
 from meiqa.export.profiles import Limits, decoder_profiles, vision_profiles
 from meiqa.locations import user_cache
-
-if TYPE_CHECKING:
-    pass
 
 ENGINE_PRECISIONS = ("fp32", "fp16", "int8")
 FOLDER = "engines"
@@ -391,9 +388,6 @@ def _interruptible() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-# --- Files --------------------------------------------------------------------------------------
 
 
 @contextmanager

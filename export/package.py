@@ -32,7 +32,7 @@ from meiqa.engine.package import (
     write_manifest,
 )
 from meiqa.engine.pipeline import fitted_to
-from meiqa.engine.prompts import MEIQA, PromptFamily
+from meiqa.engine.prompts import PromptFamily, prompt_family
 from meiqa.engine.runtime.base import GraphSession
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import LocalVlm
@@ -64,7 +64,8 @@ CALIBRATED, STUDIED, CHECKED = slice(0, 40), slice(40, 80), slice(80, 120)
 """Which of the pictures ranges are observed on, layers' precisions chosen on, grades checked on."""
 KEY_PICTURES = 256
 SYNTHETIC_PICTURES, SYNTHETIC_SIDE = 4, 256
-WIDEST_WEIGHT_BYTES = 4
+PEAK_BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 5, "int4": 5}
+"""Bytes of a weight on the disk when an export takes most: quantised beside its float original."""
 ABSOLUTE, RELATIVE = 1e-4, {"fp32": 1e-5, "fp16": 2e-2}
 """A graph may differ from PyTorch by so much, or by this share of its largest output."""
 LARGEST_MOVES = {"fp32": 1e-3, "fp16": 1e-2, "int8": 0.03, "int4": 0.06}
@@ -80,22 +81,23 @@ class ExportOptions:
 
     Attributes:
         precision: one of `PRECISIONS`.
-        prompt: what the model is asked.
+        prompt: what the model is asked; by default what suits the checkpoint's family.
         pictures: photographs to calibrate and verify on; int8 needs them.
         max_pixels: bound of the area that the vision tower sees; the checkpoint's by default.
         sensitivity: measure which layers bear few bits; otherwise only the one that sees pixels and
             the one that makes logits stay in fp16. Takes minutes with a small model.
         key_pictures: how many of the pictures are described, to fit the key of photos about which
-            nothing is written; 0 leaves that out.
+            nothing is written; 0 leaves that out. By default 256, or 0 where the decoder's weights
+            exceed `PIECE_BYTES`, since writing with a large model takes hours on a CPU.
         say: told of each step.
     """
 
     precision: str = "int8"
-    prompt: PromptFamily = MEIQA
+    prompt: PromptFamily | None = None
     pictures: Sequence[ImageSource] = ()
     max_pixels: int | None = None
     sensitivity: bool = True
-    key_pictures: int = KEY_PICTURES
+    key_pictures: int | None = None
     say: Say = lambda step: None
 
     def __post_init__(self) -> None:
@@ -127,7 +129,7 @@ def export_package(source: Path, out: Path, options: ExportOptions) -> EnginePac
         raise UsageError(f"{out} is there already", hint="remove it or choose another name")
     checkpoint = Checkpoint.open(source)
     with unfinished(out) as folder:
-        require_space(checkpoint, folder)
+        require_space(checkpoint, folder, options.precision)
         Export(checkpoint, folder, options).write()
     return EnginePackage.open(out)
 
@@ -160,9 +162,11 @@ def remove_abandoned(out: Path) -> None:
             shutil.rmtree(folder)
 
 
-def require_space(checkpoint: Checkpoint, folder: Path) -> None:
+def require_space(checkpoint: Checkpoint, folder: Path, precision: str) -> None:
     """Refuse at once what would fill the disk after minutes."""
-    needed = sum(t.numel() for t in checkpoint.weights.headers().values()) * WIDEST_WEIGHT_BYTES
+    sizes = [tensor.numel() for tensor in checkpoint.weights.headers().values()]
+    # The largest tensor, the embedding, is written as a file and, where it is tied, as a head.
+    needed = (sum(sizes) + max(sizes)) * PEAK_BYTES_A_WEIGHT[precision]
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise PackageUnwritable(
@@ -180,6 +184,7 @@ class Export:
         self.checkpoint, self.folder, self.options = checkpoint, folder, options
         self.shape = checkpoint.decoder_shape
         self.image = narrowed(checkpoint.image, options.max_pixels)
+        self.prompt = options.prompt or prompt_family(checkpoint.family.prompt)
         self.report: dict[str, Any] = {}
         self.pictures = [fitted_to(load_pixels(p), self.image) for p in options.pictures]
 
@@ -277,7 +282,11 @@ class Export:
         if self.pictures:
             self.options.say("observing activations")
             calibrated = self.pictures[CALIBRATED]
-            observed = observe(files, lambda running: exercise(self.vlm(running), calibrated))
+            # Where each written token would read all weights again, questions have to do.
+            writes = PiecewiseSession(files["decoder"]).whole
+            observed = observe(
+                files, lambda running: exercise(self.vlm(running), calibrated, writes=writes)
+            )
         quantisation = Quantisation(files, self.options.precision, observed)
         plan = self.precisions(quantisation)
         self.options.say(f"rounding weights to {self.options.precision}")
@@ -329,8 +338,15 @@ class Export:
 
     def fit_key_projection(self) -> None:
         """Fit the linear map from visual tokens to a summary's key (ridge regression)."""
-        pictures = self.pictures[: self.options.key_pictures]
+        wanted = self.options.key_pictures
+        if wanted is None:
+            small = PiecewiseSession(self.folder / "decoder.onnx").whole
+            wanted = KEY_PICTURES if small else 0
+        pictures = self.pictures[:wanted]
         if not pictures:
+            self.options.say(
+                "no image key: photos without a description are not retrieved by likeness"
+            )
             return
         self.options.say(f"describing {len(pictures)} pictures to fit the image key")
         package = EnginePackage.open(self.folder, verify=False)
@@ -356,7 +372,7 @@ class Export:
             graphs=graphs,
             image=self.image,
             decoder=self.shape,
-            prompt=self.options.prompt,
+            prompt=self.prompt,
             calibration=UNCALIBRATED,
             report=self.report,
             files=files,
@@ -386,14 +402,15 @@ def synthetic_pictures(image: ImageProcessing) -> Pictures:
     return [np.clip(picture, 0, 255).astype(np.uint8) for picture in noisy]
 
 
-def exercise(vlm: LocalVlm, pictures: Pictures) -> None:
-    """Ask everything that the engine asks: read, describe, grade, compare, reflect."""
+def exercise(vlm: LocalVlm, pictures: Pictures, *, writes: bool) -> None:
+    """Ask everything that the engine asks: read, grade, compare and, if told so, write."""
     prefixes = vlm.read([vlm.encode(picture) for picture in pictures])
     for prefix, other in zip(prefixes, prefixes[1:] + prefixes[:1], strict=True):
-        description = vlm.describe(prefix, vlm.prompts.family.summary_tokens)
         vlm.grade(prefix)
         vlm.prefer_first([prefix], [other.tokens])
-        vlm.reflect(prefix, description.text, 3.5, 2.5)
+        if writes:
+            description = vlm.describe(prefix, vlm.prompts.family.summary_tokens)
+            vlm.reflect(prefix, description.text, 3.5, 2.5)
 
 
 def fitted_projection(vlm: LocalVlm, pictures: Pictures) -> NDArray[np.float32]:

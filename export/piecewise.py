@@ -28,7 +28,7 @@ class Piece:
 
 
 class PiecewiseSession:
-    """A graph file behind `GraphSession`; its weights are read anew in each call.
+    """A graph file behind `GraphSession`; weights that exceed the bound are read in each call.
 
     Args:
         path: an ONNX file, with its weights inside or beside it.
@@ -43,6 +43,11 @@ class PiecewiseSession:
         self._outputs = [output.name for output in graph.output]
         self._pieces = list(self._cut(piece_bytes))
         self._whole: onnxruntime.InferenceSession | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all weights are held at once, so that a call does not read them anew."""
+        return len(self._pieces) == 1
 
     def _cut(self, piece_bytes: int) -> Iterator[Piece]:
         """Cut the graph where the weights of a piece would exceed the bound."""
@@ -66,7 +71,7 @@ class PiecewiseSession:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
         """Execute the graph; see `GraphSession`."""
-        if len(self._pieces) == 1:
+        if self.whole:
             self._whole = self._whole or session_of(self._path)
             made = self._whole.run(self._outputs, dict(inputs))
             return dict(zip(self._outputs, made, strict=True))

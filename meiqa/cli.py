@@ -197,7 +197,7 @@ def _export(options: argparse.Namespace) -> int:
     photographs = options.calibration
     export_options = ExportOptions(
         precision=options.precision,
-        prompt=prompt_family(options.prompt),
+        prompt=None if options.prompt is None else prompt_family(options.prompt),
         pictures=[] if photographs is None else pictures_in(Path(photographs), options.pictures),
         max_pixels=options.max_pixels,
         sensitivity=options.sensitivity,
@@ -401,9 +401,9 @@ def _add_export(commands: _Commands) -> None:
     command.add_argument("--precision", choices=("fp32", "fp16", "int8", "int4"), default="int8")
     command.add_argument(
         "--prompt",
-        default="meiqa",
         metavar="NAME",
-        help="meiqa, visualquality-r1, q-insight, evoquality, levels, or a JSON file with one",
+        help="meiqa, visualquality-r1, q-insight, evoquality, levels, or a JSON file with one "
+        "(default: what suits the checkpoint's family)",
     )
     command.add_argument(
         "--calibration", metavar="DIR", help="photographs to calibrate and verify on"
@@ -420,9 +420,9 @@ def _add_export(commands: _Commands) -> None:
     command.add_argument(
         "--key-pictures",
         type=_count,
-        default=256,
         metavar="N",
-        help="how many of them are described, to fit the image key; 0 saves the time",
+        help="how many of them are described, to fit the image key (default: 256, or 0 with a "
+        "large model)",
     )
     command.add_argument(
         "--max-pixels", type=_positive_count, metavar="N", help="area that the model is shown"

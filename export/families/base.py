@@ -30,6 +30,7 @@ class Family:
         grid: reads pixels a patch and patches a cell, each along one side.
         tower_weight: value of one parameter of the tower, out of the stored tensors by their names
             below "visual.".
+        prompt: name of the prompt family that suits it best.
     """
 
     architecture: str
@@ -38,6 +39,7 @@ class Family:
     decoder: Callable[[Config], DecoderConfig]
     grid: Callable[[Config], tuple[int, int]]
     tower_weight: Callable[[str, Mapping[str, Tensor]], Tensor]
+    prompt: str = "visualquality-r1"
 
 
 @dataclass(frozen=True)

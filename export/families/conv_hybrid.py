@@ -235,5 +235,6 @@ FAMILY = Family(
     decoder=decoder_config,
     grid=grid,
     tower_weight=folded_weight,
+    prompt="meiqa",
 )
 """The embedded default model: this tower before a Qwen2.5-VL decoder."""

@@ -7,11 +7,14 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from meiqa.engine import pipeline
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
+from meiqa.engine.planning import Plan
 from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import ImageError, UsageError
 from meiqa.types import Assessment, Failure
@@ -152,3 +155,16 @@ def test_threads_share_an_engine(engine: Engine) -> None:
     for worker in workers:
         worker.join()
     assert [found[n] for n in range(3)] == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_without_an_image_key_the_choice_of_neighbours_says_so(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, fitted: bool
+) -> None:
+    monkeypatch.setattr(pipeline, "plan_work", lambda *_: Plan(0, 3, both_orders=True))
+    if not fitted:
+        width = engine.package.manifest.decoder.hidden_size
+        monkeypatch.setattr(pipeline, "projected_key", lambda *_: np.zeros(width, np.float32))
+    result = engine.score(PHOTOS[2], learn=False)
+    assert len(result.neighbours) == 3
+    assert any("no image key" in note for note in result.degraded) is not fitted

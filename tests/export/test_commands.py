@@ -30,21 +30,6 @@ def ended(capsys: pytest.CaptureFixture[str], module: str, *arguments: str | Pat
     return said
 
 
-def test_an_export_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "photo.png").touch()
-    arguments = (tmp_path / "nowhere", "--images", tmp_path, "--out", tmp_path / "package")
-    assert "config.json" in ended(capsys, "meiqa.export.package", *arguments)
-    assert not (tmp_path / "package").exists()
-
-
-def test_an_export_onto_something(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "photo.png").touch()
-    arguments = (checkpoint, "--images", tmp_path, "--out", tmp_path)
-    assert "is there already" in ended(capsys, "meiqa.export.package", *arguments)
-
-
 @pytest.mark.parametrize(
     ("command", "options"),
     [

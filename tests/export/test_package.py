@@ -47,7 +47,7 @@ def test_int8_is_smaller_and_says_nearly_the_same(
     assert int8_package.manifest.precision == "int8"
     assert int8_package.digest != package.digest
     packages = (package, int8_package)
-    sizes = [(p.path / "decoder.onnx").stat().st_size for p in packages]
+    sizes = [(p.path / "decoder.onnx.data").stat().st_size for p in packages]
     assert sizes[1] < sizes[0]
     exact, rounded = (seen(open_vlm(p), picture(77)) for p in packages)
     assert 0 < relative_difference(exact.values, rounded.values) < 0.1

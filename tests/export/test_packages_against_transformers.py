@@ -110,7 +110,7 @@ def test_the_greedy_text_is_the_same(twins: Twins, size: tuple[int, int]) -> Non
     length = len(prompts.opening) + len(tokens.values) + len(after)
     wanted = prompts.tokenizer.decode(written[0, length:].tolist()).strip()
     made = twins.vlm.describe(twins.vlm.read([tokens])[0], 24)
-    assert len(set(wanted)) > 8
+    assert len(wanted) > 12
     assert made.text == wanted
 
 
