@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from meiqa import cli
+from meiqa.commands import options
 from meiqa.engine.images import ImageSource, load_pixels
 from meiqa.errors import MeiqaError
 from meiqa.types import Assessment, Failure, Neighbour, PairComparison, quality_word
@@ -79,7 +79,7 @@ class BrightnessEngine:
 def engine(monkeypatch: pytest.MonkeyPatch) -> BrightnessEngine:
     """Put the brightness engine behind the command line."""
     engine = BrightnessEngine()
-    monkeypatch.setattr(cli, "open_engine", lambda *_, **__: engine)
+    monkeypatch.setattr(options, "open_engine", lambda *_, **__: engine)
     return engine
 
 

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from meiqa import cli
+from meiqa.commands import options
 from meiqa.errors import (
     DeviceUnavailable,
     MeiqaError,
@@ -64,9 +65,9 @@ def test_engine_options_reach_the_seam(monkeypatch: pytest.MonkeyPatch, capsys: 
         seen.append((args, options))
         raise PackageNotFound("no engine package at P", hint="build one")
 
-    monkeypatch.setattr(cli, "open_engine", refuse)
-    options = ["--package", "P", "--memory", "M", "--device", "cuda", "--threads", "3"]
-    assert cli.main(["score", "x.jpg", *options, "--no-verify"]) == 2
+    monkeypatch.setattr(options, "open_engine", refuse)
+    chosen = ["--package", "P", "--memory", "M", "--device", "cuda", "--threads", "3"]
+    assert cli.main(["score", "x.jpg", *chosen, "--no-verify"]) == 2
     expected = {"device": "cuda", "threads": 3, "verify": False, "learn": True}
     assert seen == [(("P", "M"), expected)]
     assert errors_of(capsys) == ["meiqa: error: no engine package at P; build one"]
@@ -191,7 +192,7 @@ def test_what_cannot_be_opened_exits_2(
     def refuse(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "open_engine", refuse)
+    monkeypatch.setattr(options, "open_engine", refuse)
     assert cli.main([*command]) == 2
     captured = capsys.readouterr()
     assert captured.err == f"meiqa: error: {error}\n"
@@ -277,7 +278,7 @@ def test_eval_knows_nothing_that_was_learnt(
         memories.append(memory)
         return engine
 
-    monkeypatch.setattr(cli, "open_engine", open_engine)
+    monkeypatch.setattr(options, "open_engine", open_engine)
     monkeypatch.setenv("MEIQA_MEMORY", str(tmp_path / "learnt"))
     command = ["eval", str(labels), "--images", str(labels.parent)]
     assert cli.main(command) == 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from meiqa import cli
+from meiqa.commands import options
 from meiqa.demo import demo_photos
 
 
@@ -43,7 +44,7 @@ def test_demo_leaves_the_users_memory_alone(
         opened.append(memory)
         return engine
 
-    monkeypatch.setattr(cli, "open_engine", open_engine)
+    monkeypatch.setattr(options, "open_engine", open_engine)
     assert cli.main(["demo"]) == 0
     assert not Path(opened[0]).exists()
     assert cli.main(["demo", "--memory", str(tmp_path)]) == 0

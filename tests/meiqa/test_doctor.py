@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from meiqa import cli, doctor
+from meiqa.commands import options
 from meiqa.errors import PackageNotFound
 from meiqa.locations import user_memory
 
@@ -48,7 +49,7 @@ def test_a_missing_package_is_listed_with_its_command(
     def refuse(*_: object, **__: object) -> None:
         raise PackageNotFound("no engine package", hint="meiqa export CHECKPOINT")
 
-    monkeypatch.setattr(cli, "open_engine", refuse)
+    monkeypatch.setattr(options, "open_engine", refuse)
     assert cli.main(["doctor", "--memory", str(tmp_path)]) == 1
     assert "no engine package; meiqa export CHECKPOINT" in capsys.readouterr().out
 

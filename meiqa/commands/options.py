@@ -1,0 +1,134 @@
+"""What commands have in common: their options, the engine they open, how they report."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from meiqa.errors import UsageError, one_line
+from meiqa.types import Budget
+
+if TYPE_CHECKING:
+    from meiqa.engine.pipeline import Engine
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+EXIT_FAILURES = 1
+"""Some photos could not be assessed, or something essential is missing."""
+
+
+def open_engine(
+    package: str | None,
+    memory: str | None,
+    *,
+    device: str,
+    threads: int | None,
+    verify: bool,
+    learn: bool,
+) -> Engine:
+    """Open the engine of a command; the one place where the command line meets the engine."""
+    from meiqa.engine.pipeline import Engine
+
+    return Engine.open(package, memory, device=device, threads=threads, verify=verify, learn=learn)
+
+
+def engine_of(options: argparse.Namespace, *, learn: bool = False) -> Engine:
+    return open_engine(
+        options.package,
+        options.memory,
+        device=options.device,
+        threads=options.threads,
+        verify=options.verify,
+        learn=learn,
+    )
+
+
+def budget_of(options: argparse.Namespace) -> Budget | None:
+    return None if options.budget_ms is None else Budget(ms=options.budget_ms)
+
+
+@contextmanager
+def offline_packages(extra: str) -> Iterator[None]:
+    """Say how to install what the engine itself does without."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "this command needs packages that are not installed",
+            seen=f"no {error.name}",
+            hint=f"pip install 'meiqa[{extra}]'",
+        ) from error
+
+
+def report_failures(failures: Sequence[Mapping[str, Any]], attempted: int) -> int:
+    for failure in failures:
+        path, error = one_line(failure["path"]), failure["error"]
+        say(f"error: {error}" if path in error else f"error: {path}: {error}")
+    if failures and attempted > 1:
+        say(f"{len(failures)} of {attempted} inputs could not be assessed")
+    return EXIT_FAILURES if failures else 0
+
+
+def say(line: str) -> None:
+    sys.stderr.write(f"meiqa: {line}\n")
+
+
+def add_format(command: argparse.ArgumentParser, *formats: str) -> None:
+    command.add_argument("--format", choices=formats, default=formats[0])
+
+
+def add_effort(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--budget-ms",
+        type=milliseconds,
+        metavar="N",
+        help="time for each photo (default: no limit)",
+    )
+    command.add_argument("--k", type=count, metavar="N", help="how many neighbours to compare with")
+
+
+def add_engine(command: argparse.ArgumentParser, *, memory: str = "the user's own") -> None:
+    command.add_argument("--package", metavar="DIR", help="engine package (default: the embedded)")
+    command.add_argument("--memory", metavar="DIR", help=f"memory (default: {memory})")
+    command.add_argument("--device", choices=("cpu", "cuda", "tensorrt"), default="cpu")
+    command.add_argument("--threads", type=positive_count, metavar="N")
+    add_no_verify(command)
+
+
+def add_no_verify(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not check digests on opening"
+    )
+
+
+def milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of milliseconds")
+    return value
+
+
+def count(text: str) -> int:
+    return whole_number(text, lowest=0)
+
+
+def positive_count(text: str) -> int:
+    return whole_number(text, lowest=1)
+
+
+def whole_number(text: str, *, lowest: int) -> int:
+    complaint = f"{text!r} is not a whole number from {lowest} up"
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(complaint) from None
+    if value < lowest:
+        raise argparse.ArgumentTypeError(complaint)
+    return value
