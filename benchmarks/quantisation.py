@@ -22,12 +22,13 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from meiqa.benchmarks.accuracy import LabelTable, evaluate
+from meiqa.benchmarks.accuracy import evaluate
 from meiqa.engine.package import Calibration, EnginePackage
 from meiqa.engine.pipeline import Engine, sessions_on
 from meiqa.engine.remembering import open_memory
 from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import MeiqaError, UsageError
+from meiqa.labels import LabelTable
 from meiqa.types import Assessment, Failure
 
 Floats = NDArray[np.float64]

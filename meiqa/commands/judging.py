@@ -112,8 +112,9 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from meiqa.benchmarks.accuracy import LabelTable, evaluate
+    from meiqa.benchmarks.accuracy import evaluate
     from meiqa.formats import evaluation_text, json_text
+    from meiqa.labels import LabelTable
     from meiqa.locations import embedded_assets
     from meiqa.progress import Progress
 

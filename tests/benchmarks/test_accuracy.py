@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from meiqa.benchmarks.accuracy import LabelTable, evaluate
+from meiqa.benchmarks.accuracy import evaluate
 from meiqa.errors import DecodeError, UsageError
+from meiqa.labels import LabelTable
 from meiqa.types import Assessment, Failure, Neighbour
 
 

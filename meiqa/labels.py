@@ -1,0 +1,168 @@
+"""Label tables: photographs and their human scores."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from meiqa.errors import UsageError
+
+__all__ = ["LabelTable"]
+
+_IMAGE_COLUMNS = ("file", "path", "image", "filename", "name")
+_SCORE_COLUMNS = ("mos", "score", "quality")
+_KNOWN_RANGES = ((0.0, 1.0), (1.0, 5.0), (0.0, 100.0))
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Image files and their human scores on the scale `mos_range`, higher is better."""
+
+    files: tuple[str, ...]
+    scores: tuple[float, ...]
+    mos_range: tuple[float, float]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path,
+        *,
+        split: str | None = None,
+        mos_range: Sequence[float] | None = None,
+    ) -> Self:
+        """Read a CSV file with a header.
+
+        The image column is the first of file, path, image, filename, name that is there; the score
+        column the first of mos, score, quality; an optional column split selects rows.
+
+        Args:
+            path: The table.
+            split: Only rows whose split is this.
+            mos_range: Ends of the human scale; without it the first of 0–1, 1–5 and 0–100 that
+                holds every score of the table, whatever its split.
+
+        Raises:
+            UsageError: the file, its columns, a score or the split make no sense.
+        """
+        rows, columns = _rows(Path(path))
+        image = _column(columns, _IMAGE_COLUMNS, "image", path)
+        score = _column(columns, _SCORE_COLUMNS, "score", path)
+        scores = [_score(row[score], line, path) for line, row in rows]
+        limits = _range_of(scores, mos_range, path)
+        chosen = _rows_of_split(rows, columns, split, path)
+        return cls(
+            files=tuple(rows[index][1][image] for index in chosen),
+            scores=tuple(scores[index] for index in chosen),
+            mos_range=limits,
+        )
+
+    def spread(self, limit: int | None) -> Self:
+        """Keep `limit` rows at equal distances, for tables are often sorted by kind or score."""
+        if limit is None or limit >= len(self):
+            return self
+        chosen = [index * len(self) // limit for index in range(limit)]
+        return replace(
+            self,
+            files=tuple(self.files[index] for index in chosen),
+            scores=tuple(self.scores[index] for index in chosen),
+        )
+
+    def scores_1_to_5(self) -> tuple[float, ...]:
+        """Map the human scores linearly to 1–5."""
+        low, high = self.mos_range
+        return tuple(1 + 4 * (score - low) / (high - low) for score in self.scores)
+
+
+def _rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], tuple[str, ...]]:
+    """Read (line number, row) pairs and the column names in lower case."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="", restkey="")
+            columns = tuple((name or "").strip().lower() for name in reader.fieldnames or ())
+            reader.fieldnames = list(columns)
+            rows = [(reader.line_num, row) for row in reader]
+    except OSError as error:
+        raise UsageError(
+            f"{path}: {error.strerror}", allowed="a CSV file with an image and a score column"
+        ) from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    if not rows:
+        raise UsageError(f"{path} holds no rows")
+    return rows, columns
+
+
+def _column(columns: Sequence[str], accepted: Sequence[str], kind: str, path: str | Path) -> str:
+    for name in accepted:
+        if name in columns:
+            return name
+    raise UsageError(
+        f"{path} has no {kind} column",
+        seen=f"the columns {', '.join(columns)}",
+        allowed=", ".join(accepted),
+        hint="rename one",
+    )
+
+
+def _score(text: str, line: int, path: str | Path) -> float:
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise UsageError(f"{path}, line {line}: the score is not a number", seen=repr(text))
+    return score
+
+
+def _range_of(
+    scores: Sequence[float], mos_range: Sequence[float] | None, path: str | Path
+) -> tuple[float, float]:
+    if mos_range is None:
+        return _known_range(scores, path)
+    low, high = mos_range
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UsageError("the range of human scores is empty", seen=f"{low:g} to {high:g}")
+    if min(scores) < low or max(scores) > high:
+        raise UsageError(
+            f"{path} has scores outside the range given",
+            seen=f"{min(scores):g} to {max(scores):g}",
+            allowed=f"{low:g} to {high:g}",
+            hint="give the ends of the scale with --mos-range LO HI",
+        )
+    return low, high
+
+
+def _rows_of_split(
+    rows: Sequence[tuple[int, dict[str, str]]],
+    columns: Sequence[str],
+    split: str | None,
+    path: str | Path,
+) -> list[int]:
+    if split is None:
+        return list(range(len(rows)))
+    if "split" not in columns:
+        raise UsageError(f"{path} has no split column", seen=f"the columns {', '.join(columns)}")
+    chosen = [index for index, (_, row) in enumerate(rows) if row["split"] == split]
+    if not chosen:
+        splits = sorted({row["split"] for _, row in rows})
+        raise UsageError(f"{path} has no such split", seen=split, allowed=", ".join(splits))
+    return chosen
+
+
+def _known_range(scores: Sequence[float], path: str | Path) -> tuple[float, float]:
+    for low, high in _KNOWN_RANGES:
+        if low <= min(scores) and max(scores) <= high:
+            return low, high
+    raise UsageError(
+        f"{path} has scores on an unknown scale",
+        seen=f"{min(scores):g} to {max(scores):g}",
+        allowed="0 to 1, 1 to 5 or 0 to 100",
+        hint="give the ends of the scale with --mos-range LO HI",
+    )
