@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -335,6 +336,8 @@ class TensorRtEngine(_Fields):
     def from_dict(cls, values: Mapping[str, Any]) -> TensorRtEngine:
         """Read what stands in the manifest."""
         made = super().from_dict(values)
+        made._require(_COUNT, "size_bytes")
+        made._require(_NOT_NEGATIVE, "build_s")
         profile: Profile = {
             name: (tuple(least), tuple(usual), tuple(most))
             for name, (least, usual, most) in made.profile.items()
@@ -398,7 +401,7 @@ class Manifest:
             )
         try:
             return cls._of_parts(values)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PackageCorrupted(
                 "a part of the manifest is not what this version reads", seen=str(error)
             ) from error
@@ -411,6 +414,19 @@ class Manifest:
                 "the manifest has other graphs than this version runs",
                 seen=", ".join(sorted(graphs)) or "none",
                 allowed=", ".join(GRAPHS),
+            )
+        if values["precision"] not in PRECISIONS:
+            raise PackageCorrupted(
+                "the manifest has a precision that this version does not know",
+                seen=repr(values["precision"]),
+                allowed=", ".join(PRECISIONS),
+            )
+        if not isinstance(values["report"], dict) or not {"name", "sha256"} <= set(
+            values["source"]
+        ):
+            raise PackageCorrupted(
+                "the manifest does not say where the package comes from or how it was verified",
+                hint="export the checkpoint again with this version",
             )
         used = {*DATA_FILES, *(file for graph in graphs.values() for file in graph.files)}
         unlisted = used - values["files"].keys()
@@ -507,7 +523,8 @@ class EnginePackage:
     @cached_property
     def prompts(self) -> Prompts:
         """The prompt family in this package's tokens."""
-        return Prompts(self.manifest.prompt, Tokenizer.from_file(str(self.path / "tokenizer.json")))
+        tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        return Prompts(self.manifest.prompt, tokenizer)
 
     @cached_property
     def embedding(self) -> NDArray[np.float16 | np.float32]:
@@ -521,20 +538,23 @@ class EnginePackage:
 
     def with_calibration(self, calibration: Calibration) -> EnginePackage:
         """Rewrite the manifest with another calibration; the digest stays."""
-        changed = replace(self.manifest, calibration=calibration)
-        write_manifest(self.path, changed)
-        return EnginePackage(self.path, changed)
+        return self._rewritten(calibration=calibration)
 
     def with_engines(self, engines: Sequence[TensorRtEngine]) -> EnginePackage:
         """Rewrite the manifest with other engines; the digest stays."""
-        changed = replace(self.manifest, engines=tuple(engines))
+        return self._rewritten(engines=tuple(engines))
+
+    def _rewritten(self, **changes: Any) -> EnginePackage:
+        """Change the manifest as it is on the disk now, where others may have changed it too."""
+        present = EnginePackage.open(self.path, verify=False).manifest
+        changed = replace(present, **changes)
         write_manifest(self.path, changed)
         return EnginePackage(self.path, changed)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json whole or not at all."""
-    unfinished = folder / f".{MANIFEST}.tmp"
+    unfinished = folder / f".{MANIFEST}.{os.getpid()}.tmp"
     unfinished.write_text(manifest.to_json())
     unfinished.replace(folder / MANIFEST)
 

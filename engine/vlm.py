@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from meiqa.engine.package import EnginePackage, ImageProcessing
 from meiqa.engine.prompts import PromptFamily, layout
 from meiqa.engine.runtime.base import Array, GraphSession
+from meiqa.errors import AnswerNotFinite
 from meiqa.kernels.patches import pixels_to_patches
 
 Floats = NDArray[np.float32]
@@ -170,7 +171,9 @@ class LocalVlm:
         )
         grid = pixels.shape[0] // image.cell_pixels, pixels.shape[1] // image.cell_pixels
         cells = patches.reshape(*grid, -1)
-        return VisualTokens(self._vision.run({"cells": cells})["tokens"], grid)
+        tokens = self._vision.run({"cells": cells})["tokens"]
+        require_finite(tokens)
+        return VisualTokens(tokens, grid)
 
     def read(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:
         """Read pictures, a few in each call; see `Vlm.read`."""
@@ -345,7 +348,7 @@ class LocalVlm:
         last = np.array([len(row.embeds) - 1 for row in rows], np.int64)
         s = self.shape
         past = np.zeros((s.layers, 2, shape[0], s.kv_heads, shape[1], 0, s.head_dim), np.float32)
-        return self._decoder.run(
+        return self._decoded(
             {
                 "embeds": embeds.reshape(*shape, longest, -1),
                 "positions": positions.reshape(3, *shape, longest),
@@ -356,13 +359,19 @@ class LocalVlm:
             }
         )
 
+    def _decoded(self, feeds: dict[str, Array]) -> dict[str, Floats]:
+        """Run the decoder; its logits are numbers."""
+        made = self._decoder.run(feeds)
+        require_finite(made["logits"])
+        return made
+
     def continue_writing(
         self, prefix: Prefix, past: Floats, past_length: int, ids: Sequence[int]
     ) -> dict[str, Floats]:
         """Feed tokens after a prefix and a past (L, 2, 1, H, 1, capacity, d), of which
         `past_length` tokens are real; logits of the last token."""
         row = self._text_row(np.asarray(ids, np.int64), prefix.next_position + past_length)
-        return self._decoder.run(
+        return self._decoded(
             {
                 "embeds": row.embeds[None, None],
                 "positions": np.ascontiguousarray(row.positions)[:, None, None],
@@ -494,6 +503,19 @@ def printed_rating(text: str, family: PromptFamily, *, cut: bool) -> float | Non
 def ends_in_beginning(text: str, marker: str) -> bool:
     """Whether a text ends in some, but not all, of a marker's characters."""
     return any(text.endswith(marker[:count]) for count in range(1, len(marker)))
+
+
+def require_finite(values: Floats) -> None:
+    """Refuse what overflowed on its way through the model.
+
+    Raises:
+        AnswerNotFinite: a value is not a number, or infinite.
+    """
+    if not np.isfinite(values).all():
+        raise AnswerNotFinite(
+            "the model's answer is not a number",
+            hint="export the model with --precision fp32, whose range is wider",
+        )
 
 
 def joined(parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:

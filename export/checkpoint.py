@@ -59,7 +59,7 @@ class Checkpoint:
             folder=folder,
             family=family_of(folder, config),
             config=config,
-            processing=read_json(folder / "preprocessor_config.json"),
+            processing=read_processing(folder),
             weights=StoredWeights.open(folder),
             tokenizer=read_tokenizer(folder / "tokenizer.json"),
         )
@@ -90,8 +90,12 @@ class Checkpoint:
         return self.weights.below("language_model.")[self.stored_decoder_name(name)]
 
     def stored_decoder_name(self, name: str) -> str:
-        """The tensor behind a parameter: a tied output layer is the embedding."""
-        tied = name == HEAD and self.text.tie_word_embeddings
+        """The tensor behind a parameter: a tied output layer is the embedding.
+
+        One that is stored counts, whatever config.json says, as in transformers.
+        """
+        stored = f"language_model.{HEAD}" in self.weights
+        tied = name == HEAD and self.text.tie_word_embeddings and not stored
         return EMBEDDING if tied else name
 
     def check_weights(self) -> None:
@@ -120,8 +124,8 @@ class Checkpoint:
             kept = text.get(self.stored_decoder_name(name))
             found = None if kept is None else kept.shape
             yield from misfit(f"language_model.{name}", found, parameter.shape)
-        ignored = (f".{HEAD}", "num_batches_tracked")
-        yield from (f"{n} is unknown" for n in stored.keys() - read if not n.endswith(ignored))
+        left = (name for name in stored.keys() - read if not name.endswith("num_batches_tracked"))
+        yield from (f"{name} is unknown" for name in left)
 
     @property
     def image(self) -> ImageProcessing:
@@ -139,8 +143,8 @@ class Checkpoint:
         return ImageProcessing(
             patch_size=patch,
             merge_size=merge,
-            min_pixels=max(LEAST_PIXELS, least),
-            max_pixels=min(MOST_PIXELS, most),
+            min_pixels=least,
+            max_pixels=most,
             mean=mean,
             std=std,
         )
@@ -200,7 +204,7 @@ class Recorded(Mapping[str, Tensor]):
 def family_of(folder: Path, config: Mapping[str, Any]) -> Family:
     """The family that config.json names first."""
     named = config.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named else "none"
+    architecture = str(named[0]) if isinstance(named, list) and named else "none"
     if architecture not in FAMILIES:
         raise PackageCorrupted(
             f"{folder} holds an architecture that can't be exported",
@@ -211,11 +215,38 @@ def family_of(folder: Path, config: Mapping[str, Any]) -> Family:
 
 
 def pixel_bounds(processing: Mapping[str, Any]) -> tuple[int, int]:
-    """Least and most pixels that the checkpoint's own preprocessing lets through."""
-    size = processing.get("size") or {}
+    """Least and most pixels that the tower is shown: the checkpoint's own bounds, within ours.
+
+    Raises:
+        PackageCorrupted: they are not whole numbers, or leave nothing.
+    """
+    size = processing.get("size")
+    size = size if isinstance(size, Mapping) else {}
     least = processing.get("min_pixels") or size.get("shortest_edge") or LEAST_PIXELS
     most = processing.get("max_pixels") or size.get("longest_edge") or MOST_PIXELS
-    return int(least), int(most)
+    for bound in (least, most):
+        if type(bound) is not int:
+            raise PackageCorrupted(
+                "the checkpoint's bounds of the area are not whole numbers", seen=repr(bound)
+            )
+    if most < LEAST_PIXELS or least > MOST_PIXELS:
+        raise PackageCorrupted(
+            "the checkpoint sees areas that no photo is brought to",
+            seen=f"{least} to {most} pixels",
+            allowed=f"something between {LEAST_PIXELS} and {MOST_PIXELS}",
+        )
+    return max(LEAST_PIXELS, least), min(MOST_PIXELS, most)
+
+
+def read_processing(folder: Path) -> dict[str, Any]:
+    """How the checkpoint's pixels are normalised; transformers 5 writes it into another file."""
+    new = folder / "processor_config.json"
+    if not new.is_file() or (folder / "preprocessor_config.json").is_file():
+        return read_json(folder / "preprocessor_config.json")
+    part = read_json(new).get("image_processor")
+    if not isinstance(part, dict):
+        raise PackageCorrupted(f"{new} has no image_processor")
+    return part
 
 
 def required(path: Path) -> Path:
@@ -239,9 +270,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint."""
-    text = required(path).read_text()
+    """The tokenizer of a checkpoint, without limits of its own on the length of a text."""
     try:
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(required(path).read_text())
+    except PackageNotFound:
+        raise
     except Exception as error:  # the library raises nothing narrower
         raise PackageCorrupted(f"{path} is not a tokenizer", seen=str(error)) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import signal
 import tempfile
 import threading
@@ -24,6 +23,7 @@ from meiqa.engine.package import GRAPHS, EnginePackage, Profile, TensorRtEngine
 from meiqa.engine.runtime.tensorrt import TensorRt, hull, installed_tensorrts, open_gpu
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, PackageError, UsageError
 from meiqa.export.profiles import Limits, decoder_profiles, vision_profiles
+from meiqa.export.temporary import temporary_folder
 from meiqa.locations import user_cache
 
 ENGINE_PRECISIONS = ("fp32", "fp16", "int8")
@@ -168,11 +168,8 @@ def graphs_for(package: EnginePackage, precision: str) -> Iterator[dict[str, Pat
     if precision == package.manifest.precision != "int8":
         yield own
         return
-    folder = Path(tempfile.mkdtemp(prefix=".graphs-", dir=package.path))
-    try:
+    with temporary_folder(package.path, ".graphs-") as folder:
         yield {name: _rewritten(source, precision, folder) for name, source in own.items()}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rewritten(source: Path, precision: str, folder: Path) -> Path:

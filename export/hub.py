@@ -35,6 +35,6 @@ def local_folder(checkpoint: str) -> Path:
     except (HFValidationError, OSError) as error:
         raise PackageNotFound(
             f"{checkpoint} is no local folder and can't be downloaded",
-            seen=str(error).splitlines()[0],
+            seen=str(error).splitlines()[0].removeprefix("Got: "),
             hint="check its name and the network, or download it and give the folder",
         ) from error

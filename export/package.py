@@ -7,7 +7,6 @@ interrupted or refused export leaves nothing half-written.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from meiqa.engine.package import (
     write_manifest,
 )
 from meiqa.engine.pipeline import fitted_to
-from meiqa.engine.prompts import PromptFamily, prompt_family
+from meiqa.engine.prompts import PromptFamily, Prompts, prompt_family
 from meiqa.engine.runtime.base import GraphSession
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import LocalVlm
@@ -50,10 +49,11 @@ from meiqa.export.half import halved
 from meiqa.export.piecewise import PIECE_BYTES, PiecewiseSession
 from meiqa.export.quantise import Assignment, Quantisation, observe
 from meiqa.export.sensitivity import SensitivityStudy
+from meiqa.export.temporary import LOCK, temporary_folder
 from meiqa.export.verify import (
     TorchSession,
     decoder_feeds,
-    largest_difference,
+    largest_differences,
     mean_move,
     vision_feeds,
 )
@@ -63,11 +63,13 @@ RIDGE = 1e-2
 CALIBRATED, STUDIED, CHECKED = slice(0, 40), slice(40, 80), slice(80, 120)
 """Which of the pictures ranges are observed on, layers' precisions chosen on, grades checked on."""
 KEY_PICTURES = 256
+OBSERVED_TOKENS = 96
+"""Longest description while activations are observed; what follows looks alike."""
 SYNTHETIC_PICTURES, SYNTHETIC_SIDE = 4, 256
-PEAK_BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 5, "int4": 5}
-"""Bytes of a weight on the disk when an export takes most: quantised beside its float original."""
+PEAK_BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 9, "int4": 9}
+"""Bytes of a weight on the disk when an export takes most: float graphs beside a trial of them."""
 ABSOLUTE, RELATIVE = 1e-4, {"fp32": 1e-5, "fp16": 2e-2}
-"""A graph may differ from PyTorch by so much, or by this share of its largest output."""
+"""Each output may differ from PyTorch by so much, or by this share of its largest value."""
 LARGEST_MOVES = {"fp32": 1e-3, "fp16": 1e-2, "int8": 0.03, "int4": 0.06}
 """Largest mean change of a grade, on the 1-5 scale, from PyTorch to the package."""
 
@@ -137,29 +139,19 @@ def export_package(source: Path, out: Path, options: ExportOptions) -> EnginePac
 @contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name when all went well and vanishes otherwise."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(out)
-        folder.mkdir()
-        yield folder
-        folder.replace(out)
+        with temporary_folder(out.parent, f".{out.name}.partial-") as folder:
+            yield folder
+            (folder / LOCK).unlink()
+            folder.chmod(0o755)
+            folder.replace(out)
     except OSError as error:
         raise PackageUnwritable(
             f"{out} can't be written",
             seen=error.strerror or str(error),
             hint="see `df` and `ls -ld`",
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_abandoned(out: Path) -> None:
-    """Remove what exports to the same place left behind that were killed."""
-    for folder in out.parent.glob(f".{out.name}.*.partial"):
-        owner = folder.name.removesuffix(".partial").rpartition(".")[2]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(folder)
 
 
 def require_space(checkpoint: Checkpoint, folder: Path, precision: str) -> None:
@@ -185,6 +177,7 @@ class Export:
         self.shape = checkpoint.decoder_shape
         self.image = narrowed(checkpoint.image, options.max_pixels)
         self.prompt = options.prompt or prompt_family(checkpoint.family.prompt)
+        Prompts(self.prompt, checkpoint.tokenizer)  # refuses answers that are not single tokens
         self.report: dict[str, Any] = {}
         self.pictures = [fitted_to(load_pixels(p), self.image) for p in options.pictures]
 
@@ -254,15 +247,19 @@ class Export:
         for name, session in reference.items():
             self.options.say(f"comparing the {name} graph with PyTorch")
             made = PiecewiseSession(self.folder / f"{name}.onnx")
-            difference, largest = largest_difference(session, made, feeds[name])
-            allowed = max(ABSOLUTE, RELATIVE[self.float_precision] * largest)
-            self.report["parity"][name] = {"difference": difference, "of": largest}
-            if not difference <= allowed:
-                raise PackageCorrupted(
-                    f"the exported {name} graph differs from PyTorch",
-                    seen=f"{difference:.1e}",
-                    allowed=f"{allowed:.0e}",
-                )
+            found = largest_differences(session, made, feeds[name])
+            self.report["parity"][name] = {
+                output: {"difference": difference, "of": largest}
+                for output, (difference, largest) in found.items()
+            }
+            for output, (difference, largest) in found.items():
+                allowed = max(ABSOLUTE, RELATIVE[self.float_precision] * largest)
+                if not difference <= allowed:
+                    raise PackageCorrupted(
+                        f"the exported {name} graph differs from PyTorch in {output}",
+                        seen=f"{difference:.1e}",
+                        allowed=f"{allowed:.0e}",
+                    )
 
     def write_data(self) -> None:
         """Write embeddings, tokenizer and a projection that is still to be fitted."""
@@ -280,10 +277,11 @@ class Export:
         files = {name: self.folder / f"{name}.onnx" for name in self.interfaces}
         observed = {}
         if self.pictures:
-            self.options.say("observing activations")
             calibrated = self.pictures[CALIBRATED]
             # Where each written token would read all weights again, questions have to do.
             writes = PiecewiseSession(files["decoder"]).whole
+            asked = "described, graded and compared" if writes else "graded and compared"
+            self.options.say(f"observing activations: {len(calibrated)} photographs are {asked}")
             observed = observe(
                 files, lambda running: exercise(self.vlm(running), calibrated, writes=writes)
             )
@@ -318,12 +316,14 @@ class Export:
         """Compare the package with PyTorch on pictures, calibrated on others if there are any."""
         self.options.say("comparing grades of pictures with PyTorch")
         made = {name: PiecewiseSession(self.folder / f"{name}.onnx") for name in reference}
+        pictures_given, held_out = bool(self.pictures), bool(self.pictures[CHECKED])
         checked = self.pictures[CHECKED] or self.pictures
         pictures = checked or synthetic_pictures(self.image)
         mean, largest = mean_move(self.vlm(reference), self.vlm(made), pictures)
         self.report["grades"] = {
             "pictures": len(pictures),
-            "synthetic": not checked,
+            "synthetic": not pictures_given,
+            "held_out": held_out,
             "mean_move": mean,
             "largest_move": largest,
         }
@@ -409,7 +409,8 @@ def exercise(vlm: LocalVlm, pictures: Pictures, *, writes: bool) -> None:
         vlm.grade(prefix)
         vlm.prefer_first([prefix], [other.tokens])
         if writes:
-            description = vlm.describe(prefix, vlm.prompts.family.summary_tokens)
+            limit = min(vlm.prompts.family.summary_tokens, OBSERVED_TOKENS)
+            description = vlm.describe(prefix, limit)
             vlm.reflect(prefix, description.text, 3.5, 2.5)
 
 
@@ -440,8 +441,13 @@ def pictures_in(folder: Path, count: int) -> list[Path]:
     """
     if not folder.is_dir():
         raise UsageError("there is no folder with photographs", seen=folder)
-    photographs = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    photographs = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and path.is_file()
+    ]
     if not photographs:
-        raise UsageError(f"{folder} holds no photographs", allowed=", ".join(IMAGE_SUFFIXES))
+        allowed = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise UsageError(f"{folder} holds no photographs", allowed=allowed)
     by_hash = sorted(photographs, key=lambda p: hashlib.sha256(p.name.encode()).hexdigest())
     return by_hash[:count]

@@ -162,7 +162,8 @@ class SensitivityStudy:
         # Grades span 4 and preferences 1.
         share = max(group.byte_share, group.work_share)
         allowed = BUDGETS[self._quantisation.precision] * share
-        bears = max(grade, 4 * verdict) <= allowed
+        # What is not a number must not pass as small.
+        bears = bool(grade <= allowed and 4 * verdict <= allowed)
         self.table.append(
             {
                 "graph": group.graph,

@@ -81,19 +81,21 @@ def random_feeds(shape: DecoderShape, sizes: Sequence[int], rng: np.random.Gener
     }
 
 
-def largest_difference(
+def largest_differences(
     wanted: GraphSession, made: GraphSession, feeds: Iterator[Feeds]
-) -> tuple[float, float]:
-    """Largest difference between two sessions' outputs, and the largest value they were of.
+) -> dict[str, tuple[float, float]]:
+    """Largest difference of each output between two sessions, and the largest value it was of.
 
     NaN where an output is not a number.
     """
-    differences, sizes = [], []
+    found: dict[str, tuple[float, float]] = {}
     for feed in feeds:
-        exact, found = wanted.run(feed), made.run(feed)
-        differences += [np.abs(exact[name] - found[name]).max() for name in exact]
-        sizes += [np.abs(values).max() for values in exact.values()]
-    return float(np.max(differences)), float(np.max(sizes))
+        exact, other = wanted.run(feed), made.run(feed)
+        for name, values in exact.items():
+            now = float(np.abs(values - other[name]).max()), float(np.abs(values).max())
+            before = found.get(name, now)
+            found[name] = float(np.max([now[0], before[0]])), max(now[1], before[1])
+    return found
 
 
 def grades(vlm: Vlm, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float64]:

@@ -102,7 +102,7 @@ def shards_of(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     try:
         index = json.loads((folder / INDEX).read_text())
-        names = sorted(set(index["weight_map"].values()))
+        names = sorted({str(name) for name in index["weight_map"].values()})
     except FileNotFoundError:
         raise PackageNotFound(
             "a checkpoint lacks its weights",

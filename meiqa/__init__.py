@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from meiqa.engine.pipeline import Engine
     from meiqa.errors import (
+        AnswerNotFinite,
         DecodeError,
         DeviceUnavailable,
         ImageError,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AnswerNotFinite",
     "Assessment",
     "Budget",
     "DecodeError",

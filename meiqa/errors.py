@@ -2,6 +2,7 @@
 
 MeiqaError
 ├── ImageError
+│   ├── AnswerNotFinite      the model's answer about it is not a number
 │   ├── DecodeError          missing, unreadable, truncated, empty or not an image
 │   ├── ImageTooLarge        more pixels than the limit, told from the header
 │   └── ImageTooSmall        too few pixels to be judged
@@ -26,6 +27,7 @@ MeiqaError
 from __future__ import annotations
 
 __all__ = [
+    "AnswerNotFinite",
     "DecodeError",
     "DeviceUnavailable",
     "ImageError",
@@ -101,6 +103,10 @@ class MeiqaError(Exception):
 
 class ImageError(MeiqaError):
     """The image cannot be judged."""
+
+
+class AnswerNotFinite(ImageError):
+    """What the model computes about the image is not a number, or infinite."""
 
 
 class DecodeError(ImageError):

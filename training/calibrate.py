@@ -28,7 +28,7 @@ from meiqa.engine.pipeline import ANCHOR_CACHE_BYTES
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.scoring import expected_grade
 from meiqa.engine.vlm import LocalVlm, Prefix
-from meiqa.errors import PackageCorrupted
+from meiqa.errors import PackageCorrupted, UsageError
 from meiqa.export.commands import run_command
 from meiqa.kernels.thurstone import thurstone_map
 from meiqa.memory import MemoryBank, RetrievalPolicy
@@ -42,6 +42,7 @@ SIGMAS = (0.5, 0.7, 1.0, 1.5, 2.0, 2.5, 3.5)
 LAMBDAS = (0.01, 0.1, 0.3, 1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 30.0, 100.0)
 """In increasing order."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+FEWEST_ANCHORS = 100
 REFLECTED_SHARE = 0.05
 """Share of photos whose score moves enough to be reflected on."""
 LARGEST_GATE = 0.75
@@ -237,6 +238,12 @@ def main() -> None:
     base = package.manifest.calibration
     with MemoryBank.open(arguments.memory, "r", package_digest=package.digest) as bank:
         judged = judge_anchors(package, bank, arguments.data, arguments.limit)
+    if len(judged.human) < FEWEST_ANCHORS:
+        raise UsageError(
+            "too few anchors to fit a calibration on",
+            seen=len(judged.human),
+            allowed=f"{FEWEST_ANCHORS} or more",
+        )
     calibration, reached = fitted_calibration(judged, base)
     package.with_calibration(calibration)
     print(json.dumps({"reached": reached, "calibration": asdict(calibration)}, indent=2))

@@ -170,7 +170,11 @@ class Gpu:
         status, *values = returned
         if int(status) != 0:
             text = self._cudart.cudaGetErrorString(status)[1]
-            raise DeviceUnavailable("the CUDA device can't be used", seen=text.decode())
+            raise DeviceUnavailable(
+                "the CUDA device can't be used",
+                seen=text.decode(),
+                hint="run with --device cpu, or build with --compute-capability for another GPU",
+            )
         return values[0] if values else None
 
 

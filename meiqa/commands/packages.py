@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,8 @@ def _export(options: argparse.Namespace) -> int:
         key_pictures=options.key_pictures,
         say=say,
     )
+    # Whoever ends the process by a signal gets the same tidy end as with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     package = export_package(local_folder(options.checkpoint), Path(options.out), export_options)
     say(f"{package.path}: done; `meiqa inspect {package.path}` shows what is inside")
     return 0

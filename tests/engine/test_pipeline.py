@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from meiqa.engine import pipeline
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.planning import Plan
+from meiqa.engine.runtime.base import Array, GraphSession
+from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import LocalVlm
-from meiqa.errors import ImageError, UsageError
+from meiqa.errors import AnswerNotFinite, ImageError, UsageError
 from meiqa.types import Assessment, Failure
-from tests.engine.samples import ANCHORS, PHOTOS, SIZES, K, Picture, assessed, picture
+from tests.engine.samples import (
+    ANCHORS,
+    PHOTOS,
+    SIZES,
+    K,
+    Picture,
+    assessed,
+    picture,
+    read_memory,
+)
 
 
 def png(pixels: Picture) -> bytes:
@@ -168,3 +180,31 @@ def test_without_an_image_key_the_choice_of_neighbours_says_so(
     result = engine.score(PHOTOS[2], learn=False)
     assert len(result.neighbours) == 3
     assert any("no image key" in note for note in result.degraded) is not fitted
+
+
+class Overflowing:
+    """A graph whose output is no number, the first so many times."""
+
+    def __init__(self, session: GraphSession, output: str, times: int) -> None:
+        self._session, self._output, self._times = session, output, times
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
+        made = self._session.run(inputs)
+        if self._times:
+            self._times -= 1
+            made[self._output] = np.full_like(made[self._output], np.nan)
+        return made
+
+
+@pytest.mark.parametrize(("graph", "output"), [("_vision", "tokens"), ("_decoder", "logits")])
+def test_an_answer_that_is_no_number_fails_one_photo_only(
+    package: EnginePackage, anchors: Path, graph: str, output: str
+) -> None:
+    vlm = LocalVlm(package, *open_sessions(package, "cpu", 1))
+    setattr(vlm, graph, Overflowing(getattr(vlm, graph), output, times=1))
+    with Engine(vlm, package, read_memory(package, anchors)) as engine:
+        first, second = engine.score_many(PHOTOS[:2], learn=False)
+    assert isinstance(first, Failure)
+    assert isinstance(first.error, AnswerNotFinite)
+    assert "fp32" in str(first.error)
+    assert isinstance(second, Assessment)

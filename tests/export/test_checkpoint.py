@@ -75,11 +75,11 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     assert name in refusal(folder, PackageNotFound)
 
 
-@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], [], None])
+@pytest.mark.parametrize("architectures", [["LlamaForCausalLM"], [{}], [], None])
 def test_another_architecture_is_refused(folder: Path, architectures: list[str] | None) -> None:
     rewrite_config(folder, lambda config: config.update(architectures=architectures))
     message = refusal(folder, PackageCorrupted)
-    assert (architectures or ["none"])[0] in message
+    assert str((architectures or ["none"])[0]) in message
     assert "MeiqaConvHybrid" in message
 
 
@@ -201,3 +201,53 @@ def test_weights_are_held_only_where_they_fit(held_bytes: int) -> None:
     with torch.no_grad():
         torch.testing.assert_close(module(x), real(x), atol=0, rtol=0)
     assert all(parameter.is_meta == (held_bytes == 0) for parameter in module.parameters())
+
+
+def test_an_output_layer_that_is_stored_counts_although_it_is_said_to_be_tied(
+    folder: Path,
+) -> None:
+    embedding = load_file(folder / SINGLE)["model.language_model.embed_tokens.weight"]
+    assert json.loads((folder / "config.json").read_text())["text_config"]["tie_word_embeddings"]
+    tied = Checkpoint.open(folder).decoder_weight("lm_head.weight")
+    torch.testing.assert_close(tied, embedding.float(), atol=0, rtol=0)
+    rewrite_weights(folder, lambda weights: weights.update({"lm_head.weight": embedding + 1}))
+    own = Checkpoint.open(folder).decoder_weight("lm_head.weight")
+    torch.testing.assert_close(own, (embedding + 1).float(), atol=0, rtol=0)
+
+
+def test_processing_in_the_file_of_transformers_5(folder: Path, checkpoint: Path) -> None:
+    processing = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    new = folder / "processor_config.json"
+    new.write_text(json.dumps({"image_processor": processing}))
+    assert Checkpoint.open(folder).image == Checkpoint.open(checkpoint).image
+    new.write_text("{}")
+    assert "image_processor" in refusal(folder, PackageCorrupted)
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [{"min_pixels": "abc"}, {"max_pixels": 2.5}, {"max_pixels": 1000}, {"min_pixels": 10**9}],
+    ids=str,
+)
+def test_bounds_of_the_area_that_make_no_sense(folder: Path, bounds: dict[str, object]) -> None:
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **bounds}))
+    with pytest.raises(PackageCorrupted, match="area"):
+        _ = Checkpoint.open(folder).image
+
+
+def test_limits_of_the_tokenizer_are_lifted(folder: Path) -> None:
+    tokenizer = Checkpoint.open(folder).tokenizer
+    long = "Overall good quality. " * 50
+    whole = tokenizer.encode(long).ids
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=2000)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert Checkpoint.open(folder).tokenizer.encode(long).ids == whole
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{"])
+def test_a_tokenizer_that_is_no_text(folder: Path, content: bytes) -> None:
+    (folder / "tokenizer.json").write_bytes(content)
+    assert "tokenizer.json" in refusal(folder, PackageCorrupted)

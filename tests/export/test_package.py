@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import resource
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from meiqa.engine.package import EnginePackage
+from meiqa.engine.prompts import MEIQA
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export import package as packaging
 from meiqa.export.package import Export, ExportOptions, export_package, pictures_in
 from meiqa.export.piecewise import PiecewiseSession
+from meiqa.export.temporary import temporary_folder
 from tests.engine.samples import open_vlm, picture, seen
 from tests.export.tiny import copy_graphs
 
@@ -79,8 +83,11 @@ def test_the_key_projection_was_fitted(package: EnginePackage) -> None:
 
 def test_the_report_states_what_was_measured(package: EnginePackage) -> None:
     parity, grades = (package.manifest.report[part] for part in ("parity", "grades"))
-    assert parity.keys() == {"vision", "decoder"}
-    assert all(0 <= measured["difference"] <= 1e-4 for measured in parity.values())
+    assert parity["vision"].keys() == {"tokens"}
+    assert parity["decoder"].keys() == {"logits", "hidden", "key_values"}
+    for measured in parity.values():
+        assert all(0 <= output["difference"] <= 1e-4 for output in measured.values())
+    assert grades["held_out"] is False  # there are too few pictures to keep some back
     assert grades["pictures"] > 0
     assert 0 <= grades["mean_move"] <= grades["largest_move"] <= 1e-3
 
@@ -143,7 +150,10 @@ def test_an_area_below_the_least_is_refused(
     assert nothing_left(tmp_path)
 
 
-STEPS = ("write_graphs", "check_graphs", "write_data", "check_grades", "fit_key_projection")
+STEPS = (
+    *("write_graphs", "check_graphs", "write_data", "quantise", "check_grades"),
+    "fit_key_projection",
+)
 
 
 @pytest.mark.parametrize(
@@ -195,16 +205,49 @@ def test_a_disk_that_is_too_small_is_refused_at_once(
     assert nothing_left(tmp_path)
 
 
-def test_what_a_killed_export_left_is_removed(
+def test_what_a_killed_export_left_is_removed_and_what_another_makes_is_not(
     export: Callable[..., EnginePackage], tmp_path: Path
 ) -> None:
     below = tmp_path / "below"
-    finished = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
-    (below / f".package.{finished.stdout.strip()}.partial").mkdir(parents=True)
-    running = below / f".package.{os.getppid()}.partial"
-    running.mkdir()
-    export()
-    assert set(below.iterdir()) == {below / "package", running}
+    below.mkdir()
+    killer = (
+        "import os, pathlib, signal\n"
+        "from meiqa.export.temporary import temporary_folder\n"
+        f"with temporary_folder(pathlib.Path({str(below)!r}), '.package.partial-') as folder:\n"
+        "    (folder / 'decoder.onnx').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", killer], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = below.iterdir()
+    with temporary_folder(below, ".package.partial-") as running:
+        assert not left.exists()
+        (running / "decoder.onnx").write_text("half")
+        export()
+        assert set(below.iterdir()) == {below / "package", running}
+    assert set(below.iterdir()) == {below / "package"}
+
+
+def test_a_breakdown_while_quantising_leaves_nothing(
+    export: Callable[..., EnginePackage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packaging, "exercise", lambda *_, **__: None)
+    monkeypatch.setattr(packaging.Quantisation, "graph", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export(precision="int4", sensitivity=False)
+    assert nothing_left(tmp_path)
+
+
+def test_answers_that_the_tokenizer_splits_are_refused_at_once(
+    export: Callable[..., EnginePackage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Export, "write_graphs", lambda _: pytest.fail("it has begun"))
+    with pytest.raises(PackageCorrupted, match="single token"):
+        export(prompt=replace(MEIQA, verdicts=("the first one", "the second one")))
+    assert nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize("difference", [2.0, float("nan"), float("inf")])
@@ -225,7 +268,7 @@ def test_graphs_that_differ_from_pytorch_are_refused(
         return made
 
     monkeypatch.setattr(PiecewiseSession, "run", disturbed)
-    with pytest.raises(PackageCorrupted, match=f"exported {graph} graph differs from PyTorch"):
+    with pytest.raises(PackageCorrupted, match=f"exported {graph} graph differs from PyTorch in "):
         export()
     assert nothing_left(tmp_path)
 
@@ -243,6 +286,8 @@ def test_the_choice_of_pictures_does_not_depend_on_how_many(tmp_path: Path) -> N
     for number in range(6):
         Image.fromarray(picture(number, (64, 64))).save(tmp_path / f"{number}.png")
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "._0.png").touch()
+    (tmp_path / "folder.png").mkdir()
     few, many = pictures_in(tmp_path, 2), pictures_in(tmp_path, 9)
     assert (len(few), len(many)) == (2, 6)
     assert few == many[:2]

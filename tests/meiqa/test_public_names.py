@@ -15,6 +15,7 @@ from meiqa import errors, types
 
 def test_public_names_are_pinned() -> None:
     assert meiqa.__all__ == [
+        "AnswerNotFinite",
         "Assessment",
         "Budget",
         "DecodeError",
