@@ -5,20 +5,26 @@
 5
 """
 
-from meiqa.memory.anchors import AnchorMemory, AnchorWriter
+from meiqa.memory.anchor_writer import AnchorWriter
 from meiqa.memory.bank import Case, MemoryBank, Snapshot
-from meiqa.memory.contrast import ContrastMemory
+from meiqa.memory.policies import ContrastPolicy
+from meiqa.memory.records import Record
 from meiqa.memory.retrieval import RetrievalPolicy
 from meiqa.memory.segment import Segment, write_segment
+from meiqa.memory.statistics import MemoryStatistics
+from meiqa.memory.verification import Finding, verify_memory
 
 __all__ = [
-    "AnchorMemory",
     "AnchorWriter",
     "Case",
-    "ContrastMemory",
+    "ContrastPolicy",
+    "Finding",
     "MemoryBank",
+    "MemoryStatistics",
+    "Record",
     "RetrievalPolicy",
     "Segment",
     "Snapshot",
+    "verify_memory",
     "write_segment",
 ]

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
 from meiqa.errors import UsageError
-from meiqa.memory.anchors import AnchorMemory
-from meiqa.memory.cases import Case, FloatArray
-from meiqa.memory.contrast import ContrastMemory, ContrastView, Mode
-from meiqa.memory.records import Identity
-from meiqa.memory.retrieval import RetrievalPolicy, nearest_anchors, shares
+from meiqa.memory.cases import Case, FloatArray, check_case
+from meiqa.memory.compaction import Compactor
+from meiqa.memory.exporting import ExportFormat, export_cases
+from meiqa.memory.journal import Mode
+from meiqa.memory.policies import ContrastPolicy, near_duplicates, worth
+from meiqa.memory.records import Record, encode_case
+from meiqa.memory.retrieval import RetrievalPolicy, Sought, nearest_anchors, shares
+from meiqa.memory.statistics import MemoryStatistics, take_statistics
+from meiqa.memory.store import CaseStore
+from meiqa.memory.view import CaseView
+from meiqa.types import Origin
 
 __all__ = ["Case", "MemoryBank", "Snapshot"]
+
+_ORIGINS: tuple[Origin, ...] = ("anchor", "contrast")
+_KEPT_ON_EVICTION = 0.95
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """The memory as it was at one moment; safe to share between threads."""
 
-    _anchors: AnchorMemory
-    _contrast: ContrastView
-    _note_retrieved: Callable[[Sequence[int]], None]
+    _anchors: CaseView
+    _contrast: CaseView
+    _note_retrieved: Callable[[Sequence[str]], None]
 
     @property
     def count_anchors(self) -> int:
@@ -51,22 +61,20 @@ class Snapshot:
 
         Raises:
             StoreMismatch: the key has another width than the stored ones.
+            StoreCorrupted: a stored case is damaged.
             UsageError: the key is not finite.
         """
-        near_anchors = self._anchors.table.rank(key, exclude_digest)
-        near_contrast = self._contrast.table.rank(key, exclude_digest)
+        anchors = Sought(self._anchors, key, policy, exclude_digest)
+        contrast = Sought(self._contrast, key, policy, exclude_digest)
         from_anchors, from_contrast = shares(
-            policy, int(near_anchors.eligible.sum()), int(near_contrast.eligible.sum())
+            policy, anchors.available(policy.k), contrast.available(policy.k)
         )
-        anchor_rows = nearest_anchors(
-            near_anchors, self._anchors.score_ranks, from_anchors, policy
-        ).tolist()
-        contrast_rows = near_contrast.nearest(from_contrast).tolist()
-        self._note_retrieved([self._contrast.revisions[row] for row in contrast_rows])
-        return (
-            *(self._anchors.case(row) for row in anchor_rows),
-            *(self._contrast.case(row) for row in contrast_rows),
-        )
+        anchor_rows = nearest_anchors(anchors, self._anchors, from_anchors, policy)
+        learned = [
+            self._contrast.case(row) for row in contrast.nearest(from_contrast).rows.tolist()
+        ]
+        self._note_retrieved([case.id for case in learned])
+        return (*(self._anchors.case(row) for row in anchor_rows), *learned)
 
     def percentile(self, score: float) -> float:
         """Give the share of anchors that score below, 0–100; NaN when there are no anchors."""
@@ -74,7 +82,9 @@ class Snapshot:
 
 
 class MemoryBank:
-    """Anchors, read-only, and contrast cases, which grow; a context manager.
+    """Anchors and contrast cases of one directory, or of two; a context manager.
+
+    Safe to share between threads. One process may write; any number may read.
 
     >>> import tempfile
     >>> import numpy as np
@@ -87,59 +97,69 @@ class MemoryBank:
     >>> with MemoryBank.open(path, "rw", package_digest="ab12") as bank:
     ...     bank.remember(case, provenance="example")
     ...     found = bank.snapshot().retrieve(case.key, RetrievalPolicy(k=4), None)
+    True
     >>> [neighbour.id for neighbour in found]
     ['photo']
     """
 
-    def __init__(self, anchors: AnchorMemory, contrast: ContrastMemory) -> None:
-        self._anchors = anchors
-        self._contrast = contrast
+    def __init__(self, store: CaseStore, policy: ContrastPolicy) -> None:
+        self._store = store
+        self._policy = policy
+        self._compactor = Compactor(store)
 
     @classmethod
     def open(
-        cls, path: str | Path, mode: Mode = "r", *, package_digest: str, verify: bool = True
+        cls,
+        path: str | Path,
+        mode: Mode = "r",
+        *,
+        package_digest: str,
+        verify: bool = False,
+        policy: ContrastPolicy | None = None,
     ) -> MemoryBank:
         """Open a directory that holds both the anchors and the contrast cases.
 
         Args and errors are those of `compose`.
         """
-        return cls.compose(path, path, mode, package_digest=package_digest, verify=verify)
+        return cls.compose(
+            path, path, mode, package_digest=package_digest, verify=verify, policy=policy
+        )
 
     @classmethod
     def compose(
         cls,
         anchors_path: str | Path,
-        contrast_path: str | Path,
+        cases_path: str | Path,
         mode: Mode = "r",
         *,
         package_digest: str,
-        verify: bool = True,
+        verify: bool = False,
+        policy: ContrastPolicy | None = None,
     ) -> MemoryBank:
-        """Open anchors, which may be on a read-only file system, with contrast cases beside them.
+        """Open anchors, which may be on a read-only file system, with other cases beside them.
 
         Args:
             anchors_path: Directory of the anchors.
-            contrast_path: Directory of the contrast cases; created in mode "rw", may be absent in
-                mode "r".
-            mode: "r", or "rw" to remember and forget.
+            cases_path: Directory of what is learned and added; created in mode "rw", may be absent
+                in mode "r".
+            mode: "r", or "rw" to change the memory.
             package_digest: Digest of the engine package, hexadecimal.
-            verify: Check the digest of every array of the anchors.
+            verify: Check every byte now; otherwise each case is checked when it is read.
+            policy: What becomes of contrast cases.
 
         Raises:
             StoreNotFound: there are no anchors.
             StoreCorrupted: a file is damaged.
-            StoreMismatch: a part was encoded by another package; the hint says what to run.
+            StoreMismatch: a part was encoded by another package or has an older format; the hint
+                says what to run.
             StoreLocked: mode "rw", and another process is writing.
-            StoreUnwritable: mode "rw", and the directory of the contrast cases cannot be written.
+            StoreUnwritable: mode "rw", and `cases_path` cannot be written.
             UsageError: unknown mode.
         """
         if mode not in ("r", "rw"):
             raise UsageError("unknown mode for a memory", seen=mode, allowed="r, rw")
-        anchors = AnchorMemory.open(
-            Path(anchors_path), package_digest=package_digest, verify=verify
-        )
-        identity = Identity(package_digest, anchors.widths)
-        return cls(anchors, ContrastMemory(Path(contrast_path), mode, identity))
+        store = CaseStore(Path(anchors_path), Path(cases_path), mode, package_digest, verify)
+        return cls(store, policy or ContrastPolicy())
 
     def __enter__(self) -> MemoryBank:
         return self
@@ -153,33 +173,198 @@ class MemoryBank:
         self.close()
 
     def snapshot(self) -> Snapshot:
-        """Freeze what is stored now; what is remembered or forgotten later does not change it."""
-        return Snapshot(self._anchors, self._contrast.view(), self._contrast.note_retrieved)
+        """Freeze what is stored now; what is changed later does not change it."""
+        views = self._store.views()
+        return Snapshot(views["anchor"], views["contrast"], self._store.note_retrieved)
 
-    def remember(self, case: Case, *, provenance: str) -> None:
+    def remember(self, case: Case, *, provenance: str, gated: bool = True) -> bool:
         """Store a contrast case; when the call returns, neither a kill nor a power cut undoes it.
 
-        A case with the same id or the same image is replaced.
+        A case with the same id or the same image is replaced, and so are near-duplicates; their
+        counters of use are added up.
 
         Args:
             case: Its origin must be "contrast".
             provenance: Where the score comes from, in a few words.
+            gated: Whether the case passed the reflection's gate.
+
+        Returns:
+            Whether the policy admitted it.
 
         Raises:
             UsageError: the case cannot be stored.
             StoreError: the bank is read-only or closed, or the disk is full.
         """
-        self._contrast.remember(case, provenance)
+        if not gated and self._policy.admission == "gated":
+            return False
+        self._put(case, "contrast", provenance, self._policy.merge_above)
+        contrast = self._store.views()["contrast"]
+        if len(contrast) > self._policy.capacity:
+            self.evict(keep=max(1, int(self._policy.capacity * _KEPT_ON_EVICTION)))
+        if len(contrast.recent) + len(contrast.hidden) >= self._policy.compact_after:
+            self._compactor.begin("contrast")
+        return True
+
+    def add_anchor(self, case: Case, *, provenance: str) -> None:
+        """Add an anchor, or replace the one with the same id or image; durable and found at once.
+
+        `compact` makes it part of the segment, where the anchors' directory is the one written.
+
+        Args:
+            case: Its origin must be "anchor": a human gave its score.
+            provenance: Who did, in a few words.
+
+        Raises:
+            UsageError: the case cannot be stored, or is a predicted one.
+            StoreError: the bank is read-only or closed, or the disk is full.
+        """
+        self._put(case, "anchor", provenance, merge_above=1.0)
+
+    def _put(self, case: Case, origin: Origin, provenance: str, merge_above: float) -> None:
+        check_case(case, origin, self._store.identity.widths)
+        entry = encode_case(case, self._store.identity.package_digest, provenance, time.time())
+        with self._store.changing() as change:
+            view = change.views[origin]
+            replaced = {case.id, *near_duplicates(view, case, merge_above)}
+            replaced |= {view.record(row).id for row in view.rows_of_image(case.image_digest)}
+            change.insert(entry, change.drop(origin, replaced))
+
+    def cases(
+        self, origin: Origin | None = None, since: datetime | None = None
+    ) -> Iterator[Record]:
+        """List what is stored, anchors first, each origin by id.
+
+        Args:
+            origin: Of this origin only.
+            since: Stored then or later only.
+
+        Raises:
+            UsageError: unknown origin, or `since` has no time zone.
+        """
+        chosen, earliest = _chosen_origins(origin), _timestamp(since)
+        views = self._store.views()
+        return (record for each in chosen for record in views[each].records(earliest))
+
+    def remove(
+        self,
+        ids: Collection[str] | None = None,
+        *,
+        origin: Origin | None = None,
+        since: datetime | None = None,
+    ) -> int:
+        """Remove the cases that fulfil every condition given; give how many.
+
+        They are gone at once and for good. Those that a segment holds are erased from its file by
+        the compaction that follows: now for contrast cases, with the next `compact` for anchors.
+
+        Args:
+            ids: With these ids.
+            origin: Of this origin.
+            since: Stored then or later.
+
+        Raises:
+            UsageError: no condition, unknown origin, or `since` has no time zone.
+            StoreError: the bank is read-only or closed, or the disk is full.
+        """
+        if ids is None and origin is None and since is None:
+            raise UsageError("say what is to be removed", allowed="ids, origin, since")
+        chosen, earliest = _chosen_origins(origin), _timestamp(since)
+        count = 0
+        with self._store.changing() as change:
+            for each in chosen:
+                records = change.views[each].records(earliest, ids)
+                change.drop(each, [record.id for record in records])
+                count += len(records)
+        self._erase()
+        return count
 
     def forget(self, since: datetime | None = None) -> int:
         """Remove the contrast cases stored at `since` or later, or all; give how many.
 
         Raises:
             UsageError: `since` has no time zone.
-            StoreError: the bank is read-only or closed.
+            StoreError: the bank is read-only or closed, or the disk is full.
         """
-        return self._contrast.forget(since)
+        return self.remove(origin="contrast", since=since)
+
+    def evict(self, keep: int) -> int:
+        """Remove the contrast cases that are worth least until `keep` are left; give how many.
+
+        What a case is worth is in `meiqa.memory.policies.worth`.
+
+        Raises:
+            UsageError: `keep` is negative.
+            StoreError: the bank is read-only or closed, or the disk is full.
+        """
+        if keep < 0:
+            raise UsageError("keep must not be negative", seen=keep, allowed="0 or more")
+        now, uses = time.time(), self._store.uses()
+
+        def value(record: Record) -> tuple[float, float, str]:
+            retrieved, last = uses.get(record.id, (0, 0.0))
+            idle = now - max(record.created, last)
+            half_life = self._policy.half_life_days
+            return worth(retrieved, idle, record.std, half_life), record.created, record.id
+
+        with self._store.changing() as change:
+            records = sorted(change.views["contrast"].records(), key=value)
+            evicted = [record.id for record in records[: max(len(records) - keep, 0)]]
+            change.drop("contrast", evicted)
+        return len(evicted)
+
+    def compact(self) -> bool:
+        """Merge what was stored since into new segments; tell whether there was anything to merge.
+
+        Snapshots and other processes keep what they have, and notice the new segments with their
+        next snapshot. A kill at any instant leaves the old or the new ones. Anchors in another
+        directory than the one that is written stay as they are.
+
+        Raises:
+            StoreCorrupted: a stored case is damaged.
+            StoreError: the bank is read-only or closed, or the disk is full; nothing is lost.
+        """
+        merged = [
+            self._compactor.compact(origin)
+            for origin in _ORIGINS
+            if origin == "contrast" or self._store.may_compact(origin)
+        ]
+        return any(merged)
+
+    def statistics(self, *, sample: int = 64) -> MemoryStatistics:
+        """Count, weigh and measure the memory; the recall of an index takes `sample` searches."""
+        return take_statistics(self._store, sample)
+
+    def export(self, path: str | Path, format: ExportFormat = "jsonl") -> int:
+        """Write all records and keys to a file; give how many.
+
+        Raises:
+            UsageError: unknown format, or pyarrow is not installed.
+            StoreUnwritable: the file cannot be written.
+        """
+        return export_cases(self._store, Path(path), format)
 
     def close(self) -> None:
-        """Let go of the files; snapshots stay valid."""
-        self._contrast.close()
+        """Let go of the files, once a compaction has ended; snapshots stay valid."""
+        self._compactor.wait()
+        self._store.close()
+
+    def _erase(self) -> None:
+        self._store.shrink()
+        if len(self._store.views()["contrast"].hidden):
+            self._compactor.compact("contrast")
+
+
+def _chosen_origins(origin: Origin | None) -> tuple[Origin, ...]:
+    if origin is None:
+        return _ORIGINS
+    if origin not in _ORIGINS:
+        raise UsageError("unknown origin", seen=origin, allowed=", ".join(_ORIGINS))
+    return (origin,)
+
+
+def _timestamp(since: datetime | None) -> float:
+    if since is None:
+        return float("-inf")
+    if since.tzinfo is None:
+        raise UsageError("`since` needs a time zone", seen=since.isoformat())
+    return since.timestamp()

@@ -8,7 +8,7 @@ import weakref
 from pathlib import Path
 
 from meiqa.errors import StoreLocked
-from meiqa.memory.segment import disk_errors
+from meiqa.memory.disk import disk_errors
 
 __all__ = ["WriterLock"]
 

@@ -2,28 +2,23 @@
 
 The share of anchors is taken from bins of equal population over their scores, so that the
 neighbours span the scale; contrast cases are taken nearest first (arXiv 2603.20785, section 3).
-
-The order is exact and repeatable: candidates found with BLAS in float32 are ranked by their cosine
-in float64, summed the same way for every row, and equal cosines are ranked by id. Neither the
-number of threads nor the order in which cases were stored changes what is retrieved.
+Neither the order in which cases were stored nor whether they have been compacted changes what is
+retrieved, as long as the search is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from meiqa.errors import StoreMismatch, UsageError
 from meiqa.memory.cases import FloatArray
 from meiqa.memory.encoding import unit_rows
+from meiqa.memory.search import Found, Mask, Probe, Rows
+from meiqa.memory.view import Bin, CaseView
 
-__all__ = ["KeyTable", "Ranking", "RetrievalPolicy", "nearest_anchors", "ranks_of", "shares"]
-
-Rows = NDArray[np.intp]
-Mask = NDArray[np.bool_]
+__all__ = ["RetrievalPolicy", "Sought", "nearest_anchors", "shares"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,9 @@ class RetrievalPolicy:
         anchor_share: Share of anchors among them, 0–1, rounded to the nearest count, halves up.
         bins: Bins of equal population over the anchors' scores.
         stratified: Take the same number from each bin, then the most similar of the rest.
+        exclude_above: Leave out cases whose key has a higher cosine with the query's, which are
+            near-duplicates of it; 1 leaves out none.
+        effort: Candidates that a search keeps where there is an index; more find better.
 
     >>> RetrievalPolicy(k=8).anchor_share
     0.5
@@ -47,6 +45,8 @@ class RetrievalPolicy:
     anchor_share: float = 0.5
     bins: int = 5
     stratified: bool = True
+    exclude_above: float = 1.0
+    effort: int = 128
 
     def __post_init__(self) -> None:
         if self.k < 0:
@@ -55,81 +55,87 @@ class RetrievalPolicy:
             raise UsageError("anchor_share is a share", seen=self.anchor_share, allowed="0 to 1")
         if self.bins < 1:
             raise UsageError("there must be at least one bin", seen=self.bins, allowed="1 or more")
+        if not -1.0 <= self.exclude_above <= 1.0:
+            raise UsageError(
+                "exclude_above is a cosine", seen=self.exclude_above, allowed="-1 to 1"
+            )
+        if self.effort < 1:
+            raise UsageError("effort must be positive", seen=self.effort, allowed="1 or more")
 
 
-@dataclass(frozen=True, eq=False)
-class KeyTable:
-    """What a search walks: unit keys (N, D_key), ranks of the ids (N,), rows of each image."""
+class Sought:
+    """One query against the cases of one origin.
 
-    keys: FloatArray
-    id_ranks: Rows
-    rows_by_digest: Mapping[str, Sequence[int]]
+    Args:
+        view: The cases.
+        key: float32 (D_key,), of any length.
+        policy: `exclude_above` and `effort`.
+        exclude_digest: Digest of the query's own image, whose cases are left out.
 
-    @classmethod
-    def build(cls, keys: FloatArray, ids: Sequence[str], digests: Sequence[str]) -> KeyTable:
-        """Index unit keys (N, D_key) by the ids and image digests of their cases."""
-        rows_by_digest: dict[str, list[int]] = {}
-        for row, digest in enumerate(digests):
-            rows_by_digest.setdefault(digest, []).append(row)
-        by_id = sorted(range(len(ids)), key=ids.__getitem__)
-        return cls(keys, ranks_of(np.array(by_id, np.intp)), rows_by_digest)
+    Raises:
+        StoreMismatch: the key has another width than the stored ones.
+        UsageError: the key is not finite.
+    """
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def rank(self, key: FloatArray, exclude_digest: str | None) -> Ranking:
-        """Compare a key (D_key,) with every row but those of the excluded image.
-
-        Raises:
-            StoreMismatch: the key has another width than the stored ones.
-            UsageError: the key is not finite.
-        """
-        width = self.keys.shape[1]
-        if key.shape != (width,):
+    def __init__(
+        self, view: CaseView, key: FloatArray, policy: RetrievalPolicy, exclude_digest: str | None
+    ) -> None:
+        if key.shape != (view.key_width,):
             raise StoreMismatch(
-                "the key does not fit the memory", seen=f"shape {key.shape}", allowed=(width,)
+                "the key does not fit the memory", seen=f"shape {key.shape}", allowed=view.key_width
             )
         if not np.isfinite(key).all():
             raise UsageError("the key is not finite")
-        eligible = np.ones(len(self), np.bool_)
-        if exclude_digest is not None:
-            eligible[list(self.rows_by_digest.get(exclude_digest, ()))] = False
         query = unit_rows(key[None])[0]
-        return Ranking(self, query, self.keys @ query, eligible)
+        self._view, self._policy = view, policy
+        self._own = [] if exclude_digest is None else view.rows_of_image(exclude_digest)
+        self._recent = view.recent_table.probe(query, policy.effort)
+        self._stored: Probe | None = None
+        if view.generation is not None:
+            self._stored = view.generation.table.probe(query, policy.effort)
 
+    def available(self, count: int) -> int:
+        """Give how many cases may be taken, counting no further than `count`."""
+        if self._policy.exclude_above < 1.0:
+            return len(self.nearest(count).rows)
+        return min(count, len(self._view) - len(set(self._own) - set(self._view.hidden.tolist())))
 
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """One query against one table: approximate cosines (N,) and the rows that may be taken (N,)."""
+    def nearest(self, count: int, among: Bin | None = None, without: Rows | None = None) -> Found:
+        """Give the most similar cases, nearest first, ties by id; fewer when fewer may be taken.
 
-    table: KeyTable
-    query: FloatArray
-    cosines: FloatArray
-    eligible: Mask
-
-    def nearest(self, count: int, among: Mask | None = None) -> Rows:
-        """Give the `count` most similar eligible rows, nearest first, ties by id.
-
-        Fewer are given when fewer are eligible.
+        Args:
+            count: How many.
+            among: The bin that they must be of.
+            without: Rows that they must not be.
         """
-        if count <= 0:
-            return np.empty(0, np.intp)
-        rows = np.flatnonzero(self.eligible if among is None else self.eligible & among)
-        if count < len(rows):
-            cosines = self.cosines[rows]
-            cutoff = np.partition(cosines, len(rows) - count)[len(rows) - count]
-            rows = rows[cosines >= cutoff - self._margin]
-        return self.in_order(rows)[:count]
+        left_out = np.array(self._own, np.intp)
+        if without is not None:
+            left_out = np.concatenate([left_out, without])
+        split, parts = self._view.stored_count, []
+        if self._stored is not None:
+            eligible = self._view.visible
+            if among is not None:
+                eligible = among.stored  # bins have no hidden rows
+            parts.append(self._permitted(self._stored, eligible, left_out, count))
+        eligible = None if among is None else among.recent
+        recent = self._permitted(self._recent, eligible, left_out - split, count)
+        parts.append(Found(recent.rows + split, recent.cosines))
+        rows = np.concatenate([part.rows for part in parts])
+        cosines = np.concatenate([part.cosines for part in parts])
+        order = self._view.order(rows, cosines)[:count]
+        return Found(rows[order], cosines[order])
 
-    def in_order(self, rows: Rows) -> Rows:
-        """Sort rows by their exact cosine, highest first, ties by id."""
-        products = self.table.keys[rows].astype(np.float64) * self.query
-        return rows[np.lexsort((self.table.id_ranks[rows], -products.sum(axis=1)))]
-
-    @property
-    def _margin(self) -> float:
-        """Twice the largest error of a float32 dot product of two unit vectors, in any order."""
-        return 2.0 * (len(self.query) + 4) * 2.0**-24
+    def _permitted(self, probe: Probe, eligible: Mask | None, left_out: Rows, count: int) -> Found:
+        """Search further while what is found must be left out."""
+        wanted = count + len(left_out) if count > 0 else 0
+        while True:
+            found = probe.nearest(wanted, eligible)
+            kept = ~np.isin(found.rows, left_out)
+            if self._policy.exclude_above < 1.0:
+                kept &= found.cosines <= self._policy.exclude_above
+            if int(kept.sum()) >= count or len(found.rows) < wanted:
+                return Found(found.rows[kept], found.cosines[kept])
+            wanted *= 2
 
 
 def shares(policy: RetrievalPolicy, anchors: int, contrast: int) -> tuple[int, int]:
@@ -143,29 +149,23 @@ def shares(policy: RetrievalPolicy, anchors: int, contrast: int) -> tuple[int, i
     return min(policy.k - from_contrast, anchors), from_contrast
 
 
-def ranks_of(order: Rows) -> Rows:
-    """Invert a permutation: the rank of each row, from the rows in order."""
-    ranks = np.empty_like(order)
-    ranks[order] = np.arange(len(order))
-    return ranks
-
-
 def nearest_anchors(
-    ranking: Ranking, score_ranks: Rows, count: int, policy: RetrievalPolicy
-) -> Rows:
+    sought: Sought, view: CaseView, count: int, policy: RetrievalPolicy
+) -> list[int]:
     """Take `count` anchors, stratified over their scores if the policy says so, nearest first.
 
-    Args:
-        ranking: The query against the anchors.
-        score_ranks: Rank of each anchor by score, ties by id (N,).
-        count: How many to take; `count // bins` from each bin, the rest by similarity alone.
-        policy: `bins` and `stratified`.
+    `count // bins` come from each bin, the rest by similarity alone.
+
+    Raises:
+        StoreCorrupted: the order of the scores is damaged.
     """
-    if not policy.stratified:
-        return ranking.nearest(count)
-    bins = score_ranks * policy.bins // max(len(score_ranks), 1)
-    per_bin = count // policy.bins
-    taken = np.concatenate([ranking.nearest(per_bin, bins == each) for each in range(policy.bins)])
-    rest = np.ones(len(score_ranks), np.bool_)
-    rest[taken] = False
-    return ranking.in_order(np.concatenate([taken, ranking.nearest(count - len(taken), rest)]))
+    if not policy.stratified or count < policy.bins:
+        nearest: list[int] = sought.nearest(count).rows.tolist()
+        return nearest
+    taken = [sought.nearest(count // policy.bins, each) for each in view.bins(policy.bins)]
+    rows = np.concatenate([found.rows for found in taken])
+    rest = sought.nearest(count - len(rows), without=rows)
+    rows = np.concatenate([rows, rest.rows])
+    cosines = np.concatenate([*(found.cosines for found in taken), rest.cosines])
+    in_order: list[int] = rows[view.order(rows, cosines)].tolist()
+    return in_order

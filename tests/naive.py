@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import erfcx, log_ndtr, ndtri
 
+from meiqa.kernels.hnsw import Graph
+
 Floats = NDArray[np.float64]
 
 
@@ -121,3 +123,76 @@ def thurstone_closed_form(
     observations = np.where(asked, neighbour_scores + sigma * ndtri(clipped), 0.0)
     fused: Floats = (observations.sum(axis=1) + lam * prior) / (asked.sum(axis=1) + lam)
     return fused
+
+
+def hnsw_search(
+    graph: Graph,
+    query: NDArray[np.float32],
+    count: int,
+    eligible: NDArray[np.bool_] | None,
+    effort: int,
+) -> list[int]:
+    """Walk the graph with sorted lists."""
+    rows = len(graph.keys)
+    allowed = np.ones(rows, bool) if eligible is None else eligible
+    available = int(allowed.sum())
+    count = min(count, available)
+    effort = max(effort, count)
+    found: list[int] = []
+    if query.any() and available**2 > 8 * effort * rows:
+        found = _hnsw_walk(graph, _hnsw_scores(graph, query), allowed, effort)
+    if len(found) < count:
+        found = np.flatnonzero(allowed).tolist()
+    cosines = _half_cosines(graph, query)
+    return sorted(found, key=lambda row: (-cosines[row], row))[:count]
+
+
+def _hnsw_scores(graph: Graph, query: NDArray[np.float32]) -> NDArray[np.float32]:
+    wide = query.astype(np.float64)
+    steps = min(32767, (2**31 - 1) // (128 * len(query)))
+    coarse = np.rint(wide / np.abs(wide).max() * steps).astype(np.int64)
+    products = graph.levels.astype(np.int64) @ coarse
+    return products.astype(np.float32) * graph.scales
+
+
+def _half_cosines(graph: Graph, query: NDArray[np.float32]) -> Floats:
+    keys = graph.keys.view(np.float16).astype(np.float64)
+    wide = query.astype(np.float64)
+    peak = np.abs(wide).max(initial=0.0)
+    products = (keys * (wide / peak if peak else wide)).sum(axis=1)
+    lengths = np.sqrt((keys * keys).sum(axis=1))
+    return np.divide(products, lengths, out=np.zeros(len(keys)), where=lengths > 0)
+
+
+def _hnsw_walk(
+    graph: Graph, scores: NDArray[np.float32], allowed: NDArray[np.bool_], effort: int
+) -> list[int]:
+    def worth(row: int) -> tuple[float, int]:
+        return float(scores[row]), -row
+
+    here = int(graph.entry[0])
+    first, last = graph.upper_offsets[here : here + 2].tolist()
+    for level in reversed(range(last - first)):
+        moved = True
+        while moved:
+            links = graph.upper_links[graph.upper_offsets[here] + level]
+            nearest = max([here, *(int(link) for link in links if link >= 0)], key=worth)
+            moved, here = nearest != here, nearest
+    seen, frontier = {here}, [here]
+    found = [here] if allowed[here] else []
+    while frontier:
+        best = max(frontier, key=worth)
+        frontier.remove(best)
+        if len(found) == effort and worth(best) < worth(found[-1]):
+            break
+        fresh = [int(link) for link in dict.fromkeys(graph.links[best].tolist()) if link >= 0]
+        for row in fresh:
+            if row in seen:
+                continue
+            seen.add(row)
+            if len(found) == effort and worth(row) < worth(found[-1]):
+                continue
+            frontier.append(row)
+            if allowed[row]:
+                found = sorted([*found, row], key=worth, reverse=True)[:effort]
+    return found

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_the_thurstone_tests_pass_with_the_jit_off() -> None:
+
+@pytest.mark.parametrize("tests", ["test_hnsw.py", "test_thurstone.py"])
+def test_the_tests_pass_with_the_jit_off(tests: str) -> None:
     here = Path(__file__).parent
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_thurstone.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests],
         cwd=here,
         env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
         capture_output=True,

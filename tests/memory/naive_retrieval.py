@@ -29,11 +29,12 @@ def as_unit(key: NDArray[Any]) -> list[float]:
 def by_similarity(query: NDArray[Any], cases: Sequence[Case]) -> list[Case]:
     unit = as_unit(query)
 
-    def order(case: Case) -> tuple[float, str]:
-        products = zip(as_stored(case.key.tobytes()), unit, strict=True)
-        return -round(sum(a * b for a, b in products), 12), case.id
+    return sorted(cases, key=lambda case: (-cosine(unit, case), case.id))
 
-    return sorted(cases, key=order)
+
+def cosine(unit: Sequence[float], case: Case) -> float:
+    products = zip(as_stored(case.key.tobytes()), unit, strict=True)
+    return round(sum(a * b for a, b in products), 12)
 
 
 def naive_retrieve(
@@ -45,8 +46,13 @@ def naive_retrieve(
 ) -> list[str]:
     by_score = sorted(anchors, key=lambda case: (case.score, case.id))
     bin_of = {case.id: i * policy.bins // len(anchors) for i, case in enumerate(by_score)}
-    anchors = [case for case in anchors if case.image_digest != exclude_digest]
-    contrast = [case for case in contrast if case.image_digest != exclude_digest]
+
+    def may_be_taken(case: Case) -> bool:
+        near = policy.exclude_above < 1 and cosine(as_unit(query), case) > policy.exclude_above
+        return case.image_digest != exclude_digest and not near
+
+    anchors = [case for case in anchors if may_be_taken(case)]
+    contrast = [case for case in contrast if may_be_taken(case)]
 
     wanted = math.floor(policy.k * policy.anchor_share + 0.5)
     contrast_count = min(policy.k - min(wanted, len(anchors)), len(contrast))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +18,7 @@ from meiqa.types import Origin
 
 KEY_WIDTH, TOKEN_WIDTH = 8, 6
 DIGEST = "ab12"
+ROOT = Path(__file__).parents[2]
 
 
 def make_case(
@@ -53,6 +57,23 @@ def build_anchors(path: Path, cases: Iterable[Case] = (), digest: str = DIGEST) 
             writer.add(case, provenance="a laboratory")
         writer.finish()
     return path
+
+
+def python_child(program: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start a program in an interpreter like this one, which finds the same `meiqa`."""
+    flags = [
+        flag for flag, is_set in (("-S", sys.flags.no_site), ("-P", sys.flags.safe_path)) if is_set
+    ]
+    return subprocess.Popen(
+        [sys.executable, *flags, "-c", program, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def assert_same_case(found: Case, expected: Case) -> None:

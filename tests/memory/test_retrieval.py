@@ -149,8 +149,30 @@ def test_unusable_keys_are_refused(tmp_path: Path) -> None:
             snapshot.retrieve(np.full(KEY_WIDTH, bad, np.float32), RetrievalPolicy(), None)
 
 
+@pytest.mark.parametrize("above", [-1.0, -0.2, 0.3, 0.8])
+@pytest.mark.parametrize("stratified", [True, False])
+def test_near_duplicates_of_the_query_are_left_out(
+    tmp_path: Path, above: float, stratified: bool
+) -> None:
+    anchors, contrast = make_cases(97, "anchor"), make_cases(13, "contrast")
+    snapshot = snapshot_of(tmp_path / "m", anchors, contrast)
+    for k in (1, 7, 32, 300):
+        policy = RetrievalPolicy(k=k, exclude_above=above, stratified=stratified)
+        expected = naive_retrieve(anchors, contrast, query(k), policy, anchors[3].image_digest)
+        assert retrieve(snapshot, query(k), policy, anchors[3].image_digest) == expected
+
+
 @pytest.mark.parametrize(
-    "options", [{"k": -1}, {"anchor_share": 1.1}, {"anchor_share": float("nan")}, {"bins": 0}]
+    "options",
+    [
+        {"k": -1},
+        {"anchor_share": 1.1},
+        {"anchor_share": float("nan")},
+        {"bins": 0},
+        {"exclude_above": 1.5},
+        {"exclude_above": float("nan")},
+        {"effort": 0},
+    ],
 )
 def test_senseless_policies_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UsageError):

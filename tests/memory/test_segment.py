@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from meiqa.errors import StoreCorrupted, StoreError, StoreMismatch, StoreNotFound, UsageError
-from meiqa.memory.segment import Segment, write_segment
+from meiqa.memory import Segment, write_segment
 
 DTYPES = ["int8", "uint8", "int32", "int64", "float16", "float32", "float64"]
 

@@ -1,0 +1,221 @@
+"""Building an anchor memory: each anchor is spooled, the finished memory appears whole."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from meiqa.errors import StoreError, UsageError
+from meiqa.memory.cases import Case, Widths, check_case
+from meiqa.memory.database import (
+    Identity,
+    check_identity,
+    connect,
+    create_database,
+    read_identity,
+    sqlite_errors,
+)
+from meiqa.memory.disk import disk_errors, publish, sync
+from meiqa.memory.generation_writer import written_generation
+from meiqa.memory.lock import WriterLock
+from meiqa.memory.records import Entry, encode_case, insert_features, insert_record, read_entry
+
+__all__ = ["AnchorWriter"]
+
+_SPOOL_NAME = "spool.sqlite3"
+_LOCK_NAME = "spool.lock"
+_DURABLE_EVERY = 64
+
+
+class AnchorWriter:
+    """Writes an anchor memory; its directory appears whole, or not at all.
+
+    What the finished memory holds does not depend on the order of the anchors, nor on how often a
+    resumable writer was interrupted, but for the moments of storing.
+
+    Args:
+        path: The directory to be; it must not exist, or be empty.
+        package_digest: Digest of the engine package that encoded the anchors, hexadecimal.
+        key_width: D_key.
+        token_width: D of the visual tokens.
+        resume: Keep what was added when the writer is interrupted, and go on with what an
+            interrupted one has kept; after a kill, up to 64 anchors are missing.
+
+    Attributes:
+        known_ids: Ids of the anchors that have been added, those of interrupted runs among them.
+
+    Raises:
+        StoreError: the directory is taken or cannot be written.
+        StoreLocked: another writer has resumed it.
+        StoreMismatch: the interrupted writer wrote for another package.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from meiqa.memory import MemoryBank
+    >>> path = Path(tempfile.mkdtemp()) / "memory"
+    >>> with AnchorWriter(path, "ab12", key_width=2, token_width=3) as writer:
+    ...     writer.add(Case("a", "anchor", "d1", 3.2, 0.1, "sharp",
+    ...                     np.ones(2, np.float32), np.ones((4, 3), np.float32), (2, 2)))
+    ...     writer.finish()
+    >>> with MemoryBank.open(path, package_digest="ab12") as bank:
+    ...     bank.snapshot().count_anchors
+    1
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        package_digest: str,
+        key_width: int,
+        token_width: int,
+        *,
+        resume: bool = False,
+    ) -> None:
+        self._path = Path(path)
+        self._identity = Identity(package_digest, Widths(key_width, token_width))
+        self._resume = resume
+        self._unsaved = 0
+        self.known_ids: set[str] = set()
+        name = "resumable" if resume else uuid.uuid4().hex
+        self._partial = self._path.with_name(f".{self._path.name}.{name}.partial")
+        self._spool_path = self._partial / _SPOOL_NAME
+        self._connection: sqlite3.Connection | None = None
+        self._lock: WriterLock | None = None
+        _refuse_taken(self._path)
+        with disk_errors(self._path):
+            self._partial.mkdir(parents=True, exist_ok=resume)
+        try:
+            self._lock = WriterLock(self._partial / _LOCK_NAME)
+            self._connection = self._open_spool()
+        except BaseException:
+            self._let_go()
+            raise
+
+    def __enter__(self) -> AnchorWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._resume:
+            self.suspend()
+        else:
+            self.discard()
+
+    def add(self, case: Case, *, provenance: str = "") -> None:
+        """Add one anchor; `provenance` says where its score comes from.
+
+        Raises:
+            UsageError: the case cannot be stored, or its id is taken.
+            StoreError: the disk is full.
+        """
+        check_case(case, "anchor", self._identity.widths)
+        if case.id in self.known_ids:
+            raise UsageError("two anchors have one id", seen=case.id)
+        entry = encode_case(case, self._identity.package_digest, provenance, time.time())
+        connection = self._spool()
+        try:
+            with sqlite_errors(self._spool_path):
+                self._insert(connection, entry)
+        except BaseException:
+            self._let_go()  # SQLite may have undone more than this anchor
+            raise
+        self.known_ids.add(case.id)
+
+    def finish(self) -> None:
+        """Make the memory durable and give it its name.
+
+        Raises:
+            StoreError: the disk is full, or the directory has been taken meanwhile.
+        """
+        _refuse_taken(self._path)
+        connection = self._spool()
+        with sqlite_errors(self._spool_path):
+            self._save(connection)
+        with disk_errors(self._path):
+            whole = self._partial / "memory"
+            shutil.rmtree(whole, ignore_errors=True)
+            whole.mkdir()
+            entries = self._by_id(connection)
+            with written_generation(whole, "anchor", self._identity, 1, entries) as publish_files:
+                publish_files()
+            sync(whole)
+            publish(whole, self._path)
+        self.discard()
+
+    def suspend(self) -> None:
+        """Keep what was added, for a writer that resumes."""
+        connection = self._connection
+        if connection is not None:
+            with sqlite_errors(self._spool_path):
+                self._save(connection)
+        self._let_go()
+
+    def discard(self) -> None:
+        """Remove what an unfinished writer has written."""
+        self._let_go()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _open_spool(self) -> sqlite3.Connection:
+        """Go on with the spool of an interrupted writer, or begin one."""
+        if not self._spool_path.exists():
+            create_database(self._spool_path, self._identity)
+        connection = connect(self._spool_path, "rw")
+        try:
+            found, _ = read_identity(self._spool_path, connection)
+            hint = f"finish it with that package, or begin again: rm -r {self._partial}"
+            check_identity(self._spool_path, found, self._identity, hint)
+            with sqlite_errors(self._spool_path):
+                rows = connection.execute("SELECT id FROM records")
+                self.known_ids.update(case_id for (case_id,) in rows)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _spool(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise StoreError(f"the writer of {self._path} is closed")
+        return self._connection
+
+    def _insert(self, connection: sqlite3.Connection, entry: Entry) -> None:
+        if not connection.in_transaction:
+            connection.execute("BEGIN IMMEDIATE")
+        insert_features(connection, insert_record(connection, entry.record), entry)
+        self._unsaved += 1
+        if self._unsaved == _DURABLE_EVERY:
+            self._save(connection)
+
+    def _save(self, connection: sqlite3.Connection) -> None:
+        if connection.in_transaction:
+            connection.execute("COMMIT")
+        self._unsaved = 0
+
+    def _by_id(self, connection: sqlite3.Connection) -> Iterator[Entry]:
+        with sqlite_errors(self._spool_path):
+            rows = connection.execute("SELECT revision FROM records ORDER BY id").fetchall()
+        for (revision,) in rows:
+            yield read_entry(self._spool_path, connection, revision, self._identity.widths)
+
+    def _let_go(self) -> None:
+        connection, lock = self._connection, self._lock
+        self._connection, self._lock = None, None
+        if connection is not None:
+            connection.close()
+        if lock is not None:
+            lock.release()
+
+
+def _refuse_taken(path: Path) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise StoreError(
+            f"{path} already exists", hint="remove it first, or choose another directory"
+        )
