@@ -8,7 +8,7 @@ from pathlib import Path
 
 from meiqa.errors import StoreLocked, StoreNotFound, StoreUnwritable
 from meiqa.locations import embedded_assets, package_memory
-from meiqa.memory import MemoryBank
+from meiqa.memory import MemoryBank, holds_anchors
 
 __all__ = ["open_memory"]
 
@@ -40,7 +40,7 @@ def open_memory(
             f"there is no memory directory {contrast}",
             hint="check the path; learning creates a new one",
         )
-    anchors = contrast if _holds_anchors(contrast) else embedded_assets() / "memory"
+    anchors = contrast if holds_anchors(contrast) else embedded_assets() / "memory"
     if learn:
         try:
             return MemoryBank.compose(
@@ -54,8 +54,3 @@ def open_memory(
                 raise StoreUnwritable(error.what, seen=error.seen, hint=hint) from error
             LOG.warning("nothing will be remembered: %s (%s)", error.what, error.seen)
     return MemoryBank.compose(anchors, contrast, "r", package_digest=package_digest, verify=verify)
-
-
-def _holds_anchors(directory: Path) -> bool:
-    # Unlike Path.exists, this takes a directory that may not be searched for one without anchors.
-    return os.path.exists(directory / "anchors.seg")

@@ -7,6 +7,7 @@
 
 from meiqa.memory.anchor_writer import AnchorWriter
 from meiqa.memory.bank import Case, MemoryBank, Snapshot
+from meiqa.memory.generation import holds_anchors, package_digest_of
 from meiqa.memory.policies import ContrastPolicy
 from meiqa.memory.records import Record
 from meiqa.memory.retrieval import RetrievalPolicy
@@ -25,6 +26,8 @@ __all__ = [
     "RetrievalPolicy",
     "Segment",
     "Snapshot",
+    "holds_anchors",
+    "package_digest_of",
     "verify_memory",
     "write_segment",
 ]

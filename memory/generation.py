@@ -62,6 +62,24 @@ def segment_path(directory: Path, origin: Origin) -> Path:
     return directory / f"{_stem(origin)}.seg"
 
 
+def holds_anchors(path: str | Path) -> bool:
+    """Tell whether a directory has anchors of its own; one that may not be searched has none."""
+    # Unlike Path.exists, this does not raise there.
+    return os.path.exists(segment_path(Path(path), "anchor"))
+
+
+def package_digest_of(path: str | Path) -> str:
+    """Give the digest of the package that encoded a memory's anchors.
+
+    Raises:
+        StoreNotFound: there are no anchors.
+        StoreCorrupted: the segment is damaged.
+    """
+    segment = Segment.open(segment_path(Path(path), "anchor"), verify=False)
+    with damage_named(segment.path):
+        return _described(segment, "anchor")[1].package_digest
+
+
 def records_name(origin: Origin, number: int) -> str:
     """Name the database of records of one generation."""
     # contrast.sqlite3 was another format's.

@@ -1,6 +1,6 @@
 """Fit the calibration of a package on its anchors, each judged against the others.
 
-    python -m meiqa.training.calibrate --package PACKAGE --memory MEMORY --data DATA
+    python -m meiqa.training.calibrate LABELS.csv --images DIR --package PACKAGE --memory MEMORY
 
 The anchors were kept out of the model's training, and an anchor never meets itself, so they stand
 in for photographs that users bring. Fitted are the logistic of both score heads, sigma, lambda and
@@ -23,17 +23,18 @@ from scipy.stats import spearmanr
 
 from meiqa.engine.caches import ByteLru
 from meiqa.engine.comparing import Comparer, preferences_of
+from meiqa.engine.images import load_pixels
 from meiqa.engine.package import Calibration, EnginePackage, Logistic
-from meiqa.engine.pipeline import ANCHOR_CACHE_BYTES
+from meiqa.engine.pipeline import ANCHOR_CACHE_BYTES, fitted_to
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.scoring import expected_grade
 from meiqa.engine.vlm import LocalVlm, Prefix
 from meiqa.errors import PackageCorrupted, UsageError
 from meiqa.export.commands import run_command
 from meiqa.kernels.thurstone import thurstone_map
+from meiqa.labels import LabelTable
 from meiqa.memory import MemoryBank, RetrievalPolicy
-from meiqa.training.build_memory import read_photograph
-from meiqa.training.data import anchor_names, human_scored, name_hash
+from meiqa.training.data import name_hash
 
 Floats = NDArray[np.float64]
 
@@ -67,36 +68,44 @@ class Judged:
     stds: Floats
 
 
-def judge_anchors(package: EnginePackage, bank: MemoryBank, data: Path, limit: int) -> Judged:
-    """Score, retrieve for and compare a spread of anchors, each without itself."""
+def judge_anchors(
+    package: EnginePackage, bank: MemoryBank, labels: LabelTable, images: Path, limit: int
+) -> Judged:
+    """Score, retrieve for and compare some anchors, chosen by name, each without itself."""
     calibration = package.manifest.calibration
     vlm = LocalVlm(package, *open_sessions(package, "cpu", None))
     comparer = Comparer(vlm, package.digest, ByteLru[Prefix](ANCHOR_CACHE_BYTES))
-    snapshot, names = bank.snapshot(), anchor_names(data)
-    rows = [row for row in human_scored(data) if row["file"] in names]
+    snapshot = bank.snapshot()
+    rows = sorted(zip(labels.files, labels.scores_1_to_5(), strict=True), key=by_hash)[:limit]
     columns: dict[str, list[Any]] = {name: [] for name in Judged.__dataclass_fields__}
-    for index, row in enumerate(sorted(rows, key=lambda r: name_hash(r["file"]))[:limit], 1):
-        digest, prefix = read_photograph(vlm, data / "biq2021" / "images" / row["file"])
+    for index, (file, score) in enumerate(rows, 1):
+        pixels = load_pixels(images / file)
+        prefix = vlm.read([vlm.encode(fitted_to(pixels, vlm.image))])[0]
         description = vlm.describe(prefix, vlm.prompts.family.summary_tokens)
         if description.key is None:
-            raise PackageCorrupted("the model writes nothing about an anchor", seen=row["file"])
+            raise PackageCorrupted("the model writes nothing about an anchor", seen=file)
         neighbours = snapshot.retrieve(
             description.key,
             RetrievalPolicy(k=calibration.neighbours, bins=calibration.bins),
-            exclude_digest=digest,
+            exclude_digest=pixels.digest,
         )
         verdicts = comparer.compare(
             prefix, 3.0, neighbours, both_orders=True, temperature=1.0, go_on=lambda *_: True
         )
-        columns["human"].append(1.0 + 4.0 * float(row["mos"]))
+        columns["human"].append(score)
         columns["text"].append(np.nan if description.rating is None else description.rating)
         columns["levels"].append(expected_grade(vlm.grade(prefix)))
         columns["logits"].append(verdicts.logits)
         columns["scores"].append([case.score for case in neighbours])
         columns["stds"].append([case.std for case in neighbours])
         if index % 50 == 0:
-            print(f"{index} of {limit} anchors judged", flush=True)
+            print(f"{index} of {len(rows)} anchors judged", flush=True)
     return Judged(**{name: np.array(values, np.float64) for name, values in columns.items()})
+
+
+def by_hash(row: tuple[str, float]) -> str:
+    """A place in an order that has nothing to do with scores."""
+    return name_hash(row[0])
 
 
 def fitted_logistic(raw: Floats, human: Floats) -> Logistic:
@@ -231,13 +240,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m meiqa.training.calibrate")
     parser.add_argument("--package", type=Path, required=True, help="its manifest is rewritten")
     parser.add_argument("--memory", type=Path, required=True, help="anchors made by this package")
-    parser.add_argument("--data", type=Path, required=True, help="folder with biq2021/")
+    parser.add_argument("labels", type=Path, help="the label table that the memory was built from")
+    parser.add_argument("--images", type=Path, required=True, help="where its images are")
     parser.add_argument("--limit", type=int, default=500, help="anchors to judge")
     arguments = parser.parse_args()
     package = EnginePackage.open(arguments.package)
     base = package.manifest.calibration
     with MemoryBank.open(arguments.memory, "r", package_digest=package.digest) as bank:
-        judged = judge_anchors(package, bank, arguments.data, arguments.limit)
+        labels = LabelTable.read(arguments.labels)
+        judged = judge_anchors(package, bank, labels, arguments.images, arguments.limit)
     if len(judged.human) < FEWEST_ANCHORS:
         raise UsageError(
             "too few anchors to fit a calibration on",

@@ -171,6 +171,14 @@ def copy_calibration_photographs(data: Path, rows: list[dict[str, str]], folder:
         shutil.copyfile(data / "biq2021" / "images" / row["file"], folder / row["file"])
 
 
+def write_labels(rows: list[dict[str, str]], path: Path) -> None:
+    """Write the label table that the anchor memory is built from."""
+    with path.open("w", newline="") as table:
+        writer = csv.DictWriter(table, ("file", "mos"), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def prepare(data: Path, folder: Path, workers: int) -> None:
     """Decode and distort everything that training reads; sets already written are kept."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,6 +195,7 @@ def prepare(data: Path, folder: Path, workers: int) -> None:
     scores = kadid_scores(data / "labels" / "KADID-10k.txt")
     per_source = SYNTHETIC_PER_PHOTOGRAPH + PRISTINE_PER_PHOTOGRAPH
     copy_calibration_photographs(data, human["human"], folder / "calibration")
+    write_labels(human["anchors"], folder / "anchors.csv")
     with ProcessPoolExecutor(workers) as pool:
         for name, part in human.items():
             if not (folder / f"{name}.jsonl").exists():

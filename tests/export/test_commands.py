@@ -36,8 +36,6 @@ def ended(capsys: pytest.CaptureFixture[str], module: str, *arguments: str | Pat
         ("data", ("--data", "--work")),
         ("pretrain", ("--work",)),
         ("finetune", ("--work", "--out")),
-        ("build_memory", ("--package", "--data", "--out")),
-        ("calibrate", ("--package", "--memory", "--data")),
     ],
 )
 def test_training_on_nothing(

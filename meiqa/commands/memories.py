@@ -1,0 +1,279 @@
+"""`meiqa memory …`: what photographs are compared with."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from meiqa.commands.options import (
+    EXIT_FAILURES,
+    add_format,
+    count,
+    offline_packages,
+    positive_count,
+    report_failures,
+    say,
+)
+from meiqa.errors import StoreMismatch, StoreNotFound, UsageError, one_line
+
+if TYPE_CHECKING:
+    from meiqa.commands.options import Commands
+    from meiqa.engine.vlm import LocalVlm
+    from meiqa.memory import MemoryBank
+
+
+def add_commands(commands: Commands) -> None:
+    """Add `meiqa memory` with its own commands to the parser."""
+    memory = commands.add_parser("memory", help="build and tend a memory")
+    actions = memory.add_subparsers(metavar="ACTION", required=True)
+    _add_build(actions)
+    _add_add(actions)
+    _add_list(actions)
+    _add_remove(actions)
+    _add_stats(actions)
+    _add_compact(actions)
+    _add_verify(actions)
+    _add_evict(actions)
+    _add_export(actions)
+
+
+def _build(options: argparse.Namespace) -> int:
+    from meiqa.engine.anchoring import build_anchors
+    from meiqa.labels import LabelTable
+    from meiqa.progress import Progress
+
+    labels = LabelTable.read(options.labels, split=options.split, mos_range=options.mos_range)
+    labels = labels.spread(options.limit)
+    vlm = _open_vlm(options)
+    with Progress(len(labels), sys.stderr) as progress:
+        failures = build_anchors(
+            vlm,
+            vlm.package,
+            labels,
+            Path(options.images),
+            Path(options.out),
+            provenance=options.provenance or f"label table {Path(options.labels).name}",
+            std=options.std,
+            on_photo=lambda _: progress.advance(),
+        )
+    say(f"{options.out}: {len(labels) - len(failures)} anchors")
+    return report_failures([failure.to_dict() for failure in failures], len(labels))
+
+
+def _add(options: argparse.Namespace) -> int:
+    from meiqa.engine.anchoring import anchor_case
+    from meiqa.memory import package_digest_of
+
+    if not 1 <= options.score <= 5:
+        raise UsageError("a score is on the 1-5 scale", seen=options.score, allowed="1 to 5")
+    vlm = _open_vlm(options)
+    if package_digest_of(options.memory) != vlm.package.digest:
+        raise StoreMismatch(
+            "the memory was built with another package",
+            seen=f"{vlm.package.path}",
+            hint="name its package: --package DIR",
+        )
+    with _bank(options.memory, "rw") as bank:
+        case = anchor_case(vlm, options.image, options.image, options.score, options.std)
+        bank.add_anchor(case, provenance=options.provenance or "added by hand")
+    say(f"{options.memory}: {options.image} is an anchor of {options.score:.2f}")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from meiqa.formats import json_text
+
+    with _bank(options.memory, "r") as bank:
+        for record in bank.cases(options.origin, options.since):
+            if options.format == "jsonl":
+                sys.stdout.write(json_text(asdict(record)) + "\n")
+                continue
+            stored = datetime.fromtimestamp(record.created, UTC).isoformat(" ", "seconds")
+            line = f"{record.origin:<9}{record.score:.2f} ± {record.std:.2f}  {stored}  {record.id}"
+            sys.stdout.write(one_line(line) + "\n")
+    return 0
+
+
+def _remove(options: argparse.Namespace) -> int:
+    with _bank(options.memory, "rw") as bank:
+        removed = bank.remove(options.ids or None, origin=options.origin, since=options.since)
+    say(f"{options.memory}: {removed} cases removed")
+    return 0
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from meiqa.formats import json_text
+
+    with _bank(options.memory, "r") as bank:
+        statistics = asdict(bank.statistics())
+    as_json = options.format == "json"
+    text = json_text(statistics, indent=2) if as_json else "\n".join(_statistics_lines(statistics))
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _statistics_lines(statistics: dict[str, object], indent: str = "") -> Iterator[str]:
+    for name, value in statistics.items():
+        if isinstance(value, dict):
+            yield f"{indent}{name}"
+            yield from _statistics_lines(value, indent + "  ")
+        else:
+            yield f"{indent}{name:<20}{value}"
+
+
+def _compact(options: argparse.Namespace) -> int:
+    with _bank(options.memory, "rw") as bank:
+        merged = bank.compact()
+    say(f"{options.memory}: " + ("compacted" if merged else "there was nothing to merge"))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from meiqa.memory import verify_memory
+
+    findings = verify_memory(options.memory)
+    for finding in findings:
+        say(one_line(f"{finding.file}: {finding.problem}"))
+    say(f"{options.memory}: {len(findings)} findings")
+    return EXIT_FAILURES if findings else 0
+
+
+def _evict(options: argparse.Namespace) -> int:
+    with _bank(options.memory, "rw") as bank:
+        evicted = bank.evict(options.keep)
+    say(f"{options.memory}: {evicted} contrast cases evicted")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    with offline_packages("parquet"), _bank(options.memory, "r") as bank:
+        written = bank.export(options.out, options.format)
+    say(f"{options.out}: {written} cases")
+    return 0
+
+
+def _open_vlm(options: argparse.Namespace) -> LocalVlm:
+    from meiqa.engine.package import EnginePackage
+    from meiqa.engine.pipeline import sessions_on
+    from meiqa.engine.vlm import LocalVlm
+    from meiqa.locations import embedded_assets
+
+    package = EnginePackage.open(options.package or embedded_assets() / "package")
+    return LocalVlm(package, *sessions_on(options.device, package, None, verify=True))
+
+
+@contextmanager
+def _bank(path: str, mode: Literal["r", "rw"]) -> Iterator[MemoryBank]:
+    """A memory for the package that it was built with; the embedded anchors if it has none."""
+    from meiqa.locations import embedded_assets
+    from meiqa.memory import MemoryBank, holds_anchors, package_digest_of
+
+    anchors = Path(path) if holds_anchors(path) else embedded_assets() / "memory"
+    if not Path(path).is_dir():
+        raise StoreNotFound("there is no memory", seen=path, hint="meiqa memory build makes one")
+    digest = package_digest_of(anchors)
+    with MemoryBank.compose(anchors, path, mode, package_digest=digest) as bank:
+        yield bank
+
+
+def _add_build(actions: Commands) -> None:
+    action = actions.add_parser("build", help="make a memory of photographs with human scores")
+    action.add_argument("labels", metavar="LABELS.csv", help="with an image and a mos column")
+    action.add_argument("--images", required=True, metavar="DIR", help="where the images are")
+    action.add_argument("--out", required=True, metavar="MEM", help="must not exist")
+    action.add_argument("--split", metavar="S", help="only the rows of this split")
+    action.add_argument("--limit", type=positive_count, metavar="N", help="N of them, spread")
+    action.add_argument(
+        "--mos-range", nargs=2, type=float, metavar=("LO", "HI"), help="ends of the human scale"
+    )
+    _add_anchoring(action)
+    action.set_defaults(run=_build)
+
+
+def _add_add(actions: Commands) -> None:
+    action = actions.add_parser("add", help="add one photograph with its human score")
+    action.add_argument("memory", metavar="MEM")
+    action.add_argument("image", metavar="IMAGE")
+    action.add_argument("--score", type=float, required=True, metavar="S", help="1 to 5")
+    _add_anchoring(action)
+    action.set_defaults(run=_add)
+
+
+def _add_anchoring(action: argparse.ArgumentParser) -> None:
+    action.add_argument("--package", metavar="DIR", help="engine package (default: the embedded)")
+    action.add_argument("--device", choices=("cpu", "cuda", "tensorrt"), default="cpu")
+    action.add_argument("--provenance", metavar="TEXT", help="where the score comes from")
+    action.add_argument(
+        "--std", type=float, default=0.2, metavar="S", help="standard error of the scores"
+    )
+
+
+def _add_list(actions: Commands) -> None:
+    action = actions.add_parser("list", help="list what is stored")
+    action.add_argument("memory", metavar="MEM")
+    add_format(action, "text", "jsonl")
+    _add_conditions(action)
+    action.set_defaults(run=_list)
+
+
+def _add_remove(actions: Commands) -> None:
+    action = actions.add_parser("remove", help="remove what fulfils every condition given")
+    action.add_argument("memory", metavar="MEM")
+    action.add_argument("ids", nargs="*", metavar="ID")
+    _add_conditions(action)
+    action.set_defaults(run=_remove)
+
+
+def _add_conditions(action: argparse.ArgumentParser) -> None:
+    action.add_argument("--origin", choices=("anchor", "contrast"))
+    action.add_argument(
+        "--since", type=_moment, metavar="TIME", help="stored then or later, as 2026-05-31T12:00"
+    )
+
+
+def _add_stats(actions: Commands) -> None:
+    action = actions.add_parser("stats", help="count, weigh and measure it")
+    action.add_argument("memory", metavar="MEM")
+    add_format(action, "text", "json")
+    action.set_defaults(run=_stats)
+
+
+def _add_compact(actions: Commands) -> None:
+    action = actions.add_parser("compact", help="merge what was added into new segments")
+    action.add_argument("memory", metavar="MEM")
+    action.set_defaults(run=_compact)
+
+
+def _add_verify(actions: Commands) -> None:
+    action = actions.add_parser("verify", help="read every byte and tell what is wrong")
+    action.add_argument("memory", metavar="MEM")
+    action.set_defaults(run=_verify)
+
+
+def _add_evict(actions: Commands) -> None:
+    action = actions.add_parser("evict", help="remove the contrast cases that are worth least")
+    action.add_argument("memory", metavar="MEM")
+    action.add_argument("--keep", type=count, required=True, metavar="N")
+    action.set_defaults(run=_evict)
+
+
+def _add_export(actions: Commands) -> None:
+    action = actions.add_parser("export", help="write records and keys to a file")
+    action.add_argument("memory", metavar="MEM")
+    action.add_argument("--out", required=True, metavar="FILE")
+    action.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl")
+    action.set_defaults(run=_export)
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 2026-05-31T12:00") from None
+    return moment if moment.tzinfo else moment.astimezone()
