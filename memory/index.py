@@ -33,7 +33,7 @@ Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 Rows = NDArray[np.int64]
 
-FLAT_BELOW = 4096
+FLAT_BELOW = 3000
 """Fewer keys than this are searched faster without an index (`meiqa bench memory`)."""
 
 _NEIGHBOURS = 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,7 +44,7 @@ class Journal:
     """Cases, what is hidden of the generations, and how often contrast cases were retrieved.
 
     Encoded cases are kept in memory; a refresh reads only what was committed since the last one.
-    Not safe to share between threads.
+    Not safe to share between threads, but for counting retrievals.
 
     Args:
         directory: The memory. In mode "r" an absent journal is empty, and is noticed when it
@@ -69,6 +70,7 @@ class Journal:
         self._mode = mode
         self._identity = identity
         self._retrieved: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self._seen_version: int | None = None
         self._connection: sqlite3.Connection | None = None
         if mode == "rw" and not self.path.exists():
@@ -105,7 +107,6 @@ class Journal:
             with transaction(self._connection, "IMMEDIATE"):
                 self._write_retrieved(self._connection)
                 yield self._connection
-            self._retrieved.clear()
             self._seen_version = None
 
     def insert(self, connection: sqlite3.Connection, entry: Entry) -> None:
@@ -139,9 +140,10 @@ class Journal:
         connection.execute("DELETE FROM hidden WHERE origin = ? AND stamp <= ?", (origin, stamp))
 
     def note_retrieved(self, ids: Iterable[str]) -> None:
-        """Count retrievals; they reach the disk with the next write or on closing."""
+        """Count retrievals, from any thread; the next write takes them along, or closing does."""
         if self._mode == "rw":
-            self._retrieved.update(ids)
+            with self._counting:
+                self._retrieved.update(ids)
 
     def uses(self) -> dict[str, Uses]:
         """Give how often contrast cases were retrieved, and when last, as far as it is written."""
@@ -215,8 +217,10 @@ class Journal:
 
     def _write_retrieved(self, connection: sqlite3.Connection) -> None:
         now = time.time()
+        with self._counting:
+            counts, self._retrieved = self._retrieved, Counter()
         connection.executemany(
             "INSERT INTO uses VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
             " retrieved = retrieved + excluded.retrieved, last_retrieved = excluded.last_retrieved",
-            [(case_id, count, now) for case_id, count in self._retrieved.items()],
+            [(case_id, count, now) for case_id, count in counts.items()],
         )

@@ -98,7 +98,7 @@ class Sought:
         """Give how many cases may be taken, counting no further than `count`."""
         if self._policy.exclude_above < 1.0:
             return len(self.nearest(count).rows)
-        return min(count, len(self._view) - len(set(self._own) - set(self._view.hidden.tolist())))
+        return min(count, len(self._view) - len(self._own))
 
     def nearest(self, count: int, among: Bin | None = None, without: Rows | None = None) -> Found:
         """Give the most similar cases, nearest first, ties by id; fewer when fewer may be taken.

@@ -105,13 +105,14 @@ class CaseStore:
         return self.writable and self.directory(origin).resolve() == self.path.resolve()
 
     def views(self) -> Mapping[Origin, CaseView]:
-        """Give the cases that are committed now; never waits for a writer.
+        """Give the cases that are committed now.
+
+        Never waits: while another thread writes or looks, what was committed before is given.
 
         Raises:
             StoreCorrupted: a case is not what was written.
         """
         self._open_journal()
-        # While something is being written, what was committed before is good enough to read.
         if self._mutex.acquire(blocking=False):
             try:
                 self._refresh()
@@ -177,10 +178,10 @@ class CaseStore:
             return self._open_journal().uses()
 
     def note_retrieved(self, ids: Iterable[str]) -> None:
-        """Count retrievals of contrast cases."""
-        with self._mutex:
-            if self._journal is not None:
-                self._journal.note_retrieved(ids)
+        """Count retrievals of contrast cases; never waits for a writer."""
+        journal = self._journal
+        if journal is not None:
+            journal.note_retrieved(ids)
 
     @contextmanager
     def frozen(self, origin: Origin) -> Iterator[Frozen]:
@@ -278,10 +279,12 @@ class CaseStore:
 
     def _sweep(self) -> None:
         """Remove what a killed writer left unfinished."""
-        for origin, known in self._known.items():
+        for origin in self._known:
             if not self.may_compact(origin):
                 continue
-            kept = None if known.generation is None else known.generation.records_path.name
+            # The last writer may have compacted before this one held the lock.
+            generation = self._current(origin)
+            kept = None if generation is None else generation.records_path.name
             with disk_errors(self.path):
                 for file in left_over(self.path, origin, kept):
                     file.unlink(missing_ok=True)

@@ -105,8 +105,10 @@ class CaseView:
         return case_of(self.entry(row))
 
     def rows_of_image(self, image_digest: str) -> list[int]:
-        """Give the rows of the cases that were made from an image, hidden ones among them."""
+        """Give the rows of the cases that were made from an image."""
         stored = [] if self.generation is None else self.generation.rows_of_image(image_digest)
+        if self.visible is not None:
+            stored = [row for row in stored if self.visible[row]]
         return stored + [
             self.stored_count + number
             for number, entry in enumerate(self.recent)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from meiqa.errors import StoreError, StoreMismatch, StoreUnwritable
 from meiqa.memory import Case, ContrastPolicy, MemoryBank, RetrievalPolicy, verify_memory
 from meiqa.memory.generation_writer import written_generation
+from meiqa.memory.lock import WriterLock
 from meiqa.types import Origin
 from tests.memory.naive_retrieval import naive_retrieve
 from tests.memory.samples import (
@@ -70,7 +71,7 @@ policies = st.builds(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     built=st.integers(0, 30), steps=st.lists(actions, max_size=25), policy=policies, data=st.data()
 )
@@ -402,3 +403,34 @@ def test_a_snapshot_does_not_wait_for_a_writer(tmp_path: Path) -> None:
                 snapshot = other.submit(bank.snapshot).result(timeout=10)
             assert snapshot.count_contrast == 1
         assert bank.snapshot().count_contrast == 0
+
+
+def test_an_image_of_a_replaced_case_is_free_again(tmp_path: Path) -> None:
+    """The hidden row of the segment has the id of a case that is about another image by now."""
+    path = build_anchors(tmp_path / "m", [make_case("a", "anchor", image_digest="first")])
+    with open_bank(path) as bank:
+        bank.add_anchor(make_case("a", "anchor", image_digest="second"), provenance="a test")
+        bank.add_anchor(make_case("b", "anchor", image_digest="first"), provenance="a test")
+        assert {case_id for _, case_id in all_cases(bank)} == {"a", "b"}
+
+
+def test_a_writer_keeps_the_records_of_the_writer_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has looked at the generation before it holds the lock, and a compaction came between."""
+    path = build_anchors(tmp_path / "m", make_cases(3, "anchor"))
+    lock = WriterLock
+
+    def overtaken(lock_path: Path) -> WriterLock:
+        monkeypatch.setattr("meiqa.memory.store.WriterLock", lock)
+        with open_bank(path) as other:
+            other.add_anchor(make_case("new", "anchor"), provenance="a test")
+            other.compact()
+        return lock(lock_path)
+
+    monkeypatch.setattr("meiqa.memory.store.WriterLock", overtaken)
+    for _ in range(2):
+        with open_bank(path) as bank:
+            assert bank.snapshot().count_anchors == 4
+            assert len(all_cases(bank)) == 4
+    assert verify_memory(path) == []
