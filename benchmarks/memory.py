@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from meiqa.memory.index import FrozenIndex, build_graph, freeze
 from meiqa.memory.segment import Segment, write_segment
 
-__all__ = ["bench_memory", "clustered_vectors", "main"]
+__all__ = ["bench_memory", "clustered_vectors", "main", "table_text"]
 
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
@@ -544,10 +544,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             indexes=given.indexes,
             directory=given.directory,
         )
-        _say(json.dumps(result, indent=2) if given.format == "json" else _table(result))
+        _say(json.dumps(result, indent=2) if given.format == "json" else table_text(result))
 
 
-def _table(result: Mapping[str, Any]) -> str:
+def table_text(result: Mapping[str, Any]) -> str:
+    """Lay out the rows of `bench_memory` for people."""
     columns = ("n", "index", "recall", "p50_ms", "p99_ms", "open_ms", "resident_mb", "file_mb")
     lines = [columns, *([str(row[column]) for column in columns] for row in result["rows"])]
     widths = [max(len(line[at]) for line in lines) for at in range(len(columns))]
