@@ -207,7 +207,7 @@ class TestBuilding:
                 compute_capability=capability,
                 precision="int8",
                 profile={},
-                size_bytes=0,
+                size_bytes=1,
                 build_s=0.0,
             )
             for graph in GRAPHS
