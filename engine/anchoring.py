@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from meiqa.engine.images import ImageSource, load_pixels
-from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import fitted_to
 from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import ImageError, PackageCorrupted
@@ -53,7 +52,6 @@ def anchor_case(
 
 def build_anchors(
     vlm: LocalVlm,
-    package: EnginePackage,
     labels: LabelTable,
     images: Path,
     out: Path,
@@ -79,9 +77,11 @@ def build_anchors(
         StoreError: the memory cannot be written.
         PackageCorrupted: the model writes nothing about a photograph.
     """
-    widths = package.manifest.decoder
+    widths = vlm.shape
     failures: list[Failure] = []
-    writer = AnchorWriter(out, package.digest, widths.hidden_size, widths.embed_width, resume=True)
+    writer = AnchorWriter(
+        out, vlm.package.digest, widths.hidden_size, widths.embed_width, resume=True
+    )
     with writer:
         for file, score in zip(labels.files, labels.scores_1_to_5(), strict=True):
             failure = None

@@ -54,7 +54,6 @@ def _build(options: argparse.Namespace) -> int:
     with Progress(len(labels), sys.stderr) as progress:
         failures = build_anchors(
             vlm,
-            vlm.package,
             labels,
             Path(options.images),
             Path(options.out),

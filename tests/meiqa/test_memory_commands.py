@@ -104,9 +104,9 @@ def test_an_interrupted_build_goes_on_and_ends_the_same(
     table = LabelTable.read(labels, mos_range=(1, 5))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            build_anchors(vlm, package, table, images, out, provenance="label table labels.csv")
+            build_anchors(vlm, table, images, out, provenance="label table labels.csv")
         assert not out.exists()
-    build_anchors(vlm, package, table, images, out, provenance="label table labels.csv")
+    build_anchors(vlm, table, images, out, provenance="label table labels.csv")
     assert sorted(filter(None, seen)) == [f"{seed}.png" for seed in range(PHOTOGRAPHS)]
 
     def content(path: Path) -> list[Any]:
