@@ -43,7 +43,7 @@ def fuse(
         prior, prior_std: the score to start from and its deviation.
         neighbours: K remembered cases.
         preferences: (K,) probability that the photo looks better, NaN where it was not asked.
-        calibration: sigma, lam and the mapping of the deviation.
+        calibration: sigma, lam and the mappings of score and deviation.
 
     Returns:
         The prior as it is when nothing was asked.
@@ -58,8 +58,7 @@ def fuse(
         calibration.sigma,
         calibration.lam,
     )
-    score = min(5.0, max(1.0, float(scores[0])))
-    return Posterior(score, observed_std(float(stds[0]), calibration))
+    return Posterior(float(calibration.fused(scores[0])), observed_std(float(stds[0]), calibration))
 
 
 def observed_std(posterior_std: float, calibration: Calibration) -> float:

@@ -188,6 +188,7 @@ class Calibration(_Fields):
 
     Attributes:
         text, levels: logistic of the printed rating and of the expectation over grade words.
+        fused: logistic of the score that fusion ends with.
         text_std, levels_std: deviation of each mapped score from people's.
         grade_share: weight of the grade words in the score that fusion starts from; the rest is
             the printed rating's.
@@ -203,6 +204,7 @@ class Calibration(_Fields):
 
     text: Logistic
     levels: Logistic
+    fused: Logistic
     text_std: float
     levels_std: float
     grade_share: float
@@ -228,13 +230,14 @@ class Calibration(_Fields):
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
         """Read what stands in the manifest."""
         made = super().from_dict(values)
-        text, levels = (Logistic.from_dict(values[name]) for name in ("text", "levels"))
-        return replace(made, text=text, levels=levels)
+        maps = {name: Logistic.from_dict(values[name]) for name in ("text", "levels", "fused")}
+        return replace(made, **maps)
 
 
 UNCALIBRATED = Calibration(
     text=IDENTITY,
     levels=IDENTITY,
+    fused=IDENTITY,
     text_std=0.6,
     levels_std=0.6,
     grade_share=0.5,

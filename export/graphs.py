@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -156,8 +157,39 @@ def traced(
     model = program.model
     for name in stand_ins:
         initialise(model.graph, name, shapes[name], weight)
+    absorb_padding(model)
     forget_origins(model)
     return model
+
+
+def absorb_padding(model: ir.Model) -> None:
+    """Let convolutions pad by themselves where zeros are put around what they alone read.
+
+    PyTorch's convolutions pad both sides alike, ONNX's need not; a padded copy costs time and
+    would be quantised by itself.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Pad" or node.attributes.get_string("mode", "constant") != "constant":
+            continue
+        (padded,) = node.outputs
+        source, sizes, *fill = node.inputs
+        readers = list(padded.consumers())
+        if source is None or sizes is None or sizes.const_value is None or len(readers) != 1:
+            continue
+        (reader,) = readers
+        if reader.op_type != "Conv" or any(f is not None and not zero(f) for f in fill):
+            continue
+        before, after = np.split(sizes.const_value.numpy(), 2)
+        around = np.concatenate([before[2:], after[2:]])
+        own = np.array(reader.attributes.get_ints("pads", [0] * len(around)))
+        reader.attributes["pads"] = ir.AttrInt64s("pads", (own + around).tolist())
+        reader.replace_input_with(0, source)
+        model.graph.remove(node, safe=True)
+
+
+def zero(value: ir.Value) -> bool:
+    """Whether a value is known to be nothing but zeros."""
+    return value.const_value is not None and not value.const_value.numpy().any()
 
 
 @contextmanager

@@ -3,8 +3,9 @@
     python -m meiqa.training.calibrate LABELS.csv --images DIR --package PACKAGE --memory MEMORY
 
 The anchors were kept out of the model's training, and an anchor never meets itself, so they stand
-in for photographs that users bring. Fitted are the logistic of both score heads, sigma, lambda and
-the temperature of the comparisons, and how the posterior's deviation relates to the error seen.
+in for photographs that users bring. Fitted are the logistics of both score heads and of the fused
+score, sigma, lambda and the temperature of the comparisons, and how the posterior's deviation
+relates to the error seen.
 """
 
 from __future__ import annotations
@@ -108,11 +109,18 @@ def by_hash(row: tuple[str, float]) -> str:
     return name_hash(row[0])
 
 
-def fitted_logistic(raw: Floats, human: Floats) -> Logistic:
-    """Least-squares five-parameter logistic; increasing, as b1 b2 >= 0 and b4 >= 0 are kept."""
+def matched_logistic(raw: Floats, human: Floats) -> Logistic:
+    """Five-parameter logistic under which N raw scores are distributed like N human ones.
+
+    The least raw score is carried to the least human one, the next to the next, as well as the
+    function can (least squares). Predicting each photograph's own score instead would pull all
+    scores towards the middle, and few would be called excellent or bad. Increasing, as b1 b2 >= 0
+    and b4 >= 0 are kept.
+    """
+    ordered, wanted = np.sort(raw), np.sort(human)
 
     def residuals(b: Floats) -> Floats:
-        return np.asarray(Logistic(*b)(raw) - human)
+        return np.asarray(Logistic(*b)(ordered) - wanted)
 
     start = [1.0, 1.0, float(np.mean(raw)), 0.5, float(np.mean(human) - 0.5 * np.mean(raw))]
     bounds = ([0, 0, 1, 0, -5], [8, 8, 5, 2, 5])
@@ -175,13 +183,13 @@ def fitted_deviation(errors: Floats, stds: Floats) -> tuple[float, float]:
 
 def fitted_heads(judged: Judged, base: Calibration) -> tuple[Calibration, Floats, Floats]:
     """Logistics and deviations of both heads, with their mapped scores (N,) each."""
-    levels = fitted_logistic(judged.levels, judged.human)
+    levels = matched_logistic(judged.levels, judged.human)
     by_grade = np.asarray(levels(judged.levels))
     readable = ~np.isnan(judged.text)
     by_text = by_grade.copy()
     text = base.text
     if readable.any():
-        text = fitted_logistic(judged.text[readable], judged.human[readable])
+        text = matched_logistic(judged.text[readable], judged.human[readable])
         by_text[readable] = text(judged.text[readable])
     fitted = replace(
         base,
@@ -205,7 +213,9 @@ def fitted_calibration(
     share = min(SHARES, key=lambda s: root_mean_square(prior_with(s) - judged.human))
     prior = prior_with(share)
     temperature, sigma, lam = fitted_fusion(judged, prior)
-    scores, stds = fused_scores(judged, prior, temperature, sigma, lam)
+    merged, stds = fused_scores(judged, prior, temperature, sigma, lam)
+    fused = matched_logistic(merged, judged.human)
+    scores = np.clip(fused(merged), 1.0, 5.0)
     scale, floor = fitted_deviation(scores - judged.human, stds)
     moved = float(np.quantile(np.abs(scores - by_text), 1.0 - REFLECTED_SHARE))
     calibration = replace(
@@ -214,6 +224,7 @@ def fitted_calibration(
         temperature=temperature,
         sigma=sigma,
         lam=lam,
+        fused=fused,
         std_scale=scale,
         std_floor=floor,
         reflect_above=min(LARGEST_GATE, moved),

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meiqa.export.commands import run_command
+from meiqa.export.families.conv_hybrid import ConvHybridTower
+from meiqa.training.backbone import begin_from_imagenet
 from meiqa.training.data import PhotographSet
 from meiqa.training.timed_run import Pace, TimedRun
 from meiqa.training.towers import JudgedTower, make_tower, normalised
@@ -37,6 +39,7 @@ class Recipe:
     batch: int = 24
     human_share: float = 0.5
     learning_rate: float = 1e-3
+    convolutions_share: float = 0.2
     weight_decay: float = 0.05
 
     @property
@@ -127,13 +130,28 @@ class Pretraining(TimedRun):
         torch.manual_seed(0)
         self.recipe, self.device = recipe, device
         self.model = JudgedTower(make_tower(tower, HIDDEN_SIZE), HIDDEN_SIZE)
+        if isinstance(self.model.tower, ConvHybridTower):
+            begin_from_imagenet(self.model.tower)
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.model)
         optimiser = torch.optim.AdamW(
-            self.model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay
+            self.parameter_groups(), recipe.learning_rate, weight_decay=recipe.weight_decay
         )
         parts: dict[str, nn.Module] = {"model": self.model, "average": self.average}
         super().__init__(work / f"stage1-{tower}", parts, optimiser, recipe.pace)
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """All at full rate, but convolutions that ImageNet has taught already."""
+        tower, rate = self.model.tower, self.recipe.learning_rate
+        taught: list[nn.Parameter] = []
+        if isinstance(tower, ConvHybridTower):
+            taught = [*tower.stem.parameters(), *tower.stages.parameters()]
+        known = {id(parameter) for parameter in taught}
+        fresh = [p for p in self.model.parameters() if id(p) not in known]
+        return [
+            {"params": fresh, "lr": rate},
+            {"params": taught, "lr": rate * self.recipe.convolutions_share},
+        ]
 
     def step(self, sampler: CropSampler) -> float:
         """One optimiser step; returns the loss."""

@@ -10,8 +10,9 @@ from meiqa.export.decoder import GatedMlp, RmsNorm, rotate
 from meiqa.export.families.conv_hybrid import ConvHybridConfig, ConvHybridTower
 from meiqa.training.distortions import KINDS
 
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-"""Mean and deviation of each channel of the training pixels; they travel in the manifest."""
+MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
+"""Normalisation of each channel that EfficientNet-Lite was trained with; it travels in the
+manifest."""
 
 
 class WindowAttentionBlock(nn.Module):

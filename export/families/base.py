@@ -18,6 +18,11 @@ Config = Mapping[str, Any]
 """A config.json."""
 
 
+def as_stored(name: str, stored: Mapping[str, Tensor]) -> Tensor:
+    """A parameter that is stored under its own name."""
+    return stored[name]
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of checkpoints.
@@ -28,9 +33,9 @@ class Family:
         tower: makes the vision tower.
         decoder: reads the shape of the decoder.
         grid: reads pixels a patch and patches a cell, each along one side.
-        tower_weight: value of one parameter of the tower, out of the stored tensors by their names
-            below "visual.".
         prompt: name of the prompt family that suits it best.
+        tower_weight: value of one parameter of the tower, out of the stored tensors by their names
+            below "visual."; as stored by default.
     """
 
     architecture: str
@@ -38,8 +43,8 @@ class Family:
     tower: Callable[[Config], nn.Module]
     decoder: Callable[[Config], DecoderConfig]
     grid: Callable[[Config], tuple[int, int]]
-    tower_weight: Callable[[str, Mapping[str, Tensor]], Tensor]
     prompt: str = "visualquality-r1"
+    tower_weight: Callable[[str, Mapping[str, Tensor]], Tensor] = as_stored
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,57 @@
 """The conv-hybrid vision tower: convolutions see native pixels, attention sees one token a cell.
 
 A cell is the square of pixels that becomes one visual token (`patch_size * merge_size` a side).
-Texture statistics (mean and deviation of the features inside a cell, at three depths) carry what
+Texture statistics (mean and deviation of the features inside a cell, at six depths) carry what
 image quality is made of; a few attention blocks then let the cells see each other.
+
+The convolutions are those of EfficientNet-Lite (arXiv 1905.11946, without squeeze-and-excitation
+and with ReLU6, for devices). Batch normalisations are folded into them before training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from meiqa.errors import PackageCorrupted
 from meiqa.export.decoder import DecoderConfig
 from meiqa.export.families.base import Config, Family
 
+Stage = tuple[int, int, int, int, int]
+"""Blocks, output channels, kernel size, stride of the first block, expansion."""
+
+LITE_0: tuple[Stage, ...] = (
+    (1, 16, 3, 1, 1),
+    (2, 24, 3, 2, 6),
+    (2, 40, 5, 2, 6),
+    (3, 80, 3, 2, 6),
+    (3, 112, 5, 1, 6),
+    (4, 192, 5, 2, 6),
+    (1, 320, 3, 1, 6),
+)
+STEM_STRIDE = 2
+
 
 @dataclass(frozen=True)
 class ConvHybridConfig:
-    """Shape of the tower; `hidden_size` is the decoder's width."""
+    """Shape of the tower.
+
+    Attributes:
+        hidden_size: The decoder's width.
+        patch_size, merge_size: Pixels of a patch, patches of a cell, a side.
+        stem_width: Channels of the first convolution.
+        stages: The stages of blocks; all but the first are described by statistics.
+        attention_blocks, attention_heads: What lets the cells see each other.
+    """
 
     hidden_size: int
     patch_size: int = 16
     merge_size: int = 4
-    widths: tuple[int, ...] = (24, 48, 80, 160, 256)
+    stem_width: int = 32
+    stages: tuple[Stage, ...] = LITE_0
     attention_blocks: int = 2
     attention_heads: int = 4
 
@@ -37,29 +61,39 @@ class ConvHybridConfig:
         return self.patch_size * self.merge_size
 
 
-class ConvNorm(nn.Module):
-    """Convolution, batch normalisation (folded into the convolution at export), ReLU."""
+class SameConvolution(nn.Module):
+    """A convolution that pads as TensorFlow does: what is left over goes below and to the right."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm = nn.BatchNorm2d(outputs)
+        lacking = size - stride
+        self.after = lacking % 2
+        self.conv = nn.Conv2d(inputs, outputs, size, stride, lacking // 2, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.relu(self.norm(self.conv(x)))
+        if self.after:
+            x = functional.pad(x, (0, self.after, 0, self.after))
+        convolved: Tensor = self.conv(x)
+        return convolved
 
 
-class ResidualBlock(nn.Module):
-    """Two convolutions around a shortcut."""
+class InvertedBottleneck(nn.Module):
+    """Widen, convolve each channel by itself, narrow; around a shortcut where the shapes allow."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int, expansion: int) -> None:
         super().__init__()
-        self.first = ConvNorm(width, width)
-        self.second = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
+        inner = inputs * expansion
+        self.expand = SameConvolution(inputs, inner, 1) if expansion > 1 else None
+        self.depthwise = SameConvolution(inner, inner, size, stride, groups=inner)
+        self.project = SameConvolution(inner, outputs, 1)
+        self.shortcut = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.relu(x + self.norm(self.second(self.first(x))))
+        inner = x if self.expand is None else functional.relu6(self.expand(x))
+        made: Tensor = self.project(functional.relu6(self.depthwise(inner)))
+        return x + made if self.shortcut else made
 
 
 class AttentionBlock(nn.Module):
@@ -109,11 +143,17 @@ class ConvHybridTower(nn.Module):
     def __init__(self, config: ConvHybridConfig) -> None:
         super().__init__()
         self.config = config
-        w = config.widths
-        self.stem = nn.Sequential(ConvNorm(3, w[0], 2), ConvNorm(w[0], w[1], 2))
-        self.stage8 = nn.Sequential(ConvNorm(w[1], w[2], 2), ResidualBlock(w[2]))
-        self.stage16 = nn.Sequential(ConvNorm(w[2], w[3], 2), ResidualBlock(w[3]))
-        self.stage32 = nn.Sequential(ConvNorm(w[3], w[4], 2), ResidualBlock(w[4]))
+        self.stem = SameConvolution(3, config.stem_width, 3, STEM_STRIDE)
+        self.stages = nn.ModuleList()
+        width = config.stem_width
+        for blocks, outputs, size, stride, expansion in config.stages:
+            shapes = [(width, stride), *[(outputs, 1)] * (blocks - 1)]
+            self.stages.append(
+                nn.Sequential(
+                    *(InvertedBottleneck(w, outputs, size, s, expansion) for w, s in shapes)
+                )
+            )
+            width = outputs
         self.statistics_norm = nn.LayerNorm(self.statistics_width)
         self.embed = nn.Linear(self.statistics_width, config.hidden_size)
         self.blocks = nn.ModuleList(
@@ -126,19 +166,20 @@ class ConvHybridTower(nn.Module):
     @property
     def statistics_width(self) -> int:
         """Number of statistics that describe a cell."""
-        return 2 * sum(self.config.widths[2:])
+        return 2 * sum(outputs for _, outputs, *_ in self.config.stages[1:])
 
     def cell_features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) → statistics (B, h, w, statistics_width) of their cells."""
-        cell = self.config.cell_pixels
-        at8 = self.stage8(self.stem(images))
-        at16 = self.stage16(at8)
-        at32 = self.stage32(at16)
-        statistics = torch.cat(
-            [cell_statistics(f, cell // s) for f, s in ((at8, 8), (at16, 16), (at32, 32))], -1
-        )
+        cell, scale = self.config.cell_pixels, STEM_STRIDE
         rows, columns = images.shape[2] // cell, images.shape[3] // cell
-        return statistics.reshape(images.shape[0], rows, columns, self.statistics_width)
+        x = functional.relu6(self.stem(images))
+        maps = []
+        for (_, _, _, stride, _), stage in zip(self.config.stages, self.stages, strict=True):
+            x, scale = stage(x), scale * stride
+            maps.append((x, scale))
+        statistics = [cell_statistics(features, cell // scale) for features, scale in maps[1:]]
+        described = torch.cat(statistics, -1)
+        return described.reshape(images.shape[0], rows, columns, self.statistics_width)
 
     def tokens_from_features(self, features: Tensor) -> Tensor:
         """Statistics (B, cells, statistics_width) → visual tokens (B, cells, hidden_size)."""
@@ -161,49 +202,17 @@ class ConvHybridTower(nn.Module):
         return self.tokens_from_features(features.flatten(1, 2))[0]
 
 
-def folded(tower: ConvHybridTower) -> ConvHybridTower:
-    """The tower shaped for batch normalisations that are folded into convolutions."""
-    for module in tower.modules():
-        if isinstance(module, ConvNorm):
-            module.conv = with_bias(module.conv)
-            module.norm = nn.Identity()  # type: ignore[assignment]
-        elif isinstance(module, ResidualBlock):
-            module.second = with_bias(module.second)
-            module.norm = nn.Identity()  # type: ignore[assignment]
-    return tower
-
-
-def with_bias(conv: nn.Conv2d) -> nn.Conv2d:
-    """A convolution of the same shape that has a bias, too."""
-    return nn.Conv2d(conv.in_channels, conv.out_channels, 3, conv.stride, 1)  # type: ignore[arg-type]
-
-
-def folded_weight(name: str, stored: Mapping[str, Tensor]) -> Tensor:
-    """A parameter of the folded tower."""
-    module, _, kind = name.rpartition(".")
-    block, _, convolution = module.rpartition(".")
-    if convolution not in ("conv", "second"):
-        return stored[name]
-    mean, variance, scale, shift = (
-        stored[f"{block}.norm.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
-    )
-    weight = stored[f"{module}.weight"]
-    weight, bias = fuse_conv_bn_weights(
-        weight, None, mean, variance, nn.BatchNorm2d(1).eps, scale, shift
-    )
-    return weight if kind == "weight" else bias
-
-
 def read_tower(config: Config) -> ConvHybridTower:
-    """The folded tower of a config.json."""
-    return folded(ConvHybridTower(tower_config(config)))
+    """The tower of a config.json."""
+    return ConvHybridTower(tower_config(config))
 
 
 def tower_config(config: Config) -> ConvHybridConfig:
     """Shape of the tower in config.json."""
     try:
         vision = config["vision_config"]
-        return ConvHybridConfig(**{**vision, "widths": tuple(vision["widths"])})
+        stages = tuple(tuple(stage) for stage in vision["stages"])
+        return ConvHybridConfig(**{**vision, "stages": stages})
     except (KeyError, TypeError) as error:
         raise unreadable("vision_config", error) from error
 
@@ -234,7 +243,6 @@ FAMILY = Family(
     tower=read_tower,
     decoder=decoder_config,
     grid=grid,
-    tower_weight=folded_weight,
     prompt="meiqa",
 )
 """The embedded default model: this tower before a Qwen2.5-VL decoder."""

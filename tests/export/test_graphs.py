@@ -138,3 +138,17 @@ def test_a_graph_keeps_the_names_of_its_weights_and_nothing_of_its_making(
     assert {n for n, _ in module.named_parameters()} - {"embed_tokens.weight"} <= kept
     assert {opset.domain for opset in model.opset_import} == {""}
     assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+
+
+def test_convolutions_pad_by_themselves(package: EnginePackage) -> None:
+    model = onnx.load(package.path / "vision.onnx", load_external_data=False)
+    assert not any(node.op_type == "Pad" for node in model.graph.node)
+    pads = [
+        tuple(attribute.ints)
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.name == "pads" and node.op_type == "Conv"
+    ]
+    assert (0, 0, 1, 1) in pads
+    assert (1, 1, 1, 1) in pads
+    assert (1, 1, 2, 2) in pads
