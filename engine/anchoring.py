@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
-from meiqa.engine.images import ImageSource, load_pixels
+from PIL import Image
+
+from meiqa.engine.images import Pixels, load_pixels
 from meiqa.engine.pipeline import fitted_to
 from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import ImageError, PackageCorrupted
 from meiqa.labels import LabelTable
-from meiqa.memory import AnchorWriter, Case
-from meiqa.types import Failure
+from meiqa.memory import AnchorWriter, Case, key_widths, retrieval_key
+from meiqa.types import Failure, KeyKind
 
-__all__ = ["ANCHOR_STD", "anchor_case", "build_anchors"]
+__all__ = ["ANCHOR_STD", "anchor_case", "build_anchors", "thumbnail_of"]
 
 ANCHOR_STD = 0.2
 """Standard error of a mean of 30 opinions that differ by about one point, on the 1-5 scale."""
+THUMBNAIL_SIDE = 160
+THUMBNAIL_QUALITY = 80
 
 
 def anchor_case(
-    vlm: LocalVlm, image: ImageSource, name: str, score: float, std: float = ANCHOR_STD
+    vlm: LocalVlm,
+    pixels: Pixels,
+    name: str,
+    score: float,
+    std: float = ANCHOR_STD,
+    *,
+    key_kind: KeyKind = "summary",
 ) -> Case:
     """See, read and describe one photograph.
 
     Args:
         name: id of the anchor.
         score: mean opinion score on 1-5; std: its standard error.
+        key_kind: of the memory that it is for.
 
     Raises:
         ImageError: the photograph cannot be judged.
         PackageCorrupted: the model writes nothing about it.
     """
-    pixels = load_pixels(image)
     prefix = vlm.read([vlm.encode(fitted_to(pixels, vlm.image))])[0]
     description = vlm.describe(prefix, vlm.prompts.family.summary_tokens)
     if description.key is None:
@@ -44,10 +55,19 @@ def anchor_case(
         score=score,
         std=std,
         summary=description.text,
-        key=description.key,
+        key=retrieval_key(key_kind, description.key, prefix.tokens.values),
         tokens=prefix.tokens.values,
         grid=prefix.tokens.grid,
     )
+
+
+def thumbnail_of(pixels: Pixels) -> bytes:
+    """A JPEG of a photograph whose longer side has at most 160 pixels, without metadata."""
+    small = Image.fromarray(pixels.array)
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=THUMBNAIL_QUALITY)
+    return file.getvalue()
 
 
 def build_anchors(
@@ -58,6 +78,8 @@ def build_anchors(
     *,
     provenance: str = "",
     std: float = ANCHOR_STD,
+    key_kind: KeyKind = "summary",
+    keep_thumbnails: bool = False,
     on_photo: Callable[[Failure | None], None] = lambda failure: None,
 ) -> list[Failure]:
     """Write a memory of the photographs of a label table; an interrupted build is gone on with.
@@ -68,6 +90,8 @@ def build_anchors(
         labels: files below `images`, which become the anchors' ids, and their scores.
         out: directory of the memory; must not exist.
         provenance: where the scores come from, in a few words.
+        key_kind: what the anchors are found by.
+        keep_thumbnails: keep a small JPEG of each; otherwise no image bytes are kept.
         on_photo: told after each photograph, with its failure if it is left out.
 
     Returns:
@@ -77,18 +101,26 @@ def build_anchors(
         StoreError: the memory cannot be written.
         PackageCorrupted: the model writes nothing about a photograph.
     """
-    widths = vlm.shape
+    widths = key_widths(key_kind, vlm.shape.hidden_size, vlm.shape.embed_width)
     failures: list[Failure] = []
     writer = AnchorWriter(
-        out, vlm.package.digest, widths.hidden_size, widths.embed_width, resume=True
+        out,
+        vlm.package.digest,
+        widths.key,
+        widths.token,
+        key_kind=key_kind,
+        keep_thumbnails=keep_thumbnails,
+        resume=True,
     )
     with writer:
         for file, score in zip(labels.files, labels.scores_1_to_5(), strict=True):
             failure = None
             if file not in writer.known_ids:
                 try:
-                    case = anchor_case(vlm, images / file, file, score, std)
-                    writer.add(case, provenance=provenance)
+                    pixels = load_pixels(images / file)
+                    case = anchor_case(vlm, pixels, file, score, std, key_kind=key_kind)
+                    thumbnail = thumbnail_of(pixels) if keep_thumbnails else None
+                    writer.add(case, provenance=provenance, thumbnail=thumbnail)
                 except ImageError as error:
                     failure = Failure(str(images / file), error)
                     failures.append(failure)

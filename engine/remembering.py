@@ -8,7 +8,7 @@ from pathlib import Path
 
 from meiqa.errors import StoreLocked, StoreNotFound, StoreUnwritable
 from meiqa.locations import embedded_assets, package_memory
-from meiqa.memory import MemoryBank, holds_anchors
+from meiqa.memory import Admission, ContrastPolicy, MemoryBank, holds_anchors
 
 __all__ = ["open_memory"]
 
@@ -16,7 +16,12 @@ LOG = logging.getLogger(__name__)
 
 
 def open_memory(
-    path: str | Path | None, package_digest: str, *, verify: bool, learn: bool
+    path: str | Path | None,
+    package_digest: str,
+    *,
+    verify: bool,
+    learn: bool,
+    admission: Admission = "gated",
 ) -> MemoryBank:
     """Open the memory of a package; see `Engine.open`.
 
@@ -28,12 +33,15 @@ def open_memory(
         package_digest: Digest of the engine package, hexadecimal.
         verify: Check the digests of the anchors.
         learn: Open it for writing.
+        admission: Which photos are remembered, when learning.
 
     Raises:
         StoreNotFound: there is no directory `path` to read.
         StoreUnwritable: `path` cannot be written, and `learn` asks for it.
         StoreError: the memory cannot be used.
+        UsageError: no such admission.
     """
+    policy = ContrastPolicy(admission=admission)
     contrast = package_memory(package_digest) if path is None else Path(path)
     if path is not None and not learn and not os.path.isdir(contrast):
         raise StoreNotFound(
@@ -44,7 +52,12 @@ def open_memory(
     if learn:
         try:
             return MemoryBank.compose(
-                anchors, contrast, "rw", package_digest=package_digest, verify=verify
+                anchors,
+                contrast,
+                "rw",
+                package_digest=package_digest,
+                verify=verify,
+                policy=policy,
             )
         except StoreLocked as error:
             LOG.warning("nothing will be remembered: %s", error)
@@ -53,4 +66,7 @@ def open_memory(
                 hint = "name a writable directory, or only read it: --no-learn (learn=False)"
                 raise StoreUnwritable(error.what, seen=error.seen, hint=hint) from error
             LOG.warning("nothing will be remembered: %s (%s)", error.what, error.seen)
-    return MemoryBank.compose(anchors, contrast, "r", package_digest=package_digest, verify=verify)
+    # The policy goes along, so that what it would have admitted is said not to be remembered.
+    return MemoryBank.compose(
+        anchors, contrast, "r", package_digest=package_digest, verify=verify, policy=policy
+    )

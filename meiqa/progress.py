@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Self, TextIO
 
 __all__ = ["Progress", "StepProgress"]
 
 _WIDTH = 30
+_LATEST = 32
+_SHORTEST_S = 1e-3
 _CLEAR_LINE = "\r\x1b[K"
 
 
 class Progress:
-    """Count finished items; draws nothing unless the stream is a terminal."""
+    """Count finished images; draws nothing unless the stream is a terminal.
+
+    Speed and time left follow from the latest images: those that a build finds done already, or a
+    slow beginning, do not count for long.
+    """
 
     def __init__(self, total: int, stream: TextIO) -> None:
         self._total = total
         self._stream = stream
         self._visible = total > 1 and stream.isatty()
         self._done = 0
-        self._started = time.monotonic()
+        self._moments = deque([time.monotonic()], maxlen=_LATEST + 1)
 
     def __enter__(self) -> Self:
         self._draw()
@@ -35,22 +42,24 @@ class Progress:
             self._stream.flush()
 
     def advance(self) -> None:
-        """Count one more item and draw the bar again."""
+        """Count one more image and draw the bar again."""
         self._done += 1
+        self._moments.append(time.monotonic())
         self._draw()
 
     def _draw(self) -> None:
         if not self._visible:
             return
         bar = _bar(self._done / self._total)
-        self._stream.write(f"{_CLEAR_LINE}{bar} {self._done}/{self._total}{self._left()}")
+        self._stream.write(f"{_CLEAR_LINE}{bar} {self._done}/{self._total}{self._speed()}")
         self._stream.flush()
 
-    def _left(self) -> str:
+    def _speed(self) -> str:
         if self._done == 0:
             return ""
-        elapsed = time.monotonic() - self._started
-        return f"  {elapsed / self._done * (self._total - self._done):.0f} s left"
+        seconds = (self._moments[-1] - self._moments[0]) / (len(self._moments) - 1)
+        left = f"{seconds * (self._total - self._done):.0f} s left"
+        return f"  {1 / max(seconds, _SHORTEST_S):.3g} images/s  {left}"
 
 
 class StepProgress:

@@ -8,7 +8,9 @@
 from meiqa.memory.anchor_writer import AnchorWriter
 from meiqa.memory.bank import Case, MemoryBank, Snapshot
 from meiqa.memory.generation import holds_anchors, package_digest_of
-from meiqa.memory.policies import ContrastPolicy
+from meiqa.memory.keys import key_widths, retrieval_key
+from meiqa.memory.likeness import NEAR_DUPLICATE, layout
+from meiqa.memory.policies import Admission, ContrastPolicy
 from meiqa.memory.records import Record
 from meiqa.memory.retrieval import RetrievalPolicy
 from meiqa.memory.segment import Segment, write_segment
@@ -16,6 +18,8 @@ from meiqa.memory.statistics import MemoryStatistics
 from meiqa.memory.verification import Finding, verify_memory
 
 __all__ = [
+    "NEAR_DUPLICATE",
+    "Admission",
     "AnchorWriter",
     "Case",
     "ContrastPolicy",
@@ -27,7 +31,10 @@ __all__ = [
     "Segment",
     "Snapshot",
     "holds_anchors",
+    "key_widths",
+    "layout",
     "package_digest_of",
+    "retrieval_key",
     "verify_memory",
     "write_segment",
 ]

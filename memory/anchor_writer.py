@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from meiqa.errors import StoreError, UsageError
+from meiqa.errors import StoreError, StoreMismatch, UsageError
 from meiqa.memory.cases import Case, Widths, check_case
 from meiqa.memory.database import (
     Identity,
@@ -20,16 +20,18 @@ from meiqa.memory.database import (
     read_identity,
     sqlite_errors,
 )
-from meiqa.memory.disk import disk_errors, publish, sync
+from meiqa.memory.disk import disk_errors, publish, refuse_taken, sync
 from meiqa.memory.generation_writer import written_generation
 from meiqa.memory.lock import WriterLock
-from meiqa.memory.records import Entry, encode_case, insert_features, insert_record, read_entry
+from meiqa.memory.records import Entry, encode_case, insert_entry, read_entry
+from meiqa.types import KeyKind
 
 __all__ = ["AnchorWriter"]
 
 _SPOOL_NAME = "spool.sqlite3"
 _LOCK_NAME = "spool.lock"
 _DURABLE_EVERY = 64
+_THUMBNAILS = "thumbnails"
 
 
 class AnchorWriter:
@@ -43,6 +45,8 @@ class AnchorWriter:
         package_digest: Digest of the engine package that encoded the anchors, hexadecimal.
         key_width: D_key.
         token_width: D of the visual tokens.
+        key_kind: What the keys are made of; see `meiqa.memory.retrieval_key`.
+        keep_thumbnails: Each anchor comes with a small JPEG, which is kept; otherwise none does.
         resume: Keep what was added when the writer is interrupted, and go on with what an
             interrupted one has kept; after a kill, up to 64 anchors are missing.
 
@@ -52,7 +56,8 @@ class AnchorWriter:
     Raises:
         StoreError: the directory is taken or cannot be written.
         StoreLocked: another writer has resumed it.
-        StoreMismatch: the interrupted writer wrote for another package.
+        StoreMismatch: the interrupted writer wrote for another package, another kind of key, or
+            with thumbnails where none are to be kept, or the reverse.
 
     >>> import tempfile
     >>> import numpy as np
@@ -74,10 +79,13 @@ class AnchorWriter:
         key_width: int,
         token_width: int,
         *,
+        key_kind: KeyKind = "summary",
+        keep_thumbnails: bool = False,
         resume: bool = False,
     ) -> None:
         self._path = Path(path)
-        self._identity = Identity(package_digest, Widths(key_width, token_width))
+        self._identity = Identity(package_digest, Widths(key_width, token_width), key_kind)
+        self._keep_thumbnails = keep_thumbnails
         self._resume = resume
         self._unsaved = 0
         self.known_ids: set[str] = set()
@@ -86,7 +94,7 @@ class AnchorWriter:
         self._spool_path = self._partial / _SPOOL_NAME
         self._connection: sqlite3.Connection | None = None
         self._lock: WriterLock | None = None
-        _refuse_taken(self._path)
+        refuse_taken(self._path)
         with disk_errors(self._path):
             self._partial.mkdir(parents=True, exist_ok=resume)
         try:
@@ -110,17 +118,26 @@ class AnchorWriter:
         else:
             self.discard()
 
-    def add(self, case: Case, *, provenance: str = "") -> None:
-        """Add one anchor; `provenance` says where its score comes from.
+    def add(self, case: Case, *, provenance: str = "", thumbnail: bytes | None = None) -> None:
+        """Add one anchor.
+
+        Args:
+            case: Its origin must be "anchor".
+            provenance: Where its score comes from.
+            thumbnail: A small JPEG of it, if the writer keeps them.
 
         Raises:
-            UsageError: the case cannot be stored, or its id is taken.
+            UsageError: the case cannot be stored, its id is taken, or it has a thumbnail where
+                none is kept, or none where they are.
             StoreError: the disk is full.
         """
         check_case(case, "anchor", self._identity.widths)
         if case.id in self.known_ids:
             raise UsageError("two anchors have one id", seen=case.id)
-        entry = encode_case(case, self._identity.package_digest, provenance, time.time())
+        if (thumbnail is not None) != self._keep_thumbnails:
+            raise UsageError("all anchors have a thumbnail, or none has", seen=case.id)
+        digest = self._identity.package_digest
+        entry = encode_case(case, digest, provenance, time.time(), thumbnail)
         connection = self._spool()
         try:
             with sqlite_errors(self._spool_path):
@@ -136,7 +153,7 @@ class AnchorWriter:
         Raises:
             StoreError: the disk is full, or the directory has been taken meanwhile.
         """
-        _refuse_taken(self._path)
+        refuse_taken(self._path)
         connection = self._spool()
         with sqlite_errors(self._spool_path):
             self._save(connection)
@@ -167,12 +184,27 @@ class AnchorWriter:
     def _open_spool(self) -> sqlite3.Connection:
         """Go on with the spool of an interrupted writer, or begin one."""
         if not self._spool_path.exists():
-            create_database(self._spool_path, self._identity)
+            labels = {_THUMBNAILS: _answer(self._keep_thumbnails)}
+            create_database(self._spool_path, self._identity, labels)
         connection = connect(self._spool_path, "rw")
         try:
-            found, _ = read_identity(self._spool_path, connection)
-            hint = f"finish it with that package, or begin again: rm -r {self._partial}"
-            check_identity(self._spool_path, found, self._identity, hint)
+            found, labels = read_identity(self._spool_path, connection)
+            begin = f"or begin again: rm -r {self._partial}"
+            check_identity(
+                self._spool_path,
+                found,
+                self._identity,
+                hint=f"finish it with that package, {begin}",
+                kind_hint=f"finish it with --key {found.key_kind}, {begin}",
+            )
+            kept = labels.get(_THUMBNAILS, _answer(False))
+            if kept != _answer(self._keep_thumbnails):
+                raise StoreMismatch(
+                    f"{self._spool_path} was begun with another answer to --keep-thumbnails",
+                    seen=kept,
+                    allowed=_answer(self._keep_thumbnails),
+                    hint=f"finish it as it was begun, {begin}",
+                )
             with sqlite_errors(self._spool_path):
                 rows = connection.execute("SELECT id FROM records")
                 self.known_ids.update(case_id for (case_id,) in rows)
@@ -189,7 +221,7 @@ class AnchorWriter:
     def _insert(self, connection: sqlite3.Connection, entry: Entry) -> None:
         if not connection.in_transaction:
             connection.execute("BEGIN IMMEDIATE")
-        insert_features(connection, insert_record(connection, entry.record), entry)
+        insert_entry(connection, entry)
         self._unsaved += 1
         if self._unsaved == _DURABLE_EVERY:
             self._save(connection)
@@ -214,8 +246,5 @@ class AnchorWriter:
             lock.release()
 
 
-def _refuse_taken(path: Path) -> None:
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise StoreError(
-            f"{path} already exists", hint="remove it first, or choose another directory"
-        )
+def _answer(keep: bool) -> str:
+    return "yes" if keep else "no"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,13 +14,14 @@ from meiqa.memory.cases import Case, FloatArray, check_case
 from meiqa.memory.compaction import Compactor
 from meiqa.memory.exporting import ExportFormat, export_cases
 from meiqa.memory.journal import Mode
-from meiqa.memory.policies import ContrastPolicy, near_duplicates, worth
+from meiqa.memory.policies import Admission, ContrastPolicy, near_duplicates, worth
 from meiqa.memory.records import Record, encode_case
+from meiqa.memory.rekeying import rekey_store
 from meiqa.memory.retrieval import RetrievalPolicy, Sought, nearest_anchors, shares
 from meiqa.memory.statistics import MemoryStatistics, take_statistics
 from meiqa.memory.store import CaseStore
 from meiqa.memory.view import CaseView
-from meiqa.types import Origin
+from meiqa.types import KeyKind, Origin
 
 __all__ = ["Case", "MemoryBank", "Snapshot"]
 
@@ -47,38 +48,58 @@ class Snapshot:
         return len(self._contrast)
 
     def retrieve(
-        self, key: FloatArray, policy: RetrievalPolicy, exclude_digest: str | None
+        self,
+        key: FloatArray,
+        policy: RetrievalPolicy,
+        exclude_digest: str | None,
+        layout: FloatArray | None = None,
     ) -> tuple[Case, ...]:
         """Give the neighbours of a photo: anchors, then contrast cases, each nearest first.
 
-        The result depends on the key, the policy and the stored cases only; equal similarities are
-        ordered by id. All cases are given when there are fewer than `policy.k`.
+        The result depends on the query, the policy and the stored cases only; equal similarities
+        are ordered by id. All cases are given when there are fewer than `policy.k`.
 
         Args:
-            key: float32 (D_key,), of any length.
+            key: float32 (D_key,), of any length, made by `retrieval_key`.
             policy: How many, and from where.
             exclude_digest: Digest of the query's own image, whose cases are left out.
+            layout: Of the query's own tokens, from `meiqa.memory.layout`; near-duplicates of it
+                are left out. None for a query that is no photo.
 
         Raises:
             StoreMismatch: the key has another width than the stored ones.
             StoreCorrupted: a stored case is damaged.
             UsageError: the key is not finite.
         """
-        anchors = Sought(self._anchors, key, policy, exclude_digest)
-        contrast = Sought(self._contrast, key, policy, exclude_digest)
-        from_anchors, from_contrast = shares(
-            policy, anchors.available(policy.k), contrast.available(policy.k)
-        )
-        anchor_rows = nearest_anchors(anchors, self._anchors, from_anchors, policy)
-        learned = [
-            self._contrast.case(row) for row in contrast.nearest(from_contrast).rows.tolist()
-        ]
-        self._note_retrieved([case.id for case in learned])
-        return (*(self._anchors.case(row) for row in anchor_rows), *learned)
+        anchors = Sought(self._anchors, key, policy.effort, exclude_digest)
+        contrast = Sought(self._contrast, key, policy.effort, exclude_digest)
+        while True:
+            from_anchors, from_contrast = shares(policy, anchors.available, contrast.available)
+            chosen = (
+                (anchors, nearest_anchors(anchors, self._anchors, from_anchors, policy)),
+                (contrast, contrast.nearest(from_contrast).rows.tolist()),
+            )
+            if layout is None or not _leave_out_alike(chosen, layout, policy.exclude_above):
+                break
+        given = [[sought.case(row) for row in rows] for sought, rows in chosen]
+        self._note_retrieved([case.id for case in given[1]])
+        return (*given[0], *given[1])
 
     def percentile(self, score: float) -> float:
         """Give the share of anchors that score below, 0–100; NaN when there are no anchors."""
         return self._anchors.percentile(score)
+
+
+def _leave_out_alike(
+    chosen: Iterable[tuple[Sought, list[int]]], layout: FloatArray, above: float
+) -> bool:
+    """Leave out those of the chosen that are near-duplicates; tell whether there were any."""
+    found = False
+    for sought, rows in chosen:
+        alike = sought.alike(rows, layout, above) if above < 1.0 else []
+        sought.leave_out(alike)
+        found = found or bool(alike)
+    return found
 
 
 class MemoryBank:
@@ -150,8 +171,8 @@ class MemoryBank:
         Raises:
             StoreNotFound: there are no anchors.
             StoreCorrupted: a file is damaged.
-            StoreMismatch: a part was encoded by another package or has an older format; the hint
-                says what to run.
+            StoreMismatch: a part was encoded by another package or has an older format, or the
+                contrast cases have another kind of key than the anchors; the hint says what to run.
             StoreLocked: mode "rw", and another process is writing.
             StoreUnwritable: mode "rw", and `cases_path` cannot be written.
             UsageError: unknown mode.
@@ -171,6 +192,16 @@ class MemoryBank:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def key_kind(self) -> KeyKind:
+        """What the keys are made of; see `retrieval_key`."""
+        return self._store.identity.key_kind
+
+    @property
+    def admission(self) -> Admission:
+        """Which cases `remember` stores."""
+        return self._policy.admission
 
     def snapshot(self) -> Snapshot:
         """Freeze what is stored now; what is changed later does not change it."""
@@ -205,7 +236,7 @@ class MemoryBank:
             self._compactor.begin("contrast")
         return True
 
-    def add_anchor(self, case: Case, *, provenance: str) -> None:
+    def add_anchor(self, case: Case, *, provenance: str, thumbnail: bytes | None = None) -> None:
         """Add an anchor, or replace the one with the same id or image; durable and found at once.
 
         `compact` makes it part of the segment, where the anchors' directory is the one written.
@@ -213,16 +244,25 @@ class MemoryBank:
         Args:
             case: Its origin must be "anchor": a human gave its score.
             provenance: Who did, in a few words.
+            thumbnail: A small JPEG of it, if one is to be kept.
 
         Raises:
             UsageError: the case cannot be stored, or is a predicted one.
             StoreError: the bank is read-only or closed, or the disk is full.
         """
-        self._put(case, "anchor", provenance, merge_above=1.0)
+        self._put(case, "anchor", provenance, merge_above=1.0, thumbnail=thumbnail)
 
-    def _put(self, case: Case, origin: Origin, provenance: str, merge_above: float) -> None:
+    def _put(
+        self,
+        case: Case,
+        origin: Origin,
+        provenance: str,
+        merge_above: float,
+        thumbnail: bytes | None = None,
+    ) -> None:
         check_case(case, origin, self._store.identity.widths)
-        entry = encode_case(case, self._store.identity.package_digest, provenance, time.time())
+        digest = self._store.identity.package_digest
+        entry = encode_case(case, digest, provenance, time.time(), thumbnail)
         with self._store.changing() as change:
             view = change.views[origin]
             replaced = {case.id, *near_duplicates(view, case, merge_above)}
@@ -244,6 +284,10 @@ class MemoryBank:
         chosen, earliest = _chosen_origins(origin), _timestamp(since)
         views = self._store.views()
         return (record for each in chosen for record in views[each].records(earliest))
+
+    def thumbnail_bytes(self) -> dict[str, int]:
+        """Give the sizes of the thumbnails that are kept, by the ids of their anchors."""
+        return self._store.views()["anchor"].thumbnail_bytes()
 
     def remove(
         self,
@@ -342,6 +386,23 @@ class MemoryBank:
             StoreUnwritable: the file cannot be written.
         """
         return export_cases(self._store, Path(path), format)
+
+    def rekey(self, kind: KeyKind, path: str | Path) -> int:
+        """Write the cases with keys of another kind into a new memory; give how many.
+
+        The photographs are not needed. Keys of kind "image" can be made of any memory; the others
+        need one that holds summary keys.
+
+        Args:
+            kind: "summary", "image" or "both".
+            path: The directory to be; it must not exist, or be empty.
+
+        Raises:
+            UsageError: the memory has keys of this kind, or there is no such kind.
+            StoreMismatch: the memory holds no summary keys.
+            StoreError: the directory is taken or cannot be written.
+        """
+        return rekey_store(self._store, kind, Path(path))
 
     def close(self) -> None:
         """Let go of the files, once a compaction has ended; snapshots stay valid."""

@@ -43,7 +43,7 @@ class Case:
         summary: What was written about the photo's quality; may be empty.
         key: float32 (D_key,). Stored as a unit vector in float16: its length is not kept.
         tokens: float32 (T, D) visual tokens. Stored in int8 with one scale per token.
-        grid: Patch rows and columns of the photo.
+        grid: Rows and columns of cells, T in all.
     """
 
     id: str
@@ -61,7 +61,8 @@ def check_case(case: Case, origin: Origin, widths: Widths) -> None:
     """Refuse a case that could not be stored, or not be found again.
 
     Raises:
-        UsageError: wrong origin, empty id or digest, score off the scale, wrong shape, NaN or inf.
+        UsageError: wrong origin, empty id or digest, score off the scale, wrong shape or grid,
+            NaN or inf.
     """
     if case.origin != origin:
         raise UsageError(f"case {case.id!r} has the wrong origin", seen=case.origin, allowed=origin)
@@ -78,10 +79,14 @@ def check_case(case: Case, origin: Origin, widths: Widths) -> None:
         raise UsageError(
             f"case {case.id!r} has no valid std", seen=case.std, allowed="a finite number >= 0"
         )
-    if min(case.grid) < 1:
-        raise UsageError(f"case {case.id!r} has an empty grid", seen=case.grid)
     _check_array(case.id, "key", case.key, (widths.key,))
     _check_array(case.id, "tokens", case.tokens, (len(case.tokens), widths.token))
+    if min(case.grid) < 1 or len(case.tokens) not in (0, case.grid[0] * case.grid[1]):
+        raise UsageError(
+            f"case {case.id!r} has a grid that does not fit its tokens",
+            seen=case.grid,
+            allowed=f"{len(case.tokens)} cells in all",
+        )
 
 
 def _check_array(case_id: str, name: str, array: FloatArray, shape: tuple[int, ...]) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
 
 from meiqa.errors import MeiqaError
 from meiqa.memory.generation_writer import written_generation
-from meiqa.memory.records import Entry
 from meiqa.memory.store import CaseStore
-from meiqa.memory.view import CaseView
 from meiqa.types import Origin
 
 __all__ = ["Compactor"]
@@ -47,7 +44,7 @@ class Compactor:
                 origin,
                 self._store.identity,
                 number,
-                _by_id(view),
+                view.whole_entries(),
             ) as publish:
                 self._store.swap(origin, frozen, publish)
             return True
@@ -72,17 +69,3 @@ class Compactor:
         except MeiqaError as error:
             self._failed = True  # a full disk is not asked again with every case
             LOG.warning("the memory was not compacted: %s", error)
-
-
-def _by_id(view: CaseView) -> Iterator[Entry]:
-    """Read all cases of a view in the order of their ids."""
-    row = 0
-    hidden = set(view.hidden.tolist())
-    ends = [*zip(view.id_positions.tolist(), view.recent, strict=True), (view.stored_count, None)]
-    for position, recent in ends:
-        for stored in range(row, position):
-            if stored not in hidden:
-                yield view.entry(stored)
-        row = max(row, position)
-        if recent is not None:
-            yield recent

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from meiqa.errors import (
     MeiqaError,
@@ -25,14 +26,17 @@ from meiqa.errors import (
 )
 from meiqa.memory.cases import Widths
 from meiqa.memory.disk import disk_errors, publish
+from meiqa.types import KeyKind
 
 __all__ = [
+    "ONE_KIND",
     "REBUILD",
     "Identity",
     "check_identity",
     "connect",
     "create_database",
     "damage_named",
+    "key_kind_of",
     "read_identity",
     "remove_database",
     "sqlite_errors",
@@ -40,9 +44,14 @@ __all__ = [
 ]
 
 REBUILD = "build it again: meiqa memory build LABELS.csv --images DIR --package P --out MEMORY"
+ONE_KIND = (
+    "use another directory for what is learned, or anchors of its kind:"
+    " meiqa memory rekey ANCHORS --key KIND --out NEW"
+)
 
 _APPLICATION_ID = 0x4D454951  # "MEIQ"
 _SCHEMA_VERSION = 2
+_KEY_KINDS: tuple[KeyKind, ...] = get_args(KeyKind)
 
 _SCHEMA = f"""
 PRAGMA application_id = {_APPLICATION_ID};
@@ -98,10 +107,11 @@ _WRITE_FAILURES = (
 
 @dataclass(frozen=True)
 class Identity:
-    """What a database was written for."""
+    """What a database was written for: the package, the widths of its vectors, the kind of key."""
 
     package_digest: str
     widths: Widths
+    key_kind: KeyKind = "summary"
 
 
 @contextmanager
@@ -285,6 +295,7 @@ def _identity_values(identity: Identity) -> dict[str, str]:
         "package_digest": identity.package_digest,
         "key_width": str(identity.widths.key),
         "token_width": str(identity.widths.token),
+        "key_kind": identity.key_kind,
     }
 
 
@@ -297,16 +308,46 @@ def read_identity(path: Path, connection: sqlite3.Connection) -> tuple[Identity,
     with sqlite_errors(path), damage_named(path):
         values = dict(connection.execute("SELECT name, value FROM store").fetchall())
         widths = Widths(int(values.pop("key_width")), int(values.pop("token_width")))
-        return Identity(str(values.pop("package_digest")), widths), values
+        # Before there were other kinds, none was recorded.
+        kind = key_kind_of(values.pop("key_kind", "summary"))
+        return Identity(str(values.pop("package_digest")), widths, kind), values
 
 
-def check_identity(path: Path, found: Identity, wanted: Identity, hint: str) -> None:
-    """Refuse a database that was written for another package.
+def key_kind_of(value: object) -> KeyKind:
+    """Give a recorded kind of key.
 
     Raises:
-        StoreMismatch: the digests or the widths differ.
+        ValueError: there is no such kind.
+    """
+    for kind in _KEY_KINDS:
+        if value == kind:
+            return kind
+    raise ValueError(f"{value!r} is no kind of key")
+
+
+def check_identity(
+    path: Path, found: Identity, wanted: Identity, hint: str, kind_hint: str = ONE_KIND
+) -> None:
+    """Refuse a database that was written for another package, or with keys of another kind.
+
+    Args:
+        path: What is refused.
+        found: What it was written for.
+        wanted: What it should have been written for.
+        hint: What to do where the package is another.
+        kind_hint: What to do where only the kind of key is.
+
+    Raises:
+        StoreMismatch: the digests, the kinds of key or the widths differ.
     """
     found_values, wanted_values = _identity_values(found), _identity_values(wanted)
+    if found.package_digest == wanted.package_digest and found.key_kind != wanted.key_kind:
+        raise StoreMismatch(
+            f"{path} has keys of another kind",
+            seen=found.key_kind,
+            allowed=wanted.key_kind,
+            hint=kind_hint,
+        )
     for name, value in wanted_values.items():
         if found_values[name] != value:
             raise StoreMismatch(

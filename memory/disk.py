@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from meiqa.errors import StoreUnwritable
+from meiqa.errors import StoreError, StoreUnwritable
 
-__all__ = ["disk_errors", "file_sha256", "publish", "sync"]
+__all__ = ["disk_errors", "file_sha256", "publish", "refuse_taken", "sync"]
 
 
 @contextmanager
@@ -24,6 +24,18 @@ def disk_errors(path: Path) -> Iterator[None]:
             seen=error.strerror,
             hint="choose a writable directory with room, or open the memory with mode 'r'",
         ) from error
+
+
+def refuse_taken(path: Path) -> None:
+    """Refuse the name of a directory to be, unless there is nothing or an empty directory.
+
+    Raises:
+        StoreError: there is something.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise StoreError(
+            f"{path} already exists", hint="remove it first, or choose another directory"
+        )
 
 
 def sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,7 +26,8 @@ _ROWS_A_BATCH = 4096
 def export_cases(store: CaseStore, path: Path, format: ExportFormat) -> int:
     """Write one row for each case, anchors first, each origin by id; give how many.
 
-    A row has the record's columns, `retrieved`, `grid`, `tokens` (how many) and `key`.
+    A row has the record's columns, `retrieved`, `grid`, `tokens` (how many), `key`, its kind and
+    `thumbnail`, a JPEG (in JSON as base64) or null.
 
     Raises:
         UsageError: unknown format, or pyarrow is not installed.
@@ -43,7 +45,7 @@ def _rows(store: CaseStore) -> Iterator[dict[str, Any]]:
     uses = store.uses()
     for view in store.views().values():
         for row in view.rows():
-            entry = view.entry(row)
+            entry = view.whole_entry(row)
             record, features = entry.record, entry.features
             retrieved = uses.get(record.id, (0, 0.0))[0] if record.origin == "contrast" else 0
             yield {
@@ -52,6 +54,8 @@ def _rows(store: CaseStore) -> Iterator[dict[str, Any]]:
                 "grid": list(features.grid),
                 "tokens": len(features.tokens.scales),
                 "key": features.key.astype(np.float32).tolist(),
+                "key_kind": store.identity.key_kind,
+                "thumbnail": entry.thumbnail,
             }
 
 
@@ -59,9 +63,13 @@ def _write_jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, default=_base64) + "\n")
             count += 1
     return count
+
+
+def _base64(thumbnail: bytes) -> str:
+    return base64.b64encode(thumbnail).decode("ascii")
 
 
 def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
@@ -83,6 +91,8 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
             "grid": pyarrow.list_(whole, 2),
             "tokens": whole,
             "key": pyarrow.list_(pyarrow.float32()),
+            "key_kind": text,
+            "thumbnail": pyarrow.binary(),
         }
     )
     count = 0

@@ -28,12 +28,21 @@ from meiqa.memory.database import (
     Identity,
     connect,
     damage_named,
+    key_kind_of,
     read_identity,
     sqlite_errors,
 )
 from meiqa.memory.disk import file_sha256
 from meiqa.memory.encoding import EncodedTokens
-from meiqa.memory.records import Entry, Features, Record, entry_digest, read_records
+from meiqa.memory.records import (
+    Entry,
+    Features,
+    Record,
+    entry_digest,
+    read_records,
+    read_thumbnail,
+    read_thumbnail_bytes,
+)
 from meiqa.memory.search import FlatTable, IndexedTable, Table
 from meiqa.memory.segment import Segment, file_identity
 from meiqa.memory.segment_layout import Array
@@ -122,7 +131,7 @@ class Generation:
     Attributes:
         origin: Of all its cases.
         number: 1 as built; each compaction adds one.
-        identity: Package and widths that the cases were encoded with.
+        identity: Package, widths and kind of key that the cases were encoded with.
         segment: The vectors, mapped.
         records_path: The database of records.
     """
@@ -235,6 +244,21 @@ class Generation:
         """Rows that have been read and found whole, which they stay: the files never change."""
         return np.zeros(len(self), np.bool_)
 
+    def thumbnail(self, row: int) -> bytes | None:
+        """Read the thumbnail of a row; None if none is kept.
+
+        Raises:
+            StoreCorrupted: it is not what was written.
+        """
+        with self._mutex:
+            return read_thumbnail(self.records_path, self._connection, row + 1)
+
+    def thumbnail_bytes(self) -> dict[tuple[int, str], int]:
+        """Give the sizes of the thumbnails that are kept, by row and id."""
+        with self._mutex:
+            sizes = read_thumbnail_bytes(self.records_path, self._connection)
+        return {(revision - 1, case_id): size for revision, case_id, size in sizes}
+
     def record(self, row: int) -> Record:
         """Read the record of a row.
 
@@ -319,7 +343,8 @@ def _described(segment: Segment, origin: Origin) -> tuple[int, Identity, Path]:
     if not re.fullmatch(_records_pattern(origin), attributes["records"]):
         raise ValueError(f"{attributes['records']!r} cannot be its database")
     widths = Widths(_natural(attributes["key_width"]), _natural(attributes["token_width"]))
-    identity = Identity(str(attributes["package_digest"]), widths)
+    kind = key_kind_of(attributes.get("key_kind", "summary"))
+    identity = Identity(str(attributes["package_digest"]), widths, kind)
     return number, identity, segment.path.with_name(attributes["records"])
 
 

@@ -20,7 +20,6 @@ from meiqa.memory.database import (
     transaction,
 )
 from meiqa.memory.disk import disk_errors, file_sha256, sync
-from meiqa.memory.encoding import decode_keys
 from meiqa.memory.generation import (
     DIGEST_BYTES,
     FORMAT,
@@ -29,7 +28,7 @@ from meiqa.memory.generation import (
     segment_path,
 )
 from meiqa.memory.index import index_arrays
-from meiqa.memory.records import Entry, entry_digest, insert_record
+from meiqa.memory.records import Entry, entry_digest, insert_record, insert_thumbnail
 from meiqa.memory.segment_layout import Array
 from meiqa.memory.segment_writer import SegmentWriter
 from meiqa.types import Origin
@@ -49,7 +48,7 @@ def written_generation(
     Args:
         directory: The memory, which must exist.
         origin: Of all entries.
-        identity: Package and widths that they were encoded with.
+        identity: Package, widths and kind of key that they were encoded with.
         number: One more than the current generation's.
         entries: In the order of their ids; read once.
 
@@ -85,6 +84,7 @@ def written_generation(
                     "package_digest": identity.package_digest,
                     "key_width": identity.widths.key,
                     "token_width": identity.widths.token,
+                    "key_kind": identity.key_kind,
                     "records": records_path.name,
                     "records_sha256": records_sha256,
                     "build": build,
@@ -120,7 +120,9 @@ class _Columns:
     def gather(self, entries: Iterable[Entry], connection: sqlite3.Connection) -> Iterator[Array]:
         """Store each record, keep what is small and hand on the levels of its tokens."""
         for entry in entries:
-            insert_record(connection, entry.record)
+            revision = insert_record(connection, entry.record)
+            if entry.thumbnail is not None:
+                insert_thumbnail(connection, revision, entry.thumbnail)
             self._keys.append(entry.features.key)
             self._scales.append(entry.features.tokens.scales)
             self._grids.append(entry.features.grid)
@@ -145,5 +147,5 @@ class _Columns:
             "by_score": by_score.astype(np.int32),
             "image_hashes": images[by_image],
             "image_rows": by_image.astype(np.int32),
-            **index_arrays(decode_keys(keys)),
+            **index_arrays(keys),
         }

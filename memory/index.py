@@ -1,53 +1,47 @@
-"""Nearest keys among many: a graph that hnswlib builds, frozen into the arrays of a segment.
+"""Making the index of many keys: hnswlib builds a graph, which is frozen into arrays of a segment.
 
-hnswlib cannot search its graph where it lies on the disk; `meiqa.kernels.hnsw` can. The graph's
-arrays are named with the prefix "index_" and described in docs/memory-format.md.
+hnswlib cannot search its graph where it lies on the disk; `meiqa.kernels.hnsw` can. How many
+candidates a search of it must keep depends on the keys and on their number; it is measured on the
+keys themselves, once, and becomes a part of the index.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.errors import StoreCorrupted, StoreMismatch, UsageError
-from meiqa.kernels.hnsw import (
-    Graph,
-    Workspace,
-    check_graph,
-    search_graph,
-    search_graph_many,
-    workspace,
-)
-from meiqa.memory.cases import FloatArray
-from meiqa.memory.encoding import quantise_tokens
+from meiqa.errors import UsageError
+from meiqa.memory.encoding import decode_keys, quantise_tokens
+from meiqa.memory.frozen import INDEX_PREFIX, MEASURED_COUNT, FrozenIndex
+from meiqa.memory.recall import RecallTrial
 
-__all__ = ["FLAT_BELOW", "FrozenIndex", "build_graph", "freeze", "index_arrays"]
+__all__ = ["FLAT_BELOW", "RECALL", "build_graph", "freeze", "index_arrays"]
 
 Array = NDArray[Any]
-Mask = NDArray[np.bool_]
-Rows = NDArray[np.int64]
+Keys = NDArray[np.float16]
 
 FLAT_BELOW = 3000
 """Fewer keys than this are searched faster without an index (`meiqa bench memory`)."""
 
+RECALL = 0.97
+"""Share of the true neighbours that the measured effort finds."""
+
 _NEIGHBOURS = 16
 _BUILD_EFFORT = 200
 _SEED = 20260320
-_PREFIX = "index_"
 _CHUNK_ROWS = 1 << 16
+_SAMPLE = 512
+_LEAST_EFFORT = 32
 
 
-def index_arrays(keys: FloatArray, threads: int = 1) -> dict[str, Array]:
-    """Build the graph of unit keys and freeze it; give nothing where flat search is faster.
+def index_arrays(keys: Keys, threads: int = 1) -> dict[str, Array]:
+    """Build the graph of stored keys and freeze it; give nothing where flat search is faster.
 
     Args:
-        keys: float32 (N, D), rows of length 1 (or 0).
+        keys: float16 (N, D), rows of length 1 (or 0).
         threads: With one thread the same keys give the same arrays. More are faster and differ
             from run to run.
 
@@ -60,8 +54,8 @@ def index_arrays(keys: FloatArray, threads: int = 1) -> dict[str, Array]:
     return freeze(build_graph(keys, threads), keys) if len(keys) >= FLAT_BELOW else {}
 
 
-def build_graph(keys: FloatArray, threads: int = 1) -> Any:
-    """Let hnswlib build the graph of unit keys; arguments and errors are `index_arrays`'s.
+def build_graph(keys: Keys, threads: int = 1) -> Any:
+    """Let hnswlib build the graph of stored keys; arguments and errors are `index_arrays`'s.
 
     Returns:
         The hnswlib.Index, with the keys' rows as labels.
@@ -72,167 +66,61 @@ def build_graph(keys: FloatArray, threads: int = 1) -> Any:
         raise UsageError(
             "indexing a memory needs hnswlib", hint="run `pip install 'meiqa[index]'`"
         ) from error
-    if not np.isfinite(keys).all():
+    if not all(np.isfinite(part).all() for part in _parts(keys)):
         raise UsageError("the keys to be indexed are not finite")
     graph = hnswlib.Index("ip", keys.shape[1])
     graph.init_index(len(keys), M=_NEIGHBOURS, ef_construction=_BUILD_EFFORT, random_seed=_SEED)
-    for start in range(0, len(keys), _CHUNK_ROWS):
-        graph.add_items(keys[start : start + _CHUNK_ROWS], num_threads=threads)
+    for part in _parts(keys):
+        graph.add_items(decode_keys(part), num_threads=threads)
     return graph
 
 
-def freeze(graph: Any, keys: FloatArray) -> dict[str, Array]:
-    """Take the graph that `build_graph` made of these keys apart into arrays for a segment."""
-    encoded = quantise_tokens(keys)
-    links = _links(graph.__getstate__()[0]) if len(keys) else _no_links()
-    named: dict[str, Array] = {"levels": encoded.levels, "scales": encoded.scales, **links}
-    return {_PREFIX + name: array for name, array in named.items()}
+def freeze(graph: Any, keys: Keys) -> dict[str, Array]:
+    """Take the graph that `build_graph` made of these keys apart into arrays for a segment.
 
-
-@dataclass(frozen=True, eq=False)
-class FrozenIndex:
-    """A graph searched where it lies; safe to share between threads.
-
-    >>> keys = np.eye(4, dtype=np.float32)
-    >>> index = FrozenIndex.of(freeze(build_graph(keys), keys), keys.astype(np.float16))
-    >>> index.search(np.float32([0.1, 0.9, 0.3, 0.2]), 2, None, effort=8).tolist()
-    [1, 2]
+    Also measures the effort with which a search finds `RECALL` of the true neighbours: see
+    `_least_effort`.
     """
-
-    _graph: Graph
-    _workspaces: deque[Workspace] = field(default_factory=deque)
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, Array], keys: Array) -> FrozenIndex:
-        """View the arrays of `index_arrays`; none is read or copied.
-
-        Args:
-            arrays: Those with the prefix "index_"; others are ignored.
-            keys: float16 (N, D), the keys that were indexed.
-
-        Raises:
-            StoreCorrupted: an array is missing, or has another dtype or shape.
-        """
-        named = {"keys": keys.view(np.uint16) if keys.dtype == np.float16 else keys}
-        for name in Graph._fields[1:]:
-            if _PREFIX + name not in arrays:
-                raise StoreCorrupted("the index lacks an array", seen=f"no {_PREFIX + name}")
-            named[name] = arrays[_PREFIX + name]
-        graph = Graph(**{name: _read_only(array) for name, array in named.items()})
-        try:
-            check_graph(graph)
-        except ValueError as error:
-            raise StoreCorrupted(f"the index does not fit its keys: {error}") from error
-        return cls(graph)
-
-    def __len__(self) -> int:
-        return len(self._graph.keys)
-
-    def verify(self) -> None:
-        """Read all links, and refuse the index if one of them leads nowhere.
-
-        Searching does not depend on it: damaged links are never followed outside the arrays.
-
-        Raises:
-            StoreCorrupted: a link, an offset or the entry is out of range.
-        """
-        graph, count = self._graph, len(self)
-        for name in ("links", "upper_links"):
-            _check_links(_PREFIX + name, getattr(graph, name), count)
-        if count and not 0 <= graph.entry[0] < count:
-            raise StoreCorrupted("the index's entry is no row", seen=int(graph.entry[0]))
-        offsets = graph.upper_offsets
-        ends = int(offsets[0]), int(offsets[-1])
-        if ends != (0, len(graph.upper_links)) or (offsets[1:] < offsets[:-1]).any():
-            raise StoreCorrupted(f"{_PREFIX}upper_offsets do not rise over the upper levels")
-
-    def search(self, query: FloatArray, count: int, eligible: Mask | None, effort: int) -> Rows:
-        """Find the nearest keys by cosine in float64, nearest first, equal ones by row.
-
-        Candidates come from the graph; where few keys are eligible all of those are compared.
-
-        Args:
-            query: float32 (D,), finite, of any length.
-            count: Keys wanted.
-            eligible: bool (N,), which keys may be returned; None for all.
-            effort: Candidates that the search keeps, at least `count` (hnswlib's ef): more finds
-                more of the true neighbours and takes longer.
-
-        Returns:
-            Rows (min(count, eligible keys),).
-
-        Raises:
-            StoreMismatch: the query has another width than the keys.
-            UsageError: the query is not finite; `count` or `effort` makes no sense.
-        """
-        self._check_width(query)
-        count, effort = min(count, len(self)), min(effort, max(len(self), 1))
-        with _bad_use():
-            work = self._workspace(count, effort)
-            try:
-                return search_graph(self._graph, _as_query(query), count, eligible, effort, work)
-            finally:
-                self._workspaces.append(work)
-
-    def search_many(
-        self, queries: FloatArray, count: int, eligible: Mask | None, effort: int
-    ) -> Rows:
-        """Find the nearest keys of each query (B, D), in parallel; otherwise as `search`.
-
-        Returns:
-            Rows (B, min(count, eligible keys)).
-        """
-        self._check_width(queries)
-        count, effort = min(count, len(self)), min(effort, max(len(self), 1))
-        with _bad_use():
-            return search_graph_many(self._graph, _as_query(queries), count, eligible, effort)
-
-    def _check_width(self, queries: FloatArray) -> None:
-        width = self._graph.keys.shape[1]
-        if queries.shape[-1:] != (width,):
-            raise StoreMismatch(
-                "the query does not fit the index", seen=f"shape {queries.shape}", allowed=(width,)
-            )
-
-    def _workspace(self, count: int, effort: int) -> Workspace:
-        """Take one that no other thread uses, or make it."""
-        try:
-            work = self._workspaces.pop()
-        except IndexError:
-            return workspace(self._graph, count, effort)
-        if len(work.rows) >= count and len(work.found) >= max(count, effort):
-            return work
-        return workspace(self._graph, count, effort)
+    links = _links(graph.__getstate__()[0]) if len(keys) else _no_links()
+    named = {**_walked(keys), **links, "effort": np.full(1, _LEAST_EFFORT, np.int32)}
+    arrays = {INDEX_PREFIX + name: array for name, array in named.items()}
+    named["effort"][0] = _least_effort(FrozenIndex.of(arrays, keys), keys)
+    return arrays
 
 
-@contextmanager
-def _bad_use() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+def _least_effort(index: FrozenIndex, keys: Keys) -> int:
+    """Find the effort from which on the true share is above `RECALL` beyond reasonable doubt.
+
+    Keys taken out of the graph are the queries, since those in it lie beside their neighbours. The
+    mean over them less two standard errors has to reach `RECALL`. With an effort of an eighth of
+    the keys the search is exact, so that one is always found.
+    """
+    trial = RecallTrial.of(index, keys, _SAMPLE, MEASURED_COUNT)
+    effort = _LEAST_EFFORT
+    while len(trial) and effort < len(keys):
+        shares = trial.shares(effort)
+        doubt = 2.0 * float(shares.std()) / len(trial) ** 0.5
+        if float(shares.mean()) - doubt >= RECALL:
+            break
+        effort += effort // 4
+    return effort
 
 
-def _as_query(query: FloatArray) -> FloatArray:
-    return np.ascontiguousarray(query, dtype=np.float32)
+def _walked(keys: Keys) -> dict[str, Array]:
+    """Round the keys for walking."""
+    levels = np.empty(keys.shape, np.int8)
+    scales = np.empty(len(keys), np.float32)
+    for number, part in enumerate(_parts(keys)):
+        encoded = quantise_tokens(decode_keys(part))
+        rows = slice(number * _CHUNK_ROWS, number * _CHUNK_ROWS + len(part))
+        levels[rows], scales[rows] = encoded.levels, encoded.scales
+    return {"levels": levels, "scales": scales}
 
 
-def _read_only(array: Array) -> Array:
-    """View an array read-only, as a memory map is, so that the kernel is compiled once."""
-    view = array.view()
-    view.setflags(write=False)
-    return view
-
-
-def _check_links(name: str, links: Array, count: int) -> None:
-    for start in range(0, len(links), _CHUNK_ROWS):
-        part = links[start : start + _CHUNK_ROWS]
-        if part.size and not (part.min() >= -1 and part.max() < count):
-            raise StoreCorrupted(
-                f"{name} has a link to no row",
-                seen=f"{part.min()} to {part.max()}",
-                allowed=f"-1 to {count - 1}",
-            )
+def _parts(keys: Keys) -> Iterator[Keys]:
+    """Divide keys so that the decoded ones need little memory."""
+    for start in range(0, len(keys), _CHUNK_ROWS):
+        yield keys[start : start + _CHUNK_ROWS]
 
 
 def _no_links() -> dict[str, Array]:

@@ -25,8 +25,7 @@ from meiqa.memory.disk import sync
 from meiqa.memory.records import (
     Entry,
     delete_revisions,
-    insert_features,
-    insert_record,
+    insert_entry,
     read_entry,
 )
 from meiqa.types import Origin
@@ -111,7 +110,7 @@ class Journal:
 
     def insert(self, connection: sqlite3.Connection, entry: Entry) -> None:
         """Add a case."""
-        insert_features(connection, insert_record(connection, entry.record), entry)
+        insert_entry(connection, entry)
 
     def drop(self, connection: sqlite3.Connection, origin: Origin, ids: Iterable[str]) -> None:
         """Remove the cases that are here."""

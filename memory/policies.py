@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
-
 from meiqa.errors import UsageError
-from meiqa.memory.cases import Case, FloatArray
-from meiqa.memory.encoding import dequantise_tokens, unit_rows
-from meiqa.memory.retrieval import RetrievalPolicy, Sought
+from meiqa.memory.cases import Case
+from meiqa.memory.likeness import NEAR_DUPLICATE, layout
+from meiqa.memory.retrieval import Sought
 from meiqa.memory.view import CaseView
 
 __all__ = ["Admission", "ContrastPolicy", "near_duplicates", "worth"]
@@ -31,8 +29,8 @@ class ContrastPolicy:
             reflection's gate allows; "all" stores every case.
         capacity: Most contrast cases; beyond it a twentieth of them is evicted, the least worth
             first. So many are searched fast without an index.
-        merge_above: Cosine above which two cases are near-duplicates, of their keys and of their
-            mean visual tokens; the newer is kept. 1 merges the same image only.
+        merge_above: Cosine of layouts above which two cases are near-duplicates
+            (`meiqa.memory.likeness`); the newer is kept. 1 merges the same image only.
         half_life_days: Time without a retrieval that halves what a case is worth.
         compact_after: Cases that wait before they are compacted in the background.
 
@@ -45,7 +43,7 @@ class ContrastPolicy:
 
     admission: Admission = "gated"
     capacity: int = 4_000
-    merge_above: float = 0.99
+    merge_above: float = NEAR_DUPLICATE
     half_life_days: float = 30.0
     compact_after: int = 256
 
@@ -80,28 +78,14 @@ def worth(retrieved: int, idle_seconds: float, std: float, half_life_days: float
 
 
 def near_duplicates(view: CaseView, case: Case, above: float) -> list[str]:
-    """Give the ids of stored cases that look like a case and are described like it.
-
-    Of cases with similar keys the 16 nearest are looked at.
+    """Give the ids of the near-duplicates of a case among the 16 cases with the nearest keys.
 
     Raises:
         StoreCorrupted: a stored case is damaged.
     """
-    if above >= 1.0 or not len(case.tokens):
+    if above >= 1.0:
         return []
-    policy = RetrievalPolicy(k=_MOST_DUPLICATES)
-    found = Sought(view, case.key, policy, None).nearest(_MOST_DUPLICATES)
-    look, alike = _look(case.tokens), []
-    for row in found.rows[found.cosines > above].tolist():
-        entry = view.entry(row)
-        tokens = dequantise_tokens(entry.features.tokens)
-        if len(tokens) and float(_look(tokens) @ look) > above:
-            alike.append(entry.record.id)
-    return alike
-
-
-def _look(tokens: FloatArray) -> FloatArray:
-    """Direction of the mean visual token (D,)."""
-    mean: FloatArray = tokens.mean(axis=0, dtype=np.float64).astype(np.float32)
-    look: FloatArray = unit_rows(mean[None])[0]
-    return look
+    sought = Sought(view, case.key, None, None)
+    rows: list[int] = sought.nearest(_MOST_DUPLICATES).rows.tolist()
+    own_layout = layout(case.tokens, case.grid)
+    return [sought.case(row).id for row in sought.alike(rows, own_layout, above)]

@@ -33,10 +33,13 @@ __all__ = [
     "delete_revisions",
     "encode_case",
     "entry_digest",
-    "insert_features",
+    "insert_entry",
     "insert_record",
+    "insert_thumbnail",
     "read_entry",
     "read_records",
+    "read_thumbnail",
+    "read_thumbnail_bytes",
 ]
 
 _KEY_DTYPE, _TOKEN_DTYPE, _SCALE_DTYPE = "<f2", "|i1", "<f4"
@@ -68,12 +71,20 @@ class Features:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Entry:
-    """A stored case: its record and its vectors."""
+    """A stored case: its record and its vectors, and a JPEG if one is kept and was asked for."""
 
     record: Record
     features: Features
+    thumbnail: bytes | None = None
 
 
+_THUMBNAILS = """
+CREATE TABLE IF NOT EXISTS thumbnails (
+    revision INTEGER PRIMARY KEY REFERENCES records ON DELETE CASCADE,
+    jpeg BLOB NOT NULL,
+    sha256 BLOB NOT NULL
+)
+"""
 _RECORD_COLUMNS = ", ".join(Record.__slots__)
 _values = attrgetter(*Record.__slots__)
 _FEATURE_COLUMNS = (
@@ -81,7 +92,13 @@ _FEATURE_COLUMNS = (
 )
 
 
-def encode_case(case: Case, package_digest: str, provenance: str, created: float) -> Entry:
+def encode_case(
+    case: Case,
+    package_digest: str,
+    provenance: str,
+    created: float,
+    thumbnail: bytes | None = None,
+) -> Entry:
     """Give a case as it is stored."""
     record = Record(
         case.id,
@@ -96,7 +113,8 @@ def encode_case(case: Case, package_digest: str, provenance: str, created: float
     )
     rows, columns = case.grid
     grid = int(rows), int(columns)
-    return Entry(record, Features(encode_key(case.key), quantise_tokens(case.tokens), grid))
+    features = Features(encode_key(case.key), quantise_tokens(case.tokens), grid)
+    return Entry(record, features, thumbnail)
 
 
 def case_of(entry: Entry) -> Case:
@@ -124,8 +142,21 @@ def insert_record(connection: sqlite3.Connection, record: Record) -> int:
     return cursor.lastrowid
 
 
-def insert_features(connection: sqlite3.Connection, revision: int, entry: Entry) -> None:
-    """Add the vectors of a row, with a digest over the row and them."""
+def insert_thumbnail(connection: sqlite3.Connection, revision: int, thumbnail: bytes) -> None:
+    """Add the thumbnail of a row; only a database that keeps any has a table for them."""
+    connection.execute(_THUMBNAILS)
+    digest = hashlib.sha256(thumbnail).digest()
+    connection.execute("INSERT INTO thumbnails VALUES (?, ?, ?)", (revision, thumbnail, digest))
+
+
+def insert_entry(connection: sqlite3.Connection, entry: Entry) -> None:
+    """Add a row with its vectors, a digest over the row and them, and its thumbnail if it has one.
+
+    The digest leaves the thumbnail out, so that a case is the same with and without.
+    """
+    revision = insert_record(connection, entry.record)
+    if entry.thumbnail is not None:
+        insert_thumbnail(connection, revision, entry.thumbnail)
     connection.execute(
         f"INSERT INTO features (revision, {_FEATURE_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)",
         (revision, *_stored_features(entry.features), _row_sha256(entry)),
@@ -157,10 +188,10 @@ def read_records(
 
 
 def read_entry(path: Path, connection: sqlite3.Connection, revision: int, widths: Widths) -> Entry:
-    """Read one row with its vectors.
+    """Read one row with its vectors and its thumbnail.
 
     Raises:
-        StoreCorrupted: the row or its vectors are not what was written.
+        StoreCorrupted: the row, its vectors or its thumbnail are not what was written.
     """
     with sqlite_errors(path), damage_named(path):
         row = connection.execute(
@@ -172,10 +203,47 @@ def read_entry(path: Path, connection: sqlite3.Connection, revision: int, widths
             raise ValueError(f"revision {revision} has no vectors")
         described = len(Record.__slots__)
         record = _record_from_row(row[:described])
-        entry = Entry(record, _features_from_row(row[described:-1], widths))
+        features = _features_from_row(row[described:-1], widths)
+        entry = Entry(record, features, read_thumbnail(path, connection, revision))
         if _row_sha256(entry) != row[-1]:
             raise ValueError(f"case {record.id!r} was altered")
         return entry
+
+
+def _keeps_thumbnails(connection: sqlite3.Connection) -> bool:
+    """Tell whether a database keeps any thumbnail."""
+    query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'thumbnails'"
+    return connection.execute(query).fetchone() is not None
+
+
+def read_thumbnail(path: Path, connection: sqlite3.Connection, revision: int) -> bytes | None:
+    """Read the thumbnail of a row; None if none is kept.
+
+    Raises:
+        StoreCorrupted: it is not what was written.
+    """
+    with sqlite_errors(path), damage_named(path):
+        if not _keeps_thumbnails(connection):
+            return None
+        row = connection.execute(
+            "SELECT jpeg, sha256 FROM thumbnails WHERE revision = ?", (revision,)
+        ).fetchone()
+        if row is None:
+            return None
+        if hashlib.sha256(row[0]).digest() != row[1]:
+            raise ValueError(f"the thumbnail of revision {revision} was altered")
+        thumbnail: bytes = row[0]
+        return thumbnail
+
+
+def read_thumbnail_bytes(path: Path, connection: sqlite3.Connection) -> list[tuple[int, str, int]]:
+    """Read the sizes of all thumbnails, each with its revision and id."""
+    with sqlite_errors(path):
+        if not _keeps_thumbnails(connection):
+            return []
+        return connection.execute(
+            "SELECT revision, id, length(jpeg) FROM thumbnails JOIN records USING (revision)"
+        ).fetchall()
 
 
 def entry_digest(entry: Entry) -> bytes:

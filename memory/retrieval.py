@@ -8,13 +8,15 @@ retrieved, as long as the search is exact.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from meiqa.errors import StoreMismatch, UsageError
-from meiqa.memory.cases import FloatArray
+from meiqa.memory.cases import Case, FloatArray
 from meiqa.memory.encoding import unit_rows
+from meiqa.memory.likeness import NEAR_DUPLICATE, layout
 from meiqa.memory.search import Found, Mask, Probe, Rows
 from meiqa.memory.view import Bin, CaseView
 
@@ -30,9 +32,10 @@ class RetrievalPolicy:
         anchor_share: Share of anchors among them, 0–1, rounded to the nearest count, halves up.
         bins: Bins of equal population over the anchors' scores.
         stratified: Take the same number from each bin, then the most similar of the rest.
-        exclude_above: Leave out cases whose key has a higher cosine with the query's, which are
-            near-duplicates of it; 1 leaves out none.
-        effort: Candidates that a search keeps where there is an index; more find better.
+        exclude_above: Leave out near-duplicates of the query: cases whose layout has a higher
+            cosine with its own (`meiqa.memory.likeness`); 1 leaves out none.
+        effort: Candidates that a search keeps where there is an index; more find better. None for
+            as many as the index needs, which was measured when it was made.
 
     >>> RetrievalPolicy(k=8).anchor_share
     0.5
@@ -45,8 +48,8 @@ class RetrievalPolicy:
     anchor_share: float = 0.5
     bins: int = 5
     stratified: bool = True
-    exclude_above: float = 1.0
-    effort: int = 128
+    exclude_above: float = NEAR_DUPLICATE
+    effort: int | None = None
 
     def __post_init__(self) -> None:
         if self.k < 0:
@@ -59,7 +62,7 @@ class RetrievalPolicy:
             raise UsageError(
                 "exclude_above is a cosine", seen=self.exclude_above, allowed="-1 to 1"
             )
-        if self.effort < 1:
+        if self.effort is not None and self.effort < 1:
             raise UsageError("effort must be positive", seen=self.effort, allowed="1 or more")
 
 
@@ -69,7 +72,7 @@ class Sought:
     Args:
         view: The cases.
         key: float32 (D_key,), of any length.
-        policy: `exclude_above` and `effort`.
+        effort: `RetrievalPolicy.effort`.
         exclude_digest: Digest of the query's own image, whose cases are left out.
 
     Raises:
@@ -78,7 +81,7 @@ class Sought:
     """
 
     def __init__(
-        self, view: CaseView, key: FloatArray, policy: RetrievalPolicy, exclude_digest: str | None
+        self, view: CaseView, key: FloatArray, effort: int | None, exclude_digest: str | None
     ) -> None:
         if key.shape != (view.key_width,):
             raise StoreMismatch(
@@ -87,18 +90,41 @@ class Sought:
         if not np.isfinite(key).all():
             raise UsageError("the key is not finite")
         query = unit_rows(key[None])[0]
-        self._view, self._policy = view, policy
-        self._own = [] if exclude_digest is None else view.rows_of_image(exclude_digest)
-        self._recent = view.recent_table.probe(query, policy.effort)
+        self._view = view
+        self._left_out = [] if exclude_digest is None else view.rows_of_image(exclude_digest)
+        self._cases: dict[int, Case] = {}
+        self._recent = view.recent_table.probe(query, effort)
         self._stored: Probe | None = None
         if view.generation is not None:
-            self._stored = view.generation.table.probe(query, policy.effort)
+            self._stored = view.generation.table.probe(query, effort)
 
-    def available(self, count: int) -> int:
-        """Give how many cases may be taken, counting no further than `count`."""
-        if self._policy.exclude_above < 1.0:
-            return len(self.nearest(count).rows)
-        return min(count, len(self._view) - len(self._own))
+    @property
+    def available(self) -> int:
+        """How many cases may be taken."""
+        return len(self._view) - len(self._left_out)
+
+    def case(self, row: int) -> Case:
+        """Give the case in a row, which is read once.
+
+        Raises:
+            StoreCorrupted: it is not what was written.
+        """
+        if row not in self._cases:
+            self._cases[row] = self._view.case(row)
+        return self._cases[row]
+
+    def alike(self, rows: Iterable[int], own_layout: FloatArray, above: float) -> list[int]:
+        """Give the rows of the cases that are near-duplicates of what has this layout.
+
+        Raises:
+            StoreCorrupted: a case is not what was written.
+        """
+        cases = [(row, self.case(row)) for row in rows]
+        return [row for row, case in cases if _likeness(case, own_layout) > above]
+
+    def leave_out(self, rows: Iterable[int]) -> None:
+        """Give these rows no longer."""
+        self._left_out += rows
 
     def nearest(self, count: int, among: Bin | None = None, without: Rows | None = None) -> Found:
         """Give the most similar cases, nearest first, ties by id; fewer when fewer may be taken.
@@ -108,7 +134,7 @@ class Sought:
             among: The bin that they must be of.
             without: Rows that they must not be.
         """
-        left_out = np.array(self._own, np.intp)
+        left_out = np.array(self._left_out, np.intp)
         if without is not None:
             left_out = np.concatenate([left_out, without])
         split, parts = self._view.stored_count, []
@@ -116,26 +142,25 @@ class Sought:
             eligible = self._view.visible
             if among is not None:
                 eligible = among.stored  # bins have no hidden rows
-            parts.append(self._permitted(self._stored, eligible, left_out, count))
+            parts.append(_permitted(self._stored, eligible, left_out, count))
         eligible = None if among is None else among.recent
-        recent = self._permitted(self._recent, eligible, left_out - split, count)
+        recent = _permitted(self._recent, eligible, left_out - split, count)
         parts.append(Found(recent.rows + split, recent.cosines))
         rows = np.concatenate([part.rows for part in parts])
         cosines = np.concatenate([part.cosines for part in parts])
         order = self._view.order(rows, cosines)[:count]
         return Found(rows[order], cosines[order])
 
-    def _permitted(self, probe: Probe, eligible: Mask | None, left_out: Rows, count: int) -> Found:
-        """Search further while what is found must be left out."""
-        wanted = count + len(left_out) if count > 0 else 0
-        while True:
-            found = probe.nearest(wanted, eligible)
-            kept = ~np.isin(found.rows, left_out)
-            if self._policy.exclude_above < 1.0:
-                kept &= found.cosines <= self._policy.exclude_above
-            if int(kept.sum()) >= count or len(found.rows) < wanted:
-                return Found(found.rows[kept], found.cosines[kept])
-            wanted *= 2
+
+def _permitted(probe: Probe, eligible: Mask | None, left_out: Rows, count: int) -> Found:
+    """Search so much further that `count` remain when rows are left out."""
+    found = probe.nearest(count + len(left_out) if count > 0 else 0, eligible)
+    kept = ~np.isin(found.rows, left_out)
+    return Found(found.rows[kept], found.cosines[kept])
+
+
+def _likeness(case: Case, own_layout: FloatArray) -> float:
+    return float(layout(case.tokens, case.grid) @ own_layout)
 
 
 def shares(policy: RetrievalPolicy, anchors: int, contrast: int) -> tuple[int, int]:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from meiqa.memory.cases import FloatArray
 from meiqa.memory.encoding import decode_keys
-from meiqa.memory.index import FrozenIndex
+from meiqa.memory.frozen import FrozenIndex
+from meiqa.memory.recall import exact_cosines
 from meiqa.memory.segment_layout import Array
 
 __all__ = ["FlatTable", "Found", "IndexedTable", "Mask", "Probe", "Rows", "Table"]
@@ -43,8 +44,8 @@ class Probe(Protocol):
 class Table(Protocol):
     """Unit keys that can be searched."""
 
-    def probe(self, query: FloatArray, effort: int) -> Probe:
-        """Begin to search for a unit query (D_key,), looking at about `effort` candidates."""
+    def probe(self, query: FloatArray, effort: int | None) -> Probe:
+        """Begin to search for a unit query (D_key,) with an effort, or with that of the index."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,7 @@ class FlatTable:
         """Decode stored keys (N, D_key)."""
         return cls(decode_keys(stored))
 
-    def probe(self, query: FloatArray, effort: int) -> Probe:
+    def probe(self, query: FloatArray, effort: int | None) -> Probe:
         """Compare with every key; `effort` does not matter."""
         return _FlatProbe(self.keys, query, self.keys @ query)
 
@@ -97,8 +98,8 @@ class IndexedTable:
         """View the arrays of an index over stored keys."""
         return cls(keys, FrozenIndex.of(arrays, keys))
 
-    def probe(self, query: FloatArray, effort: int) -> Probe:
-        """Begin a walk, which keeps `effort` candidates."""
+    def probe(self, query: FloatArray, effort: int | None) -> Probe:
+        """Begin a walk, which keeps `effort` candidates, or as many as the index says."""
         return _IndexedProbe(self, query, effort)
 
 
@@ -106,18 +107,18 @@ class IndexedTable:
 class _IndexedProbe:
     table: IndexedTable
     query: FloatArray
-    effort: int
+    effort: int | None
 
     def nearest(self, count: int, eligible: Mask | None) -> Found:
         if count <= 0:
             return Found(np.empty(0, np.intp), np.empty(0, np.float64))
-        rows = self.table.index.search(self.query, count, eligible, max(self.effort, count))
+        rows = self.table.index.search(self.query, count, eligible, self.effort)
         rows = rows.astype(np.intp, copy=False)
         return _in_order(rows, decode_keys(self.table.keys[rows]), self.query, count)
 
 
 def _in_order(rows: Rows, keys: FloatArray, query: FloatArray, count: int) -> Found:
     """Sort rows by their exact cosine, highest first, ties by row."""
-    cosines = (keys.astype(np.float64) * query).sum(axis=1)
+    cosines = exact_cosines(keys, query)
     order = np.lexsort((rows, -cosines))[: max(count, 0)]
     return Found(rows[order], cosines[order])

@@ -60,7 +60,8 @@ class CaseStore:
     Raises:
         StoreNotFound: there are no anchors.
         StoreCorrupted: a file is damaged.
-        StoreMismatch: a part was encoded by another package, or written by another meiqa.
+        StoreMismatch: a part was encoded by another package, has keys of another kind, or was
+            written by another meiqa.
         StoreLocked: mode "rw", and another process is writing.
         StoreUnwritable: mode "rw", and `cases_path` cannot be written.
     """
@@ -229,11 +230,13 @@ class CaseStore:
         if not os.path.exists(segment_path(directory, "anchor")):
             raise StoreNotFound(f"there is no anchor memory in {directory}", hint=REBUILD)
         anchors = Generation.open(directory, "anchor", verify=verify)
-        identity = Identity(package_digest, anchors.identity.widths)
+        found = anchors.identity
+        identity = Identity(package_digest, found.widths, found.key_kind)
         check_identity(directory, anchors.identity, identity, REBUILD)
         self._known["anchor"] = _Known(anchors)
         if os.path.exists(segment_path(self._directories["contrast"], "contrast")):
             contrast = Generation.open(self._directories["contrast"], "contrast", verify=verify)
+            check_identity(contrast.segment.path, contrast.identity, identity, REBUILD)
             self._known["contrast"] = _Known(contrast)
         return identity
 
@@ -332,7 +335,8 @@ def _hidden_rows(
     if generation is None:
         return np.empty(0, np.intp)
     located = [generation.locate(case_id) for case_id in ids]
-    return np.unique(np.array([row for row, present in located if present], np.intp))
+    # np.unique would import numpy.ma, which takes longer than the rest of opening a memory.
+    return np.array(sorted({row for row, present in located if present}), np.intp)
 
 
 def _refuse_old_format(directory: Path) -> None:

@@ -6,8 +6,8 @@ their ids too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -88,6 +88,18 @@ class CaseView:
             return self.recent[row - self.stored_count]
         assert self.generation is not None
         return self.generation.entry(row)
+
+    def whole_entry(self, row: int) -> Entry:
+        """Give a stored case with its vectors and its thumbnail.
+
+        Raises:
+            StoreCorrupted: it is not what was written.
+        """
+        entry = self.entry(row)
+        if row >= self.stored_count:
+            return entry
+        assert self.generation is not None
+        return replace(entry, thumbnail=self.generation.thumbnail(row))
 
     def record(self, row: int) -> Record:
         """Give the record of a row."""
@@ -200,6 +212,18 @@ class CaseView:
         rows = np.concatenate([stored, self.stored_count + np.arange(len(self.recent))])
         in_order: list[int] = rows[np.lexsort((rows, self._id_order(rows)))].tolist()
         return in_order
+
+    def thumbnail_bytes(self) -> dict[str, int]:
+        """Give the sizes of the thumbnails that are kept, by the ids of their cases."""
+        hidden = set(self.hidden.tolist())
+        stored = {} if self.generation is None else self.generation.thumbnail_bytes()
+        sizes = {case_id: size for (row, case_id), size in stored.items() if row not in hidden}
+        recent = {each.record.id: each.thumbnail for each in self.recent}
+        return sizes | {case_id: len(jpeg) for case_id, jpeg in recent.items() if jpeg is not None}
+
+    def whole_entries(self) -> Iterator[Entry]:
+        """Read all cases with their vectors and thumbnails, by id."""
+        return (self.whole_entry(row) for row in self.rows())
 
     def records(
         self, since: float = float("-inf"), ids: Collection[str] | None = None

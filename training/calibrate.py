@@ -23,7 +23,7 @@ from scipy.optimize import least_squares, minimize
 from scipy.stats import spearmanr
 
 from meiqa.engine.caches import ByteLru
-from meiqa.engine.comparing import Comparer, preferences_of
+from meiqa.engine.comparing import Comparer, all_in_order, preferences_of
 from meiqa.engine.images import load_pixels
 from meiqa.engine.package import Calibration, EnginePackage, Logistic
 from meiqa.engine.pipeline import ANCHOR_CACHE_BYTES, fitted_to
@@ -34,7 +34,7 @@ from meiqa.errors import PackageCorrupted, UsageError
 from meiqa.export.commands import run_command
 from meiqa.kernels.thurstone import thurstone_map
 from meiqa.labels import LabelTable
-from meiqa.memory import MemoryBank, RetrievalPolicy
+from meiqa.memory import MemoryBank, RetrievalPolicy, layout, retrieval_key
 from meiqa.training.data import name_hash
 
 Floats = NDArray[np.float64]
@@ -86,12 +86,13 @@ def judge_anchors(
         if description.key is None:
             raise PackageCorrupted("the model writes nothing about an anchor", seen=file)
         neighbours = snapshot.retrieve(
-            description.key,
+            retrieval_key(bank.key_kind, description.key, prefix.tokens.values),
             RetrievalPolicy(k=calibration.neighbours, bins=calibration.bins),
             exclude_digest=pixels.digest,
+            layout=layout(prefix.tokens.values, prefix.tokens.grid),
         )
         verdicts = comparer.compare(
-            prefix, 3.0, neighbours, both_orders=True, temperature=1.0, go_on=lambda *_: True
+            prefix, neighbours, both_orders=True, temperature=1.0, next_wave=all_in_order
         )
         columns["human"].append(score)
         columns["text"].append(np.nan if description.rating is None else description.rating)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from meiqa.commands.options import Commands
     from meiqa.engine.vlm import LocalVlm
     from meiqa.memory import MemoryBank
+    from meiqa.types import KeyKind
 
 
 def add_commands(commands: Commands) -> None:
@@ -41,6 +42,7 @@ def add_commands(commands: Commands) -> None:
     _add_verify(actions)
     _add_evict(actions)
     _add_export(actions)
+    _add_rekey(actions)
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -59,6 +61,8 @@ def _build(options: argparse.Namespace) -> int:
             Path(options.out),
             provenance=options.provenance or f"label table {Path(options.labels).name}",
             std=options.std,
+            key_kind=options.key,
+            keep_thumbnails=options.keep_thumbnails,
             on_photo=lambda _: progress.advance(),
         )
     say(f"{options.out}: {len(labels) - len(failures)} anchors")
@@ -66,7 +70,8 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _add(options: argparse.Namespace) -> int:
-    from meiqa.engine.anchoring import anchor_case
+    from meiqa.engine.anchoring import anchor_case, thumbnail_of
+    from meiqa.engine.images import load_pixels
     from meiqa.memory import package_digest_of
 
     if not 1 <= options.score <= 5:
@@ -79,8 +84,15 @@ def _add(options: argparse.Namespace) -> int:
             hint="name its package: --package DIR",
         )
     with _bank(options.memory, "rw") as bank:
-        case = anchor_case(vlm, options.image, options.image, options.score, options.std)
-        bank.add_anchor(case, provenance=options.provenance or "added by hand")
+        pixels = load_pixels(options.image)
+        case = anchor_case(
+            vlm, pixels, options.image, options.score, options.std, key_kind=bank.key_kind
+        )
+        bank.add_anchor(
+            case,
+            provenance=options.provenance or "added by hand",
+            thumbnail=thumbnail_of(pixels) if options.keep_thumbnails else None,
+        )
     say(f"{options.memory}: {options.image} is an anchor of {options.score:.2f}")
     return 0
 
@@ -89,12 +101,15 @@ def _list(options: argparse.Namespace) -> int:
     from meiqa.formats import json_text
 
     with _bank(options.memory, "r") as bank:
+        thumbnails = bank.thumbnail_bytes()
         for record in bank.cases(options.origin, options.since):
+            kept = thumbnails.get(record.id, 0) if record.origin == "anchor" else 0
             if options.format == "jsonl":
-                sys.stdout.write(json_text(asdict(record)) + "\n")
+                sys.stdout.write(json_text({**asdict(record), "thumbnail_bytes": kept}) + "\n")
                 continue
             stored = datetime.fromtimestamp(record.created, UTC).isoformat(" ", "seconds")
             line = f"{record.origin:<9}{record.score:.2f} ± {record.std:.2f}  {stored}  {record.id}"
+            line += f"  (thumbnail, {kept} bytes)" if kept else ""
             sys.stdout.write(one_line(line) + "\n")
     return 0
 
@@ -157,6 +172,13 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _rekey(options: argparse.Namespace) -> int:
+    with _bank(options.memory, "r") as bank:
+        written = bank.rekey(options.key, options.out)
+    say(f"{options.out}: {written} cases with keys of kind {options.key}")
+    return 0
+
+
 def _open_vlm(options: argparse.Namespace) -> LocalVlm:
     from meiqa.engine.package import EnginePackage
     from meiqa.engine.pipeline import sessions_on
@@ -191,6 +213,7 @@ def _add_build(actions: Commands) -> None:
     action.add_argument(
         "--mos-range", nargs=2, type=float, metavar=("LO", "HI"), help="ends of the human scale"
     )
+    _add_key(action, default="summary")
     _add_anchoring(action)
     action.set_defaults(run=_build)
 
@@ -210,6 +233,11 @@ def _add_anchoring(action: argparse.ArgumentParser) -> None:
     action.add_argument("--provenance", metavar="TEXT", help="where the score comes from")
     action.add_argument(
         "--std", type=float, default=0.2, metavar="S", help="standard error of the scores"
+    )
+    action.add_argument(
+        "--keep-thumbnails",
+        action="store_true",
+        help="keep a small JPEG with each anchor (default: no image is kept)",
     )
 
 
@@ -263,11 +291,32 @@ def _add_evict(actions: Commands) -> None:
 
 
 def _add_export(actions: Commands) -> None:
-    action = actions.add_parser("export", help="write records and keys to a file")
+    action = actions.add_parser("export", help="write records, keys and thumbnails to a file")
     action.add_argument("memory", metavar="MEM")
     action.add_argument("--out", required=True, metavar="FILE")
     action.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl")
     action.set_defaults(run=_export)
+
+
+def _add_rekey(actions: Commands) -> None:
+    action = actions.add_parser(
+        "rekey", help="write it again with keys of another kind, without the photographs"
+    )
+    action.add_argument("memory", metavar="MEM")
+    _add_key(action)
+    action.add_argument("--out", required=True, metavar="NEW", help="must not exist")
+    action.set_defaults(run=_rekey)
+
+
+def _add_key(action: argparse.ArgumentParser, default: KeyKind | None = None) -> None:
+    of = "what is written about photos (summary), their visual tokens (image), or both"
+    action.add_argument(
+        "--key",
+        choices=("summary", "image", "both"),
+        default=default,
+        required=default is None,
+        help=f"find neighbours by {of}" + (f" (default: {default})" if default else ""),
+    )
 
 
 def _moment(text: str) -> datetime:

@@ -37,19 +37,39 @@ def cosine(unit: Sequence[float], case: Case) -> float:
     return round(sum(a * b for a, b in products), 12)
 
 
+def naive_layout(tokens: NDArray[Any], grid: tuple[int, int]) -> NDArray[Any]:
+    """Average a fine enough copy of the grid in 4 x 4 blocks, take the mean off, scale."""
+    rows, columns = grid
+    cells = tokens.astype(np.float64).reshape(rows, columns, -1)
+    fine = cells.repeat(4, axis=0).repeat(4, axis=1)
+    fields = [
+        fine[r * rows : (r + 1) * rows, c * columns : (c + 1) * columns].mean(axis=(0, 1))
+        for r in range(4)
+        for c in range(4)
+    ]
+    centred = (np.array(fields) - np.mean(fields, axis=0)).ravel()
+    length = math.sqrt(float(centred @ centred))
+    return centred / length if length > 1e-9 else np.zeros_like(centred)
+
+
 def naive_retrieve(
     anchors: Sequence[Case],
     contrast: Sequence[Case],
     query: NDArray[Any],
     policy: RetrievalPolicy,
     exclude_digest: str | None,
+    layout: NDArray[Any] | None = None,
 ) -> list[str]:
     by_score = sorted(anchors, key=lambda case: (case.score, case.id))
     bin_of = {case.id: i * policy.bins // len(anchors) for i, case in enumerate(by_score)}
 
     def may_be_taken(case: Case) -> bool:
-        near = policy.exclude_above < 1 and cosine(as_unit(query), case) > policy.exclude_above
-        return case.image_digest != exclude_digest and not near
+        if case.image_digest == exclude_digest:
+            return False
+        if layout is None or policy.exclude_above == 1:
+            return True
+        likeness = float(naive_layout(case.tokens, case.grid) @ layout)
+        return likeness <= policy.exclude_above
 
     anchors = [case for case in anchors if may_be_taken(case)]
     contrast = [case for case in contrast if may_be_taken(case)]

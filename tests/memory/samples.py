@@ -43,7 +43,7 @@ def make_case(
         summary=f"soft and noisy, {case_id}",
         key=drawn_key if key is None else key,
         tokens=random.standard_normal((tokens, widths[1]), np.float32),
-        grid=(2, 2 * tokens + 2),
+        grid=(max(tokens, 1), 1),
     )
 
 

@@ -109,6 +109,7 @@ def test_an_empty_directory_may_be_filled(tmp_path: Path) -> None:
         ({"id": ""}, "id"),
         ({"image_digest": ""}, "digest"),
         ({"grid": (0, 4)}, "grid"),
+        ({"grid": (3, 2)}, "grid that does not fit .* allowed: 4 cells"),
         ({"key": np.ones(KEY_WIDTH + 1, np.float32)}, "key of the wrong shape"),
         ({"key": np.full(KEY_WIDTH, np.nan, np.float32)}, "not finite"),
         ({"tokens": np.ones((3, TOKEN_WIDTH + 1), np.float32)}, "tokens of the wrong shape"),

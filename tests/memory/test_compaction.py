@@ -14,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meiqa.errors import StoreError, StoreMismatch, StoreUnwritable
-from meiqa.memory import Case, ContrastPolicy, MemoryBank, RetrievalPolicy, verify_memory
+from meiqa.memory import (
+    Case,
+    ContrastPolicy,
+    MemoryBank,
+    RetrievalPolicy,
+    layout,
+    verify_memory,
+)
 from meiqa.memory.generation_writer import written_generation
 from meiqa.memory.lock import WriterLock
 from meiqa.types import Origin
@@ -66,7 +73,7 @@ policies = st.builds(
     anchor_share=st.sampled_from([0.0, 0.5, 1.0]),
     bins=st.integers(1, 7),
     stratified=st.booleans(),
-    exclude_above=st.sampled_from([1.0, 1.0, 0.4]),
+    exclude_above=st.sampled_from([1.0, 0.97, 0.1]),
     effort=st.just(1000),
 )
 
@@ -130,8 +137,10 @@ def live_through(
     assert (snapshot.count_anchors, snapshot.count_contrast) == (len(anchors), len(contrast))
     key = np.random.default_rng(built).standard_normal(KEY_WIDTH, np.float32)
     exclude = data.draw(st.sampled_from([None, "image 3"]))
-    found = [case.id for case in snapshot.retrieve(key, policy, exclude)]
-    assert found == naive_retrieve(anchors, contrast, key, policy, exclude)
+    seen = make_case(f"{data.draw(st.integers(0, 40))}")
+    look = data.draw(st.sampled_from([None, layout(seen.tokens, seen.grid)]))
+    found = [case.id for case in snapshot.retrieve(key, policy, exclude, look)]
+    assert found == naive_retrieve(anchors, contrast, key, policy, exclude, look)
     if anchors:
         below = sum(case.score < 2.0 for case in anchors)
         assert snapshot.percentile(2.0) == pytest.approx(100 * below / len(anchors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from meiqa.errors import StoreCorrupted, StoreMismatch, UsageError
 from meiqa.kernels.hnsw import Graph
 from meiqa.memory.encoding import unit_rows
-from meiqa.memory.index import FLAT_BELOW, FrozenIndex, build_graph, freeze, index_arrays
+from meiqa.memory.frozen import FrozenIndex
+from meiqa.memory.index import FLAT_BELOW, RECALL, build_graph, freeze, index_arrays
+from meiqa.memory.recall import RecallTrial, true_neighbours
 from meiqa.memory.segment import Segment, write_segment
 from tests import naive
 
@@ -32,13 +35,27 @@ def clustered(count: int, width: int, seed: int = 0) -> Floats:
     return unit_rows((latent @ carry).astype(np.float32)).astype(np.float16).astype(np.float32)
 
 
+def arrays_of(keys: Floats | NDArray[np.float16], threads: int = 1) -> dict[str, NDArray[Any]]:
+    stored = keys.astype(np.float16)
+    return freeze(build_graph(stored, threads), stored)
+
+
 def frozen(keys: Floats, threads: int = 1) -> FrozenIndex:
-    return FrozenIndex.of(freeze(build_graph(keys, threads), keys), keys.astype(np.float16))
+    return FrozenIndex.of(arrays_of(keys, threads), keys.astype(np.float16))
 
 
 def graph_of(arrays: dict[str, NDArray[Any]], keys: Floats) -> Graph:
     halves = keys.astype(np.float16).view(np.uint16)
     return Graph(halves, *(arrays["index_" + name] for name in Graph._fields[1:]))
+
+
+def recall(index: FrozenIndex, keys: Floats, queries: Floats, count: int, effort: int) -> float:
+    found = index.search_many(queries, count, None, effort)
+    hits = [
+        len({*rows.tolist()} & {*exact(keys, query, count)})
+        for query, rows in zip(queries, found, strict=True)
+    ]
+    return sum(hits) / (count * len(queries))
 
 
 def exact(keys: Floats, query: Floats, count: int) -> list[int]:
@@ -52,7 +69,7 @@ def exact(keys: Floats, query: Floats, count: int) -> list[int]:
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 97, 1001, 3000])
 def test_agrees_with_the_naive_twin(count: int, width: int) -> None:
     keys = clustered(count, width)
-    arrays = freeze(build_graph(keys), keys)
+    arrays = arrays_of(keys)
     index = FrozenIndex.of(arrays, keys.astype(np.float16))
     index.verify()
     assert len(index) == count
@@ -69,7 +86,7 @@ def test_agrees_with_the_naive_twin(count: int, width: int) -> None:
 
 def test_duplicates_come_in_the_order_of_their_rows() -> None:
     keys = np.tile(clustered(300, 33), (7, 1))
-    arrays = freeze(build_graph(keys), keys)
+    arrays = arrays_of(keys)
     index = FrozenIndex.of(arrays, keys.astype(np.float16))
     for query in keys[:10]:
         found = index.search(query, 14, None, 200).tolist()
@@ -83,11 +100,7 @@ def test_finds_the_true_neighbours(threads: int) -> None:
     queries = clustered(50, 97, seed=3)
     index = frozen(keys, threads)
     index.verify()
-    hits = [
-        len({*found.tolist()} & {*exact(keys, query, 32)})
-        for query, found in zip(queries, index.search_many(queries, 32, None, 128), strict=True)
-    ]
-    assert sum(hits) / (50 * 32) >= 0.97
+    assert recall(index, keys, queries, 32, 128) >= 0.97
 
 
 @pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.99])
@@ -108,8 +121,9 @@ def test_filters_keep_recall(share: float) -> None:
 
 def test_walks_the_links_that_hnswlib_made() -> None:
     keys = clustered(2000, 16)
-    graph = build_graph(keys)
-    index = FrozenIndex.of(freeze(graph, keys), keys.astype(np.float16))
+    stored = keys.astype(np.float16)
+    graph = build_graph(stored)
+    index = FrozenIndex.of(freeze(graph, stored), stored)
     graph.set_ef(64)
     queries = clustered(40, 16, seed=6)
     theirs, _ = graph.knn_query(queries, 10, num_threads=1)
@@ -125,7 +139,8 @@ def test_links_are_between_rows_whatever_order_they_were_added_in() -> None:
     backwards.init_index(500, M=16, ef_construction=200, random_seed=1)
     for row in reversed(range(500)):
         backwards.add_items(keys[row : row + 1], [row], num_threads=1)
-    index = FrozenIndex.of(freeze(backwards, keys), keys.astype(np.float16))
+    stored = keys.astype(np.float16)
+    index = FrozenIndex.of(freeze(backwards, stored), stored)
     index.verify()
     hits = sum(
         len({*index.search(query, 10, None, 50).tolist()} & {*exact(keys, query, 10)})
@@ -136,20 +151,20 @@ def test_links_are_between_rows_whatever_order_they_were_added_in() -> None:
 
 def test_the_same_keys_give_the_same_arrays() -> None:
     keys = clustered(700, 16)
-    first, second = (freeze(build_graph(keys), keys) for _ in range(2))
+    first, second = (arrays_of(keys) for _ in range(2))
     for name, array in first.items():
         np.testing.assert_array_equal(array, second[name])
 
 
 def test_few_keys_need_no_index() -> None:
-    assert index_arrays(clustered(FLAT_BELOW - 1, 3)) == {}
-    arrays = index_arrays(clustered(FLAT_BELOW, 3))
+    assert index_arrays(clustered(FLAT_BELOW - 1, 3).astype(np.float16)) == {}
+    arrays = index_arrays(clustered(FLAT_BELOW, 3).astype(np.float16))
     assert len(arrays["index_links"]) == FLAT_BELOW
 
 
 def test_searches_a_memory_map_without_copying(tmp_path: Path) -> None:
     keys = clustered(1000, 33)
-    arrays = {"keys": keys.astype(np.float16), **freeze(build_graph(keys), keys)}
+    arrays = {"keys": keys.astype(np.float16), **arrays_of(keys)}
     write_segment(tmp_path / "a.seg", arrays, {})
     stored = Segment.open(tmp_path / "a.seg").arrays
     index = FrozenIndex.of(stored, stored["keys"])
@@ -179,10 +194,10 @@ def test_more_can_be_asked_for_than_there_is() -> None:
     assert index.search(query, 0, None, 1).tolist() == []
 
 
-@pytest.mark.parametrize("name", ["levels", "scales", "links", "upper_offsets", "entry"])
+@pytest.mark.parametrize("name", ["levels", "scales", "links", "upper_offsets", "entry", "effort"])
 def test_missing_and_misshapen_arrays_are_refused(name: str) -> None:
     keys = clustered(97, 3)
-    arrays = freeze(build_graph(keys), keys)
+    arrays = arrays_of(keys)
     halves = keys.astype(np.float16)
     whole = arrays["index_" + name]
     with pytest.raises(StoreCorrupted, match="does not fit"):
@@ -197,7 +212,7 @@ def test_missing_and_misshapen_arrays_are_refused(name: str) -> None:
 def test_keys_of_another_dtype_are_refused() -> None:
     keys = clustered(97, 3)
     with pytest.raises(StoreCorrupted, match="keys"):
-        FrozenIndex.of(freeze(build_graph(keys), keys), keys)
+        FrozenIndex.of(arrays_of(keys), keys)
 
 
 @pytest.mark.parametrize(
@@ -211,17 +226,112 @@ def test_keys_of_another_dtype_are_refused() -> None:
         ("upper_offsets", -1, 10**6),
         ("entry", 0, 97),
         ("entry", 0, -1),
+        ("effort", 0, 0),
     ],
 )
 def test_damaged_links_are_refused_when_verified(name: str, at: Any, value: int) -> None:
     keys = clustered(97, 3)
-    arrays = freeze(build_graph(keys), keys)
+    arrays = arrays_of(keys)
     damaged = arrays["index_" + name].copy()
     damaged[at] = value
     index = FrozenIndex.of({**arrays, "index_" + name: damaged}, keys.astype(np.float16))
     with pytest.raises(StoreCorrupted):
         index.verify()
     assert len(index.search(np.ones(3, np.float32), 4, None, 4)) == 4
+
+
+def uniform(count: int, width: int, seed: int = 0) -> Floats:
+    """Unit vectors that are far from one another, in which a graph leads astray."""
+    drawn = np.random.default_rng(seed).standard_normal((count, width), np.float32)
+    return unit_rows(drawn).astype(np.float16).astype(np.float32)
+
+
+@pytest.mark.parametrize("draw", [clustered, uniform])
+@pytest.mark.parametrize("rows", [3000, 6000])
+def test_the_measured_effort_finds_enough_for_new_queries(
+    draw: Callable[[int, int, int], Floats], rows: int
+) -> None:
+    keys, queries = draw(rows, 24, 0), draw(100, 24, 9)
+    index = frozen(keys)
+    for count in (8, 32, 96):
+        assert recall(index, keys, queries, count, index.effort(count)) >= RECALL - 0.01
+
+
+def test_keys_that_lead_astray_take_more_effort() -> None:
+    efforts = [
+        frozen(draw(rows, 24)).effort(32)
+        for draw, rows in ((clustered, 3000), (uniform, 3000), (uniform, 9000))
+    ]
+    assert efforts == sorted({*efforts})
+
+
+def test_the_effort_grows_with_what_is_wanted() -> None:
+    arrays = arrays_of(clustered(500, 8))
+    keys = clustered(500, 8).astype(np.float16)
+    arrays["index_effort"][0] = 100
+    index = FrozenIndex.of(arrays, keys)
+    assert [index.effort(count) for count in (0, 1, 32, 33, 64)] == [100, 100, 100, 104, 200]
+
+
+def test_a_search_without_an_effort_takes_the_measured_one() -> None:
+    keys = uniform(6000, 24)
+    index = frozen(keys)
+    effort = index.effort(32)
+    assert effort < 6000 // 8  # it is no exact search
+    queries = uniform(20, 24, 3)
+    found = index.search_many(queries, 32, None)
+    assert found.tolist() == index.search_many(queries, 32, None, effort).tolist()
+    assert found.tolist() == [index.search(query, 32, None).tolist() for query in queries]
+    assert found.tolist() != index.search_many(queries, 32, None, 32).tolist()
+
+
+def test_what_is_taken_out_is_neither_found_nor_walked_through() -> None:
+    keys = clustered(2000, 16)
+    index = frozen(keys)
+    rows = np.array([row for row in range(0, 2000, 5) if row != index.entry])
+    eligible = np.ones(2000, bool)
+    eligible[rows] = False
+    cut = index.without(rows)
+    cut.verify()
+    for query in keys[rows[:20]]:
+        assert eligible[cut.search(query, 10, eligible, 64)].all()
+    graph = cut._graph
+    assert (graph.links[rows] == -1).all()
+    for row in rows:
+        assert (graph.upper_links[slice(*graph.upper_offsets[row : row + 2])] == -1).all()
+    assert (index._graph.links[rows] >= 0).any(axis=1).all()
+
+
+def test_equal_keys_count_as_found() -> None:
+    """Descriptions repeat; of equal keys any is a true neighbour."""
+    keys = np.repeat(clustered(300, 16), 10, axis=0).astype(np.float16)
+    trial = RecallTrial.of(FrozenIndex.of(arrays_of(keys), keys), keys, 64, 5)
+    assert trial.shares(64).mean() > 0.97
+
+
+def test_where_equal_keys_tear_the_graph_apart_the_effort_makes_up_for_it() -> None:
+    """More equal keys than a row has links are linked with each other only."""
+    keys = np.repeat(clustered(40, 16), 100, axis=0).astype(np.float16)
+    index = FrozenIndex.of(arrays_of(keys), keys)
+    trial = RecallTrial.of(index, keys, 64, 32)
+    assert trial.shares(64).mean() < 0.8
+    assert trial.shares(None).mean() >= RECALL
+
+
+@pytest.mark.parametrize("rows", [40, 1000])
+def test_true_neighbours_are_the_exact_ones(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meiqa.memory.recall._CHUNK_ROWS", 97)
+    keys = np.tile(clustered(rows // 4, 9), (4, 1))
+    queries = clustered(5, 9, seed=2)
+    eligible = np.arange(rows) % 3 > 0
+    kept = np.flatnonzero(eligible)
+    for mask, among in ((None, np.arange(rows)), (eligible, kept)):
+        found, cosines = true_neighbours(keys.astype(np.float16), queries, 12, mask)
+        for query, row, values in zip(queries, found, cosines, strict=True):
+            assert (np.diff(values) <= 0).all()
+            best = np.sort((unit_rows(keys[among]).astype(float) * query).sum(axis=1))[::-1][:12]
+            np.testing.assert_allclose(values, best, rtol=1e-12)
+            assert {*row.tolist()} <= {*among.tolist()}
 
 
 def test_bad_use_is_refused() -> None:
@@ -235,7 +345,7 @@ def test_bad_use_is_refused() -> None:
     with pytest.raises(UsageError, match="eligible"):
         index.search(np.ones(3, np.float32), 1, np.ones(3, bool), 8)
     with pytest.raises(UsageError, match="not finite"):
-        build_graph(np.full((2, 3), np.nan, np.float32))
+        build_graph(np.full((2, 3), np.nan, np.float16))
 
 
 def test_a_missing_hnswlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,4 +358,4 @@ def test_a_missing_hnswlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UsageError, match="needs hnswlib; run `pip install"):
-        build_graph(np.eye(3, dtype=np.float32))
+        build_graph(np.eye(3, dtype=np.float16))

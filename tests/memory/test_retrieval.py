@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from meiqa.errors import StoreMismatch, UsageError
-from meiqa.memory import Case, MemoryBank, RetrievalPolicy, Snapshot
+from meiqa.memory import Case, MemoryBank, RetrievalPolicy, Snapshot, layout
 from tests.memory.naive_retrieval import naive_retrieve
 from tests.memory.samples import DIGEST, KEY_WIDTH, build_anchors, make_case, make_cases
 
@@ -33,9 +33,13 @@ def snapshot_of(path: Path, anchors: list[Case], contrast: list[Case]) -> Snapsh
 
 
 def retrieve(
-    snapshot: Snapshot, key: NDArray[Any], policy: RetrievalPolicy, exclude: str | None = None
+    snapshot: Snapshot,
+    key: NDArray[Any],
+    policy: RetrievalPolicy,
+    exclude: str | None = None,
+    layout: NDArray[Any] | None = None,
 ) -> list[str]:
-    return [case.id for case in snapshot.retrieve(key, policy, exclude)]
+    return [case.id for case in snapshot.retrieve(key, policy, exclude, layout)]
 
 
 def query(seed: int = 3) -> NDArray[Any]:
@@ -156,10 +160,24 @@ def test_near_duplicates_of_the_query_are_left_out(
 ) -> None:
     anchors, contrast = make_cases(97, "anchor"), make_cases(13, "contrast")
     snapshot = snapshot_of(tmp_path / "m", anchors, contrast)
+    seen, own = make_case("seen").tokens, anchors[3].image_digest
     for k in (1, 7, 32, 300):
         policy = RetrievalPolicy(k=k, exclude_above=above, stratified=stratified)
-        expected = naive_retrieve(anchors, contrast, query(k), policy, anchors[3].image_digest)
-        assert retrieve(snapshot, query(k), policy, anchors[3].image_digest) == expected
+        look = layout(seen, (4, 1))
+        expected = naive_retrieve(anchors, contrast, query(k), policy, own, look)
+        assert retrieve(snapshot, query(k), policy, own, look) == expected
+
+
+def test_what_is_described_alike_is_no_duplicate(tmp_path: Path) -> None:
+    """The default leaves out the same picture, and nothing for having the same key."""
+    key = query()
+    anchors = [make_case(f"a{number}", "anchor", key=key) for number in range(5)]
+    snapshot = snapshot_of(tmp_path / "m", anchors, [])
+    look = layout(anchors[2].tokens * np.float32(1.1), anchors[2].grid)
+    found = retrieve(snapshot, key, RetrievalPolicy(), "another", look)
+    assert found == ["a0", "a1", "a3", "a4"]
+    everything = RetrievalPolicy(exclude_above=1.0)
+    assert len(retrieve(snapshot, key, everything, "another", look)) == 5
 
 
 @pytest.mark.parametrize(
