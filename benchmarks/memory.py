@@ -5,7 +5,9 @@ neighbours, the time of one query, the time to open the saved index in a fresh p
 resident after that. Each approximate index searches with the least effort (ef) that reaches the
 recall asked for, so that times are compared at the same recall; all graphs have M = 16 and are
 built with ef = 200. Flat search is one BLAS product, with as many threads as NumPy gives it; the
-others answer with one thread.
+others answer with one thread. The frozen index also says which effort it measured when it was made,
+and what that finds. A second table is about whole memories of as many anchors
+(`meiqa.benchmarks.opening`).
 """
 
 from __future__ import annotations
@@ -15,44 +17,43 @@ import importlib
 import importlib.util
 import json
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.memory.index import FrozenIndex, build_graph, freeze
+from meiqa.benchmarks.machine import machine, versions
+from meiqa.benchmarks.opening import bench_opening
+from meiqa.benchmarks.processes import asked_afresh, resident_kb, say
+from meiqa.benchmarks.vectors import clustered_vectors
+from meiqa.memory.frozen import FrozenIndex
+from meiqa.memory.index import RECALL, build_graph, freeze
+from meiqa.memory.recall import true_neighbours
 from meiqa.memory.segment import Segment, write_segment
 
-__all__ = ["bench_memory", "clustered_vectors", "main", "table_text"]
+__all__ = ["bench_memory", "main", "table_text"]
 
 Floats = NDArray[np.float32]
+Keys = NDArray[np.float16]
 Rows = NDArray[np.int64]
 Search = Callable[[Floats, int, int], Rows]
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 CROSSOVER_SIZES = (500, 1_000, 2_000, 3_000, 4_000, 6_000, 8_000, 12_000, 16_000)
-RECALL = 0.97
 _EFFORTS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024)
 _WARM_UP = 50
 _ROUNDS = 5
-_READERS = 4
 # Flat search takes the same time whatever is asked, and much of it.
 _FLAT_QUERIES = 100
 # Graphs of fewer vectors are built by one thread, so that they are the same in every run.
 _THREADS_FROM = 200_000
 _NEIGHBOURS, _BUILD_EFFORT = 16, 200
-_LATENT, _PER_CLUSTER, _NOISE = 64, 100, 0.02
-_CHUNK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -62,48 +63,16 @@ class Kind:
     Attributes:
         name: As the table shows it.
         package: What has to be installed.
-        save: Builds from float32 (N, D) and writes the file.
+        save: Builds from float16 (N, D) and writes the file.
         open: Opens a file of vectors of a width and gives a search: query (D,), k, effort.
         approximate: Whether effort matters.
     """
 
     name: str
     package: str
-    save: Callable[[Floats, Path], None]
+    save: Callable[[Keys, Path], None]
     open: Callable[[Path, int], Search]
     approximate: bool = True
-
-
-def clustered_vectors(
-    count: int, dims: int, queries: int, seed: int
-) -> tuple[NDArray[np.float16], Floats]:
-    """Draw unit vectors that have neighbours, and queries of the same kind.
-
-    A mixture of Gaussians in 64 dimensions, 100 vectors to a component on average and as wide as
-    the spread of the components, is carried into `dims` dimensions by one random matrix; a little
-    noise in all dimensions is added. Embeddings of sentences have about as many dimensions of
-    their own.
-
-    Returns:
-        float16 (count, dims) and float32 (queries, dims), of length 1.
-    """
-    random = np.random.default_rng([seed, count, dims])
-    centres = random.standard_normal((max(count // _PER_CLUSTER, 1), _LATENT), np.float32)
-    carry = random.standard_normal((_LATENT, dims), np.float32) / np.float32(_LATENT**0.5)
-
-    def draw(rows: int) -> Floats:
-        latent = centres[random.integers(len(centres), size=rows)]
-        latent += random.standard_normal(latent.shape, np.float32)
-        vectors = latent @ carry
-        vectors += np.float32(_NOISE) * random.standard_normal(vectors.shape, np.float32)
-        unit: Floats = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        return unit
-
-    vectors = np.empty((count, dims), np.float16)
-    for start in range(0, count, _CHUNK_ROWS):
-        part = vectors[start : start + _CHUNK_ROWS]
-        part[:] = draw(len(part))
-    return vectors, draw(queries)
 
 
 def bench_memory(
@@ -131,45 +100,46 @@ def bench_memory(
         directory: Keeps the saved indexes, and uses those it has; None makes a temporary one.
 
     Returns:
-        `rows` of n, index, recall, p50_ms, p99_ms, open_ms, resident_mb, file_mb, effort;
-        `crossover`; `readers`, with what each of four processes shares; and what it was run on.
+        `rows` of n, index, recall, p50_ms, p95_ms, p99_ms, open_ms, resident_mb, file_mb, effort;
+        `measured`, what the frozen indexes say of their own effort; `crossover`; `memories`, the
+        rows of `bench_opening`; and what it was run on.
     """
     wanted = [kind for kind in KINDS if indexes is None or kind.name in indexes]
     kinds = [kind for kind in wanted if _installed(kind)]
     sizes_compared = CROSSOVER_SIZES if crossover_sizes is None else crossover_sizes
     rows: list[dict[str, Any]] = []
-    readers: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
     with nullcontext(directory) if directory else tempfile.TemporaryDirectory() as place:
         base = Path(place)
         base.mkdir(parents=True, exist_ok=True)
         for size in sizes:
             data = _Data.draw(size, dims, k, queries, seed)
             paths = _saved(kinds, data, base)
-            measured = _measured(kinds, data, paths)
-            for row, kind in zip(measured, kinds, strict=True):
+            for row, kind in zip(_measured(kinds, data, paths), kinds, strict=True):
                 rows.append({**row, **_opened_afresh(kind, paths[kind.name], dims)})
             if "frozen" in paths:
-                readers.append({"n": size, **_shared_pages(paths["frozen"], dims, seed)})
+                measured.append({"n": size, **_own_effort(paths["frozen"], data)})
         crossing = _crossover(sizes_compared, dims, k, queries, seed, base)
+        memories = bench_opening(sizes, dims, queries, seed, directory=base)["rows"]
     return {
         "rows": rows,
         "crossover": crossing,
-        "readers": readers,
+        "measured": measured,
+        "memories": memories,
         "absent": [kind.name for kind in wanted if kind not in kinds],
         "settings": {
             **{"dims": dims, "k": k, "queries": queries, "seed": seed, "recall": RECALL},
             **{"warm_up": _WARM_UP, "rounds": _ROUNDS, "flat_queries": _FLAT_QUERIES},
             **{"neighbours": _NEIGHBOURS, "build_effort": _BUILD_EFFORT},
         },
-        "machine": _machine(),
-        "versions": {kind.name: version(kind.package) for kind in kinds}
-        | {"python": platform.python_version(), "numba": version("numba")},
+        "machine": machine(),
+        "versions": versions("numba", *sorted({kind.package for kind in kinds})),
     }
 
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    keys: NDArray[np.float16]
+    keys: Keys
     queries: Floats
     truth: Rows
     seed: int
@@ -177,7 +147,7 @@ class _Data:
     @classmethod
     def draw(cls, count: int, dims: int, k: int, queries: int, seed: int) -> _Data:
         keys, asked = clustered_vectors(count, dims, queries, seed)
-        return cls(keys, asked, _true_neighbours(keys, asked, k), seed)
+        return cls(keys, asked, true_neighbours(keys, asked, min(k, count))[0], seed)
 
     def first(self, queries: int) -> _Data:
         return replace(self, queries=self.queries[:queries], truth=self.truth[:queries])
@@ -185,24 +155,6 @@ class _Data:
     @property
     def k(self) -> int:
         return int(self.truth.shape[1])
-
-
-def _true_neighbours(keys: NDArray[np.float16], queries: Floats, k: int) -> Rows:
-    """Keep the best k of each part of the keys, then of all parts."""
-    rows = np.empty((len(queries), 0), np.int64)
-    cosines = np.empty((len(queries), 0), np.float32)
-    for start in range(0, len(keys), _CHUNK_ROWS):
-        part = keys[start : start + _CHUNK_ROWS].astype(np.float32)
-        near = queries @ part.T
-        best = np.argsort(-near, axis=1)[:, :k] if len(part) <= k else _largest(near, k)
-        rows = np.hstack([rows, best + start])
-        cosines = np.hstack([cosines, np.take_along_axis(near, best, axis=1)])
-    order = np.argsort(-cosines, axis=1)[:, :k]
-    return np.take_along_axis(rows, order, axis=1)
-
-
-def _largest(values: Floats, k: int) -> Rows:
-    return np.argpartition(values, values.shape[1] - k, axis=1)[:, -k:]
 
 
 def _installed(kind: Kind) -> bool:
@@ -214,12 +166,10 @@ def _saved(kinds: Sequence[Kind], data: _Data, base: Path) -> dict[str, Path]:
     count, dims = data.keys.shape
     paths = {kind.name: base / f"{count}x{dims}-{data.seed}.{kind.name}" for kind in kinds}
     missing = [kind for kind in kinds if not paths[kind.name].exists()]
-    if missing:
-        keys = data.keys.astype(np.float32)
-        for kind in missing:
-            unfinished = paths[kind.name].with_suffix(".partial")
-            kind.save(keys, unfinished)
-            os.replace(unfinished, paths[kind.name])
+    for kind in missing:
+        unfinished = paths[kind.name].with_suffix(".partial")
+        kind.save(data.keys, unfinished)
+        os.replace(unfinished, paths[kind.name])
     return paths
 
 
@@ -243,7 +193,7 @@ def _measured(
     return [
         {
             **{"n": count, "index": kind.name, "recall": round(recall, 4)},
-            **{"p50_ms": _quantile_ms(times, 50), "p99_ms": _quantile_ms(times, 99)},
+            **{f"p{percent}_ms": _quantile_ms(times, percent) for percent in (50, 95, 99)},
             "effort": effort if kind.approximate else None,
         }
         for kind, (effort, recall), times in zip(kinds, tuned, times_ns, strict=True)
@@ -257,6 +207,12 @@ def _least_effort(search: Search, data: _Data) -> tuple[int, float]:
         if recall >= RECALL:
             break
     return effort, recall
+
+
+def _own_effort(path: Path, data: _Data) -> dict[str, Any]:
+    """Give the effort that a frozen index measured of itself, and what it finds of new queries."""
+    effort = _frozen_at(path).effort(data.k)
+    return {"effort": effort, "recall": round(_recall(_open_frozen(path, 0), data, effort), 4)}
 
 
 def _recall(search: Search, data: _Data, effort: int) -> float:
@@ -297,13 +253,7 @@ def _crossover(
 
 
 def _opened_afresh(kind: Kind, path: Path, dims: int) -> dict[str, float]:
-    run = subprocess.run(
-        [*_CHILD, "--open", kind.name, str(path), str(dims)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    opened: dict[str, float] = json.loads(run.stdout)
+    opened = asked_afresh("meiqa.benchmarks.memory", "--open", kind.name, path, dims)
     return {**opened, "file_mb": round(path.stat().st_size / 1e6, 3)}
 
 
@@ -311,11 +261,11 @@ def _open_here(name: str, path: Path, dims: int) -> dict[str, float]:
     """Open an index in this process, after what it imports, and give time and resident memory."""
     kind = next(kind for kind in KINDS if kind.name == name)
     importlib.import_module(_MODULES.get(kind.package, kind.package))
-    before_kb = _memory_kb("/proc/self/smaps_rollup", "")["Rss"]
+    before_kb = resident_kb()
     begin = time.perf_counter_ns()
     search = kind.open(path, dims)
     open_ns = time.perf_counter_ns() - begin
-    after_kb = _memory_kb("/proc/self/smaps_rollup", "")["Rss"]
+    after_kb = resident_kb()
     del search
     return {
         "open_ms": round(open_ns / 1e6, 3),
@@ -323,85 +273,12 @@ def _open_here(name: str, path: Path, dims: int) -> dict[str, float]:
     }
 
 
-def _memory_kb(listing: str, mapping: str) -> dict[str, int]:
-    """Sum resident (Rss) and proportional (Pss) memory over the mappings of one file, or all."""
-    sums = {"Rss": 0, "Pss": 0}
-    counted = False
-    for line in Path(listing).read_text().splitlines():
-        field, *rest = line.split()
-        if not field.endswith(":"):
-            counted = line.endswith(mapping)
-        elif counted and field[:-1] in sums:
-            sums[field[:-1]] += int(rest[0])
-    return sums
-
-
-def _shared_pages(path: Path, dims: int, seed: int) -> dict[str, Any]:
-    """Let four processes search one frozen index, and give what each has of it in memory.
-
-    Where pages are shared, a process's proportional share (PSS) is a quarter of what is resident
-    in it (RSS).
-    """
-    command = [*_CHILD, "--read", str(path), str(dims), str(seed)]
-    readers = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(_READERS)
-    ]
-    memory = []
-    try:
-        for reader in readers:
-            assert reader.stdout is not None
-            reader.stdout.readline()
-        for reader in readers:
-            assert reader.stdin is not None
-            assert reader.stdout is not None
-            reader.stdin.write("\n")
-            reader.stdin.flush()
-            memory.append(json.loads(reader.stdout.readline()))
-    finally:
-        for reader in readers:
-            reader.communicate("\n")
-    return {
-        "rss_mb": [round(each["Rss"] * 1024 / 1e6, 3) for each in memory],
-        "pss_mb": [round(each["Pss"] * 1024 / 1e6, 3) for each in memory],
-    }
-
-
-def _read_here(path: Path, dims: int, seed: int) -> None:
-    """Search, and when told that the other readers did too, print the memory of the mapping."""
-    search = _open_frozen(path, dims)
-    queries = np.random.default_rng(seed).standard_normal((200, dims), np.float32)
-    for query in queries:
-        search(query, 32, 64)
-    _say("ready")
-    sys.stdin.readline()
-    _say(json.dumps(_memory_kb("/proc/self/smaps", str(path))))
-    sys.stdin.readline()
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-def _machine() -> dict[str, Any]:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        **{"processor": names[0] if names else platform.machine(), "cores": os.cpu_count()},
-        "system": platform.system(),
-    }
-
-
 def _threads(count: int) -> int:
     return 1 if count < _THREADS_FROM else os.cpu_count() or 1
 
 
-def _save_flat(keys: Floats, path: Path) -> None:
-    keys.tofile(path)
+def _save_flat(keys: Keys, path: Path) -> None:
+    keys.astype(np.float32).tofile(path)
 
 
 def _open_flat(path: Path, dims: int) -> Search:
@@ -416,7 +293,7 @@ def _open_flat(path: Path, dims: int) -> Search:
     return search
 
 
-def _save_hnswlib(keys: Floats, path: Path) -> None:
+def _save_hnswlib(keys: Keys, path: Path) -> None:
     graph = build_graph(keys, _threads(len(keys)))
     graph.save_index(str(path))
 
@@ -435,7 +312,7 @@ def _open_hnswlib(path: Path, dims: int) -> Search:
     return search
 
 
-def _save_frozen(keys: Floats, path: Path) -> None:
+def _save_frozen(keys: Keys, path: Path) -> None:
     """Freeze the graph that was saved for hnswlib beside it, so that both search the same one."""
     import hnswlib
 
@@ -445,12 +322,11 @@ def _save_frozen(keys: Floats, path: Path) -> None:
         graph.load_index(str(saved))
     else:
         graph = build_graph(keys, _threads(len(keys)))
-    write_segment(path, {"keys": keys.astype(np.float16), **freeze(graph, keys)}, {})
+    write_segment(path, {"keys": keys, **freeze(graph, keys)}, {})
 
 
 def _open_frozen(path: Path, dims: int) -> Search:
-    arrays = Segment.open(path, verify=False).arrays
-    index = FrozenIndex.of(arrays, arrays["keys"])
+    index = _frozen_at(path)
 
     def search(query: Floats, k: int, effort: int) -> Rows:
         return index.search(query, k, None, effort)
@@ -458,7 +334,12 @@ def _open_frozen(path: Path, dims: int) -> Search:
     return search
 
 
-def _save_usearch(keys: Floats, path: Path) -> None:
+def _frozen_at(path: Path) -> FrozenIndex:
+    arrays = Segment.open(path, verify=False).arrays
+    return FrozenIndex.of(arrays, arrays["keys"])
+
+
+def _save_usearch(keys: Keys, path: Path) -> None:
     usearch = importlib.import_module("usearch.index")
     index = usearch.Index(
         ndim=keys.shape[1],
@@ -467,7 +348,7 @@ def _save_usearch(keys: Floats, path: Path) -> None:
         connectivity=_NEIGHBOURS,
         expansion_add=_BUILD_EFFORT,
     )
-    index.add(np.arange(len(keys)), keys, threads=_threads(len(keys)))
+    index.add(np.arange(len(keys)), keys.astype(np.float32), threads=_threads(len(keys)))
     index.save(str(path))
 
 
@@ -484,12 +365,12 @@ def _open_usearch(path: Path, dims: int) -> Search:
     return search
 
 
-def _save_faiss(keys: Floats, path: Path) -> None:
+def _save_faiss(keys: Keys, path: Path) -> None:
     faiss = importlib.import_module("faiss")
     faiss.omp_set_num_threads(_threads(len(keys)))
     index = faiss.IndexHNSWFlat(keys.shape[1], _NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = _BUILD_EFFORT
-    index.add(keys)
+    index.add(keys.astype(np.float32))
     faiss.write_index(index, str(path))
 
 
@@ -514,8 +395,6 @@ KINDS = (
     Kind("faiss", "faiss-cpu", _save_faiss, _open_faiss),
 )
 _MODULES = {"faiss-cpu": "faiss"}
-_NO_SITE = ("-S",) if sys.flags.no_site else ()  # a child starts as this interpreter did
-_CHILD = (sys.executable, "-P", *_NO_SITE, "-m", "meiqa.benchmarks.memory")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -528,14 +407,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--directory", type=Path, help="keeps the saved indexes for the next run")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     parser.add_argument("--open", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--read", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.open:
         name, path, dims = given.open
-        _say(json.dumps(_open_here(name, Path(path), int(dims))))
-    elif given.read:
-        path, dims, seed = given.read
-        _read_here(Path(path), int(dims), int(seed))
+        say(json.dumps(_open_here(name, Path(path), int(dims))))
     else:
         result = bench_memory(
             given.sizes,
@@ -544,18 +419,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             indexes=given.indexes,
             directory=given.directory,
         )
-        _say(json.dumps(result, indent=2) if given.format == "json" else table_text(result))
+        say(json.dumps(result, indent=2) if given.format == "json" else table_text(result))
 
 
 def table_text(result: Mapping[str, Any]) -> str:
-    """Lay out the rows of `bench_memory` for people."""
+    """Lay out `bench_memory` for people: the indexes, and the whole memories."""
     columns = ("n", "index", "recall", "p50_ms", "p99_ms", "open_ms", "resident_mb", "file_mb")
-    lines = [columns, *([str(row[column]) for column in columns] for row in result["rows"])]
-    widths = [max(len(line[at]) for line in lines) for at in range(len(columns))]
-    return "\n".join(
+    whole = ("n", "files_mb", "open_ms", "verified_ms", "resident_share", "retrieve_p50_ms")
+    return "\n".join((*_lines(columns, result["rows"]), "", *_lines(whole, result["memories"])))
+
+
+def _lines(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    table = [columns, *([str(row[column]) for column in columns] for row in rows)]
+    widths = [max(len(line[at]) for line in table) for at in range(len(columns))]
+    return [
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+        for line in table
+    ]
 
 
 if __name__ == "__main__":

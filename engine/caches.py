@@ -36,6 +36,16 @@ class ContentKey:
     package_digest: str
 
 
+@dataclass(frozen=True)
+class CacheState:
+    """How a cache stands: its limit, what it holds, and how its lookups went."""
+
+    limit_bytes: int
+    used_bytes: int
+    hits: int
+    misses: int
+
+
 class ByteLru(Generic[Value]):
     """Least-recently-used values up to a number of bytes; safe to share between threads.
 
@@ -80,6 +90,12 @@ class ByteLru(Generic[Value]):
             value = make()
             self.put(key, value)
         return value
+
+    @property
+    def state(self) -> CacheState:
+        """How it stands now."""
+        with self._lock:
+            return CacheState(self.limit_bytes, self.used_bytes, self.hits, self.misses)
 
     def __len__(self) -> int:
         return len(self._values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,25 @@ from meiqa.memory import Case
 
 WAVE = ROWS_PER_CALL
 """Neighbours asked about before the budget is looked at again."""
+
+
+class Pictured(Protocol):
+    """What can be compared: a remembered case, or another photo of the same set."""
+
+    @property
+    def image_digest(self) -> str:
+        """Digest of the pixels."""
+        ...
+
+    @property
+    def tokens(self) -> NDArray[np.float32]:
+        """Visual tokens (T, D)."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,37 +70,37 @@ class Comparer:
     def compare(
         self,
         photo: Prefix,
-        initial_score: float,
         neighbours: Sequence[Case],
         *,
         both_orders: bool,
         temperature: float,
-        go_on: Callable[[NDArray[np.float64], int], bool],
+        next_wave: Callable[[NDArray[np.float64]], NDArray[np.intp]],
     ) -> Verdicts:
-        """Ask about the neighbours nearest in score first, a wave at a time.
-
-        Near scores tell most: the answer there is the least certain beforehand.
+        """Ask about neighbours, a wave at a time.
 
         Args:
-            go_on: given the preferences so far and the number of neighbours in the next wave,
-                says whether it is worth its time.
+            next_wave: given the preferences so far, (K,) with NaN where nothing was asked, says
+                whom to ask about next: at most `WAVE` indices, none to stop.
         """
-        distance = [abs(case.score - initial_score) for case in neighbours]
-        order = np.argsort(distance, kind="stable")
         logits = np.full((len(neighbours), 2), np.nan)
         asked = reused = 0
-        for start in range(0, len(order), WAVE):
-            wave = order[start : start + WAVE]
-            if not go_on(preferences_of(logits, temperature), len(wave)):
-                break
+        while len(wave := next_wave(preferences_of(logits, temperature))):
             cases = [neighbours[index] for index in wave]
             logits[wave], saved = self._ask(photo, cases, both_orders)
             asked += len(wave)
             reused += saved
         return Verdicts(logits, preferences_of(logits, temperature), asked, reused)
 
+    def preferences(
+        self, first: Pictured, others: Sequence[Pictured], temperature: float
+    ) -> NDArray[np.float64]:
+        """Probability (n,) that one looks better than each of the others, asked in both orders."""
+        (prefix,), _ = self._prefixes([first], [VisualTokens(first.tokens, first.grid)])
+        logits, _ = self._ask(prefix, others, both_orders=True)
+        return preferences_of(logits, temperature)
+
     def _ask(
-        self, photo: Prefix, cases: Sequence[Case], both_orders: bool
+        self, photo: Prefix, cases: Sequence[Pictured], both_orders: bool
     ) -> tuple[NDArray[np.float64], int]:
         """Logits (n, 2) of one wave and the prefix tokens that were not read again."""
         pictures = [VisualTokens(case.tokens, case.grid) for case in cases]
@@ -94,7 +114,7 @@ class Comparer:
         return logits, reused
 
     def _prefixes(
-        self, cases: Sequence[Case], pictures: Sequence[VisualTokens]
+        self, cases: Sequence[Pictured], pictures: Sequence[VisualTokens]
     ) -> tuple[list[Prefix], int]:
         """The cases' prefixes, read only where they are not kept, and the tokens kept."""
         keys = [ContentKey(c.image_digest, c.grid, self.package_digest) for c in cases]
@@ -106,6 +126,11 @@ class Comparer:
             found[index] = prefix
             self.anchor_prefixes.put(keys[index], prefix)
         return [prefix for prefix in found if prefix is not None], kept
+
+
+def all_in_order(preferences: NDArray[np.float64]) -> NDArray[np.intp]:
+    """The next wave where everybody is asked about, as they come."""
+    return np.flatnonzero(np.isnan(preferences))[:WAVE]
 
 
 def preferences_of(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:

@@ -50,6 +50,16 @@ def fuse(
     """
     if np.isnan(preferences).all():
         return Posterior(prior, prior_std)
+    return calibrated(*solution(prior, neighbours, preferences, calibration), calibration)
+
+
+def solution(
+    prior: float,
+    neighbours: Sequence[Case],
+    preferences: np.ndarray,
+    calibration: Calibration,
+) -> tuple[float, float]:
+    """Score and deviation as they follow from the comparisons, on the neighbours' own scale."""
     scores, stds = thurstone_map(
         np.array([prior]),
         np.array([[case.score for case in neighbours]]),
@@ -58,7 +68,12 @@ def fuse(
         calibration.sigma,
         calibration.lam,
     )
-    return Posterior(float(calibration.fused(scores[0])), observed_std(float(stds[0]), calibration))
+    return float(scores[0]), float(stds[0])
+
+
+def calibrated(score: float, std: float, calibration: Calibration) -> Posterior:
+    """A solution of the comparisons as people's scores and deviations from them go."""
+    return Posterior(float(calibration.fused(score)), observed_std(std, calibration))
 
 
 def observed_std(posterior_std: float, calibration: Calibration) -> float:

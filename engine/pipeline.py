@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -11,33 +11,51 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.caches import ByteLru, ContentKey
-from meiqa.engine.comparing import Comparer, Verdicts, preferences_of
-from meiqa.engine.fusing import Posterior, fuse
+from meiqa.engine.caches import ByteLru, CacheState, ContentKey
+from meiqa.engine.comparing import WAVE, Comparer, Verdicts, all_in_order, preferences_of
+from meiqa.engine.decoding import Decoding, decode_ahead
+from meiqa.engine.drafting import Draft
+from meiqa.engine.fusing import Posterior, calibrated, fuse, solution
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid, load_pixels, source_name
 from meiqa.engine.package import EnginePackage, ImageProcessing, check_device
 from meiqa.engine.planning import (
     CostModel,
     Plan,
     Stopwatch,
+    costs_file,
     measure_costs,
+    most_telling,
     observe_costs,
     plan_work,
+    read_costs,
+    write_costs,
 )
-from meiqa.engine.reflecting import gate_opens, reflect
+from meiqa.engine.ranking import RIVALS, Contestant, ranked, require_even
+from meiqa.engine.reflecting import gate_opens, learned_case, reflect
 from meiqa.engine.remembering import open_memory
 from meiqa.engine.runtime.base import GraphSession
 from meiqa.engine.scoring import Opinion, first_opinion
 from meiqa.engine.vlm import Floats, LocalVlm, Prefix, VisualTokens, Vlm
 from meiqa.errors import ImageError, ImageTooSmall, StoreError, UsageError
 from meiqa.locations import embedded_assets
-from meiqa.memory import Case, MemoryBank, RetrievalPolicy, Snapshot
+from meiqa.memory import (
+    NEAR_DUPLICATE,
+    Admission,
+    Case,
+    MemoryBank,
+    RetrievalPolicy,
+    Snapshot,
+    layout,
+    retrieval_key,
+)
 from meiqa.types import (
     Assessment,
     Budget,
     Failure,
+    KeyKind,
     Neighbour,
     PairComparison,
+    Ranking,
     quality_word,
 )
 
@@ -45,15 +63,38 @@ LOG = logging.getLogger(__name__)
 PHOTO_CACHE_BYTES = 64 << 20
 ANCHOR_CACHE_BYTES = 512 << 20
 SMALLEST_SIDE = 16
+DRAFTS = RetrievalPolicy(k=16)
+"""Cases whose summaries are drafts of a photo's: likely ones, and of all scores, so that most words
+that the model may write are in one of them."""
 UNBOUNDED = Budget()
+UNHURRIED = Budget(ms=3.6e6)
+"""Everything is done, and the costs are learnt from it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Photo:
-    """A photo that the model has read."""
+    """A photo that the model has read.
+
+    Attributes:
+        known: its prefix was kept from an earlier call.
+    """
 
     pixels: Pixels
     prefix: Prefix
+    known: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """What was found out about a photo, before it is reflected on."""
+
+    photo: Photo
+    plan: Plan
+    opinion: Opinion
+    key: Floats
+    neighbours: tuple[Case, ...]
+    verdicts: Verdicts
+    posterior: Posterior
 
 
 class Engine:
@@ -64,15 +105,29 @@ class Engine:
     3.41
     """
 
-    def __init__(self, vlm: Vlm, package: EnginePackage, memory: MemoryBank) -> None:
+    def __init__(
+        self,
+        vlm: Vlm,
+        package: EnginePackage,
+        memory: MemoryBank,
+        *,
+        exclude_above: float = NEAR_DUPLICATE,
+        costs_file: Path | None = None,
+    ) -> None:
         self.package = package
         self.memory = memory
+        self._retrieval = RetrievalPolicy(
+            k=package.manifest.calibration.neighbours,
+            bins=package.manifest.calibration.bins,
+            exclude_above=exclude_above,
+        )
         self._vlm = vlm
         self._calibration = package.manifest.calibration
         self._summary_tokens = package.manifest.prompt.summary_tokens
         self._photos: ByteLru[Prefix] = ByteLru(PHOTO_CACHE_BYTES)
         self._comparer = Comparer(vlm, package.digest, ByteLru(ANCHOR_CACHE_BYTES))
         self._costs: CostModel | None = None
+        self._costs_file = costs_file
 
     @classmethod
     def open(
@@ -84,6 +139,8 @@ class Engine:
         threads: int | None = None,
         verify: bool = True,
         learn: bool = True,
+        admission: Admission = "gated",
+        exclude_above: float = NEAR_DUPLICATE,
     ) -> Engine:
         """Open an engine.
 
@@ -97,6 +154,10 @@ class Engine:
             verify: compare digests of package and memory.
             learn: open the memory for writing, creating it if need be; False opens it read-only,
                 and a `memory` must exist then.
+            admission: which photos are remembered: those whose score the comparisons moved a lot
+                ("gated"), or "all", the others with their first description.
+            exclude_above: near-duplicates of a photo are not its neighbours: those whose layout has
+                a higher cosine with its own (`meiqa.memory.likeness`); 1 excludes none but itself.
 
         Raises:
             PackageError, StoreError, DeviceUnavailable, UsageError.
@@ -106,7 +167,13 @@ class Engine:
         opened = EnginePackage.open(package or embedded_assets() / "package", verify=verify)
         vlm = LocalVlm(opened, *sessions_on(device, opened, threads, verify=verify))
         # Last, so that an engine that is refused does not hold the memory's lock.
-        return cls(vlm, opened, open_memory(memory, opened.digest, verify=verify, learn=learn))
+        bank = open_memory(memory, opened.digest, verify=verify, learn=learn, admission=admission)
+        try:
+            costs = costs_file(opened.digest, device, threads)
+            return cls(vlm, opened, bank, exclude_above=exclude_above, costs_file=costs)
+        except BaseException:
+            bank.close()
+            raise
 
     def __enter__(self) -> Engine:
         return self
@@ -122,6 +189,14 @@ class Engine:
     def close(self) -> None:
         """Let go of the memory."""
         self.memory.close()
+
+    def caches(self) -> dict[str, CacheState]:
+        """How the caches stand: what was read of photos, and of neighbours.
+
+        Both hold a picture's visual tokens with the keys and values of its prefix. Decoded pixels
+        are not kept: finding out that a file is the same takes decoding it.
+        """
+        return {"photos": self._photos.state, "neighbours": self._comparer.anchor_prefixes.state}
 
     def score(
         self,
@@ -158,15 +233,59 @@ class Engine:
     ) -> Iterator[Assessment | Failure]:
         """Assess photos one after the other; one that can't be judged gives a Failure.
 
+        While one is assessed, the next is decoded.
+
         All of them see the memory as it is now, so neither their order nor their number changes a
         score; what they teach serves the next call. Arguments are those of `score`.
         """
-        policy = RetrievalPolicy(
-            k=self._calibration.neighbours if k is None else k, bins=self._calibration.bins
-        )
+        policy = self._retrieval if k is None else replace(self._retrieval, k=k)
         snapshot = self.memory.snapshot()
         return (
-            self._result(image, snapshot, policy, budget or UNBOUNDED, learn) for image in images
+            self._result(photo, snapshot, policy, budget or UNBOUNDED, learn)
+            for photo in decode_ahead(images)
+        )
+
+    def rank(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        budget: Budget | None = None,
+        k: int | None = None,
+        rivals: int = RIVALS,
+        on_photo: Callable[[], None] = lambda: None,
+    ) -> Ranking:
+        """Order photos, best first, by comparing them with each other as well.
+
+        Each is assessed as by `score`, without learning. Then each is compared, in both orders,
+        with those next to it in the order of these scores, and all scores are solved for together,
+        from the comparisons with remembered photos and with each other.
+
+        Args:
+            images: paths, encoded bytes, Pillow images or uint8 arrays.
+            budget: what may be spent on assessing each photo; everything by default.
+            k: remembered photos to compare each with; the package's number by default.
+            rivals: photos of the set that each is compared with: half of them before it and half
+                behind it; fewer at the ends.
+            on_photo: called after each photo is assessed.
+
+        Raises:
+            UsageError: k or rivals is negative, or rivals is odd.
+        """
+        require_even(rivals)
+        policy = self._retrieval if k is None else replace(self._retrieval, k=k)
+        snapshot = self.memory.snapshot()
+        contestants: list[Contestant] = []
+        failures: list[Failure] = []
+        costs = self._measured_costs() if budget is not None and budget.ms is not None else None
+        for photo in decode_ahead(images):
+            try:
+                clock = Stopwatch(budget or UNBOUNDED)
+                contestants.append(contestant(self._judge(photo, snapshot, policy, clock, costs)))
+            except ImageError as error:
+                failures.append(Failure(source_name(photo.source), error))
+            on_photo()
+        return Ranking(
+            ranked(contestants, self._comparer, self._calibration, rivals), tuple(failures)
         )
 
     def compare(self, first: ImageSource, second: ImageSource) -> PairComparison:
@@ -192,20 +311,20 @@ class Engine:
 
     def _result(
         self,
-        image: ImageSource,
+        decoding: Decoding,
         snapshot: Snapshot,
         policy: RetrievalPolicy,
         budget: Budget,
         learn: bool,
     ) -> Assessment | Failure:
         try:
-            return self._assess(image, snapshot, policy, budget, learn)
+            return self._assess(decoding, snapshot, policy, budget, learn)
         except ImageError as error:
-            return Failure(source_name(image), error)
+            return Failure(source_name(decoding.source), error)
 
     def _assess(
         self,
-        image: ImageSource,
+        decoding: Decoding,
         snapshot: Snapshot,
         policy: RetrievalPolicy,
         budget: Budget,
@@ -214,17 +333,66 @@ class Engine:
         """The way of one photo."""
         costs = self._measured_costs() if budget.ms is not None else None
         clock = Stopwatch(budget)
+        before = self.caches()["neighbours"]
+        judged = self._judge(decoding, snapshot, policy, clock, costs)
+        opinion, posterior = judged.opinion, judged.posterior
+        reflection, notes = None, degradations(judged)
+        if learn and gate_opens(opinion, posterior, self._calibration.reflect_above):
+            with clock.stage("reflect"):
+                reflection, unlearnt = self._learn(judged.photo, opinion, posterior, clock)
+            notes += unlearnt
+        elif learn and self.memory.admission == "all":
+            notes += self._remember_as_seen(judged.photo, opinion, posterior, judged.key)
+        clock.timings_ms["total"] = clock.elapsed_ms
+        return Assessment(
+            path=judged.photo.pixels.name,
+            score=posterior.score,
+            std=posterior.std,
+            ci95=posterior.ci95,
+            initial_score=opinion.score,
+            word=quality_word(posterior.score),
+            percentile=snapshot.percentile(posterior.score),
+            summary=opinion.summary,
+            neighbours=as_neighbours(judged.neighbours, judged.verdicts),
+            degraded=notes,
+            reflection=reflection,
+            timings_ms={name: round(ms, 3) for name, ms in clock.timings_ms.items()},
+            counters=self._counters(judged, before),
+        )
+
+    def _judge(
+        self,
+        decoding: Decoding,
+        snapshot: Snapshot,
+        policy: RetrievalPolicy,
+        clock: Stopwatch,
+        costs: CostModel | None,
+    ) -> Judgement:
+        """Decode, read, describe, retrieve, compare and fuse."""
         with clock.stage("decode"):
-            pixels = load_pixels(image)
+            pixels = decoding.pixels()
         with clock.stage("read"):
-            photo, known = self._read_or_known(pixels)
+            photo = self._read(pixels)
         plan = plan_work(policy.k, self._summary_tokens, clock.remaining_ms, costs)
         with clock.stage("describe"):
-            opinion = first_opinion(self._vlm, photo.prefix, self._calibration, plan.summary_tokens)
+            drafts = self._drafts(photo, snapshot) if plan.summary_tokens else ()
+            opinion = first_opinion(
+                self._vlm,
+                photo.prefix,
+                self._calibration,
+                plan.summary_tokens,
+                drafts,
+                writing_deadline(plan, clock, costs),
+            )
         with clock.stage("retrieve"):
-            key = self._projected_key(photo) if opinion.key is None else opinion.key
+            tokens = photo.prefix.tokens
+            summary_key = self._projected_key(photo) if opinion.key is None else opinion.key
+            key = retrieval_key(self.memory.key_kind, summary_key, tokens.values)
             neighbours = snapshot.retrieve(
-                key, replace(policy, k=plan.neighbours), exclude_digest=pixels.digest
+                key,
+                replace(policy, k=plan.neighbours),
+                exclude_digest=pixels.digest,
+                layout=layout(tokens.values, tokens.grid),
             )
         with clock.stage("compare"):
             verdicts = self._compared(photo, opinion, neighbours, plan, clock, costs)
@@ -238,41 +406,28 @@ class Engine:
             )
         if costs:
             observe_costs(costs, clock, opinion, verdicts, plan)
-        reflection, notes = None, degradations(plan, opinion, verdicts, len(neighbours))
-        if neighbours and not key.any():
-            notes += ("neighbours not chosen by likeness: the package has no image key",)
-        if learn and gate_opens(opinion, posterior, self._calibration.reflect_above):
-            with clock.stage("reflect"):
-                reflection, unlearnt = self._learn(photo, opinion, posterior, clock)
-            notes += unlearnt
-        clock.timings_ms["total"] = clock.elapsed_ms
-        return Assessment(
-            path=pixels.name,
-            score=posterior.score,
-            std=posterior.std,
-            ci95=posterior.ci95,
-            initial_score=opinion.score,
-            word=quality_word(posterior.score),
-            percentile=snapshot.percentile(posterior.score),
-            summary=opinion.summary,
-            neighbours=as_neighbours(neighbours, verdicts),
-            degraded=notes,
-            reflection=reflection,
-            timings_ms={name: round(ms, 3) for name, ms in clock.timings_ms.items()},
-            counters={
-                "visual_tokens": len(photo.prefix.tokens.values),
-                "photo_cache_hits": int(known),
-                "written_tokens": opinion.written_tokens,
-                "comparisons": verdicts.asked * (2 if plan.both_orders else 1),
-                "reused_tokens": verdicts.reused_tokens,
-                "anchor_cache_bytes": self._comparer.anchor_prefixes.used_bytes,
-            },
-        )
+        return Judgement(photo, plan, opinion, key, neighbours, verdicts, posterior)
+
+    def _counters(self, judged: Judgement, before: CacheState) -> dict[str, int]:
+        """What a photo took, and what the caches hold after it."""
+        effort, verdicts = judged.opinion.effort, judged.verdicts
+        caches = self.caches()
+        return {
+            "visual_tokens": len(judged.photo.prefix.tokens.values),
+            "photo_cache_hits": int(judged.photo.known),
+            "written_tokens": judged.opinion.written_tokens,
+            "writing_calls": effort.calls,
+            "drafted_tokens": effort.drafted,
+            "accepted_tokens": effort.accepted,
+            "comparisons": verdicts.asked * (2 if judged.plan.both_orders else 1),
+            "reused_tokens": verdicts.reused_tokens,
+            "photo_cache_bytes": caches["photos"].used_bytes,
+            "anchor_cache_hits": caches["neighbours"].hits - before.hits,
+            "anchor_cache_misses": caches["neighbours"].misses - before.misses,
+            "anchor_cache_bytes": caches["neighbours"].used_bytes,
+        }
 
     def _read(self, pixels: Pixels) -> Photo:
-        return self._read_or_known(pixels)[0]
-
-    def _read_or_known(self, pixels: Pixels) -> tuple[Photo, bool]:
         """Encode and read a photo, unless the same pixels were read before."""
         image = self._vlm.image
         fitted = fitted_to(pixels, image)
@@ -282,7 +437,7 @@ class Engine:
         prefix = known or self._vlm.read([self._vlm.encode(fitted)])[0]
         if known is None:
             self._photos.put(key, prefix)
-        return Photo(pixels, prefix), known is not None
+        return Photo(pixels, prefix, known is not None)
 
     def _compared(
         self,
@@ -295,25 +450,25 @@ class Engine:
     ) -> Verdicts:
         """Compare in waves until the budget's time or precision is reached."""
 
-        def go_on(preferences: NDArray[np.float64], next_wave: int) -> bool:
-            if clock.budget.std is not None:
-                so_far = fuse(
-                    opinion.prior, opinion.prior_std, neighbours, preferences, self._calibration
-                )
-                if so_far.std <= clock.budget.std:
-                    return False
-            remaining_ms = clock.remaining_ms
-            if remaining_ms is None or costs is None:
-                return True
-            return remaining_ms >= costs.of_wave(plan, next_wave)
+        scores = np.array([case.score for case in neighbours])
+        stds = np.array([case.std for case in neighbours])
+
+        def next_wave(preferences: NDArray[np.float64]) -> NDArray[np.intp]:
+            calibration, remaining_ms = self._calibration, clock.remaining_ms
+            most = WAVE
+            if remaining_ms is not None and costs is not None:
+                most = costs.affordable(plan, remaining_ms)
+            so_far = solution(opinion.prior, neighbours, preferences, calibration)
+            if clock.budget.std is not None and not np.isnan(preferences).all():
+                most = 0 if calibrated(*so_far, calibration).std <= clock.budget.std else most
+            return most_telling(*so_far, scores, stds, preferences, calibration.sigma, most)
 
         return self._comparer.compare(
             photo.prefix,
-            opinion.score,
             neighbours,
             both_orders=plan.both_orders,
             temperature=self._calibration.temperature,
-            go_on=go_on,
+            next_wave=all_in_order if clock.budget == UNBOUNDED else next_wave,
         )
 
     def _learn(
@@ -331,28 +486,70 @@ class Engine:
             opinion.summary,
             opinion.score,
             posterior,
+            self.memory.key_kind,
         )
         if reflection is None:
             return None, ("not reflected: nothing was written",)
+        name = photo.pixels.name
+        notes = self._remember(reflection.case, f"reflected on {name}", name, gated=True)
+        return reflection.description.text, notes
+
+    def _remember_as_seen(
+        self, photo: Photo, opinion: Opinion, posterior: Posterior, key: Floats
+    ) -> tuple[str, ...]:
+        """Remember a photo whose gate stayed shut, with its first description."""
+        if opinion.summary is None:
+            return ("not remembered: no summary",)
+        tokens, pixels = photo.prefix.tokens, photo.pixels
+        case = learned_case(tokens, pixels.digest, opinion.summary, key, posterior)
+        return self._remember(case, f"scored {pixels.name}", pixels.name, gated=False)
+
+    def _remember(self, case: Case, provenance: str, name: str, *, gated: bool) -> tuple[str, ...]:
         try:
-            self.memory.remember(reflection.case, provenance=f"reflected on {photo.pixels.name}")
+            self.memory.remember(case, provenance=provenance, gated=gated)
         except StoreError as error:
-            LOG.warning("%s was not remembered: %s", photo.pixels.name, error)
-            return reflection.description.text, (f"not remembered: {error.what}",)
-        return reflection.description.text, ()
+            LOG.warning("%s was not remembered: %s", name, error)
+            return (f"not remembered: {error.what}",)
+        return ()
 
     def _reflection_ms(self, clock: Stopwatch) -> float:
         """A corrected description takes about as long as the first."""
         return clock.timings_ms["describe"]
 
+    def _drafts(self, photo: Photo, snapshot: Snapshot) -> tuple[Draft, ...]:
+        """Guesses at what will be written about a photo."""
+        return remembered_drafts(
+            snapshot,
+            self.memory.key_kind,
+            photo.prefix.tokens,
+            self.package.array("key_projection.npy"),
+            photo.pixels.digest,
+        )
+
     def _projected_key(self, photo: Photo) -> Floats:
         """Retrieval key of a photo about which nothing was written."""
         return projected_key(photo.prefix.tokens, self.package.array("key_projection.npy"))
 
+    def calibrate(self, images: Iterable[ImageSource], *, k: int | None = None) -> CostModel:
+        """Measure what each stage costs here, on photos, and keep it for later processes.
+
+        Raises:
+            ImageError: a photo can't be judged.
+        """
+        self._costs = measure_costs(self._vlm, self._calibration, self._summary_tokens)
+        for image in images:
+            self.score(image, budget=UNHURRIED, k=k, learn=False)
+        if self._costs_file is not None:
+            write_costs(self._costs, self._costs_file)
+        return self._costs
+
     def _measured_costs(self) -> CostModel:
         """Costs on this machine, measured once with a blank photo."""
         if self._costs is None:
-            self._costs = measure_costs(self._vlm, self._calibration, self._summary_tokens)
+            # Even where costs are known, this compiles and allocates what a first call does.
+            now = measure_costs(self._vlm, self._calibration, self._summary_tokens)
+            kept = None if self._costs_file is None else read_costs(self._costs_file)
+            self._costs = kept or now
         return self._costs
 
 
@@ -397,6 +594,14 @@ def fitted_to(pixels: Pixels, image: ImageProcessing) -> NDArray[np.uint8]:
         ) from error
 
 
+def writing_deadline(plan: Plan, clock: Stopwatch, costs: CostModel | None) -> Callable[[], bool]:
+    """Whether the time has come to end a description, for what comes after it to be in time."""
+    if costs is None:
+        return lambda: False
+    needed_ms = costs.writing_ends_ms(plan)
+    return lambda: clock.remaining_ms is not None and clock.remaining_ms < needed_ms
+
+
 def projected_key(tokens: VisualTokens, projection: NDArray[np.float32]) -> Floats:
     """Guess a summary's key from visual tokens: their mean through a linear map (D + 1, D_key)."""
     mean = np.append(tokens.values.mean(axis=0), np.float32(1.0))
@@ -404,18 +609,53 @@ def projected_key(tokens: VisualTokens, projection: NDArray[np.float32]) -> Floa
     return key
 
 
-def degradations(
-    plan: Plan, opinion: Opinion, verdicts: Verdicts, retrieved: int
-) -> tuple[str, ...]:
+def remembered_drafts(
+    snapshot: Snapshot,
+    kind: KeyKind,
+    tokens: VisualTokens,
+    projection: NDArray[np.float32],
+    exclude_digest: str | None,
+) -> tuple[Draft, ...]:
+    """Summaries and scores of the cases nearest to a picture about which nothing is written yet.
+
+    Args:
+        snapshot: the memory.
+        kind: of its keys.
+        tokens: the picture.
+        projection: see `projected_key`.
+        exclude_digest: digest of the picture's own pixels, whose cases are left out.
+    """
+    key = retrieval_key(kind, projected_key(tokens, projection), tokens.values)
+    cases = snapshot.retrieve(key, DRAFTS, exclude_digest)
+    return tuple(Draft(case.summary, case.score) for case in cases if case.summary)
+
+
+def degradations(judged: Judgement) -> tuple[str, ...]:
     """Everything that was left out or went another way."""
-    notes = list(plan.degraded)
-    if opinion.shortened and not plan.degraded:
+    opinion, asked, retrieved = judged.opinion, judged.verdicts.asked, len(judged.neighbours)
+    notes = list(judged.plan.degraded)
+    if opinion.shortened and "shorter summary" not in notes:
         notes.append("summary cut at the token limit")
     if opinion.unreadable:
         notes.append("rating unreadable: scored by grade word")
-    if verdicts.asked < retrieved:
-        notes.append(f"stopped after {verdicts.asked} of {retrieved} neighbours")
+    if asked < retrieved:
+        notes.append(f"stopped after {asked} of {retrieved} neighbours")
+    if judged.neighbours and not judged.key.any():
+        notes.append("neighbours not chosen by likeness: the package has no image key")
     return tuple(notes)
+
+
+def contestant(judged: Judgement) -> Contestant:
+    """A judged photo in a ranking."""
+    return Contestant(
+        path=judged.photo.pixels.name,
+        image_digest=judged.photo.pixels.digest,
+        tokens=judged.photo.prefix.tokens.values,
+        grid=judged.photo.prefix.tokens.grid,
+        prior=judged.opinion.prior,
+        score=judged.posterior.score,
+        neighbours=as_neighbours(judged.neighbours, judged.verdicts),
+    )
 
 
 def as_neighbours(cases: tuple[Case, ...], verdicts: Verdicts) -> tuple[Neighbour, ...]:

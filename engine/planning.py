@@ -1,28 +1,44 @@
-"""What a budget buys: a plan made from measured costs, given up in a declared order."""
+"""What a budget buys: a plan made from measured costs, given up in a declared order.
+
+A call to the model is never broken off, so what may run over is one call at a time: reading the
+photo, a token, a wave. Costs are therefore planned with the spread that was seen of them.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from meiqa.engine.comparing import Verdicts
+from meiqa.engine.comparing import WAVE, Verdicts
 from meiqa.engine.package import Calibration
 from meiqa.engine.scoring import Opinion
-from meiqa.engine.vlm import ROWS_PER_CALL, Vlm
+from meiqa.engine.vlm import RATING_TOKENS, ROWS_PER_CALL, Vlm
 from meiqa.kernels.thurstone import thurstone_map
+from meiqa.locations import user_cache
 from meiqa.types import Budget
+
+LOG = logging.getLogger(__name__)
 
 SHORT_SUMMARY_TOKENS = 16
 USUAL_SHARE = 0.5
 """Share of its limit that a description is taken to need before one was seen."""
 FEWEST_NEIGHBOURS = 4
 HEADROOM = 1.15
-"""Stages are planned to take this much longer than measured."""
+"""Stages are planned to take at least this much longer than measured."""
+DEVIATIONS = 2.5
+"""And at least as many mean deviations longer as this, where they have been seen to vary."""
+_FALL = 1.0 - 2.0 / math.pi
+"""φ²/(Φ(1 - Φ)) is close to (2/π) exp(-_FALL z²), since 4 Φ(1 - Φ) is to exp(-2z²/π)."""
 SMOOTHING = 0.3
 """Weight of the newest measurement in a cost."""
 
@@ -52,26 +68,56 @@ class CostModel:
         token_ms: one written token; summary_tokens: tokens of a usual description.
         pair_ms: one comparison in one order, reading the neighbour's prefix included.
         grade_ms: a grade word.
+        rest_ms: what there is to do beside: finding neighbours, fusing.
+        spreads: mean deviation of each cost, as a share of it.
     """
 
     token_ms: float
     summary_tokens: float
     pair_ms: float
     grade_ms: float
+    rest_ms: float = 0.0
+    spreads: dict[str, float] = field(default_factory=dict)
 
     def observe(self, name: str, value: float) -> None:
-        """Move one cost towards a measurement."""
-        setattr(self, name, getattr(self, name) * (1 - SMOOTHING) + SMOOTHING * value)
+        """Move one cost, and its spread, towards a measurement."""
+        before = getattr(self, name)
+        if before == 0.0:
+            setattr(self, name, value)
+            return
+        # One that took ages, because something was busy, does not count as more than twice as long.
+        off = min(1.0, abs(value / before - 1.0))
+        self.spreads[name] = self.spreads.get(name, 0.0) * (1 - SMOOTHING) + SMOOTHING * off
+        setattr(self, name, before * (1 - SMOOTHING) + SMOOTHING * value)
 
     def of(self, plan: Plan) -> float:
         """Milliseconds that a plan should take, with headroom."""
-        words = min(self.summary_tokens, plan.summary_tokens) * self.token_ms
-        pairs = plan.neighbours * (2 if plan.both_orders else 1) * self.pair_ms
-        return HEADROOM * (self.grade_ms + words + pairs)
+        words = min(self.summary_tokens, plan.summary_tokens) * self._careful("token_ms")
+        waves = self.of_wave(plan, plan.neighbours)
+        return self._careful("grade_ms") + words + waves + self._careful("rest_ms")
 
     def of_wave(self, plan: Plan, neighbours: int) -> float:
         """Milliseconds that a wave of comparisons should take, with headroom."""
-        return HEADROOM * neighbours * (2 if plan.both_orders else 1) * self.pair_ms
+        return neighbours * (2 if plan.both_orders else 1) * self._careful("pair_ms")
+
+    def affordable(self, plan: Plan, remaining_ms: float) -> int:
+        """Neighbours that can be asked about in the time left, at most a wave."""
+        spare_ms = remaining_ms - self._careful("rest_ms")
+        return max(0, min(WAVE, int(spare_ms / self.of_wave(plan, 1))))
+
+    def writing_ends_ms(self, plan: Plan) -> float:
+        """Milliseconds that have to be left when the description ends.
+
+        Enough to print a rating and to ask about the fewest neighbours.
+        """
+        rating_ms = RATING_TOKENS * self._careful("token_ms")
+        waves = self.of_wave(plan, min(FEWEST_NEIGHBOURS, plan.neighbours))
+        return rating_ms + waves + self._careful("rest_ms")
+
+    def _careful(self, name: str) -> float:
+        """A cost with its headroom."""
+        cost: float = getattr(self, name)
+        return cost * max(HEADROOM, 1.0 + DEVIATIONS * self.spreads.get(name, 0.0))
 
 
 def plan_work(
@@ -104,6 +150,41 @@ def degraded_plans(whole: Plan) -> Iterator[Plan]:
     for fewer in range(k - 1, 0, -1):
         lost = ("no summary", f"{fewer} of {k} neighbours", "one order")
         yield Plan(0, fewer, both_orders=False, degraded=lost)
+
+
+def most_telling(
+    score: float,
+    std: float,
+    scores: NDArray[np.float64],
+    stds: NDArray[np.float64],
+    preferences: NDArray[np.float64],
+    sigma: float,
+    count: int,
+) -> NDArray[np.intp]:
+    """Whom to ask about next: whose answers are expected to shrink the variance most.
+
+    An answer about neighbour j adds φ²/(Φ(1 - Φ)) / w_j² at z = (s - s_j)/w_j to the curvature of
+    the loss, w_j² = σ² + std_j², if it turns out as the score predicts. Its expectation over what
+    is believed of the score is compared, in closed form since it is nearly a Gaussian in z; the
+    variance that is left falls with it.
+
+    Args:
+        score, std: what is believed so far.
+        scores, stds: of the neighbours, (K,).
+        preferences: (K,), NaN where nothing was asked.
+        sigma: spread of a comparison.
+        count: how many.
+
+    Returns:
+        Indices, the most telling first; between equals those that come first.
+    """
+    unasked = np.flatnonzero(np.isnan(preferences))
+    widths = np.hypot(sigma, stds[unasked])
+    z = (score - scores[unasked]) / widths
+    broadened = 1.0 + 2.0 * _FALL * (std / widths) ** 2
+    information = np.exp(-_FALL * z * z / broadened) / (np.sqrt(broadened) * widths**2)
+    order: NDArray[np.intp] = unasked[np.argsort(-information, kind="stable")[:count]]
+    return order
 
 
 @dataclass
@@ -171,6 +252,37 @@ def observe_costs(
             costs.observe("summary_tokens", opinion.written_tokens)
     else:
         costs.observe("grade_ms", clock.timings_ms["describe"])
+    costs.observe("rest_ms", clock.timings_ms["retrieve"] + clock.timings_ms["fuse"])
     if verdicts.asked:
         orders = 2 if plan.both_orders else 1
         costs.observe("pair_ms", clock.timings_ms["compare"] / (verdicts.asked * orders))
+
+
+def costs_file(package_digest: str, device: str, threads: int | None) -> Path:
+    """Where `meiqa bench calibrate` keeps the costs of a package on this machine."""
+    name = f"{package_digest[:16]}-{device}-{threads or os.cpu_count()}.json"
+    return user_cache() / "costs" / name
+
+
+def write_costs(costs: CostModel, path: Path) -> None:
+    """Keep costs for later processes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(asdict(costs), indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def read_costs(path: Path) -> CostModel | None:
+    """The costs that were kept; None if none were, or they are not of this version."""
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        LOG.warning("%s cannot be read: %s", path, error)
+        return None
+    names = {each.name for each in fields(CostModel)}
+    if not isinstance(values, dict) or values.keys() != names:
+        LOG.warning("%s holds other costs; meiqa bench calibrate measures them anew", path)
+        return None
+    return CostModel(**values)

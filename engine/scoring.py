@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meiqa.engine.drafting import Draft
 from meiqa.engine.package import Calibration
-from meiqa.engine.vlm import Floats, Prefix, Vlm
+from meiqa.engine.vlm import NO_EFFORT, Effort, Floats, Prefix, Vlm
 
 GRADES = np.arange(1.0, 6.0)
 
@@ -26,6 +28,7 @@ class Opinion:
         shortened: the description was cut at the plan's limit.
         unreadable: a rating was asked for, and none could be read.
         written_tokens: tokens written.
+        effort: what it took to write them.
     """
 
     score: float
@@ -36,16 +39,25 @@ class Opinion:
     shortened: bool
     unreadable: bool
     written_tokens: int
+    effort: Effort = NO_EFFORT
 
 
 def first_opinion(
-    vlm: Vlm, prefix: Prefix, calibration: Calibration, summary_tokens: int
+    vlm: Vlm,
+    prefix: Prefix,
+    calibration: Calibration,
+    summary_tokens: int,
+    drafts: Sequence[Draft] = (),
+    enough: Callable[[], bool] = lambda: False,
 ) -> Opinion:
-    """Ask the model for a grade word and, unless `summary_tokens` is 0, description and rating."""
+    """Ask the model for a grade word and, unless `summary_tokens` is 0, description and rating.
+
+    Drafts, the likeliest first, are guesses at the description; it ends when `enough` says so.
+    """
     grade = float(calibration.levels(expected_grade(vlm.grade(prefix))))
     if summary_tokens == 0:
         return Opinion(grade, grade, calibration.levels_std, None, None, False, False, 0)
-    described = vlm.describe(prefix, summary_tokens)
+    described = vlm.describe(prefix, summary_tokens, drafts, enough)
     if described.rating is None:
         rating, grade_share = grade, 1.0
     else:
@@ -59,6 +71,7 @@ def first_opinion(
         shortened=not described.complete,
         unreadable=described.unreadable,
         written_tokens=described.tokens,
+        effort=described.effort,
     )
 
 

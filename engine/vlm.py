@@ -7,16 +7,17 @@ prompt up to and including it), and everything asked about it continues that pre
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meiqa.engine.drafting import Draft, Proposer
 from meiqa.engine.package import EnginePackage, ImageProcessing
 from meiqa.engine.prompts import PromptFamily, layout
-from meiqa.engine.runtime.base import Array, GraphSession
+from meiqa.engine.runtime.base import Array, GraphSession, RowSession
 from meiqa.errors import AnswerNotFinite
 from meiqa.kernels.patches import pixels_to_patches
 
@@ -25,12 +26,18 @@ Item = TypeVar("Item")
 
 ROWS_PER_CALL = 8
 """Rows of one decoder call: more no longer fit the cache of a CPU core."""
+ROWS_BY_THEMSELVES = 64
+"""Rows of a call to a decoder that works on each row by itself; bounds the memory."""
 ANSWER_TOKENS = 40
 """Most tokens from the end of a description to the end of the answer."""
 RATING_TOKENS = 16
 """Most tokens of an answer whose opening was forced."""
 PAST_STEP = 32
 """Tokens by which a writing's past grows when there is no room left."""
+PROPOSED_TOKENS = 48
+"""Most tokens of a draft that one call checks: a usual description with its answer."""
+FEWEST_PROPOSED = 4
+"""Tokens checked by the call after one in which no token was right; each that was adds two."""
 LOWEST, HIGHEST = 1.0, 5.0
 """The scale of ratings, for all families."""
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -74,6 +81,24 @@ class Prefix:
         return self.key_values.nbytes + self.tokens.nbytes
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What writing took.
+
+    Attributes:
+        calls: of the decoder.
+        drafted: tokens that these calls checked beside those that were written.
+        accepted: how many of these the model wrote.
+    """
+
+    calls: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+NO_EFFORT = Effort()
+
+
 @dataclass(frozen=True, eq=False)
 class Description:
     """What the model wrote about a picture.
@@ -86,6 +111,7 @@ class Description:
         unreadable: a rating was asked for, and none could be read.
         complete: False when the token limit cut the description.
         tokens: tokens written.
+        effort: what it took to write them.
     """
 
     text: str
@@ -94,6 +120,7 @@ class Description:
     unreadable: bool
     complete: bool
     tokens: int
+    effort: Effort = NO_EFFORT
 
 
 class Vlm(Protocol):
@@ -112,8 +139,18 @@ class Vlm(Protocol):
         """Read the prompt's opening with each picture."""
         ...
 
-    def describe(self, prefix: Prefix, max_tokens: int) -> Description:
-        """Write a description of at most `max_tokens` and a rating."""
+    def describe(
+        self,
+        prefix: Prefix,
+        max_tokens: int,
+        drafts: Sequence[Draft] = (),
+        enough: Callable[[], bool] = lambda: False,
+    ) -> Description:
+        """Write a description of at most `max_tokens` and a rating.
+
+        Drafts, the likeliest first, are guesses at it; they make writing faster. `enough` is asked
+        before each token of the description whether to end it there, as at the limit.
+        """
         ...
 
     def grade(self, prefix: Prefix) -> NDArray[np.float64]:
@@ -157,6 +194,8 @@ class LocalVlm:
         self.shape = package.manifest.decoder
         self._vision = vision
         self._decoder = decoder
+        # Without its subclass, whose bookkeeping takes longer than a token's embedding.
+        self._embedding = np.asarray(package.embedding)
 
     @property
     def image(self) -> ImageProcessing:
@@ -194,14 +233,21 @@ class LocalVlm:
             key_values.setflags(write=False)  # so that a device need not be sent it twice
             yield Prefix(key_values, picture, after[index])
 
-    def describe(self, prefix: Prefix, max_tokens: int) -> Description:
+    def describe(
+        self,
+        prefix: Prefix,
+        max_tokens: int,
+        drafts: Sequence[Draft] = (),
+        enough: Callable[[], bool] = lambda: False,
+    ) -> Description:
         """Write a description and a rating, greedily; see `Vlm.describe`.
 
         The model writes freely, markers included. Only where the limit cuts the description, or
         where no number was written, the answer's opening is forced, once.
         """
-        writing = Writing(self, prefix, self.prompts.score, max_tokens + RATING_TOKENS)
-        written = self._written_until_end(writing, max_tokens)
+        proposer = self._proposer(drafts)
+        writing = Writing(self, prefix, self.prompts.score, max_tokens + RATING_TOKENS, proposer)
+        written = self._written_until_end(writing, max_tokens, enough)
         asked = bool(self.prompts.family.answer_open)
         rating = self._rating(writing, written) if asked else None
         return written.description(writing, rating, unreadable=asked and rating is None)
@@ -210,13 +256,29 @@ class LocalVlm:
         """Write a corrected description; see `Vlm.reflect`."""
         question = self.prompts.reflect(summary, initial, score)
         limit = len(self.prompts.ids(summary)) + 32
-        writing = Writing(self, prefix, question, limit)
+        writing = Writing(self, prefix, question, limit, self._proposer([Draft(summary)]))
         return self._written_until_end(writing, limit).description(writing)
 
-    def _written_until_end(self, writing: Writing, max_tokens: int) -> Written:
+    def _proposer(self, drafts: Sequence[Draft]) -> Proposer:
+        """Drafts in tokens, as the model would write them: with markers around them."""
+        family, ids = self.prompts.family, self.prompts.ids
+        before = family.description_end + family.answer_open
+        # Similar photos often have the same summary.
+        opened = {summary: ids(summary + before) for summary in {d.summary for d in drafts}}
+        rated = bool(family.answer_open)
+        return Proposer(
+            [*opened[draft.summary], *ids(f"{draft.score:.2f}{family.answer_close}")]
+            if rated and draft.score is not None
+            else opened[draft.summary]
+            for draft in drafts
+        )
+
+    def _written_until_end(
+        self, writing: Writing, max_tokens: int, enough: Callable[[], bool] = lambda: False
+    ) -> Written:
         """Write until the next token completes the end of the description."""
         family = self.prompts.family
-        marked = writing.until(family.description_end, max_tokens)
+        marked = writing.until(family.description_end, max_tokens, enough=enough)
         stopped = writing.next_token == self.prompts.stop
         if marked:
             ids, marker = [*writing.tokens, writing.next_token], family.description_end
@@ -232,7 +294,7 @@ class LocalVlm:
         start, rating = len(writing.tokens), None
         if written.marked:
             # The token that completes the end marker may begin the answer's opening, too.
-            writing.accept(writing.next_token)
+            writing.accept()
             rating = self._answer(writing, start, ANSWER_TOKENS)
         elif writing.next_token == self.prompts.stop:
             rating = printed_rating(self.prompts.text(writing.tokens), family, cut=False)
@@ -266,10 +328,28 @@ class LocalVlm:
         self, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]
     ) -> NDArray[np.float64]:
         """Logits of K comparisons, one forward pass each; see `Vlm.prefer_first`."""
+        if isinstance(self._decoder, RowSession):
+            return self._prefer_by_rows(self._decoder, firsts, seconds)
         if len(firsts) == 1:
             return self._prefer_shared(firsts[0], seconds)
         pairs = list(zip(firsts, seconds, strict=True))
         return joined(self._prefer_paired(part) for part in chunks(pairs, ROWS_PER_CALL))
+
+    def _prefer_by_rows(
+        self, decoder: RowSession, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]
+    ) -> NDArray[np.float64]:
+        """Each row with its own prefix, or with the only one, which is read where it lies."""
+        shared = len(firsts) == 1
+        pairs = zip(list(firsts) * len(seconds) if shared else firsts, seconds, strict=True)
+
+        def answers(part: Sequence[tuple[Prefix, VisualTokens]]) -> NDArray[np.float64]:
+            rows = [self._second_row(first, second) for first, second in part]
+            prefixes = [first.key_values for first, _ in (part[:1] if shared else part)]
+            logits = decoder.last_logits(*padded(rows), prefixes)
+            require_finite(logits)
+            return self._first_over_second(logits)
+
+        return joined(answers(part) for part in chunks(list(pairs), ROWS_BY_THEMSELVES))
 
     def _prefer_shared(self, first: Prefix, seconds: Sequence[VisualTokens]) -> NDArray[np.float64]:
         """One prefix read by all rows."""
@@ -289,9 +369,13 @@ class LocalVlm:
     ) -> NDArray[np.float64]:
         """Logit that the first picture of each row looks better."""
         logits = self._call(rows, prefixes, one_each=one_each)["logits"]
-        flat = logits.reshape(len(rows), -1).astype(np.float64)
+        return self._first_over_second(logits.reshape(len(rows), -1))
+
+    def _first_over_second(self, logits: Floats) -> NDArray[np.float64]:
+        """By how much the answer "the first" is ahead, (R,), in logits (R, V)."""
         first_id, second_id = self.prompts.verdict_ids
-        verdicts: NDArray[np.float64] = flat[:, first_id] - flat[:, second_id]
+        chosen = logits[:, [first_id, second_id]].astype(np.float64)
+        verdicts: NDArray[np.float64] = chosen[:, 0] - chosen[:, 1]
         return verdicts
 
     def _second_row(self, first: Prefix, second: VisualTokens) -> Row:
@@ -310,8 +394,11 @@ class LocalVlm:
 
     def _embed(self, ids: NDArray[np.int64] | Sequence[int]) -> Floats:
         """Embeddings (n, embed width) of tokens; text has zeros for DeepStack's features."""
-        embeds = self.package.embedding[ids].astype(np.float32)
-        return np.pad(embeds, ((0, 0), (0, self.shape.embed_width - self.shape.hidden_size)))
+        s = self.shape
+        embeds = self._embedding[ids].astype(np.float32)
+        if s.embed_width == s.hidden_size:
+            return embeds
+        return np.pad(embeds, ((0, 0), (0, s.embed_width - s.hidden_size)))
 
     def _no_prefixes(self, count: int) -> dict[str, Array]:
         s = self.shape
@@ -339,46 +426,39 @@ class LocalVlm:
     ) -> dict[str, Floats]:
         """Run rows over one shared prefix, or over one prefix each; logits of the last tokens."""
         shape = (len(rows), 1) if one_each else (1, len(rows))
-        longest = max(len(row.embeds) for row in rows)
-        embeds = np.zeros((len(rows), longest, self.shape.embed_width), np.float32)
-        positions = np.zeros((3, len(rows), longest), np.float32)
-        for index, row in enumerate(rows):
-            embeds[index, : len(row.embeds)] = row.embeds
-            positions[:, index, : len(row.embeds)] = row.positions
-        last = np.array([len(row.embeds) - 1 for row in rows], np.int64)
+        embeds, positions, steps = padded(rows)
+        longest = embeds.shape[1]
         s = self.shape
         past = np.zeros((s.layers, 2, shape[0], s.kv_heads, shape[1], 0, s.head_dim), np.float32)
-        return self._decoded(
+        made = self._decoder.run(
             {
                 "embeds": embeds.reshape(*shape, longest, -1),
                 "positions": positions.reshape(3, *shape, longest),
                 **prefixes,
                 "past": past,
                 "past_lengths": np.zeros(shape, np.int64),
-                "logit_positions": last.reshape(*shape, 1),
+                "logit_positions": (steps - 1).reshape(*shape, 1),
             }
         )
-
-    def _decoded(self, feeds: dict[str, Array]) -> dict[str, Floats]:
-        """Run the decoder; its logits are numbers."""
-        made = self._decoder.run(feeds)
         require_finite(made["logits"])
         return made
 
     def continue_writing(
-        self, prefix: Prefix, past: Floats, past_length: int, ids: Sequence[int]
+        self, prefix: Prefix, past: Floats, past_length: int, ids: Sequence[int], wanted: int = 1
     ) -> dict[str, Floats]:
         """Feed tokens after a prefix and a past (L, 2, 1, H, 1, capacity, d), of which
-        `past_length` tokens are real; logits of the last token."""
-        row = self._text_row(np.asarray(ids, np.int64), prefix.next_position + past_length)
-        return self._decoded(
+        `past_length` tokens are real; logits of the last `wanted` tokens, finite or not."""
+        start = prefix.next_position + past_length
+        positions = np.empty((3, 1, 1, len(ids)), np.float32)
+        positions[:] = np.arange(start, start + len(ids))
+        return self._decoder.run(
             {
-                "embeds": row.embeds[None, None],
-                "positions": np.ascontiguousarray(row.positions)[:, None, None],
+                "embeds": self._embed(ids)[None, None],
+                "positions": positions,
                 **self._stacked([prefix]),
                 "past": past,
                 "past_lengths": np.array([[past_length]], np.int64),
-                "logit_positions": np.array([[[len(ids) - 1]]], np.int64),
+                "logit_positions": np.arange(len(ids) - wanted, len(ids))[None, None],
             }
         )
 
@@ -386,37 +466,74 @@ class LocalVlm:
 class Writing:
     """Greedy writing after a prefix, with the past's keys and values kept in place.
 
+    Every call feeds, behind the tokens that are written, those that the drafts propose. Where the
+    model's own choices agree with them, it would have written just these, and the calls for them
+    are saved; the rest is forgotten by not counting it as part of the past.
+
     Attributes:
         tokens: what was accepted so far, neither the question nor forced tokens included.
-        next_token: what the model would write next.
     """
 
     def __init__(
-        self, vlm: LocalVlm, prefix: Prefix, question: NDArray[np.int64], capacity: int
+        self,
+        vlm: LocalVlm,
+        prefix: Prefix,
+        question: NDArray[np.int64],
+        capacity: int,
+        proposer: Proposer | None = None,
     ) -> None:
         self.tokens: list[int] = []
-        self._vlm, self._prefix = vlm, prefix
+        self._vlm, self._prefix, self._proposer = vlm, prefix, proposer or Proposer()
         self._past = self._empty_past(len(question) + capacity)
         self._length = 0
         self._hidden: list[Floats] = []
-        self.next_token = 0
+        self._reply: list[int] = []  # forced tokens included
+        self._calls = self._drafted = self._accepted = 0
+        self._most_proposed = PROPOSED_TOKENS
         self._feed(question.tolist())
 
-    def accept(self, token: int) -> None:
-        """Write one token."""
+    @property
+    def next_token(self) -> int:
+        """What the model would write next."""
+        return self._choices[self._ahead]
+
+    @property
+    def effort(self) -> Effort:
+        """What it took so far."""
+        return Effort(self._calls, self._drafted, self._accepted)
+
+    def accept(self) -> None:
+        """Write the next token."""
+        token = self.next_token
         self.tokens.append(token)
-        self._hidden.append(self._feed([token]))
+        self._reply.append(token)
+        if self._ahead < len(self._hidden_ahead):
+            hidden = self._hidden_ahead[self._ahead]
+            self._length += 1
+            self._ahead += 1
+            self._accepted += 1
+        else:
+            hidden = self._feed([token])
+        self._hidden.append(hidden)
 
     def force(self, ids: NDArray[np.int64]) -> None:
         """Write given tokens, whatever the model would have written."""
+        self._reply += ids.tolist()
         self._feed(ids.tolist())
 
-    def until(self, marker: str, limit: int, start: int = 0) -> bool:
+    def until(
+        self,
+        marker: str,
+        limit: int,
+        start: int = 0,
+        *,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Write until the next token completes a marker in the text from token `start` on.
 
         Returns:
-            Whether it does; False when the turn ends or `limit` tokens are accepted before. A
-            marker that has begun by then may still be completed.
+            Whether it does; False when the turn ends, or before it `limit` tokens are accepted
+            or it is `enough`. A marker that has begun by then may still be completed.
         """
         prompts = self._vlm.prompts
         # No token is shorter than a byte, so a marker lies within as many tokens as it has bytes.
@@ -426,9 +543,10 @@ class Writing:
             tail = prompts.text([*self.tokens[first:], self.next_token])
             if marker in tail:
                 return True
-            if len(self.tokens) >= limit and not ends_in_beginning(tail, marker):
+            full = len(self.tokens) >= limit or enough()
+            if full and not ends_in_beginning(tail, marker):
                 return False
-            self.accept(self.next_token)
+            self.accept()
         return False
 
     def mean_hidden(self, count: int | None = None) -> Floats | None:
@@ -440,20 +558,40 @@ class Writing:
         hidden = self._hidden[:count]
         if not hidden:
             return None
-        mean: Floats = np.concatenate(hidden).mean(axis=0)
+        mean: Floats = np.stack(hidden).mean(axis=0)
         return mean
 
     def _feed(self, ids: list[int]) -> Floats:
-        """Read tokens; their last hidden states (n, D)."""
-        if missing := max(0, self._length + len(ids) - self._past.shape[5]):
+        """Read tokens, and check what is proposed behind them; the last one's hidden state (D,)."""
+        self._make_room(len(ids))
+        fed = len(ids)
+        room = self._past.shape[5] - self._length - fed
+        proposed = self._proposer.continuation(self._reply, min(self._most_proposed, room))
+        made = self._vlm.continue_writing(
+            self._prefix, self._past, self._length, ids + proposed, wanted=1 + len(proposed)
+        )
+        choices = made["logits"][0, 0].argmax(axis=1).tolist()
+        agreed = agreeing(choices, proposed)
+        require_finite(made["logits"][0, 0, : agreed + 1])
+
+        kept = self._length + fed + agreed
+        self._past[:, :, :, :, :, self._length : kept] = made["key_values"][..., : fed + agreed, :]
+        self._length += fed
+        hidden = made["hidden"][0, 0]
+        self._choices: list[int] = choices[: agreed + 1]
+        self._hidden_ahead: Floats = hidden[fed : fed + agreed]
+        self._ahead = 0
+        self._most_proposed = min(PROPOSED_TOKENS, FEWEST_PROPOSED + 2 * agreed)
+        self._calls += 1
+        self._drafted += len(proposed)
+        last: Floats = hidden[fed - 1]
+        return last
+
+    def _make_room(self, count: int) -> None:
+        """Let the past hold so many tokens more."""
+        if missing := max(0, self._length + count - self._past.shape[5]):
             more = self._empty_past(max(missing, PAST_STEP))
             self._past = np.concatenate([self._past, more], axis=5)
-        made = self._vlm.continue_writing(self._prefix, self._past, self._length, ids)
-        self._past[:, :, :, :, :, self._length : self._length + len(ids)] = made["key_values"]
-        self._length += len(ids)
-        self.next_token = int(made["logits"][0, 0, 0].argmax())
-        hidden: Floats = made["hidden"][0, 0]
-        return hidden
 
     def _empty_past(self, room: int) -> Floats:
         s = self._vlm.shape
@@ -481,7 +619,15 @@ class Written:
     ) -> Description:
         """The description with its key and what was written after it."""
         key = writing.mean_hidden(self.tokens)
-        return Description(self.text, key, rating, unreadable, self.complete, len(writing.tokens))
+        return Description(
+            self.text,
+            key,
+            rating,
+            unreadable,
+            self.complete,
+            len(writing.tokens),
+            writing.effort,
+        )
 
 
 def printed_rating(text: str, family: PromptFamily, *, cut: bool) -> float | None:
@@ -500,6 +646,14 @@ def printed_rating(text: str, family: PromptFamily, *, cut: bool) -> float | Non
     return rating if LOWEST <= rating <= HIGHEST else None
 
 
+def agreeing(choices: Sequence[int], proposed: Sequence[int]) -> int:
+    """How many proposed tokens in a row the model chose itself, before it chose another."""
+    pairs = zip(choices, proposed, strict=False)  # the last choice follows all that was proposed
+    return next(
+        (count for count, (chosen, token) in enumerate(pairs) if chosen != token), len(proposed)
+    )
+
+
 def ends_in_beginning(text: str, marker: str) -> bool:
     """Whether a text ends in some, but not all, of a marker's characters."""
     return any(text.endswith(marker[:count]) for count in range(1, len(marker)))
@@ -516,6 +670,17 @@ def require_finite(values: Floats) -> None:
             "the model's answer is not a number",
             hint="export the model with --precision fp32, whose range is wider",
         )
+
+
+def padded(rows: Sequence[Row]) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """Rows side by side: embeddings (R, S, D), positions (3, R, S), real tokens (R,)."""
+    steps = np.array([len(row.embeds) for row in rows], np.int64)
+    embeds = np.zeros((len(rows), int(steps.max()), rows[0].embeds.shape[1]), np.float32)
+    positions = np.zeros((3, *embeds.shape[:2]), np.float32)
+    for index, row in enumerate(rows):
+        embeds[index, : len(row.embeds)] = row.embeds
+        positions[:, index, : len(row.embeds)] = row.positions
+    return embeds, positions, steps
 
 
 def joined(parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:

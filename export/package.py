@@ -45,6 +45,7 @@ from meiqa.export.graphs import (
     vision_graph,
     vision_interface,
 )
+from meiqa.export.fused import write_fused_layers
 from meiqa.export.half import halved
 from meiqa.export.piecewise import PIECE_BYTES, PiecewiseSession
 from meiqa.export.quantise import Assignment, Quantisation, observe
@@ -202,6 +203,7 @@ class Export:
         self.write_data()
         self.seal()
         self.quantise()
+        write_fused_layers(self.folder, self.checkpoint.text, self.options.precision)
         self.check_grades(reference)
         self.fit_key_projection()
         self.seal()

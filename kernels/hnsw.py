@@ -24,6 +24,10 @@ from numpy.typing import NDArray
 
 __all__ = ["Graph", "Workspace", "check_graph", "search_graph", "search_graph_many", "workspace"]
 
+Queries = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+Rows = NDArray[np.int64]
+
 _LARGEST_WIDTH = 1 << 16
 _LARGEST_LEVEL = 1 << 15
 # Independent sums let the float64 dot product run in vector registers, in one fixed order.
@@ -221,9 +225,7 @@ def _half_nb(pattern: int) -> float:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _prepare_nb(
-    query: NDArray[np.float32], coarse: NDArray[np.int16], fine: NDArray[np.float64]
-) -> bool:
+def _prepare_nb(query: Queries, coarse: NDArray[np.int16], fine: NDArray[np.float64]) -> bool:
     """Round the query for walking and scale it to peak 1 for scoring; say if it is not zero."""
     width = query.shape[0]
     peak = 0.0
@@ -307,9 +309,7 @@ def _fresh_links_nb(
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _walk_nb(
-    graph: Graph, work: Workspace, start: int, eligible: NDArray[np.bool_], effort: int
-) -> int:
+def _walk_nb(graph: Graph, work: Workspace, start: int, eligible: Mask, effort: int) -> int:
     """Expand rows best first until ``effort`` eligible ones are better than all that is left.
 
     Leaves their order in ``work.found`` and gives their number. The heap of the frontier, largest
@@ -432,7 +432,7 @@ def _rescore_nb(graph: Graph, work: Workspace, kept: int, count: int) -> int:
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _exact_nb(graph: Graph, work: Workspace, eligible: NDArray[np.bool_], count: int) -> int:
+def _exact_nb(graph: Graph, work: Workspace, eligible: Mask, count: int) -> int:
     """Make the answer from every eligible row."""
     keys = graph.keys
     fine, products, squares = work.fine, work.products, work.squares
@@ -448,19 +448,13 @@ def _exact_nb(graph: Graph, work: Workspace, eligible: NDArray[np.bool_], count:
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _search_nb(
-    graph: Graph,
-    work: Workspace,
-    query: NDArray[np.float32],
-    eligible: NDArray[np.bool_],
-    available: int,
-    effort: int,
-    out: NDArray[np.int64],
+    graph: Graph, work: Workspace, query: Queries, eligible: Mask, effort: int, out: Rows
 ) -> None:
-    """Fill ``out`` with the nearest rows of the ``available`` eligible ones, no fewer than it."""
+    """Fill ``out`` with the nearest eligible rows, by a walk unless ``effort`` is 0."""
     count = out.shape[0]
     kept = 0
     directed = _prepare_nb(query, work.coarse, work.fine)
-    if directed and available * available > _STEP_COST * effort * graph.keys.shape[0]:
+    if directed and effort > 0:
         start = _descend_nb(graph, work.coarse)
         kept = _walk_nb(graph, work, start, eligible, effort)
     if kept >= count:
@@ -493,19 +487,13 @@ def _lane_nb(work: Workspace, lane: int) -> Workspace:
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _search_many_nb(
-    graph: Graph,
-    stack: Workspace,
-    queries: NDArray[np.float32],
-    eligible: NDArray[np.bool_],
-    available: int,
-    effort: int,
-    out: NDArray[np.int64],
+    graph: Graph, stack: Workspace, queries: Queries, eligible: Mask, effort: int, out: Rows
 ) -> None:
     lanes = stack.mark.shape[0]
     for lane in prange(lanes):
         work = _lane_nb(stack, lane)
         for i in range(lane, queries.shape[0], lanes):
-            _search_nb(graph, work, queries[i], eligible, available, effort, out[i])
+            _search_nb(graph, work, queries[i], eligible, effort, out[i])
 
 
 def check_graph(graph: Graph) -> None:
@@ -563,12 +551,12 @@ def _work_sizes(graph: Graph, count: int, effort: int) -> tuple[int, ...]:
 
 def search_graph(
     graph: Graph,
-    query: NDArray[np.float32],
+    query: Queries,
     count: int,
-    eligible: NDArray[np.bool_] | None,
+    eligible: Mask | None,
     effort: int,
     work: Workspace | None = None,
-) -> NDArray[np.int64]:
+) -> Rows:
     """Find the rows nearest to a query by cosine, nearest first, equal ones by row.
 
     The walk follows the links of rows that are not eligible but returns none of them. Where it
@@ -592,28 +580,20 @@ def search_graph(
     Raises:
         ValueError: a dtype, a shape or a value is outside what is allowed above.
     """
-    mask, available = _checked_mask(graph, eligible)
-    _check_numbers(count, effort)
     _check_queries(graph, query, 1)
-    if available == 0 or count == 0:
-        return np.empty(0, np.int64)
-    count = min(count, available)
-    effort = max(effort, count)
-    if work is None:
-        work = workspace(graph, count, effort)
-    _check_workspace(graph, work, count, effort)
+    mask, count, effort = _checked(graph, count, eligible, effort)
     out = np.empty(count, np.int64)
-    _search_nb(graph, work, query, mask, available, effort, out)
+    if count:
+        if work is None:
+            work = workspace(graph, count, effort)
+        _check_workspace(graph, work, count, effort)
+        _search_nb(graph, work, query, mask, effort, out)
     return out
 
 
 def search_graph_many(
-    graph: Graph,
-    queries: NDArray[np.float32],
-    count: int,
-    eligible: NDArray[np.bool_] | None,
-    effort: int,
-) -> NDArray[np.int64]:
+    graph: Graph, queries: Queries, count: int, eligible: Mask | None, effort: int
+) -> Rows:
     """Find the rows nearest to each of ``(B, D)`` queries, in parallel; each as `search_graph`.
 
     Returns:
@@ -622,36 +602,33 @@ def search_graph_many(
     Raises:
         ValueError: as `search_graph`.
     """
-    mask, available = _checked_mask(graph, eligible)
-    _check_numbers(count, effort)
     _check_queries(graph, queries, 2)
-    out = np.empty((len(queries), min(count, available)), np.int64)
+    mask, count, effort = _checked(graph, count, eligible, effort)
+    out = np.empty((len(queries), count), np.int64)
     if out.size:
-        effort = max(effort, out.shape[1])
         lanes = min(get_num_threads(), len(queries))
-        stack = workspace(graph, out.shape[1], effort, (lanes,))
-        _search_many_nb(graph, stack, queries, mask, available, effort, out)
+        stack = workspace(graph, count, effort, (lanes,))
+        _search_many_nb(graph, stack, queries, mask, effort, out)
     return out
 
 
-def _checked_mask(
-    graph: Graph, eligible: NDArray[np.bool_] | None
-) -> tuple[NDArray[np.bool_], int]:
-    """Give the mask, empty for all rows, and how many rows are eligible."""
+def _checked(graph: Graph, count: int, eligible: Mask | None, effort: int) -> tuple[Mask, int, int]:
+    """Give mask (empty for all rows), count and effort (0 to compare every row) of the search."""
     rows = len(graph.levels)
-    if eligible is None:
-        return np.empty(0, np.bool_), rows
-    if eligible.dtype != np.bool_ or eligible.shape != (rows,):
-        raise ValueError(f"eligible must be bool ({rows},), not {eligible.dtype} {eligible.shape}")
-    return np.ascontiguousarray(eligible), int(np.count_nonzero(eligible))
-
-
-def _check_numbers(count: int, effort: int) -> None:
+    mask, available = np.empty(0, np.bool_), rows
+    if eligible is not None:
+        mask, available = np.ascontiguousarray(eligible), int(np.count_nonzero(eligible))
+        if mask.dtype != np.bool_ or mask.shape != (rows,):
+            raise ValueError(f"eligible must be bool ({rows},), not {mask.dtype} {mask.shape}")
     if count < 0 or effort < 1:
         raise ValueError(f"count must be at least 0 and effort 1, not {count} and {effort}")
+    count = min(count, available)
+    effort = max(effort, count)
+    walks = available * available > _STEP_COST * effort * rows
+    return mask, count, effort if walks else 0
 
 
-def _check_queries(graph: Graph, queries: NDArray[np.float32], dimensions: int) -> None:
+def _check_queries(graph: Graph, queries: Queries, dimensions: int) -> None:
     width = graph.levels.shape[1]
     if queries.ndim != dimensions or queries.shape[-1] != width or queries.dtype != np.float32:
         raise ValueError(f"queries must be float32 of width {width}, not {queries.shape}")

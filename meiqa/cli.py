@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import NoReturn, TextIO
 
 import meiqa
-from meiqa.commands import checking, judging, measuring, memories, packages
+from meiqa.commands import checking, evaluating, judging, measuring, memories, packages, ranking
 from meiqa.commands.options import EXIT_FAILURES, say
 from meiqa.errors import ImageError, MeiqaError, UsageError, one_line
 
@@ -93,6 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="meiqa", description="Score the quality of photographs: 1.00 to 5.00.")
     parser.add_argument("--version", action="version", version=f"meiqa {meiqa.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for room in (judging, packages, memories, measuring, checking):
+    for room in (judging, ranking, evaluating, packages, memories, measuring, checking):
         room.add_commands(commands)
     return parser

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,8 @@ def examine(
         verify: Whether `open_engine` checks the package's digests.
 
     Returns:
-        JSON-ready: versions, machine, providers, native_kernel, package, memory, and missing: a
-        list of {what, hint}, empty if photos can be scored. The user's own memory may be
+        JSON-ready: versions, machine, providers, native_kernel, package, caches, memory, and
+        missing: a list of {what, hint}, empty if photos can be scored. The user's own memory may be
         unwritable, one that was asked for may not.
     """
     missing: list[dict[str, str | None]] = []
@@ -47,6 +48,7 @@ def examine(
         "providers": _providers(),
         "native_kernel": _native_kernel(missing),
         "package": None,
+        "caches": {},
         "memory": _memory_directory(user_memory() if memory is None else Path(memory)),
     }
     if memory is not None and not report["memory"]["writable"]:
@@ -61,6 +63,7 @@ def examine(
             }
             if memory is None:
                 report["memory"] = _memory_directory(package_memory(engine.package.digest))
+            report["caches"] = {name: asdict(state) for name, state in engine.caches().items()}
             snapshot = engine.memory.snapshot()
             report["memory"]["anchors"] = snapshot.count_anchors
             report["memory"]["contrast"] = snapshot.count_contrast
@@ -91,6 +94,10 @@ def report_text(report: Mapping[str, Any]) -> str:
         lines.append(f"{'package digest':<16}{package['digest']}")
     else:
         lines.append(f"{'package':<16}not opened")
+    for name, state in report["caches"].items():
+        held, limit = state["used_bytes"] / 2**20, state["limit_bytes"] / 2**20
+        lookups = f"{state['hits']} hits, {state['misses']} misses"
+        lines.append(f"{'cache':<16}{name}: {held:.0f} of {limit:.0f} MiB, {lookups}")
     access = "writable" if memory["writable"] else "not writable: nothing is remembered"
     lines.append(f"{'memory':<16}{memory['path']} ({access})")
     if memory["anchors"] is not None:

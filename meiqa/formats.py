@@ -9,7 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, TextIO
 
-from meiqa.types import Assessment, Failure, Neighbour, PairComparison
+from meiqa.errors import one_line
+from meiqa.types import Assessment, Failure, Neighbour, PairComparison, RankedPhoto, Ranking
 
 __all__ = [
     "CSV_COLUMNS",
@@ -21,6 +22,7 @@ __all__ = [
     "telling_comparisons",
     "total_ms",
     "write_comparison",
+    "write_ranking",
 ]
 
 Format = Literal["text", "json", "jsonl", "csv"]
@@ -28,6 +30,10 @@ Format = Literal["text", "json", "jsonl", "csv"]
 CSV_COLUMNS = (
     *("path", "score", "std", "ci95_low", "ci95_high", "initial_score", "word", "percentile"),
     *("summary", "compared", "degraded", "reflection", "total_ms", "error", "hint"),
+)
+
+RANKING_COLUMNS = (
+    *("rank", "path", "score", "std", "alone", "compared", "places", "error", "hint"),
 )
 
 _METRICS = ("srcc", "plcc", "krcc", "rmse", "js", "effective_bins", "distinct", "tie_rate")
@@ -162,6 +168,31 @@ def write_comparison(comparison: PairComparison, format: Format, stream: TextIO)
         stream.write(json_text(comparison.to_dict(), indent) + "\n")
 
 
+def write_ranking(ranking: Ranking, format: Format, stream: TextIO) -> None:
+    """Write photos best first, and behind them those that could not be judged, but in text."""
+    if format == "text":
+        stream.writelines(f"{_ranked_text(photo)}\n" for photo in ranking.photos)
+        return
+    entries = [photo.to_dict() for photo in ranking.photos]
+    entries += [failure.to_dict() for failure in ranking.failures]
+    if format == "csv":
+        rows = csv.DictWriter(stream, RANKING_COLUMNS, restval="", lineterminator="\n")
+        rows.writeheader()
+        rows.writerows(entries)
+    else:
+        stream.write(json_text(entries, indent=2) + "\n")
+
+
+def _ranked_text(photo: RankedPhoto) -> str:
+    moved = (
+        "" if photo.places == 0 else f", {abs(photo.places)} {'up' if photo.places > 0 else 'down'}"
+    )
+    alone = f"{photo.alone:.2f} alone, {photo.compared} compared{moved}"
+    return (
+        f"{photo.rank:>4}  {photo.score:.2f} ± {photo.std:.2f}  {one_line(photo.path)}   ({alone})"
+    )
+
+
 def evaluation_text(report: Mapping[str, Any]) -> str:
     """Lay out the report of `meiqa eval` as a table."""
     low, high = report["mos_range"]
@@ -177,8 +208,23 @@ def evaluation_text(report: Mapping[str, Any]) -> str:
         "",
         f"{100 * report['coverage95']:.1f} % of the human scores lie within the 95 % interval; "
         f"{report['seconds_per_image']:.3f} s a photo",
+        "within other intervals: "
+        + ", ".join(
+            f"{100 * row['observed']:.1f} % in {100 * row['nominal']:.0f} %"
+            for row in report["reliability"]
+        ),
+        _tied_text(report["tied_pairs"]),
     ]
     return "\n".join(lines)
+
+
+def _tied_text(tied: Mapping[str, Any]) -> str:
+    if not tied["pairs"]:
+        return "no two photos that people tell apart have the same initial score"
+    return (
+        f"of {tied['pairs']} pairs that people tell apart and the initial score does not, "
+        f"the fused score orders {100 * tied['agreement']:.1f} % as people do"
+    )
 
 
 def _assessment_text(assessment: Assessment) -> str:

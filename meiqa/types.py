@@ -13,14 +13,18 @@ __all__ = [
     "Assessment",
     "Budget",
     "Failure",
+    "KeyKind",
     "Neighbour",
     "Origin",
     "PairComparison",
     "QualityWord",
+    "RankedPhoto",
+    "Ranking",
     "quality_word",
 ]
 
 Origin = Literal["anchor", "contrast"]
+KeyKind = Literal["summary", "image", "both"]
 QualityWord = Literal["bad", "poor", "fair", "good", "excellent"]
 
 _WORDS: tuple[QualityWord, ...] = ("bad", "poor", "fair", "good", "excellent")
@@ -141,6 +145,43 @@ class Failure:
     def to_dict(self) -> dict[str, Any]:
         """Give the failure as JSON-ready values: path, error and hint."""
         return {"path": self.path, "error": str(self.error), "hint": self.error.hint}
+
+
+@dataclass(frozen=True)
+class RankedPhoto:
+    """A photo's place in a set.
+
+    `alone` is its score before it was compared with the others of the set, `compared` the number
+    of those, and `places` by how many places these comparisons moved it, up being positive.
+    """
+
+    rank: int
+    path: str
+    score: float
+    std: float
+    alone: float
+    compared: int
+    places: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the place as JSON-ready values."""
+        return {
+            "rank": self.rank,
+            "path": self.path,
+            "score": self.score,
+            "std": self.std,
+            "alone": self.alone,
+            "compared": self.compared,
+            "places": self.places,
+        }
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A set of photos, best first, and those of it that could not be judged."""
+
+    photos: tuple[RankedPhoto, ...]
+    failures: tuple[Failure, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,12 @@ class AnchorWriter:
             raise
         self.known_ids.add(case.id)
 
-    def finish(self) -> None:
+    def finish(self, *, threads: int = 1) -> None:
         """Make the memory durable and give it its name.
+
+        Args:
+            threads: That build the index of a large memory. With more than one it differs from run
+                to run in where a search goes, not in what is stored.
 
         Raises:
             StoreError: the disk is full, or the directory has been taken meanwhile.
@@ -162,7 +166,9 @@ class AnchorWriter:
             shutil.rmtree(whole, ignore_errors=True)
             whole.mkdir()
             entries = self._by_id(connection)
-            with written_generation(whole, "anchor", self._identity, 1, entries) as publish_files:
+            with written_generation(
+                whole, "anchor", self._identity, 1, entries, threads=threads
+            ) as publish_files:
                 publish_files()
             sync(whole)
             publish(whole, self._path)

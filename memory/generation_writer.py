@@ -41,7 +41,13 @@ _MOST_ARRAYS = 64
 
 @contextmanager
 def written_generation(
-    directory: Path, origin: Origin, identity: Identity, number: int, entries: Iterable[Entry]
+    directory: Path,
+    origin: Origin,
+    identity: Identity,
+    number: int,
+    entries: Iterable[Entry],
+    *,
+    threads: int = 1,
 ) -> Iterator[Callable[[], None]]:
     """Write a generation that nobody sees before the function given is called.
 
@@ -51,6 +57,7 @@ def written_generation(
         identity: Package, widths and kind of key that they were encoded with.
         number: One more than the current generation's.
         entries: In the order of their ids; read once.
+        threads: That build the index.
 
     Raises:
         StoreUnwritable: the disk is full, or the directory cannot be written.
@@ -70,7 +77,7 @@ def written_generation(
             ):
                 levels = columns.gather(entries, connection)
                 writer.stream("levels", levels, identity.widths.token, np.int8)
-            for name, array in columns.arrays().items():
+            for name, array in columns.arrays(threads).items():
                 writer.add(name, array)
             with disk_errors(records_path):
                 sync(records_path)
@@ -131,8 +138,8 @@ class _Columns:
             self._digests += entry_digest(entry)[:DIGEST_BYTES]
             yield entry.features.tokens.levels
 
-    def arrays(self) -> dict[str, Array]:
-        """Give everything but the levels."""
+    def arrays(self, threads: int) -> dict[str, Array]:
+        """Give everything but the levels; so many threads build the index."""
         keys = np.array(self._keys, np.float16).reshape(-1, self._identity.widths.key)
         scores = np.array(self._scores, np.float64)
         images = np.array(self._images, np.int64)
@@ -147,5 +154,5 @@ class _Columns:
             "by_score": by_score.astype(np.int32),
             "image_hashes": images[by_image],
             "image_rows": by_image.astype(np.int32),
-            **index_arrays(keys),
+            **index_arrays(keys, threads),
         }

@@ -196,3 +196,47 @@ def _hnsw_walk(
             if allowed[row]:
                 found = sorted([*found, row], key=worth, reverse=True)[:effort]
     return found
+
+
+def thurstone_joint(
+    prior: Floats,
+    weights: Floats,
+    known_stds: Floats,
+    pairs: NDArray[np.int64],
+    preferences: Floats,
+    sigma: float,
+) -> tuple[Floats, Floats]:
+    """Newton's method on the whole Hessian, damped until the loss falls."""
+    free = np.isnan(known_stds)
+    spreads = np.where(free, 0.0, known_stds)
+    widths = np.sqrt(sigma**2 + (spreads[pairs] ** 2).sum(axis=1))
+    signs = np.zeros((len(pairs), len(prior)))
+    for m, (a, b) in enumerate(pairs):
+        signs[m, a], signs[m, b] = 1.0 / widths[m], -1.0 / widths[m]
+    signs = signs[:, free]
+    offset = -(signs @ prior[free]) + (prior[pairs[:, 0]] - prior[pairs[:, 1]]) / widths
+
+    def loss(x: Floats) -> float:
+        z = signs @ x + offset
+        errors = preferences * log_ndtr(z) + (1.0 - preferences) * log_ndtr(-z)
+        return float(weights[free] @ (x - prior[free]) ** 2 - errors.sum())
+
+    x = prior[free].copy()
+    for _ in range(200):
+        z = signs @ x + offset
+        won = np.array([hazard(each) for each in z])
+        lost = np.array([hazard(-each) for each in z])
+        slope = (1.0 - preferences) * lost - preferences * won
+        bend = (1.0 - preferences) * lost * (lost - z) + preferences * won * (won + z)
+        gradient = signs.T @ slope + 2.0 * weights[free] * (x - prior[free])
+        hessian = signs.T @ (bend[:, None] * signs) + np.diag(2.0 * weights[free])
+        step = np.linalg.solve(hessian, gradient)
+        while loss(x - step) > loss(x) + 1e-12 * abs(loss(x)):
+            step = 0.5 * step
+        x = x - step
+        if np.abs(step).max(initial=0.0) < 1e-12:
+            break
+    score, std = prior.copy(), spreads.copy()
+    score[free] = x
+    std[free] = np.sqrt(np.diag(np.linalg.inv(hessian)))
+    return score, std

@@ -60,6 +60,7 @@ def declared(*extras: str) -> set[str]:
 EXTRAS_OF = {
     "meiqa.benchmarks.export_memory": ("cpu", "export"),
     "meiqa.benchmarks.memory": ("cpu", "bench", "index"),
+    "meiqa.benchmarks.plots": ("cpu", "plots"),
     "meiqa.memory.exporting": ("parquet",),
     "meiqa.memory.index": ("index",),
 }

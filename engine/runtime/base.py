@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,5 +22,27 @@ class GraphSession(Protocol):
 
         Returns:
             Every output by name.
+        """
+        ...
+
+
+@runtime_checkable
+class RowSession(GraphSession, Protocol):
+    """A decoder that can also give the logits of rows' last tokens alone, and faster."""
+
+    def last_logits(
+        self,
+        embeds: NDArray[np.float32],
+        positions: NDArray[np.float32],
+        steps: NDArray[np.int64],
+        prefixes: Sequence[NDArray[np.float32]],
+    ) -> NDArray[np.float32]:
+        """Logits (R, V) of each row's last token.
+
+        Args:
+            embeds: (R, S, D), padded on the right.
+            positions: (3, R, S) temporal, row and column positions.
+            steps: (R,) how many of the S tokens are real.
+            prefixes: keys and values (L, 2, H, T, d) of each row's prefix, or of the only one.
         """
         ...

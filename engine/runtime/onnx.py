@@ -10,7 +10,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from meiqa.engine.package import EnginePackage, Graph, check_device
-from meiqa.engine.runtime.base import Array
+from meiqa.engine.runtime.base import Array, GraphSession
+from meiqa.engine.runtime.fused import with_fused_layers
 from meiqa.errors import DeviceUnavailable, PackageCorrupted
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -53,8 +54,8 @@ class OnnxSession:
 
 def open_sessions(
     package: EnginePackage, device: str, threads: int | None
-) -> tuple[OnnxSession, OnnxSession]:
-    """Load the vision and the decoder graph.
+) -> tuple[GraphSession, GraphSession]:
+    """Load the vision and the decoder graph; on a CPU with the decoder's fused layers, if any.
 
     Raises:
         UsageError: unknown device name.
@@ -68,7 +69,7 @@ def open_sessions(
         OnnxSession(package.path, package.manifest.graphs[name], device, threads)
         for name in ("vision", "decoder")
     )
-    return vision, decoder
+    return vision, with_fused_layers(decoder, package, threads) if device == "cpu" else decoder
 
 
 def check_names(path: Path, kind: str, found: Sequence[str], listed: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""`meiqa score`, `compare`, `eval` and `demo`: photos are judged."""
+"""`meiqa score`, `compare` and `demo`: photos are judged."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from meiqa.commands.options import (
     add_effort,
     add_engine,
+    add_exclude_above,
     add_format,
     budget_of,
     engine_of,
-    positive_count,
     report_failures,
 )
 from meiqa.errors import DecodeError
@@ -31,14 +31,13 @@ def add_commands(commands: Commands) -> None:
     """Add these commands to the parser."""
     _add_score(commands)
     _add_compare(commands)
-    _add_eval(commands)
     _add_demo(commands)
 
 
 def _score(options: argparse.Namespace) -> int:
     from meiqa.formats import result_writer
 
-    photos, failures = _photos_of(options.paths)
+    photos, failures = photos_of(options.paths)
     attempted = len(photos) + len(failures)
     with ExitStack() as stack:
         engine = stack.enter_context(engine_of(options, learn=options.learn)) if photos else None
@@ -70,7 +69,7 @@ def _score_photos(
     return failures
 
 
-def _photos_of(paths: Sequence[str]) -> tuple[list[str], list[Failure]]:
+def photos_of(paths: Sequence[str]) -> tuple[list[str], list[Failure]]:
     """Replace each directory by the photos in and below it, in order of their paths."""
     photos: list[str] = []
     failures: list[Failure] = []
@@ -111,32 +110,6 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _eval(options: argparse.Namespace) -> int:
-    from meiqa.benchmarks.accuracy import evaluate
-    from meiqa.formats import evaluation_text, json_text
-    from meiqa.labels import LabelTable
-    from meiqa.locations import embedded_assets
-    from meiqa.progress import Progress
-
-    if options.memory is None:  # what this user's photos taught would change the figures
-        options.memory = str(embedded_assets() / "memory")
-    labels = LabelTable.read(options.labels, split=options.split, mos_range=options.mos_range)
-    count = min(options.limit or len(labels), len(labels))
-    with engine_of(options) as engine, Progress(count, sys.stderr) as progress:
-        report = evaluate(
-            engine,
-            labels,
-            options.images,
-            limit=options.limit,
-            k=options.k,
-            budget=budget_of(options),
-            on_result=lambda _: progress.advance(),
-        )
-    as_json = options.format == "json"
-    sys.stdout.write((json_text(report, indent=2) if as_json else evaluation_text(report)) + "\n")
-    return report_failures(report["failures"], count)
-
-
 def _demo(options: argparse.Namespace) -> int:
     from meiqa.demo import demo_photos, show
 
@@ -157,6 +130,12 @@ def _add_score(commands: Commands) -> None:
     command.add_argument(
         "--no-learn", dest="learn", action="store_false", help="leave the memory as it is"
     )
+    command.add_argument(
+        "--admission",
+        choices=("gated", "all"),
+        help="remember photos that were reflected on (gated, the default), or all",
+    )
+    add_exclude_above(command)
     add_engine(command)
     command.set_defaults(run=_score)
 
@@ -168,27 +147,6 @@ def _add_compare(commands: Commands) -> None:
     add_format(command, "text", "json", "jsonl", "csv")
     add_engine(command)
     command.set_defaults(run=_compare)
-
-
-def _add_eval(commands: Commands) -> None:
-    command = commands.add_parser("eval", help="measure the agreement with human scores")
-    command.add_argument("labels", metavar="LABELS.csv", help="with an image and a mos column")
-    command.add_argument("--images", required=True, metavar="DIR", help="where the images are")
-    command.add_argument("--split", metavar="S", help="only the rows of this split")
-    command.add_argument(
-        "--limit", type=positive_count, metavar="N", help="N photos, spread over the table"
-    )
-    command.add_argument(
-        "--mos-range",
-        nargs=2,
-        type=float,
-        metavar=("LO", "HI"),
-        help="ends of the human scale (default: 0-1, 1-5 or 0-100, whichever holds all scores)",
-    )
-    add_format(command, "text", "json")
-    add_effort(command)
-    add_engine(command, memory="the embedded anchors alone")
-    command.set_defaults(run=_eval)
 
 
 def _add_demo(commands: Commands) -> None:

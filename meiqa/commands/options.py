@@ -29,14 +29,24 @@ def open_engine(
     threads: int | None,
     verify: bool,
     learn: bool,
+    **policies: Any,
 ) -> Engine:
     """Open the engine of a command; the one place where the command line meets the engine."""
     from meiqa.engine.pipeline import Engine
 
-    return Engine.open(package, memory, device=device, threads=threads, verify=verify, learn=learn)
+    return Engine.open(
+        package,
+        memory,
+        device=device,
+        threads=threads,
+        verify=verify,
+        learn=learn,
+        **policies,
+    )
 
 
 def engine_of(options: argparse.Namespace, *, learn: bool = False) -> Engine:
+    policies = {name: getattr(options, name, None) for name in ("admission", "exclude_above")}
     return open_engine(
         options.package,
         options.memory,
@@ -44,6 +54,7 @@ def engine_of(options: argparse.Namespace, *, learn: bool = False) -> Engine:
         threads=options.threads,
         verify=options.verify,
         learn=learn,
+        **{name: value for name, value in policies.items() if value is not None},
     )
 
 
@@ -97,6 +108,16 @@ def add_engine(command: argparse.ArgumentParser, *, memory: str = "the user's ow
     command.add_argument("--device", choices=("cpu", "cuda", "tensorrt"), default="cpu")
     command.add_argument("--threads", type=positive_count, metavar="N")
     add_no_verify(command)
+
+
+def add_exclude_above(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--exclude-above",
+        type=float,
+        metavar="C",
+        help="no neighbours whose layout has a cosine above C with the photo's: near-duplicates"
+        " (default: 0.97; 1: only the photo itself)",
+    )
 
 
 def add_no_verify(command: argparse.ArgumentParser) -> None:

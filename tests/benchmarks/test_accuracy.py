@@ -152,9 +152,18 @@ def test_report(tmp_path: Path) -> None:
     assert report["initial"].keys() == report["fused"].keys()
     assert report["initial"]["rmse"] != report["fused"]["rmse"]
     assert report["coverage95"] == pytest.approx(2 / 3)
+    assert report["reliability"][0] == {"nominal": 0.5, "observed": pytest.approx(2 / 3)}
+    assert report["tied_pairs"]["pairs"] == 0
+    assert report["human"] == {"effective_bins": pytest.approx(3), "distinct": 3, "tie_rate": 0}
     assert report["seconds_per_image"] >= 0
     assert [failure["path"] for failure in report["failures"]] == [str(tmp_path / "missing.jpg")]
     assert len(seen) == 4
+
+
+def test_pairs_that_the_initial_score_leaves_tied(tmp_path: Path) -> None:
+    labels = read(tmp_path, "file,mos\n2.9.jpg,3.5\n3.0.jpg,2.5\n3.1.jpg,4.5\n4.jpg,4\n")
+    report = evaluate(NameEngine(), labels, tmp_path)  # type: ignore[arg-type]
+    assert report["tied_pairs"] == {"pairs": 3, "agreement": pytest.approx(2 / 3)}
 
 
 def test_too_few_photos(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from meiqa.benchmarks.metrics import (
     js_divergence,
     krcc,
     plcc,
+    reliability,
     rmse,
     srcc,
     summarise,
     tie_rate,
+    tied_pairs,
 )
 
 
@@ -113,3 +115,38 @@ def test_summary_has_the_names_that_other_tools_parse() -> None:
 def test_what_cannot_be_compared_is_refused(predicted: list, human: list) -> None:
     with pytest.raises(ValueError, match="scores"):
         summarise(predicted, human)
+
+
+def test_tied_pairs_against_every_pair_in_turn() -> None:
+    random = np.random.default_rng(7)
+    initial = random.integers(1, 6, 60).astype(float)
+    fused = np.round(initial + random.normal(0, 0.4, 60), 1)
+    human = np.round(initial + random.normal(0, 0.6, 60), 2)
+    points = []
+    for a in range(60):
+        for b in range(a):
+            if initial[a] == initial[b] and abs(human[a] - human[b]) > 0.1:
+                told = (fused[a] - fused[b]) * np.sign(human[a] - human[b])
+                points.append(1.0 if told > 0 else 0.5 if told == 0 else 0.0)
+    found = tied_pairs(initial, fused, human)
+    assert found["pairs"] == len(points) > 100
+    assert found["agreement"] == pytest.approx(np.mean(points))
+
+
+def test_tied_pairs_that_people_hardly_tell_apart_do_not_count() -> None:
+    found = tied_pairs([3.0, 3.0], [2.0, 4.0], [3.0, 3.05])
+    assert found["pairs"] == 0
+    assert np.isnan(found["agreement"])
+
+
+def test_a_fused_score_that_keeps_the_ties_gets_half() -> None:
+    assert tied_pairs([3.0] * 4, [3.2] * 4, [1, 2, 3, 4]) == {"pairs": 6, "agreement": 0.5}
+
+
+def test_reliability_of_errors_as_wide_as_promised() -> None:
+    random = np.random.default_rng(0)
+    human, deviations = random.uniform(1, 5, 20_000), random.uniform(0.2, 0.8, 20_000)
+    rows = reliability(human + deviations * random.normal(size=20_000), deviations, human)
+    assert [row["nominal"] for row in rows] == [0.5, 0.68, 0.8, 0.9, 0.95, 0.99]
+    for row in rows:
+        assert row["observed"] == pytest.approx(row["nominal"], abs=0.012)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from meiqa.engine.drafting import Draft
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.runtime.onnx import open_sessions
@@ -27,9 +28,15 @@ class Sluggish(LocalVlm):
         time.sleep(0.002 * len(seconds))
         return super().prefer_first(firsts, seconds)
 
-    def describe(self, prefix: Prefix, max_tokens: int) -> Description:
+    def describe(
+        self,
+        prefix: Prefix,
+        max_tokens: int,
+        drafts: Sequence[Draft] = (),
+        enough: Callable[[], bool] = lambda: False,
+    ) -> Description:
         time.sleep(0.001 * max_tokens)
-        return super().describe(prefix, max_tokens)
+        return super().describe(prefix, max_tokens, drafts, enough)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,21 @@ import pytest
 from meiqa.engine.images import load_pixels
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
-from meiqa.errors import StoreError
-from meiqa.memory import Case, MemoryBank, RetrievalPolicy
-from meiqa.types import Assessment
-from tests.engine.samples import PHOTOS, K, assessed, calibrated_copy, read_memory
+from meiqa.errors import StoreError, UsageError
+from meiqa.memory import Case, MemoryBank, RetrievalPolicy, retrieval_key
+from meiqa.types import Assessment, Budget, KeyKind
+from tests.engine.samples import (
+    ANCHORS,
+    PHOTOS,
+    SIZES,
+    K,
+    assessed,
+    calibrated_copy,
+    open_vlm,
+    picture,
+    read_memory,
+    seen,
+)
 
 
 def contrast_ids(assessment: Assessment) -> list[str]:
@@ -69,6 +80,83 @@ def test_a_small_move_is_not_reflected_on(
         assert engine.memory.snapshot().count_contrast == 0
 
 
+def test_all_photos_are_remembered_if_told_to(
+    package: EnginePackage, tmp_path: Path, memory: Path
+) -> None:
+    """Those whose gate stayed shut with their first description, and never as anchors."""
+    calm = calibrated_copy(package, tmp_path / "calm", reflect_above=4.0).path
+    with Engine.open(calm, memory, threads=1, admission="all") as engine:
+        before = engine.memory.snapshot().count_anchors
+        result = engine.score(PHOTOS[0], k=K)
+        engine.score(PHOTOS[1], k=K, learn=False)
+        assert result.reflection is None
+        assert not any("remembered" in note for note in result.degraded)
+        (record,) = engine.memory.cases("contrast")
+        assert engine.memory.snapshot().count_anchors == before
+        hurried = engine.score(PHOTOS[2], k=K, budget=Budget(ms=0.01))
+        assert "not remembered: no summary" in hurried.degraded
+    assert (record.summary, record.score) == (result.summary, pytest.approx(result.score))
+    assert record.provenance == "scored <array>"
+    with Engine.open(calm, memory, threads=1, admission="all", learn=False) as engine:
+        unwritten = engine.score(PHOTOS[1], k=K)
+    assert any("not remembered" in n and "read-only" in n for n in unwritten.degraded)
+
+
+def test_gate_and_reflection_are_the_same_whatever_is_admitted(keen: Path, memory: Path) -> None:
+    with Engine.open(keen, memory, threads=1, admission="all") as engine:
+        result = engine.score(PHOTOS[0])
+        (record,) = engine.memory.cases("contrast")
+    assert record.summary == result.reflection
+    assert record.provenance.startswith("reflected on")
+
+
+@pytest.mark.parametrize("kind", ["image", "both"])
+def test_cases_are_learnt_and_found_with_the_memorys_kind_of_key(
+    keen: Path, memory: Path, package: EnginePackage, tmp_path: Path, kind: KeyKind
+) -> None:
+    with read_memory(package, memory) as bank:
+        bank.rekey(kind, tmp_path / "rekeyed")
+    with Engine.open(keen, tmp_path / "rekeyed", threads=1) as engine:
+        engine.score(PHOTOS[0])
+        later = engine.score(PHOTOS[1], learn=False)
+        hurried = engine.score(PHOTOS[1], learn=False, budget=Budget(ms=0.01))
+        tokens = seen(open_vlm(package), PHOTOS[0]).values
+        width = package.manifest.decoder.hidden_size
+        own = retrieval_key(kind, np.zeros(width, np.float32), tokens)
+        nearest = RetrievalPolicy(k=1, anchor_share=0.0)
+        (case,) = engine.memory.snapshot().retrieve(own, nearest, None)
+    assert len(contrast_ids(later)) == 1
+    assert hurried.summary is None
+    image_part = case.key[-width:] * np.float32(np.sqrt(2) if kind == "both" else 1)
+    np.testing.assert_allclose(image_part, retrieval_key("image", own, tokens), atol=2e-3)
+
+
+def test_near_duplicates_are_no_neighbours(
+    package: EnginePackage, memory: Path, tmp_path: Path
+) -> None:
+    """A copy of an anchor with other pixels is not compared with it unless that is asked for."""
+    copy = picture(1000, SIZES[0]).copy()
+    copy[:8, :8] += np.uint8(1)
+    found = {}
+    for above in (0.97, 1.0):
+        with Engine.open(
+            package.path, memory, threads=1, learn=False, exclude_above=above
+        ) as engine:
+            found[above] = [n.id for n in engine.score(copy, k=ANCHORS).neighbours]
+    assert "anchor-00" in found[1.0]
+    assert "anchor-00" not in found[0.97]
+    assert set(found[0.97]) < set(found[1.0])
+
+
+def test_a_senseless_policy_is_refused_and_the_memory_let_go(keen: Path, memory: Path) -> None:
+    with pytest.raises(UsageError, match="exclude_above is a cosine"):
+        Engine.open(keen, memory, threads=1, exclude_above=3.0)
+    with pytest.raises(UsageError, match="gated, all"):
+        Engine.open(keen, memory, threads=1, admission="some")  # type: ignore[arg-type]
+    with Engine.open(keen, memory, threads=1) as engine:
+        assert engine.score(PHOTOS[0]).reflection is not None
+
+
 def test_learning_can_be_forgone(keen: Path, memory: Path) -> None:
     with Engine.open(keen, memory, threads=1) as engine:
         result = engine.score(PHOTOS[0], learn=False)
@@ -113,7 +201,7 @@ def test_a_locked_memory_is_said_and_scoring_goes_on(
 def test_a_full_disk_is_said_and_scoring_goes_on(
     keen: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: MemoryBank, case: Case, *, provenance: str) -> None:
+    def fail(self: MemoryBank, case: Case, *, provenance: str, gated: bool) -> None:
         raise StoreError("no space left")
 
     monkeypatch.setattr(MemoryBank, "remember", fail)

@@ -155,7 +155,7 @@ def test_writing_equals_reading_everything_anew(
         token = int(outputs["logits"][0, 0, 0].argmax())
         assert writing.next_token == token
         written.append(token)
-        writing.accept(token)
+        writing.accept()
     assert writing.tokens == written
     assert len(set(written)) > 3
     text = np.concatenate([question, np.array(written, np.int64)])

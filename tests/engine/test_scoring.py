@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from meiqa.engine.drafting import Draft
 from meiqa.engine.package import UNCALIBRATED, Logistic
 from meiqa.engine.scoring import expected_grade, first_opinion
 from meiqa.engine.vlm import Description, Prefix, VisualTokens, Vlm
@@ -31,7 +32,13 @@ class Scripted:
         self._grades = np.array(grades)
         self._complete = complete
 
-    def describe(self, prefix: Prefix, max_tokens: int) -> Description:
+    def describe(
+        self,
+        prefix: Prefix,
+        max_tokens: int,
+        drafts: Sequence[Draft] = (),
+        enough: Callable[[], bool] = lambda: False,
+    ) -> Description:
         return Description(
             "soft and dark", KEY, self._rating, self._unreadable, self._complete, tokens=7
         )

@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from meiqa.engine.drafting import Draft
 from meiqa.engine.package import DecoderShape, EnginePackage
 from meiqa.engine.prompts import FAMILIES, MEIQA, PromptFamily, Prompts, layout
 from meiqa.engine.runtime.base import Array
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import (
     ANSWER_TOKENS,
+    NO_EFFORT,
     PAST_STEP,
     RATING_TOKENS,
     Description,
+    Effort,
     Floats,
     LocalVlm,
     Prefix,
@@ -70,6 +73,7 @@ class ScriptedDecoder:
     """A decoder that writes a text, and another one once a token is forced on it.
 
     It knows a token by its embedding, which holds its number; its hidden states are embeddings.
+    Where a draft has left the text, there is no answer that is a number.
     """
 
     def __init__(self, free: Sequence[int], forced: Sequence[int]) -> None:
@@ -77,24 +81,41 @@ class ScriptedDecoder:
         self.read: list[int] = []
         self.forced: list[int] = []
         self.rooms: list[int] = []
+        self.calls = 0
+        self._begins = 0
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Floats]:
-        embeds = cast(Floats, inputs["embeds"])
+        embeds, wanted = cast(Floats, inputs["embeds"]), inputs["logit_positions"].shape[2]
         fed = [round(float(value)) for value in embeds[0, 0, :, 0]]
+        assert inputs["logit_positions"][0, 0].tolist() == [*range(len(fed) - wanted, len(fed))]
         self.rooms.append(inputs["past"].shape[5])
-        assert int(inputs["past_lengths"][0, 0]) == len(self.read)
-        # What is kept of earlier calls is what they returned, growth or not.
-        kept = inputs["past"][0, 0, 0, 0, 0, : len(self.read), 0]
+        length = int(inputs["past_lengths"][0, 0])
+        assert length <= len(self.read)
+        # What was read ahead in vain is dropped. What is kept of earlier calls is what they
+        # returned, growth or not.
+        del self.read[length:]
+        kept = inputs["past"][0, 0, 0, 0, 0, :length, 0]
         assert kept.tolist() == self.read
-        if self.read and fed != self.scripts[0][:1]:
+        start, drafted = inputs["positions"][0, 0, 0, 0], fed[len(fed) - wanted + 1 :]
+        assert start == PREFIX.next_position + length
+
+        read = fed[: len(fed) - wanted + 1]
+        if not self.read:
+            self._begins = len(read)
+        elif read != self.scripts[0][length - self._begins :][:1]:
             assert not self.forced, "forced twice"
-            self.forced = fed
+            self.forced = read
             self.scripts.pop(0)
-        elif self.read:
-            self.scripts[0].pop(0)
+            self._begins = length + len(read)
         self.read += fed
-        logits = np.zeros((1, 1, 1, QWEN.get_vocab_size()), np.float32)
-        logits[..., self.scripts[0][0]] = 1
+        self.calls += 1
+        logits = np.zeros((1, 1, wanted, QWEN.get_vocab_size()), np.float32)
+        script = self.scripts[0][length + len(read) - self._begins :]
+        for place in range(wanted):
+            if drafted[:place] == script[:place] and place < len(script):
+                logits[..., place, script[place]] = 1
+            else:
+                logits[..., place, :] = np.nan
         key_values = np.repeat(embeds[None, None, :, None, :, :, :1], 2, axis=1)
         return {"logits": logits, "hidden": embeds, "key_values": key_values}
 
@@ -142,11 +163,12 @@ def told(
     forced: str = "9</answer>",
     family: PromptFamily = RATED,
     limit: int = LIMIT,
+    drafts: Sequence[Draft] = (),
 ) -> Told:
     """What comes of a model that writes `free`, and `forced` after a forced opening."""
     after = [QWEN.token_to_id("<|im_end|>")] * 2
     vlm = scripted(ids_of(free) + after, ids_of(forced) + after, family)
-    description = vlm.describe(PREFIX, limit)
+    description = vlm.describe(PREFIX, limit, drafts)
     return Told(description, cast(ScriptedDecoder, vlm._decoder))
 
 
@@ -325,6 +347,45 @@ def test_a_reflection_ends_where_its_description_does() -> None:
     np.testing.assert_allclose(written.key, key_of("It is dark"), rtol=1e-6)
 
 
+TOLD = ["It is soft and dark", "</", "think", ">", "<answer>3.45</answer>"]
+GUESSES = {
+    "right": [Draft("It is soft and dark", 3.45)],
+    "wrong": [Draft("Sharp", 1.0)],
+    "empty": [Draft("")],
+    "unrated": [Draft("It is soft and dark")],
+    "longer than the limit": [Draft("It is soft and dark " * 40, 3.45)],
+    "several": [Draft("It is good", 3.0), Draft("It is soft and bad", 3.1), Draft("It is dark")],
+}
+
+
+@pytest.mark.parametrize("drafts", GUESSES.values(), ids=list(GUESSES))
+@pytest.mark.parametrize("limit", [2, 3, 6, LIMIT])
+def test_drafts_change_nothing_but_the_effort(drafts: Sequence[Draft], limit: int) -> None:
+    plain = told(TOLD, forced="2.25</answer>", limit=limit)
+    made = told(TOLD, forced="2.25</answer>", limit=limit, drafts=drafts)
+    np.testing.assert_array_equal(made.description.key, plain.description.key)
+    one, other = (vars(replace(a.description, key=None, effort=NO_EFFORT)) for a in (made, plain))
+    assert one == other
+    assert made.forced == plain.forced
+    effort = made.description.effort
+    assert effort.accepted <= effort.drafted
+    assert effort.calls == made.decoder.calls == plain.decoder.calls - effort.accepted
+    assert plain.description.effort == Effort(calls=plain.decoder.calls)
+
+
+def test_a_right_draft_is_checked_in_one_call() -> None:
+    text = "It is soft and dark</think><answer>3.45</answer>"
+    made = told(text, drafts=[Draft("It is soft and dark", 3.45)])
+    assert made.description.effort.calls == 1
+    assert made.description.rating == 3.45
+
+
+def test_after_a_disagreement_writing_finds_back_into_a_draft() -> None:
+    text = "It is soft and dark</think><answer>3.45</answer>"
+    made = told(text, drafts=[Draft("It is good and dark", 3.45)])
+    assert made.description.effort.calls == 3  # the question, " soft", " and"
+
+
 @pytest.fixture(scope="module")
 def tiny(package: EnginePackage) -> LocalVlm:
     return LocalVlm(package, *open_sessions(package, "cpu", 1))
@@ -396,14 +457,14 @@ def test_describing_equals_plain_greedy_writing(
     compared = 0
     for prefix in prefixes:
         twin = naive_greedy(tiny, prefix.tokens, LIMIT)
-        text = tiny.prompts.text(twin.tokens)
         found = list(markers(tiny.prompts, twin.tokens, pieces))
         # Whatever the random model writes serves as the end of its description and its answer.
         for (end, begins), (close, closes) in zip(found, found[2 * pieces :], strict=False):
             family = replace(MEIQA, description_end=end, answer_close=close)
             asked = asking_for(tiny, family)
             made = asked.describe(prefix, LIMIT)
-            assert (made.text, made.complete) == (text.partition(end)[0].strip(), True)
+            before = asked.prompts.tokenizer.decode(twin.tokens[:begins])
+            assert (made.text, made.complete) == (before.strip(), True)
             assert made.key is not None
             wanted = twin.hidden[:begins].mean(axis=0)
             np.testing.assert_allclose(made.key, wanted, atol=1e-4, rtol=0)
@@ -411,7 +472,7 @@ def test_describing_equals_plain_greedy_writing(
             writing = Writing(asked, prefix, asked.prompts.score, 4)
             assert writing.until(end, LIMIT)
             assert [*writing.tokens, writing.next_token] == twin.tokens[: begins + pieces]
-            writing.accept(writing.next_token)
+            writing.accept()
             assert writing.until(close, LIMIT, begins + pieces - 1)
             assert [*writing.tokens, writing.next_token] == twin.tokens[: closes + pieces]
             compared += 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("tests", ["test_hnsw.py", "test_thurstone.py"])
+@pytest.mark.parametrize("tests", ["test_hnsw.py", "test_joint.py", "test_thurstone.py"])
 def test_the_tests_pass_with_the_jit_off(tests: str) -> None:
     here = Path(__file__).parent
     run = subprocess.run(

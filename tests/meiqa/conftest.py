@@ -12,9 +12,18 @@ import pytest
 from PIL import Image
 
 from meiqa.commands import options
+from meiqa.engine.caches import CacheState
 from meiqa.engine.images import ImageSource, load_pixels
 from meiqa.errors import MeiqaError
-from meiqa.types import Assessment, Failure, Neighbour, PairComparison, quality_word
+from meiqa.types import (
+    Assessment,
+    Failure,
+    Neighbour,
+    PairComparison,
+    RankedPhoto,
+    Ranking,
+    quality_word,
+)
 
 
 class BrightnessEngine:
@@ -31,6 +40,9 @@ class BrightnessEngine:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+    def caches(self) -> dict[str, CacheState]:
+        return {"photos": CacheState(64 << 20, 3 << 20, 1, 2)}
 
     def score(
         self, image: ImageSource, *, budget: object = None, k: int | None = None, learn: bool = True
@@ -66,6 +78,27 @@ class BrightnessEngine:
                 yield self.score(image, budget=budget, k=k, learn=learn)
             except MeiqaError as error:
                 yield Failure(str(image), error)
+
+    def rank(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        budget: object,
+        k: int | None,
+        rivals: int,
+        on_photo: Callable[[], None],
+    ) -> Ranking:
+        self.ranked = {"budget": budget, "k": k, "rivals": rivals}
+        judged = list(self.score_many(images, budget=budget, k=k, learn=False))
+        scored = [each for each in judged if isinstance(each, Assessment)]
+        for _ in judged:
+            on_photo()
+        best_first = sorted(scored, key=lambda each: -each.score)
+        photos = tuple(
+            RankedPhoto(place, each.path, each.score, 0.2, each.score - 0.1, 2, 1 - place)
+            for place, each in enumerate(best_first, 1)
+        )
+        return Ranking(photos, tuple(each for each in judged if isinstance(each, Failure)))
 
     def compare(self, first: ImageSource, second: ImageSource) -> PairComparison:
         one, other = self.score(first), self.score(second)

@@ -300,6 +300,52 @@ def test_eval_lists_missing_images_and_exits_1(engine: Any, labels: Path, capsys
     assert "90.png: no such file" in captured.err.splitlines()[0]
 
 
+def test_eval_beside_peers(engine: Any, labels: Path, capsys: Output) -> None:
+    command = ["eval", str(labels), "--images", str(labels.parent), "--peers"]
+    assert cli.main([*command, "--format", "json"]) == 0
+    (sharpness,) = json_of(capsys)["peers"]
+    assert (sharpness["name"], sharpness["n"]) == ("Laplacian sharpness", 4)
+    assert cli.main(command) == 0
+    text = capsys.readouterr().out
+    assert "meiqa, fused" in text
+    assert "Laplacian sharpness" in text
+
+
+def test_eval_draws(engine: Any, labels: Path, tmp_path: Path, capsys: Output) -> None:
+    plots = tmp_path / "deep" / "plots"
+    command = ["eval", str(labels), "--images", str(labels.parent), "--plots", str(plots)]
+    assert cli.main(command) == 0
+    text = capsys.readouterr().out
+    for name in ("predicted", "histograms", "reliability"):
+        assert (plots / f"{name}.png").is_file()
+        assert str(plots / f"{name}.png") in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--contrast-from", "t.csv"], "--contrast-from means nothing without --ablation"),
+        (["--peer-models", "."], "--peer-models means nothing without --peers"),
+        (["--regressor-from", "t.csv"], "--regressor-from means nothing without --peers"),
+        (["--train-split", "t"], "--train-split means nothing without --contrast-from or"),
+        (["--budgets", "0"], "argument --budgets: '0' is not a positive number"),
+    ],
+)
+def test_eval_options_that_mean_nothing(
+    engine: Any, labels: Path, arguments: list[str], message: str, capsys: Output
+) -> None:
+    assert cli.main(["eval", str(labels), "--images", str(labels.parent), *arguments]) == 2
+    assert message in errors_of(capsys)[0]
+    assert engine.calls == []
+
+
+def test_eval_refuses_to_fit_to_what_it_judges(engine: Any, labels: Path, capsys: Output) -> None:
+    command = ["eval", str(labels), "--images", str(labels.parent), "--peers"]
+    assert cli.main([*command, "--regressor-from", str(labels)]) == 2
+    assert "holds photos that are to be judged; got 4, 20.png among them" in errors_of(capsys)[0]
+    assert engine.calls == []
+
+
 def test_eval_of_nothing_usable(engine: Any, tmp_path: Path, capsys: Output) -> None:
     table = tmp_path / "t.csv"
     for command in (

@@ -152,7 +152,9 @@ def test_evaluation_table() -> None:
         "mos_range": [0.0, 1.0],
         "initial": figures,
         "fused": {**figures, "srcc": 0.625},
+        "tied_pairs": {"pairs": 12, "agreement": 0.75},
         "coverage95": 0.9,
+        "reliability": [{"nominal": 0.5, "observed": 0.47}],
         "seconds_per_image": 0.25,
         "failures": [],
     }
@@ -160,3 +162,13 @@ def test_evaluation_table() -> None:
     assert text.startswith("7 photos, K = 8, human scores 0 to 1 mapped to 1-5\n")
     assert "0.6250" in text
     assert "90.0 % of the human scores" in text
+    assert "within other intervals: 47.0 % in 50 %" in text
+    assert (
+        "of 12 pairs that people tell apart and the initial score does not, the fused score "
+        in text
+    )
+    assert "orders 75.0 % as people do" in text
+    report["tied_pairs"] = {"pairs": 0, "agreement": float("nan")}
+    assert "no two photos that people tell apart have the same initial score" in evaluation_text(
+        report
+    )

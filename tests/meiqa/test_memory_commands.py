@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +157,65 @@ def test_records_are_exported(extended: Callable[..., str], tmp_path: Path) -> N
     assert len(out.read_text().splitlines()) == PHOTOGRAPHS + 1
 
 
+def test_no_image_is_kept_unless_asked_for(
+    built: Path, extended: Callable[..., str], tmp_path: Path
+) -> None:
+    """No file of a memory holds the beginning of a JPEG, a PNG or of the pixels themselves."""
+    assert "thumbnail" not in extended("list")
+    extended("export", "--out", tmp_path / "cases.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    assert {row["thumbnail"] for row in rows} == {None}
+    content = b"".join(file.read_bytes() for file in built.iterdir() if file.is_file())
+    pixels = [picture(seed, (128, 192))[0].tobytes()[:64] for seed in (*range(PHOTOGRAPHS), 99)]
+    for trace in (b"\xff\xd8\xff\xe0", b"\x89PNG", b"JFIF", *pixels):
+        assert trace not in content
+
+
+def test_thumbnails_are_kept_if_asked_for(
+    package: EnginePackage, images: Path, labels: Path, tmp_path: Path, capsys: Output
+) -> None:
+    out, package_of = tmp_path / "memory", ("--package", str(package.path), "--keep-thumbnails")
+    Image.fromarray(picture(5, (256, 512))).save(images / "5.png")
+    assert ran(capsys, "build", labels, "--images", images, "--out", out, *package_of)
+    Image.fromarray(picture(99, (128, 192))).save(images / "99.png")
+    assert ran(capsys, "add", out, images / "99.png", "--score", "4", *package_of)
+    listed = ran(capsys, "list", out, "--format", "jsonl").splitlines()
+    sizes = {row["id"]: row["thumbnail_bytes"] for row in map(json.loads, listed)}
+    assert "(thumbnail, " in ran(capsys, "list", out)
+    ran(capsys, "export", out, "--out", tmp_path / "cases.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    assert len(rows) == PHOTOGRAPHS + 1
+    for row in rows:
+        thumbnail = base64.b64decode(row["thumbnail"])
+        assert len(thumbnail) == sizes[row["id"]] > 0
+        with Image.open(io.BytesIO(thumbnail)) as opened:
+            assert opened.format == "JPEG"
+            assert opened.size == ((160, 80) if row["id"] == "5.png" else (160, 107))
+
+
+@pytest.mark.parametrize("kind", ["image", "both"])
+def test_a_memory_is_built_or_rekeyed_with_keys_of_a_kind(
+    built: Path,
+    package: EnginePackage,
+    images: Path,
+    labels: Path,
+    tmp_path: Path,
+    capsys: Output,
+    kind: str,
+) -> None:
+    assert "summary" in ran(capsys, "stats", built)
+    ran(capsys, "rekey", built, "--key", kind, "--out", tmp_path / "rekeyed")
+    command = ("build", labels, "--images", images, "--out", tmp_path / "b", "--key", kind)
+    ran(capsys, *command, "--package", package.path, "--mos-range", "1", "5")
+    keys = []
+    for path in (tmp_path / "rekeyed", tmp_path / "b"):
+        assert json.loads(ran(capsys, "stats", path, "--format", "json"))["key_kind"] == kind
+        ran(capsys, "export", path, "--out", tmp_path / "cases.jsonl")
+        rows = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+        keys.append(np.array([row["key"] for row in rows]))
+    np.testing.assert_allclose(*keys, atol=0.01)
+
+
 def test_damage_is_found(built: Path, capsys: Output) -> None:
     segment = built / "anchors.seg"
     content = bytearray(segment.read_bytes())
@@ -172,6 +233,8 @@ def test_damage_is_found(built: Path, capsys: Output) -> None:
         (("remove", "{built}"), "say what is to be removed"),
         (("list", "{built}", "--since", "soon"), "is not a time"),
         (("add", "{built}", "x.png", "--score", "3"), "another package"),
+        (("rekey", "{built}", "--key", "summary", "--out", "x"), "of this kind already"),
+        (("rekey", "{built}", "--key", "image", "--out", "{built}"), "already exists"),
     ],
     ids=str,
 )

@@ -25,7 +25,24 @@ def test_a_terminal_sees_the_count_and_is_left_clean() -> None:
     assert "[----------" in text
     assert "2/3" in text
     assert "s left" in text
+    assert "images/s" in text
     assert text.endswith("\r\x1b[K")
+
+
+def test_speed_and_time_left_follow_from_the_latest_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A hundred that are found done at once do not make the rest look fast."""
+    now, stream = 0.0, Terminal()
+    monkeypatch.setattr("meiqa.progress.time.monotonic", lambda: now)
+    with Progress(200, stream) as progress:
+        for _ in range(100):
+            progress.advance()
+        for _ in range(40):
+            now += 4.0
+            progress.advance()
+        drawn_last = stream.getvalue()
+    assert drawn_last.endswith("140/200  0.25 images/s  240 s left")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+"""How benchmarks take times, and how they sum them up."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+__all__ = ["quantiles_ms", "times_in_turns_ms"]
+
+
+def times_in_turns_ms(
+    ways: Mapping[str, Callable[[], object]],
+    rounds: Mapping[str, int],
+    *,
+    warm_up: int = 1,
+) -> dict[str, list[float]]:
+    """Time several ways to do the same, in turns, so that a busy machine slows all of them.
+
+    Args:
+        ways: What is called, by name.
+        rounds: How often each is called; the slow ones less often, spread over the run.
+        warm_up: Calls of each before the first that counts.
+    """
+    for way in ways.values():
+        for _ in range(warm_up):
+            way()
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    most = max(rounds.values())
+    gc.collect()
+    for turn in range(most):
+        for name, way in ways.items():
+            if turn * rounds[name] // most < (turn + 1) * rounds[name] // most:
+                began = time.perf_counter()
+                way()
+                times[name].append(1e3 * (time.perf_counter() - began))
+    return times
+
+
+def quantiles_ms(times_ms: Sequence[float]) -> dict[str, float]:
+    """Sum up times: number, least, and 50th, 95th and 99th percentile."""
+    p50, p95, p99 = np.percentile(times_ms, [50, 95, 99])
+    return {
+        "n": len(times_ms),
+        "min_ms": round(min(times_ms), 4),
+        "p50_ms": round(float(p50), 4),
+        "p95_ms": round(float(p95), 4),
+        "p99_ms": round(float(p99), 4),
+    }

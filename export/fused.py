@@ -1,0 +1,112 @@
+"""The layers of a small decoder a second time, for the native kernel of the last token.
+
+They are taken from the finished graph, so both compute with the same rounded weights and ranges.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from meiqa.engine.runtime.fused import LAYERS_FILE
+from meiqa.export.decoder import DecoderConfig, axis_frequencies
+from meiqa.export.layers import read
+from meiqa.kernels.decoder import LAYER_LINEARS, FusedShape
+from meiqa.memory.segment import write_segment
+
+LARGEST_BYTES = 32 << 20
+"""Layers beyond a processor's cache gain little; those of large models are not stored twice."""
+FUSED_PRECISIONS = ("fp32", "int8")
+Arrays = dict[str, NDArray[np.generic]]
+
+
+def write_fused_layers(folder: Path, text: DecoderConfig, precision: str) -> bool:
+    """Write the layers of `decoder.onnx` beside it, if the kernel can run them.
+
+    Returns:
+        Whether it can: the architecture is Qwen2.5-VL's, widths fit, and the layers are small.
+    """
+    shape = fused_shape(text)
+    ours = not (text.qk_norm or text.deepstack) and precision in FUSED_PRECISIONS
+    if not (ours and shape.fits):
+        return False
+    model = ir.load(folder / "decoder.onnx")
+    stored = model.graph.initializers.values()
+    layers = [v.const_value for v in stored if str(v.name).startswith("layers.")]
+    if sum(tensor.nbytes for tensor in layers if tensor is not None) > LARGEST_BYTES:
+        return False
+    attributes = {name: getattr(shape, name) for name in FusedShape.__dataclass_fields__}
+    write_segment(folder / LAYERS_FILE, fused_arrays(model, text), attributes)
+    return True
+
+
+def fused_shape(text: DecoderConfig) -> FusedShape:
+    """What the kernel has to know of a decoder."""
+    return FusedShape(
+        width=text.hidden_size,
+        inner=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_width=text.head_dim,
+        epsilon=text.rms_norm_eps,
+    )
+
+
+def fused_arrays(model: ir.Model, text: DecoderConfig) -> Arrays:
+    """What `meiqa.engine.runtime.fused` reads, from the float or the INT8 graph of a decoder."""
+    arrays: Arrays = {
+        "frequencies": axis_frequencies(text).numpy(),
+        "norm": stored(model, "norm.weight"),
+        "lm_head": weight_of(model, "lm_head.weight"),
+    }
+    for index in range(text.num_hidden_layers):
+        layer = f"layers.{index}"
+        arrays[f"{layer}.input_layernorm"] = stored(model, f"{layer}.input_layernorm.weight")
+        after = stored(model, f"{layer}.post_attention_layernorm.weight")
+        arrays[f"{layer}.post_layernorm"] = after
+        for name in LAYER_LINEARS:
+            part = "mlp" if name in LAYER_LINEARS[4:] else "self_attn"
+            arrays |= linear_arrays(model, f"{layer}.{part}.{name}", f"{layer}.{name}")
+    return arrays
+
+
+def linear_arrays(model: ir.Model, source: str, name: str) -> Arrays:
+    """A linear layer's weight, bias and, where it multiplies bytes, its scales and its range."""
+    weight = f"{source}.weight"
+    found = weight_of(model, weight)
+    biased = f"{source}.bias" in model.graph.initializers
+    bias = stored(model, f"{source}.bias") if biased else np.zeros(found.shape[1], np.float32)
+    arrays: Arrays = {name: found, f"{name}.bias": bias}
+    if found.dtype == np.int8:
+        arrays[f"{name}.scale"] = stored(model, f"{weight}.scale")
+        arrays[f"{name}.input"] = input_range(model, f"{weight}.int8")
+    return arrays
+
+
+def weight_of(model: ir.Model, name: str) -> NDArray[np.generic]:
+    """A weight (inputs, outputs): signed bytes, or floats that may have been halved."""
+    for form in (f"{name}.int8", f"{name}.half", f"{name}.transposed", name):
+        if form in model.graph.initializers:
+            found = stored(model, form)
+            return found if found.dtype == np.int8 else found.astype(np.float32)
+    raise KeyError(f"the decoder's graph has no weight {name}")
+
+
+def input_range(model: ir.Model, codes: str) -> NDArray[np.float32]:
+    """Scale and zero point (2,) of what a weight of bytes is multiplied with."""
+    (dequantised,) = model.graph.initializers[codes].consumers()
+    (product,) = dequantised.outputs[0].consumers()
+    given = product.inputs[0]
+    producer = None if given is None else given.producer()
+    if producer is None or producer.op_type != "DequantizeLinear":
+        raise KeyError(f"the input of {codes} is not quantised")
+    scale, zero = (value.const_value for value in producer.inputs[1:] if value is not None)
+    return np.array([read(scale), read(zero)], np.float32)
+
+
+def stored(model: ir.Model, name: str) -> NDArray[np.generic]:
+    """An initialiser's values."""
+    return read(model.graph.initializers[name].const_value)

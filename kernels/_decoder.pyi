@@ -1,0 +1,57 @@
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+def supported() -> bool: ...
+
+class StoredLinear:
+    @overload
+    def __init__(self, panels: NDArray[np.float32], bias: NDArray[np.float32]) -> None: ...
+    @overload
+    def __init__(
+        self,
+        panels: NDArray[np.int8],
+        bias: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        centre: NDArray[np.int32],
+        steps: float,
+        zero: float,
+    ) -> None: ...
+
+class Decoder:
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        kv_heads: int,
+        group: int,
+        head_width: int,
+        epsilon: float,
+        axes: NDArray[np.int32],
+        last_norm: NDArray[np.float32],
+    ) -> None: ...
+    def add_layer(
+        self,
+        attention_norm: NDArray[np.float32],
+        mlp_norm: NDArray[np.float32],
+        query: StoredLinear,
+        key: StoredLinear,
+        value: StoredLinear,
+        mix: StoredLinear,
+        gate_up: StoredLinear,
+        down: StoredLinear,
+    ) -> None: ...
+    def run(
+        self,
+        embeds: NDArray[np.float32],
+        positions: NDArray[np.int32],
+        steps: NDArray[np.int64],
+        prefixes: Sequence[NDArray[np.float32]],
+        prefix_steps: NDArray[np.int64],
+        cosines: NDArray[np.float32],
+        sines: NDArray[np.float32],
+        threads: int,
+        out: NDArray[np.float32],
+    ) -> None: ...

@@ -1,0 +1,206 @@
+// The fused decoder's front: keeps the weights, shares rows among threads.
+
+#include "decoder.hpp"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace nb = nanobind;
+
+namespace {
+
+using namespace meiqa;
+
+template <class T, std::size_t N>
+using Array = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+template <std::size_t N>
+using Out = nb::ndarray<float, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+
+constexpr std::size_t kLine = 64, kRowsAtOnce = 14;
+
+struct Free {
+    void operator()(void* part) const { std::free(part); }
+};
+
+// Memory that begins on a cache line: a load that crosses two takes twice as long.
+template <class T>
+using Aligned = std::unique_ptr<T[], Free>;
+
+template <class T>
+Aligned<T> aligned(std::size_t count) {
+    const std::size_t bytes = (count * sizeof(T) + kLine - 1) / kLine * kLine;
+    void* const part = std::aligned_alloc(kLine, std::max(bytes, kLine));
+    if (!part) throw std::bad_alloc();
+    return Aligned<T>(static_cast<T*>(part));
+}
+
+template <class T, class Source>
+Aligned<T> copied(const Source& source) {
+    Aligned<T> part = aligned<T>(source.size());
+    std::memcpy(part.get(), source.data(), source.size() * sizeof(T));
+    return part;
+}
+
+// A linear layer whose weight was cut into panels: see `kernels/decoder.py`.
+class StoredLinear {
+  public:
+    StoredLinear(const Array<float, 3>& panels, const Array<float, 1>& bias)
+        : floats_(copied<float>(panels)), bias_(copied<float>(bias)) {
+        linear_.panels = panels.shape(0);
+        linear_.inputs = panels.shape(1);
+        linear_.floats = floats_.get();
+        linear_.bias = bias_.get();
+    }
+
+    StoredLinear(const Array<std::int8_t, 4>& panels, const Array<float, 1>& bias,
+                 const Array<float, 1>& scale, const Array<std::int32_t, 1>& centre, float steps,
+                 float zero)
+        : bytes_(copied<std::int8_t>(panels)), bias_(copied<float>(bias)),
+          scale_(copied<float>(scale)), centre_(copied<std::int32_t>(centre)) {
+        linear_.panels = panels.shape(0);
+        linear_.inputs = panels.shape(1) * panels.shape(3);
+        linear_.bytes = bytes_.get();
+        linear_.bias = bias_.get();
+        linear_.scale = scale_.get();
+        linear_.centre = centre_.get();
+        linear_.steps = steps;
+        linear_.zero = zero;
+    }
+
+    const Linear& linear() const { return linear_; }
+
+  private:
+    Linear linear_;
+    Aligned<float> floats_;
+    Aligned<std::int8_t> bytes_;
+    Aligned<float> bias_, scale_;
+    Aligned<std::int32_t> centre_;
+};
+
+#ifdef MEIQA_AVX512
+bool supported() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+template <class Work>
+void in_parallel(std::size_t threads, std::size_t tasks, const Work& work) {
+    std::atomic<std::size_t> next{0};
+    const auto take = [&] {
+        for (std::size_t task = next++; task < tasks; task = next++) work(task);
+    };
+    std::vector<std::thread> others;
+    for (std::size_t i = 1; i < std::min(threads, tasks); ++i) others.emplace_back(take);
+    take();
+    for (std::thread& other : others) other.join();
+}
+
+// Shapes were checked by `FusedDecoder` in decoder.py.
+class Decoder {
+  public:
+    Decoder(std::size_t width, std::size_t inner, std::size_t kv_heads, std::size_t group,
+            std::size_t head_width, float epsilon, const Array<std::int32_t, 1>& axes,
+            const Array<float, 1>& last_norm)
+        : axes_(copied<std::int32_t>(axes)), last_norm_(copied<float>(last_norm)),
+          model_{width,   inner, kv_heads, group,           head_width, 0,
+                 epsilon, nullptr, last_norm_.get(), axes_.get()} {}
+
+    void add_layer(const Array<float, 1>& attention_norm, const Array<float, 1>& mlp_norm,
+                   const StoredLinear& query, const StoredLinear& key, const StoredLinear& value,
+                   const StoredLinear& mix, const StoredLinear& gate_up, const StoredLinear& down) {
+        norms_.push_back(copied<float>(attention_norm));
+        norms_.push_back(copied<float>(mlp_norm));
+        layers_.push_back({norms_[norms_.size() - 2].get(), norms_.back().get(), query.linear(),
+                           key.linear(), value.linear(), mix.linear(), gate_up.linear(),
+                           down.linear()});
+        model_.layers = layers_.data();
+        model_.layer_count = layers_.size();
+    }
+
+    void run(const Array<float, 3>& embeds, const Array<std::int32_t, 3>& positions,
+             const Array<std::int64_t, 1>& steps, const std::vector<Array<float, 5>>& prefixes,
+             const Array<std::int64_t, 1>& prefix_steps, const Array<float, 2>& cosines,
+             const Array<float, 2>& sines, std::size_t threads, const Out<2>& out) const {
+        const nb::gil_scoped_release unlocked;
+        const std::size_t count = embeds.shape(0), most = embeds.shape(1);
+        const std::size_t longest =
+            *std::max_element(prefix_steps.data(), prefix_steps.data() + prefix_steps.size());
+        const Rotary rotary{cosines.data(), sines.data()};
+        const Aligned<float> attended = aligned<float>(count * model_.queries());
+        const std::size_t scratch_floats =
+            row_scratch(model_, std::max(most, kRowsAtOnce), longest);
+        in_parallel(threads, count, [&](std::size_t index) {
+            const std::size_t at = prefixes.size() == 1 ? 0 : index;
+            const std::int32_t* const place = positions.data() + index * most;
+            const Row row{embeds.data() + index * most * model_.width,
+                          {place, place + count * most, place + 2 * count * most},
+                          static_cast<std::size_t>(steps.data()[index]),
+                          prefixes[at].data(),
+                          static_cast<std::size_t>(prefix_steps.data()[at]),
+                          prefixes[at].shape(3)};
+            const Aligned<float> scratch = aligned<float>(scratch_floats);
+            attend_avx512(model_, rotary, row, scratch.get(), out.data() + index * model_.width,
+                          attended.get() + index * model_.queries());
+        });
+        const std::size_t groups = (count + kRowsAtOnce - 1) / kRowsAtOnce;
+        in_parallel(threads, groups, [&](std::size_t group) {
+            const std::size_t first = group * kRowsAtOnce;
+            const Aligned<float> scratch = aligned<float>(scratch_floats);
+            finish_avx512(model_, std::min(kRowsAtOnce, count - first),
+                          attended.get() + first * model_.queries(), scratch.get(),
+                          out.data() + first * model_.width);
+        });
+    }
+
+  private:
+    Aligned<std::int32_t> axes_;
+    Aligned<float> last_norm_;
+    std::vector<Aligned<float>> norms_;
+    std::vector<Layer> layers_;
+    Model model_;
+};
+#else
+bool supported() { return false; }
+#endif
+
+}  // namespace
+
+NB_MODULE(_decoder, module) {
+    module.def("supported", &supported);
+    nb::class_<StoredLinear>(module, "StoredLinear")
+        .def(nb::init<const Array<float, 3>&, const Array<float, 1>&>(),
+             nb::arg("panels").noconvert(), nb::arg("bias").noconvert())
+        .def(nb::init<const Array<std::int8_t, 4>&, const Array<float, 1>&,
+                      const Array<float, 1>&, const Array<std::int32_t, 1>&, float, float>(),
+             nb::arg("panels").noconvert(), nb::arg("bias").noconvert(),
+             nb::arg("scale").noconvert(), nb::arg("centre").noconvert(), nb::arg("steps"),
+             nb::arg("zero"));
+#ifdef MEIQA_AVX512
+    nb::class_<Decoder>(module, "Decoder")
+        .def(nb::init<std::size_t, std::size_t, std::size_t, std::size_t, std::size_t, float,
+                      const Array<std::int32_t, 1>&, const Array<float, 1>&>(),
+             nb::arg("width"), nb::arg("inner"), nb::arg("kv_heads"), nb::arg("group"),
+             nb::arg("head_width"), nb::arg("epsilon"), nb::arg("axes").noconvert(),
+             nb::arg("last_norm").noconvert())
+        .def("add_layer", &Decoder::add_layer, nb::arg("attention_norm").noconvert(),
+             nb::arg("mlp_norm").noconvert(), nb::arg("query"), nb::arg("key"), nb::arg("value"),
+             nb::arg("mix"), nb::arg("gate_up"), nb::arg("down"),
+             nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
+             nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
+        .def("run", &Decoder::run, nb::arg("embeds").noconvert(), nb::arg("positions").noconvert(),
+             nb::arg("steps").noconvert(), nb::arg("prefixes"), nb::arg("prefix_steps").noconvert(),
+             nb::arg("cosines").noconvert(), nb::arg("sines").noconvert(), nb::arg("threads"),
+             nb::arg("out").noconvert());
+#endif
+}

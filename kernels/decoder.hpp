@@ -1,0 +1,74 @@
+// What the fused decoder's front (decoder.cpp) and its kernel (decoder_avx512.cpp) agree on.
+//
+// Widths of the weights are cut into panels of 32 columns, so that a tile of rows times a panel
+// stays in the registers. Only plain data crosses: the kernel is compiled for other instructions
+// than everything else, and nothing that both sides define may be shared by the linker.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace meiqa {
+
+constexpr std::size_t kPanel = 32;
+
+// A product with a stored matrix of `inputs` rows. A panel holds its columns row after row in
+// floats, or in bytes four rows at a time, as the byte instructions want them.
+struct Linear {
+    std::size_t inputs = 0, panels = 0;
+    const float* floats = nullptr;
+    const std::int8_t* bytes = nullptr;
+    const float* bias = nullptr;           // panels * 32
+    const float* scale = nullptr;          // of bytes: float value of one step of a sum
+    const std::int32_t* centre = nullptr;  // of bytes: sum that an input of zero gives
+    float steps = 0;                       // of bytes: steps of the input to one
+    float zero = 0;                        // of bytes: the input's zero point
+};
+
+struct Layer {
+    const float* attention_norm = nullptr;
+    const float* mlp_norm = nullptr;
+    Linear query, key, value, mix, gate_up, down;
+};
+
+struct Model {
+    std::size_t width, inner, kv_heads, group, head_width, layer_count;
+    float epsilon;
+    const Layer* layers;
+    const float* last_norm;
+    const std::int32_t* axes;  // which of the three positions turns a channel, (head_width / 2)
+
+    std::size_t queries() const { return kv_heads * group * head_width; }
+    std::size_t keys() const { return kv_heads * head_width; }
+};
+
+// One row: the tokens that continue a prefix.
+struct Row {
+    const float* embeds;               // (steps, width)
+    const std::int32_t* positions[3];  // each (steps)
+    std::size_t steps;
+    const float* prefix;               // (layers, 2, kv heads, capacity, head width)
+    std::size_t prefix_steps, prefix_capacity;
+};
+
+// Cosines and sines by position and channel, (positions, head_width / 2) each.
+struct Rotary {
+    const float* cosines;
+    const float* sines;
+};
+
+// Floats that a row of so many steps on such a prefix works in.
+std::size_t row_scratch(const Model& model, std::size_t steps, std::size_t prefix_steps);
+
+// Runs a row up to the attention of the last layer, of which only the last token is wanted: its
+// hidden state (width) and what it attended to (queries).
+void attend_avx512(const Model& model, const Rotary& rotary, const Row& row, float* scratch,
+                   float* hidden, float* attended);
+
+// What is left of the last layer, for `rows` tokens at once; their hidden states (rows, width) are
+// replaced by the normalised ones. The scratch is that of a row of as many steps.
+void finish_avx512(const Model& model, std::size_t rows, const float* attended, float* scratch,
+                   float* hidden);
+
+}  // namespace meiqa

@@ -1,0 +1,268 @@
+"""The last token's hidden state of rows that continue prefixes, in one fused native call.
+
+It computes what the decoder graph does (export/decoder.py), for the one purpose of a verdict: of
+the last layer nothing but the last token is computed, keys and values of a prefix are read where
+they lie, padding costs nothing, and between two products nothing leaves the processor's cache. A
+row's result is the same bit for bit, whatever else is in the call and however many threads run.
+
+Weights are floats, or signed bytes with a scale for each output channel, whose input is rounded to
+unsigned bytes by one range: the arithmetic of a QuantizeLinear and DequantizeLinear pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meiqa.kernels import _decoder
+
+__all__ = ["FusedDecoder", "FusedShape", "Linear", "fused_decoder_supported"]
+
+Floats = NDArray[np.float32]
+PANEL, LANES, FOUR = 32, 16, 4
+FIRST_POSITIONS = 512
+LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def fused_decoder_supported() -> bool:
+    """Whether this processor has the instructions: AVX-512 with VNNI."""
+    return _decoder.supported()
+
+
+@dataclass(frozen=True)
+class FusedShape:
+    """Shape of a decoder.
+
+    Attributes:
+        width: of the hidden states, D; inner: of the MLP.
+        heads: query heads; kv_heads: key-value heads, H; head_width: of one head, d.
+        epsilon: of the normalisations.
+    """
+
+    width: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    epsilon: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the widths divide as the kernel's panels want them."""
+        return (
+            self.heads % self.kv_heads == 0
+            and self.head_width % PANEL == 0
+            and self.width % PANEL == 0
+            and self.inner % LANES == 0
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A linear layer.
+
+    Attributes:
+        weight: (inputs, outputs), float32 or int8.
+        bias: (outputs,).
+        scale: of an int8 weight, (outputs,).
+        input_scale, input_zero: range of its input, rounded to unsigned bytes.
+    """
+
+    weight: Floats | NDArray[np.int8]
+    bias: Floats
+    scale: Floats | None = None
+    input_scale: float = 1.0
+    input_zero: int = 0
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether it multiplies bytes."""
+        return self.scale is not None
+
+    def in_floats(self) -> Linear:
+        """The same weight in floats, for an input that is not rounded."""
+        if self.scale is None:
+            return self
+        return Linear((self.weight * self.scale).astype(np.float32), self.bias)
+
+    def beside(self, other: Linear) -> Linear:
+        """Both layers' outputs in turns, `LANES` of one and `LANES` of the other."""
+        if self.scale is None or other.scale is None:
+            one, two = self.in_floats(), other.in_floats()
+            return Linear(
+                in_turns(one.weight, two.weight).astype(np.float32, copy=False),
+                in_turns(one.bias, two.bias),
+            )
+        return Linear(
+            in_turns(self.weight, other.weight).astype(np.int8, copy=False),
+            in_turns(self.bias, other.bias),
+            in_turns(self.scale, other.scale),
+            self.input_scale,
+            self.input_zero,
+        )
+
+    def stored(self) -> _decoder.StoredLinear:
+        """The layer cut into panels of `PANEL` outputs, as the kernel reads it."""
+        inputs, outputs = self.weight.shape
+        weight = np.pad(self.weight, ((0, -inputs % FOUR), (0, -outputs % PANEL)))
+        panels = weight.shape[1] // PANEL
+        bias = np.pad(self.bias, (0, -outputs % PANEL))
+        if self.scale is None:
+            cut = weight.reshape(inputs, panels, PANEL).transpose(1, 0, 2)
+            return _decoder.StoredLinear(np.ascontiguousarray(cut), bias)
+        in_fours = weight.reshape(-1, FOUR, panels, PANEL).transpose(2, 0, 3, 1)
+        return _decoder.StoredLinear(
+            np.ascontiguousarray(in_fours),
+            bias,
+            np.pad(self.scale * np.float32(self.input_scale), (0, -outputs % PANEL)),
+            weight.sum(axis=0, dtype=np.int32) * np.int32(self.input_zero),
+            float(np.float32(1.0) / np.float32(self.input_scale)),
+            float(self.input_zero),
+        )
+
+
+def in_turns(one: NDArray[np.generic], two: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Last axes of two arrays in turns, `LANES` of each."""
+    shape = (*one.shape[:-1], one.shape[-1] // LANES, LANES)
+    both = np.stack([one.reshape(shape), two.reshape(shape)], -2)
+    return np.ascontiguousarray(both.reshape(*one.shape[:-1], -1))
+
+
+@dataclass
+class FusedDecoder:
+    """A decoder's layers, ready to run.
+
+    Args:
+        shape: of the decoder; it has to fit.
+        frequencies: (3, d / 2) rotary frequency of each channel of half a head on the axis that
+            turns it, 0 on the others.
+        last_norm: (D,).
+        norms: (before the attention, before the MLP) of each layer.
+        layers: of each layer, its linears by the names of `LAYER_LINEARS`.
+
+    Raises:
+        ValueError: the shape does not fit, or a weight has another.
+    """
+
+    shape: FusedShape
+    frequencies: Floats
+    last_norm: Floats
+    norms: Sequence[tuple[Floats, Floats]]
+    layers: Sequence[Mapping[str, Linear]]
+    _native: _decoder.Decoder = field(init=False, repr=False)
+    _cosines: Floats = field(init=False, repr=False)
+    _sines: Floats = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        s = self.shape
+        if not s.fits:
+            raise ValueError(f"the kernel has no panels for {s}")
+        self._native = _decoder.Decoder(
+            s.width,
+            s.inner,
+            s.kv_heads,
+            s.heads // s.kv_heads,
+            s.head_width,
+            s.epsilon,
+            self.frequencies.argmax(axis=0).astype(np.int32),
+            checked(self.last_norm, (s.width,)),
+        )
+        for norms, linears in zip(self.norms, self.layers, strict=True):
+            for name, linear in linears.items():
+                checked(linear.weight, self._extents(name))
+            gate_up = linears["gate_proj"].beside(linears["up_proj"])
+            self._native.add_layer(
+                *(checked(norm, (s.width,)) for norm in norms),
+                *(linears[name].stored() for name in LAYER_LINEARS[:4]),
+                gate_up.stored(),
+                linears["down_proj"].stored(),
+            )
+        self._turn(FIRST_POSITIONS)
+
+    def _extents(self, name: str) -> tuple[int, int]:
+        """Inputs and outputs of a linear layer."""
+        s = self.shape
+        queries, keys = s.heads * s.head_width, s.kv_heads * s.head_width
+        return {
+            "q_proj": (s.width, queries),
+            "k_proj": (s.width, keys),
+            "v_proj": (s.width, keys),
+            "o_proj": (queries, s.width),
+            "gate_proj": (s.width, s.inner),
+            "up_proj": (s.width, s.inner),
+            "down_proj": (s.inner, s.width),
+        }[name]
+
+    def _turn(self, positions: int) -> None:
+        """Cosines and sines of the first positions, (positions, d / 2)."""
+        place = np.arange(positions, dtype=np.float32)[:, None]
+        angles = place * self.frequencies.sum(axis=0)
+        self._cosines, self._sines = np.cos(angles), np.sin(angles)
+
+    def last_hidden(
+        self,
+        embeds: Floats,
+        positions: Floats,
+        steps: NDArray[np.int64],
+        prefixes: Sequence[Floats],
+        prefix_steps: NDArray[np.int64],
+        threads: int,
+    ) -> Floats:
+        """Normalised hidden state (R, D) of each row's last token.
+
+        Args:
+            embeds: (R, S, D), padded on the right.
+            positions: (3, R, S), whole numbers from 0 on.
+            steps: (R,) how many of the S tokens are real, at least one.
+            prefixes: keys and values (L, 2, H, T, d) of each row's prefix, or of the one that all
+                rows share; T may differ.
+            prefix_steps: (len(prefixes),) how many of its T tokens a prefix begins with count.
+            threads: among which rows are shared.
+
+        Raises:
+            ValueError: shapes do not agree.
+        """
+        s, rows = self.shape, len(embeds)
+        checked(embeds, (rows, embeds.shape[1], s.width))
+        checked(positions, (3, rows, embeds.shape[1]))
+        if len(prefixes) not in (1, rows) or len(prefixes) != len(prefix_steps):
+            raise ValueError(f"{len(prefixes)} prefixes do not fit {rows} rows")
+        for prefix, length in zip(prefixes, prefix_steps, strict=True):
+            checked(prefix, (len(self.layers), 2, s.kv_heads, prefix.shape[3], s.head_width))
+            if not 0 <= length <= prefix.shape[3]:
+                raise ValueError(f"a prefix of {prefix.shape[3]} tokens has no {length}")
+        if len(steps) != rows or not ((steps >= 1) & (steps <= embeds.shape[1])).all():
+            raise ValueError(f"rows of {embeds.shape[1]} tokens cannot have {steps}")
+        places = positions.astype(np.int32)
+        if places.min(initial=0) < 0:
+            raise ValueError("positions begin at 0")
+        if (farthest := int(places.max(initial=0))) >= len(self._cosines):
+            self._turn(2 * farthest)
+        out = np.empty((rows, s.width), np.float32)
+        if rows:
+            self._native.run(
+                np.ascontiguousarray(embeds),
+                places,
+                steps,
+                [np.ascontiguousarray(prefix) for prefix in prefixes],
+                prefix_steps,
+                self._cosines,
+                self._sines,
+                threads,
+                out,
+            )
+        return out
+
+
+def checked(array: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
+    """An array of that shape.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if array.shape != shape:
+        raise ValueError(f"an array of shape {array.shape} should have {shape}")
+    return array

@@ -1,0 +1,177 @@
+"""`meiqa bench solver`, `budget`, `calibrate`, `growth` and `cold`: what takes how long."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meiqa.commands.options import (
+    add_engine,
+    add_format,
+    count,
+    engine_of,
+    milliseconds,
+    offline_packages,
+    positive_count,
+)
+
+if TYPE_CHECKING:
+    from meiqa.commands.options import Commands
+
+
+def add_subjects(subjects: Commands) -> None:
+    """Add these subjects to `meiqa bench`."""
+    _add_solver(subjects)
+    _add_budget(subjects)
+    _add_calibrate(subjects)
+    _add_growth(subjects)
+    _add_cold(subjects)
+
+
+def _solver(options: argparse.Namespace) -> int:
+    with offline_packages("bench"):
+        from meiqa.benchmarks.solver import bench_solver, table_text
+
+        result = bench_solver(rounds=options.rounds)
+    return _print(result, table_text(result), options)
+
+
+def _budget(options: argparse.Namespace) -> int:
+    from meiqa.benchmarks.budget import bench_budget, table_text
+
+    _embedded_anchors(options)
+    result = bench_budget(
+        lambda: engine_of(options),
+        options.budgets,
+        photos=options.photos,
+        images=None if options.images is None else Path(options.images),
+    )
+    return _print(result, table_text(result), options)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from meiqa.benchmarks.photographs import photographs_in
+    from meiqa.engine.planning import costs_file
+
+    _embedded_anchors(options)
+    images = None if options.images is None else Path(options.images)
+    with engine_of(options) as engine:
+        costs = engine.calibrate(photographs_in(images, options.photos))
+        kept = costs_file(engine.package.digest, options.device, options.threads)
+    values = asdict(costs)
+    spreads = values.pop("spreads")
+    lines = [
+        f"{name:<16}{value:10.3f}  ± {100 * spreads.get(name, 0.0):.0f} %"
+        for name, value in values.items()
+    ]
+    return _print({"file": str(kept), **asdict(costs)}, "\n".join([*lines, str(kept)]), options)
+
+
+def _growth(options: argparse.Namespace) -> int:
+    from meiqa.benchmarks.growth import bench_growth, table_text
+
+    _embedded_anchors(options)
+    result = bench_growth(
+        lambda: engine_of(options),
+        Path(options.memory),
+        anchors=options.anchors,
+        files=options.files,
+        rounds=options.rounds,
+    )
+    return _print(result, table_text(result), options)
+
+
+def _cold(options: argparse.Namespace) -> int:
+    from meiqa.benchmarks.cold import bench_cold, table_text
+
+    image = None if options.image is None else Path(options.image)
+    result = bench_cold(options.runs, image=image, k=options.k)
+    return _print(result, table_text(result), options)
+
+
+def _embedded_anchors(options: argparse.Namespace) -> None:
+    """Unless another is named, take the memory that is the same everywhere."""
+    from meiqa.locations import embedded_assets
+
+    if options.memory is None:
+        options.memory = str(embedded_assets() / "memory")
+
+
+def _print(result: dict[str, Any], text: str, options: argparse.Namespace) -> int:
+    from meiqa.formats import json_text
+
+    sys.stdout.write((json_text(result, indent=2) if options.format == "json" else text) + "\n")
+    return 0
+
+
+def _add_solver(subjects: Commands) -> None:
+    solver = subjects.add_parser("solver", help="Thurstone's model: our kernels and their rivals")
+    solver.add_argument("--rounds", type=positive_count, default=15, metavar="N")
+    add_format(solver, "text", "json")
+    solver.set_defaults(run=_solver)
+
+
+def _add_budget(subjects: Commands) -> None:
+    budget = subjects.add_parser("budget", help="how late answers are under a time limit")
+    budget.add_argument(
+        "--budgets",
+        type=milliseconds,
+        nargs="+",
+        default=[50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0],
+        metavar="MS",
+    )
+    budget.add_argument("--photos", type=positive_count, default=100, metavar="N")
+    _add_images(budget)
+    add_format(budget, "text", "json")
+    add_engine(budget, memory="the embedded anchors alone")
+    budget.set_defaults(run=_budget)
+
+
+def _add_calibrate(subjects: Commands) -> None:
+    calibrate = subjects.add_parser("calibrate", help="measure what stages cost here, and keep it")
+    calibrate.add_argument("--photos", type=positive_count, default=20, metavar="N")
+    _add_images(calibrate)
+    add_format(calibrate, "text", "json")
+    add_engine(calibrate, memory="the embedded anchors alone")
+    calibrate.set_defaults(run=_calibrate)
+
+
+def _add_growth(subjects: Commands) -> None:
+    growth = subjects.add_parser("growth", help="cost against neighbours, anchors and photos")
+    growth.add_argument(
+        "--anchors",
+        type=positive_count,
+        nargs="+",
+        default=[1_000, 10_000, 100_000],
+        metavar="N",
+        help="sizes of made memories (default: 1000 10000 100000)",
+    )
+    growth.add_argument(
+        "--files",
+        type=positive_count,
+        nargs="*",
+        default=[10, 1_000],
+        metavar="N",
+        help="files whose peak memory is compared (default: 10 1000)",
+    )
+    growth.add_argument("--rounds", type=positive_count, default=5, metavar="N")
+    add_format(growth, "text", "json")
+    add_engine(growth, memory="the embedded anchors alone")
+    growth.set_defaults(run=_growth)
+
+
+def _add_cold(subjects: Commands) -> None:
+    cold = subjects.add_parser("cold", help="a photo in a fresh process, beside its imports")
+    cold.add_argument("--runs", type=positive_count, default=10, metavar="N")
+    cold.add_argument("--image", metavar="PATH", help="the photo (default: a made one)")
+    cold.add_argument("--k", type=count, metavar="N", help="how many neighbours to compare with")
+    add_format(cold, "text", "json")
+    cold.set_defaults(run=_cold)
+
+
+def _add_images(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--images", metavar="DIR", help="photographs (default: made ones)")

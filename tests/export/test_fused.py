@@ -1,0 +1,107 @@
+"""A small decoder's layers are stored a second time, and answer as its graph does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from meiqa.engine.runtime.fused import LAYERS_FILE, FusedSession, decoder_of
+from meiqa.export import fused
+from meiqa.export.checkpoint import decoder_shape_of
+from meiqa.export.decoder import DecoderConfig, SharedPrefixDecoder
+from meiqa.export.fused import fused_arrays, write_fused_layers
+from meiqa.export.graphs import decoder_graph, decoder_interface, save_graph
+from meiqa.export.piecewise import PiecewiseSession
+from meiqa.export.quantise import Quantisation, observe
+from meiqa.export.verify import random_feeds
+from meiqa.export.weights import weightless
+from meiqa.kernels.decoder import fused_decoder_supported
+from meiqa.memory.segment import Segment
+
+TEXT = DecoderConfig(
+    vocab_size=53,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    mrope_section=(4, 6, 6),
+)
+SHAPE = decoder_shape_of(TEXT)
+ROWS, STEPS, PREFIX_STEPS = 5, 7, 11
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder with the float graph of a random decoder."""
+    folder = tmp_path_factory.mktemp("decoder")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = SharedPrefixDecoder(TEXT).state_dict()
+        for name, weight in weights.items():
+            weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    with weightless():
+        empty = SharedPrefixDecoder(TEXT).eval()
+    graph = decoder_graph(empty, decoder_interface(SHAPE), lambda name: weights[name])
+    save_graph(graph, folder / "decoder.onnx")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def int8_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder with the same decoder in INT8."""
+    files = {"decoder": folder / "decoder.onnx"}
+    sizes = (2, 3, STEPS, PREFIX_STEPS, 0, 1)
+    feeds = random_feeds(SHAPE, sizes, np.random.default_rng(1))
+    observed = observe(files, lambda sessions: sessions["decoder"].run(feeds))
+    quantisation = Quantisation(files, "int8", observed)
+    out = tmp_path_factory.mktemp("int8")
+    plan = quantisation.default()["decoder"]
+    save_graph(quantisation.graph("decoder", plan), out / "decoder.onnx")
+    return out
+
+
+@pytest.mark.skipif(not fused_decoder_supported(), reason="this processor has no AVX-512 with VNNI")
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_layers_answer_as_the_graph_does(
+    folder: Path, int8_folder: Path, precision: str
+) -> None:
+    place = folder if precision == "fp32" else int8_folder
+    assert write_fused_layers(place, TEXT, precision)
+    segment = Segment.open(place / LAYERS_FILE)
+    graph = PiecewiseSession(place / "decoder.onnx")
+    head = np.asarray(segment.arrays["lm_head"], np.float32)
+    session = FusedSession(graph, decoder_of(segment.arrays, segment.attributes), head, 2)
+    sizes = (1, ROWS, STEPS, PREFIX_STEPS, 0, 1)
+    feeds = dict(random_feeds(SHAPE, sizes, np.random.default_rng(2)))
+    feeds["prefix_lengths"] = np.array([PREFIX_STEPS])
+    wanted = session.run(feeds)["logits"][0, :, 0]
+    made = session.last_logits(
+        feeds["embeds"][0],
+        feeds["positions"][:, 0],
+        feeds["logit_positions"][0, :, 0] + 1,
+        [feeds["prefix"][:, :, 0]],
+    )
+    # In INT8 the head is in half precision, and a value may fall on the other side of a step.
+    tolerance = 1e-4 if precision == "fp32" else 0.02 * float(np.abs(wanted).max())
+    np.testing.assert_allclose(made, wanted, atol=tolerance, rtol=0)
+    assert np.ptp(wanted) > 100 * 1e-4
+
+
+def test_int8_layers_are_bytes(int8_folder: Path) -> None:
+    arrays = fused_arrays(ir.load(int8_folder / "decoder.onnx"), TEXT)
+    assert arrays["layers.1.down_proj"].dtype == np.int8
+    assert arrays["layers.1.down_proj.input"].shape == (2,)
+    assert arrays["lm_head"].dtype == np.float32
+
+
+def test_large_and_other_decoders_are_not_stored_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not write_fused_layers(folder, TEXT, "fp16")
+    monkeypatch.setattr(fused, "LARGEST_BYTES", 1000)
+    assert not write_fused_layers(folder, TEXT, "fp32")

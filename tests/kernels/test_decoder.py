@@ -1,0 +1,220 @@
+"""The fused decoder against its naive twin, and alone against in company."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from meiqa.kernels.decoder import (
+    LAYER_LINEARS,
+    FusedDecoder,
+    FusedShape,
+    Linear,
+    fused_decoder_supported,
+)
+from tests.kernels import naive_decoder
+
+Floats = NDArray[np.float32]
+SHAPE = FusedShape(width=64, inner=80, heads=4, kv_heads=2, head_width=32, epsilon=1e-6)
+NARROW = FusedShape(width=32, inner=16, heads=1, kv_heads=1, head_width=32, epsilon=1e-5)
+WIDE = FusedShape(width=96, inner=208, heads=6, kv_heads=2, head_width=64, epsilon=1e-6)
+LAYERS, PLACES = 3, 40
+pytestmark = pytest.mark.skipif(
+    not fused_decoder_supported(), reason="this processor has no AVX-512 with VNNI"
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of different lengths, each with a prefix of its own length."""
+
+    embeds: Floats
+    positions: Floats
+    steps: NDArray[np.int64]
+    prefixes: list[Floats]
+    lengths: NDArray[np.int64]
+
+    def run(self, decoder: FusedDecoder, threads: int = 1) -> Floats:
+        return decoder.last_hidden(
+            self.embeds, self.positions, self.steps, self.prefixes, self.lengths, threads
+        )
+
+    def twins(self, decoder: FusedDecoder) -> NDArray[np.float64]:
+        wanted = []
+        for row, steps in enumerate(self.steps):
+            prefix = self.prefixes[row if len(self.prefixes) > 1 else 0]
+            length = self.lengths[row if len(self.lengths) > 1 else 0]
+            wanted.append(
+                naive_decoder.last_hidden(
+                    decoder,
+                    self.embeds[row, :steps],
+                    self.positions[:, row, :steps],
+                    prefix[:, :, :, :length],
+                )
+            )
+        return np.stack(wanted)
+
+    def only(self, row: int) -> Rows:
+        own = row if len(self.prefixes) > 1 else 0
+        return Rows(
+            self.embeds[row : row + 1],
+            self.positions[:, row : row + 1],
+            self.steps[row : row + 1],
+            [self.prefixes[own]],
+            self.lengths[own : own + 1],
+        )
+
+
+def drawn_decoder(shape: FusedShape, precision: str, seed: int = 0) -> FusedDecoder:
+    rng = np.random.default_rng(seed)
+    queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    extents = {
+        "q_proj": (shape.width, queries),
+        "k_proj": (shape.width, keys),
+        "v_proj": (shape.width, keys),
+        "o_proj": (queries, shape.width),
+        "gate_proj": (shape.width, shape.inner),
+        "up_proj": (shape.width, shape.inner),
+        "down_proj": (shape.inner, shape.width),
+    }
+    half = shape.head_width // 2
+    owners = rng.integers(0, 3, half)
+    frequencies = np.zeros((3, half), np.float32)
+    frequencies[owners, np.arange(half)] = 100.0 ** (-np.arange(half) / half)
+
+    def normal(*extent: int) -> Floats:
+        return rng.standard_normal(extent, np.float32)
+
+    def linear(name: str) -> Linear:
+        weight = normal(*extents[name]) / np.float32(extents[name][0] ** 0.5)
+        exact = Linear(weight, 0.3 * normal(weight.shape[1]))
+        in_floats = precision == "fp32" or (precision == "mixed" and name in ("k_proj", "up_proj"))
+        return exact if in_floats else rounded(exact, 0.06, 77)
+
+    return FusedDecoder(
+        shape,
+        frequencies,
+        normal(shape.width),
+        [(1 + 0.2 * normal(shape.width), 1 + 0.2 * normal(shape.width)) for _ in range(LAYERS)],
+        [{name: linear(name) for name in LAYER_LINEARS} for _ in range(LAYERS)],
+    )
+
+
+def rounded(linear: Linear, input_scale: float, input_zero: int) -> Linear:
+    scale = (np.abs(linear.weight).max(axis=0) / 127).astype(np.float32)
+    codes = np.rint(linear.weight / scale).astype(np.int8)
+    return Linear(codes, linear.bias, scale, input_scale, input_zero)
+
+
+def drawn_rows(shape: FusedShape, steps: list[int], lengths: list[int], seed: int = 0) -> Rows:
+    rng = np.random.default_rng(seed)
+    count, most = len(steps), max(steps)
+
+    def prefix(length: int) -> Floats:
+        spare = int(rng.integers(0, 3))
+        extents = (LAYERS, 2, shape.kv_heads, length + spare, shape.head_width)
+        return rng.standard_normal(extents, np.float32)
+
+    return Rows(
+        rng.standard_normal((count, most, shape.width), np.float32),
+        rng.integers(0, PLACES, (3, count, most)).astype(np.float32),
+        np.array(steps),
+        [prefix(length) for length in lengths],
+        np.array(lengths),
+    )
+
+
+@pytest.mark.parametrize("shape", [SHAPE, NARROW, WIDE])
+@pytest.mark.parametrize(
+    ("steps", "lengths"),
+    [([1], [0]), ([1], [1]), ([3, 14, 15, 7], [33]), ([31, 1, 29], [0, 16, 47]), ([97], [3])],
+)
+def test_agrees_with_the_naive_twin(
+    shape: FusedShape, steps: list[int], lengths: list[int]
+) -> None:
+    decoder = drawn_decoder(shape, "fp32")
+    rows = drawn_rows(shape, steps, lengths)
+    np.testing.assert_allclose(rows.run(decoder), rows.twins(decoder), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["int8", "mixed"])
+@pytest.mark.parametrize("shape", [SHAPE, WIDE])
+def test_bytes_agree_with_the_naive_twin(shape: FusedShape, precision: str) -> None:
+    decoder = drawn_decoder(shape, precision)
+    if precision == "mixed":
+        # A pair that is read in turns multiplies bytes only if both do.
+        layers = [dict(layer, gate_proj=layer["gate_proj"].in_floats()) for layer in decoder.layers]
+        twin = replace(decoder, layers=layers)
+    else:
+        twin = decoder
+    rows = drawn_rows(shape, [9, 20, 1, 14], [33])
+    found, wanted = rows.run(decoder), rows.twins(twin)
+    # Now and then a value lies so near the middle of two steps that it falls on the other one.
+    difference = np.abs(found - wanted)
+    assert np.median(difference) < 1e-3
+    assert difference.max() < 0.15
+    assert np.abs(wanted - rows.twins(drawn_decoder(shape, "fp32"))).max() > 0.15
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("lengths", [[21], [21, 0, 40, 5, 5, 33, 8]])
+def test_a_row_is_the_same_alone_and_in_any_company(precision: str, lengths: list[int]) -> None:
+    decoder = drawn_decoder(SHAPE, precision)
+    rows = drawn_rows(SHAPE, [9, 20, 1, 14, 30, 2, 16], lengths)
+    together = rows.run(decoder)
+    for threads in (2, 3, 16):
+        np.testing.assert_array_equal(rows.run(decoder, threads), together)
+    for row in range(7):
+        np.testing.assert_array_equal(rows.only(row).run(decoder)[0], together[row])
+
+
+def test_positions_beyond_the_first_table() -> None:
+    decoder = drawn_decoder(SHAPE, "fp32")
+    rows = drawn_rows(SHAPE, [5], [4])
+    far = replace(rows, positions=rows.positions + 700)
+    np.testing.assert_allclose(far.run(decoder), far.twins(decoder), atol=1e-3, rtol=0)
+    assert np.abs(far.run(decoder) - rows.run(decoder)).max() > 1e-2
+
+
+def test_no_rows_no_states() -> None:
+    rows = drawn_rows(SHAPE, [2], [3])
+    none = replace(
+        rows, embeds=rows.embeds[:0], positions=rows.positions[:, :0], steps=rows.steps[:0]
+    )
+    assert none.run(drawn_decoder(SHAPE, "fp32")).shape == (0, SHAPE.width)
+
+
+def test_what_is_not_a_number_stays_in_its_row() -> None:
+    decoder = drawn_decoder(SHAPE, "fp32")
+    rows = drawn_rows(SHAPE, [4, 4, 4], [6])
+    sound = rows.run(decoder)
+    rows.embeds[1, 2] = np.nan
+    found = rows.run(decoder)
+    np.testing.assert_array_equal(found[[0, 2]], sound[[0, 2]])
+    assert np.isnan(found[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": np.array([0, 2])}, "cannot have"),
+        ({"steps": np.array([1, 9])}, "cannot have"),
+        ({"lengths": np.array([99])}, "has no 99"),
+        ({"prefixes": []}, "do not fit 2 rows"),
+        ({"positions": -np.ones((3, 2, 4), np.float32)}, "begin at 0"),
+        ({"embeds": np.zeros((2, 4, 48), np.float32)}, "should have"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
+    rows = replace(drawn_rows(SHAPE, [4, 2], [3]), **change)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        rows.run(drawn_decoder(SHAPE, "fp32"))
+
+
+def test_a_shape_without_panels_is_refused() -> None:
+    assert not replace(SHAPE, head_width=24).fits
+    with pytest.raises(ValueError, match="no panels"):
+        drawn_decoder(replace(SHAPE, head_width=24), "fp32")
