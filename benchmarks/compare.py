@@ -67,9 +67,10 @@ TEXT = {
     "rms_norm_eps": 1e-6,
 }
 ROTARY = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [8, 12, 12]}
+PATCH, MERGE = 8, 2
 VISION = {
     **{"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2},
-    **{"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2},
+    **{"patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": 2},
     **{"window_size": 64, "fullatt_block_indexes": [0], "out_hidden_size": 256},
 }
 
@@ -439,10 +440,10 @@ def random_checkpoint(folder: Path, seed: int) -> Path:
                 torch.nn.init.normal_(weight, std=WEIGHT_STD)
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    cell = VISION["patch_size"] * VISION["spatial_merge_size"]
+    cell = PATCH * MERGE
     image = {
         **{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]},
-        **{"patch_size": VISION["patch_size"], "merge_size": VISION["spatial_merge_size"]},
+        **{"patch_size": PATCH, "merge_size": MERGE},
         **{"temporal_patch_size": 2, "min_pixels": 4 * cell**2, "max_pixels": 64 * cell**2},
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=2) + "\n")

@@ -196,6 +196,8 @@ def _writer_began(child: subprocess.Popen[str], out: Path) -> float:
 
 
 def _kept(spool: Path) -> int:
+    if not spool.exists():  # it was interrupted before the first moment
+        return 0
     with closing(sqlite3.connect(spool)) as connection:
         count: int = connection.execute("SELECT count(*) FROM records").fetchone()[0]
     return count

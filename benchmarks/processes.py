@@ -35,13 +35,9 @@ def reported_together(count: int, module: str, *arguments: object) -> list[dict[
 
     The module works, calls `wait_for_go`, reports with `say`, and waits again.
     """
+    command = module_command(module, *arguments)
     readers = [
-        subprocess.Popen(
-            module_command(module, *arguments),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(count)
     ]
     reports = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from meiqa.kernels import _decoder
 __all__ = ["FusedDecoder", "FusedShape", "Linear", "fused_decoder_supported"]
 
 Floats = NDArray[np.float32]
+Number = TypeVar("Number", bound=np.generic)
 PANEL, LANES, FOUR = 32, 16, 4
 FIRST_POSITIONS = 512
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -92,12 +94,9 @@ class Linear:
         """Both layers' outputs in turns, `LANES` of one and `LANES` of the other."""
         if self.scale is None or other.scale is None:
             one, two = self.in_floats(), other.in_floats()
-            return Linear(
-                in_turns(one.weight, two.weight).astype(np.float32, copy=False),
-                in_turns(one.bias, two.bias),
-            )
+            return Linear(in_turns(one.weight, two.weight), in_turns(one.bias, two.bias))
         return Linear(
-            in_turns(self.weight, other.weight).astype(np.int8, copy=False),
+            in_turns(self.weight, other.weight),
             in_turns(self.bias, other.bias),
             in_turns(self.scale, other.scale),
             self.input_scale,
@@ -124,7 +123,7 @@ class Linear:
         )
 
 
-def in_turns(one: NDArray[np.generic], two: NDArray[np.generic]) -> NDArray[np.generic]:
+def in_turns(one: NDArray[Number], two: NDArray[Number]) -> NDArray[Number]:
     """Last axes of two arrays in turns, `LANES` of each."""
     shape = (*one.shape[:-1], one.shape[-1] // LANES, LANES)
     both = np.stack([one.reshape(shape), two.reshape(shape)], -2)
@@ -174,9 +173,14 @@ class FusedDecoder:
             for name, linear in linears.items():
                 checked(linear.weight, self._extents(name))
             gate_up = linears["gate_proj"].beside(linears["up_proj"])
+            query, key, value, mix = (linears[name].stored() for name in LAYER_LINEARS[:4])
             self._native.add_layer(
-                *(checked(norm, (s.width,)) for norm in norms),
-                *(linears[name].stored() for name in LAYER_LINEARS[:4]),
+                checked(norms[0], (s.width,)),
+                checked(norms[1], (s.width,)),
+                query,
+                key,
+                value,
+                mix,
                 gate_up.stored(),
                 linears["down_proj"].stored(),
             )
@@ -257,7 +261,7 @@ class FusedDecoder:
         return out
 
 
-def checked(array: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
+def checked(array: NDArray[Number], shape: tuple[int, ...]) -> NDArray[Number]:
     """An array of that shape.
 
     Raises:

@@ -115,10 +115,10 @@ def decoder_of(arrays: Stored, attributes: Mapping[str, object]) -> FusedDecoder
         floats(arrays["frequencies"]),
         floats(arrays["norm"]),
         [
-            tuple(floats(arrays[f"{layer}.{n}"]) for n in ("input_layernorm", "post_layernorm"))
-            for layer in names
+            (floats(arrays[f"{name}.input_layernorm"]), floats(arrays[f"{name}.post_layernorm"]))
+            for name in names
         ],
-        [{n: linear_of(arrays, f"{layer}.{n}") for n in LAYER_LINEARS} for layer in names],
+        [{n: linear_of(arrays, f"{name}.{n}") for n in LAYER_LINEARS} for name in names],
     )
 
 

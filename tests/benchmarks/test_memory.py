@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from meiqa.benchmarks import memory
-from meiqa.benchmarks.memory import bench_memory, clustered_vectors, main
+from meiqa.benchmarks.memory import bench_memory, main
+from meiqa.benchmarks.processes import asked_afresh
+from meiqa.benchmarks.vectors import clustered_vectors
+from meiqa.memory.index import RECALL
 
 COLUMNS = {"n", "index", "recall", "p50_ms", "p99_ms", "open_ms", "resident_mb"}
+
+
+def asked_here(module: str, *arguments: object) -> dict[str, Any]:
+    """Ask in this process, which takes no time to start; tests/benchmarks/test_opening.py does."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        importlib.import_module(module).main([*map(str, arguments)])
+    return json.loads(printed.getvalue())
+
+
+def no_memories(sizes: Sequence[int], *_: object, **__: object) -> dict[str, Any]:
+    """Stand in for `bench_opening`, which is tested by itself."""
+    columns = ("files_mb", "open_ms", "verified_ms", "resident_share", "retrieve_p50_ms")
+    return {"rows": [{"n": size, **dict.fromkeys(columns, 1.5)} for size in sizes]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "asked_afresh", asked_here)
+        patch.setattr(memory, "bench_opening", no_memories)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +70,20 @@ def test_there_is_a_row_for_every_size_and_index(small: dict[str, list[dict[str,
     assert json.loads(json.dumps(small)) == small
 
 
-def test_readers_share_the_pages_of_the_index(
-    small: dict[str, list[dict[str, list[float]]]],
+def test_the_frozen_index_knows_the_effort_that_it_needs(
+    small: dict[str, list[dict[str, float]]],
 ) -> None:
-    for readers in small["readers"]:
-        assert len(readers["pss_mb"]) == 4
-        for rss, pss in zip(readers["rss_mb"], readers["pss_mb"], strict=True):
-            assert 0 < pss <= rss / 2
+    assert [row["n"] for row in small["measured"]] == [300, 2000]
+    for row in small["measured"]:
+        assert row["effort"] >= 32
+        assert row["recall"] >= RECALL
+
+
+def test_each_index_is_opened_in_a_process_of_its_own(saved: Path, small: object) -> None:
+    path = saved / "300x32-0.frozen"
+    opened = asked_afresh("meiqa.benchmarks.memory", "--open", "frozen", path, 32)
+    assert opened["open_ms"] > 0
+    assert opened["resident_mb"] < 1
 
 
 def test_the_vectors_are_the_same_for_any_number_of_queries() -> None:
@@ -93,5 +130,6 @@ def test_the_command_prints_a_table_and_json(
     table = capsys.readouterr().out
     assert table.splitlines()[0].split()[:4] == ["n", "index", "recall", "p50_ms"]
     assert "frozen" in table
+    assert table.splitlines()[4].split()[:3] == ["n", "files_mb", "open_ms"]
     main([*arguments, "--format", "json"])
     assert {row["n"] for row in json.loads(capsys.readouterr().out)["rows"]} == {50}
