@@ -25,7 +25,7 @@ from meiqa.engine.images import Pixels, load_pixels
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import fitted_to, remembered_drafts, sessions_on
 from meiqa.engine.remembering import open_memory
-from meiqa.engine.runtime.base import GraphSession
+from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.engine.vlm import PROPOSED_TOKENS, Description, LocalVlm, Prefix
 from meiqa.errors import UsageError
 from meiqa.locations import embedded_assets
@@ -167,7 +167,7 @@ def _rows_ms(vlm: LocalVlm, decoder: GraphSession, prefix: Prefix, rounds: int) 
     times: dict[int, list[float]] = {rows: [] for rows in _ROWS}
     for _ in range(10 * rounds):
         for rows in _ROWS:
-            feeds = {
+            feeds: dict[str, Array] = {
                 "embeds": np.zeros((1, rows, tokens, s.embed_width), np.float32),
                 "positions": np.tile(position, (3, 1, rows, 1)),
                 "prefix": prefix.key_values[:, :, None],
@@ -185,7 +185,7 @@ def _rows_ms(vlm: LocalVlm, decoder: GraphSession, prefix: Prefix, rounds: int) 
 def table_text(result: Mapping[str, Any]) -> str:
     """Lay out what `bench_drafting` gives for people."""
     columns = ("p50_ms", "p95_ms", "p99_ms", "calls", "tokens", "accepted_per_call")
-    lines = [("", *columns)]
+    lines: list[tuple[str, ...]] = [("", *columns)]
     lines += [(way, *(str(result[way][name]) for name in columns)) for way in ("plain", "drafted")]
     widths = [max(len(line[at]) for line in lines) for at in range(len(lines[0]))]
     table = [

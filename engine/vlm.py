@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -264,7 +265,7 @@ class LocalVlm:
         family, ids = self.prompts.family, self.prompts.ids
         before = family.description_end + family.answer_open
         # Similar photos often have the same summary.
-        opened = {summary: ids(summary + before) for summary in {d.summary for d in drafts}}
+        opened = {text: ids(text + before).tolist() for text in {d.summary for d in drafts}}
         rated = bool(family.answer_open)
         return Proposer(
             [*opened[draft.summary], *ids(f"{draft.score:.2f}{family.answer_close}")]
@@ -345,9 +346,10 @@ class LocalVlm:
         def answers(part: Sequence[tuple[Prefix, VisualTokens]]) -> NDArray[np.float64]:
             rows = [self._second_row(first, second) for first, second in part]
             prefixes = [first.key_values for first, _ in (part[:1] if shared else part)]
-            logits = decoder.last_logits(*padded(rows), prefixes)
+            logits = decoder.last_logits(*padded(rows), prefixes, self.prompts.verdict_ids)
             require_finite(logits)
-            return self._first_over_second(logits)
+            ahead: NDArray[np.float64] = logits[:, 0].astype(np.float64) - logits[:, 1]
+            return ahead
 
         return joined(answers(part) for part in chunks(list(pairs), ROWS_BY_THEMSELVES))
 
@@ -369,21 +371,17 @@ class LocalVlm:
     ) -> NDArray[np.float64]:
         """Logit that the first picture of each row looks better."""
         logits = self._call(rows, prefixes, one_each=one_each)["logits"]
-        return self._first_over_second(logits.reshape(len(rows), -1))
-
-    def _first_over_second(self, logits: Floats) -> NDArray[np.float64]:
-        """By how much the answer "the first" is ahead, (R,), in logits (R, V)."""
+        flat = logits.reshape(len(rows), -1).astype(np.float64)
         first_id, second_id = self.prompts.verdict_ids
-        chosen = logits[:, [first_id, second_id]].astype(np.float64)
-        verdicts: NDArray[np.float64] = chosen[:, 0] - chosen[:, 1]
+        verdicts: NDArray[np.float64] = flat[:, first_id] - flat[:, second_id]
         return verdicts
 
     def _second_row(self, first: Prefix, second: VisualTokens) -> Row:
         """The row that shows a second picture and asks which looks better."""
         p = self.prompts
         question = np.concatenate([p.closing, p.compare])
-        positions, _ = layout(
-            [len(p.second_opening), second.grid, len(question)], first.next_position
+        positions = positions_around(
+            second.grid, len(p.second_opening), len(question), first.next_position
         )
         embeds = [self._embed(p.second_opening), second.values, self._embed(question)]
         return Row(np.concatenate(embeds), positions)
@@ -670,6 +668,14 @@ def require_finite(values: Floats) -> None:
             "the model's answer is not a number",
             hint="export the model with --precision fp32, whose range is wider",
         )
+
+
+@lru_cache(maxsize=1024)
+def positions_around(grid: tuple[int, int], before: int, after: int, start: int) -> Floats:
+    """Positions (3, n) of a picture between texts; most pictures have one of few grids."""
+    positions: Floats = layout([before, grid, after], start)[0]
+    positions.setflags(write=False)
+    return positions
 
 
 def padded(rows: Sequence[Row]) -> tuple[Floats, Floats, NDArray[np.int64]]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from meiqa.engine.runtime.base import Array
+from meiqa.engine.runtime.onnx import UNWANTED_OPTIMIZERS
 
 PIECE_BYTES = 1 << 30
 Values = dict[str, NDArray[np.generic]]
@@ -116,7 +117,12 @@ def session_of(path: Path) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        path,
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=UNWANTED_OPTIMIZERS,
+    )
 
 
 def bytes_of(weight: TensorProto) -> int:

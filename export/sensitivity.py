@@ -3,7 +3,8 @@
 One group of layers is quantised at a time and everything else left in float; what that moves, in
 grades and in verdicts of comparisons on pictures that were not calibrated on, decides. A group may
 spend as much of a budget for the whole model as it has a share in what quantising saves: in the
-bytes of all weights or in all multiplications, whichever is more. Where a group moves the answers
+bytes of all weights, in all multiplications or in all values that layers make, whichever is most: a
+depthwise convolution has few weights, but in float its wide result is converted twice. Where a group moves the answers
 by more than that, its layers are measured one by one, and those that do so too stay behind.
 """
 
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,28 +61,31 @@ class Answers:
         )
 
 
+class Shares(NamedTuple):
+    """Parts of what all graphs' layers have: of the bytes of their weights, of the multiplications
+    and of the values that they make."""
+
+    byte_share: float
+    work_share: float
+    value_share: float
+
+
 @dataclass(frozen=True)
 class Group:
     """Layers of a graph that are judged together.
 
     Attributes:
-        layers: by their names, the part of all weights' bytes that each holds and the part of all
-            multiplications that each does.
+        layers: the share of each by its name.
     """
 
     graph: str
     name: str
-    layers: Mapping[str, tuple[float, float]]
+    layers: Mapping[str, Shares]
 
     @property
-    def byte_share(self) -> float:
-        """Part of the bytes of all graphs' weights."""
-        return sum(of_bytes for of_bytes, _ in self.layers.values())
-
-    @property
-    def work_share(self) -> float:
-        """Part of all graphs' multiplications."""
-        return sum(of_work for _, of_work in self.layers.values())
+    def shares(self) -> Shares:
+        """Of all its layers together."""
+        return Shares(*np.sum(list(self.layers.values()), axis=0).tolist())
 
     def only(self, names: Collection[str]) -> Group:
         """Some of its layers."""
@@ -96,15 +100,16 @@ def groups_of(quantisation: Quantisation) -> list[Group]:
     layers = [
         (graph, layer) for graph in quantisation.files for layer in quantisation.layers(graph)
     ]
+    positions = np.array([quantisation.positions(graph, layer) for graph, layer in layers])
     sizes = np.array([prod(layer.shape) for _, layer in layers])
-    works = sizes * [quantisation.positions(graph, layer) for graph, layer in layers]
-    groups: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    outputs = np.array([layer.shape[layer.output_axis] for _, layer in layers])
+    costs = np.stack([sizes, sizes * positions, outputs * positions], axis=1)
+    groups: dict[tuple[str, str], dict[str, Shares]] = {}
     first = layers[0][1].name
-    shares = zip(sizes / sizes.sum(), works / works.sum(), strict=True)
-    for (graph, layer), (of_bytes, of_work) in zip(layers, shares, strict=True):
+    for (graph, layer), shares in zip(layers, costs / costs.sum(axis=0), strict=True):
         kind = re.sub(r"\.\d+(?=\.)", ".*", layer.name, count=1)
         key = graph, layer.name if layer.name == first else kind
-        groups.setdefault(key, {})[layer.name] = float(of_bytes), float(of_work)
+        groups.setdefault(key, {})[layer.name] = Shares(*shares.tolist())
     return [Group(graph, kind, names) for (graph, kind), names in groups.items()]
 
 
@@ -160,8 +165,8 @@ class SensitivityStudy:
                 tokens = [vlm.encode(picture) for picture in self._pictures]
             grade, verdict = self._exact.moves_to(Answers.of(vlm, tokens))
         # Grades span 4 and preferences 1.
-        share = max(group.byte_share, group.work_share)
-        allowed = BUDGETS[self._quantisation.precision] * share
+        shares = group.shares
+        allowed = BUDGETS[self._quantisation.precision] * max(shares)
         # What is not a number must not pass as small.
         bears = bool(grade <= allowed and 4 * verdict <= allowed)
         self.table.append(
@@ -170,8 +175,7 @@ class SensitivityStudy:
                 "group": group.name if len(group.layers) > 1 else next(iter(group.layers)),
                 "layers": len(group.layers),
                 "precision": precision,
-                "byte_share": group.byte_share,
-                "work_share": group.work_share,
+                **shares._asdict(),
                 "grade_move": grade,
                 "verdict_move": verdict,
                 "allowed_move": allowed,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +73,7 @@ class Linear:
         input_scale, input_zero: range of its input, rounded to unsigned bytes.
     """
 
-    weight: Floats | NDArray[np.int8]
+    weight: NDArray[Any]
     bias: Floats
     scale: Floats | None = None
     input_scale: float = 1.0

@@ -235,7 +235,7 @@ class Ways:
             for cache in self.kept:
                 part = after[at : at + self.rows]
                 made.append(self._run(part, self.prefix_steps, cache))
-                cache.crop(self.prefix_steps)
+                cache.crop(-self.steps)
                 at += len(part)
             return self._all(made)
 

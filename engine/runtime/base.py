@@ -28,7 +28,7 @@ class GraphSession(Protocol):
 
 @runtime_checkable
 class RowSession(GraphSession, Protocol):
-    """A decoder that can also give the logits of rows' last tokens alone, and faster."""
+    """A decoder that can also run rows for their last tokens' logits alone, and faster."""
 
     def last_logits(
         self,
@@ -36,13 +36,15 @@ class RowSession(GraphSession, Protocol):
         positions: NDArray[np.float32],
         steps: NDArray[np.int64],
         prefixes: Sequence[NDArray[np.float32]],
+        wanted: Sequence[int],
     ) -> NDArray[np.float32]:
-        """Logits (R, V) of each row's last token.
+        """Logits (R, len(wanted)) of some tokens in place of each row's next one.
 
         Args:
             embeds: (R, S, D), padded on the right.
             positions: (3, R, S) temporal, row and column positions.
             steps: (R,) how many of the S tokens are real.
             prefixes: keys and values (L, 2, H, T, d) of each row's prefix, or of the only one.
+            wanted: ids of the tokens.
         """
         ...

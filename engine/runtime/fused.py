@@ -57,13 +57,14 @@ class FusedSession:
         positions: Floats,
         steps: NDArray[np.int64],
         prefixes: Sequence[Floats],
+        wanted: Sequence[int],
     ) -> Floats:
-        """Logits (R, V) of each row's last token; see `RowSession`."""
+        """Logits (R, len(wanted)) of each row's last token; see `RowSession`."""
         lengths = np.array([prefix.shape[3] for prefix in prefixes], np.int64)
         hidden = self._decoder.last_hidden(
             embeds, positions, steps, prefixes, lengths, self._threads
         )
-        logits: Floats = hidden @ self._head
+        logits: Floats = hidden @ self._head[:, list(wanted)]
         return logits
 
 

@@ -16,6 +16,10 @@ from meiqa.errors import DeviceUnavailable, PackageCorrupted
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
+UNWANTED_OPTIMIZERS = ["WeightBiasQuantization"]
+"""Rounds the weights of a layer between two quantised ones to 8 bits, one scale for all, where the
+export measured that the layer needs more: a depthwise convolution loses a third of its signal."""
+
 
 class OnnxSession:
     """A graph in ONNX Runtime on the device that was asked for, never on another."""
@@ -28,7 +32,9 @@ class OnnxSession:
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=[provider])
+            self._session = onnxruntime.InferenceSession(
+                path, options, providers=[provider], disabled_optimizers=UNWANTED_OPTIMIZERS
+            )
         except (
             onnxruntime.capi.onnxruntime_pybind11_state.Fail,
             onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument,

@@ -35,6 +35,12 @@ def add_commands(commands: Commands) -> None:
         help="numbers of keys; a million takes most of an hour (default: 1000 10000 100000)",
     )
     memory.add_argument("--queries", type=positive_count, default=1_000, metavar="N")
+    memory.add_argument(
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="keeps indexes and memories, and goes on with those it has",
+    )
     add_format(memory, "text", "json")
     memory.set_defaults(run=_memory)
     drafting = subjects.add_parser("drafting", help="writing with drafts from the memory")
@@ -75,7 +81,7 @@ def _memory(options: argparse.Namespace) -> int:
         from meiqa.benchmarks.memory import bench_memory, table_text
         from meiqa.formats import json_text
 
-        result = bench_memory(options.sizes, queries=options.queries)
+        result = bench_memory(options.sizes, queries=options.queries, directory=options.directory)
     as_json = options.format == "json"
     sys.stdout.write((json_text(result, indent=2) if as_json else table_text(result)) + "\n")
     return 0

@@ -45,9 +45,10 @@ def test_an_interrupted_memory_is_gone_on_with(
         add(writer, case, **options)  # type: ignore[arg-type]
 
     path = tmp_path / "memory"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(AnchorWriter, "add", interrupted)
+    monkeypatch.setattr(AnchorWriter, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         write_synthetic_memory(path, keys)
+    monkeypatch.undo()
     assert not path.exists()
     write_synthetic_memory(path, keys)
     with MemoryBank.open(path, package_digest=PACKAGE_DIGEST) as bank:

@@ -85,6 +85,7 @@ def test_the_layers_answer_as_the_graph_does(
         feeds["positions"][:, 0],
         feeds["logit_positions"][0, :, 0] + 1,
         [feeds["prefix"][:, :, 0]],
+        range(TEXT.vocab_size),
     )
     # In INT8 the head is in half precision, and a value may fall on the other side of a step.
     tolerance = 1e-4 if precision == "fp32" else 0.02 * float(np.abs(wanted).max())

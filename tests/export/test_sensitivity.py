@@ -38,10 +38,10 @@ def test_layers_are_grouped_by_kind_and_shares_add_up(
         f"layers.{n}.mlp.down_proj.weight" for n in range(2)
     }
     assert set(groups["stem.0.conv.weight"].layers) == {"stem.0.conv.weight"}
-    assert sum(group.byte_share for group in groups.values()) == pytest.approx(1)
-    assert sum(group.work_share for group in groups.values()) == pytest.approx(1)
+    assert sum(group.shares.byte_share for group in groups.values()) == pytest.approx(1)
+    assert sum(group.shares.work_share for group in groups.values()) == pytest.approx(1)
     convolutions = [groups[name] for name in ("stem.0.conv.weight", "stem.*.conv.weight")]
-    assert all(group.work_share > 3 * group.byte_share for group in convolutions)
+    assert all(group.shares.work_share > 3 * group.shares.byte_share for group in convolutions)
 
 
 @pytest.mark.parametrize(("budget", "kept"), [(1e9, "int8"), (0.0, "fp16")])
