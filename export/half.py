@@ -1,6 +1,7 @@
 """Half precision: linear layers and convolutions in fp16, everything between them in fp32.
 
-Norms, softmax, rotary positions, the residual stream and the sums with biases keep fp32: their
+Beside quantised layers only the weights are stored in half: processors multiply in single, and
+casting a convolution's wide activations there and back costs more than the product. Norms, softmax, rotary positions, the residual stream and the sums with biases keep fp32: their
 ranges are wide and they hold no weights worth halving.
 """
 
@@ -13,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from meiqa.errors import PackageCorrupted
-from meiqa.export.layers import Layer, derived, followed_by, layers_of, replace_node
+from meiqa.export.layers import Layer, derived, drop_unread, followed_by, layers_of, replace_node
 
 LARGEST = float(np.finfo(np.float16).max)
 
@@ -50,6 +51,20 @@ def halve(graph: ir.Graph, layer: Layer) -> None:
         graph, layer.bias, "column", ir.DataType.FLOAT, along, lambda values: values.reshape(along)
     )
     replace_node(graph, node, [product, back, ir.node("Add", [back.outputs[0], bias])])
+
+
+def stored_in_half(model: ir.Model, chosen: Callable[[Layer], bool]) -> None:
+    """Store the weights of some layers as fp16 and multiply in fp32, in place; see `halved`."""
+    for layer in layers_of(model):
+        if chosen(layer):
+            rounded = in_half_range(layer.name)
+            weight = derived(
+                model.graph, layer.weight, "half", ir.DataType.FLOAT16, layer.shape, rounded
+            )
+            single = cast(weight, "FLOAT")
+            model.graph.insert_before(layer.node, single)
+            layer.node.replace_input_with(1, single.outputs[0])
+    drop_unread(model.graph)
 
 
 def cast(value: ir.Value, kind: str) -> ir.Node:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from meiqa.engine.runtime.base import GraphSession
 from meiqa.export import int4, int8
 from meiqa.export.calibration import Observed, observing
-from meiqa.export.half import halved
+from meiqa.export.half import stored_in_half
 from meiqa.export.layers import Layer, layers_of
 from meiqa.export.smoothing import fold, foldables, smoothing_scales
 
@@ -116,5 +116,5 @@ class Quantisation:
 
         int8.quantised(model, ranges, stored_as("int8"))
         int4.quantised(model, seen, stored_as("int4"))
-        halved(model, stored_as("fp16"))
+        stored_in_half(model, stored_as("fp16"))
         return model

@@ -3,9 +3,12 @@
 One group of layers is quantised at a time and everything else left in float; what that moves, in
 grades and in verdicts of comparisons on pictures that were not calibrated on, decides. A group may
 spend as much of a budget for the whole model as it has a share in what quantising saves: in the
-bytes of all weights, in all multiplications or in all values that layers make, whichever is most: a
-depthwise convolution has few weights, but in float its wide result is converted twice. Where a group moves the answers
+bytes of all weights or in all multiplications, whichever is more. Where a group moves the answers
 by more than that, its layers are measured one by one, and those that do so too stay behind.
+
+Convolutions feed one another, and a float one amid quantised ones costs two conversions of its wide
+result: more time than its few bits would save. So they stay in float up to one of them and are
+quantised from there on.
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ from meiqa.export.quantise import LEFT_IN_FLOAT, Assignment, Quantisation
 
 BUDGETS = {"int8": 0.1, "int4": 0.2}
 """Move, in grades, of which each group may spend its share."""
+CHAIN_SHARE = 0.1
+"""Of the budget, for all convolutions together; errors of single groups partly cancel, those of a
+chain add up."""
 COMPARED = 4
 """Pictures that each picture is compared with."""
 
@@ -62,12 +68,10 @@ class Answers:
 
 
 class Shares(NamedTuple):
-    """Parts of what all graphs' layers have: of the bytes of their weights, of the multiplications
-    and of the values that they make."""
+    """Parts of the bytes of all graphs' weights and of all their multiplications."""
 
     byte_share: float
     work_share: float
-    value_share: float
 
 
 @dataclass(frozen=True)
@@ -75,17 +79,24 @@ class Group:
     """Layers of a graph that are judged together.
 
     Attributes:
-        layers: the share of each by its name.
+        layers: the shares of each by its name.
+        chained: they are convolutions that feed one another.
     """
 
     graph: str
     name: str
     layers: Mapping[str, Shares]
+    chained: bool = False
 
     @property
     def shares(self) -> Shares:
         """Of all its layers together."""
         return Shares(*np.sum(list(self.layers.values()), axis=0).tolist())
+
+    @property
+    def budget_share(self) -> float:
+        """Part of the budget that it may spend."""
+        return CHAIN_SHARE if self.chained else max(self.shares)
 
     def only(self, names: Collection[str]) -> Group:
         """Some of its layers."""
@@ -93,24 +104,20 @@ class Group:
 
 
 def groups_of(quantisation: Quantisation) -> list[Group]:
-    """The layers of graphs, those together that differ in their block's number only.
-
-    The first layer of the vision graph, which sees pixels, is by itself.
-    """
+    """The convolutions of each graph, and linear layers by what they are in their block."""
     layers = [
         (graph, layer) for graph in quantisation.files for layer in quantisation.layers(graph)
     ]
-    positions = np.array([quantisation.positions(graph, layer) for graph, layer in layers])
     sizes = np.array([prod(layer.shape) for _, layer in layers])
-    outputs = np.array([layer.shape[layer.output_axis] for _, layer in layers])
-    costs = np.stack([sizes, sizes * positions, outputs * positions], axis=1)
-    groups: dict[tuple[str, str], dict[str, Shares]] = {}
-    first = layers[0][1].name
-    for (graph, layer), shares in zip(layers, costs / costs.sum(axis=0), strict=True):
-        kind = re.sub(r"\.\d+(?=\.)", ".*", layer.name, count=1)
-        key = graph, layer.name if layer.name == first else kind
-        groups.setdefault(key, {})[layer.name] = Shares(*shares.tolist())
-    return [Group(graph, kind, names) for (graph, kind), names in groups.items()]
+    works = sizes * [quantisation.positions(graph, layer) for graph, layer in layers]
+    groups: dict[tuple[str, str, bool], dict[str, Shares]] = {}
+    shares = zip(sizes / sizes.sum(), works / works.sum(), strict=True)
+    for (graph, layer), (of_bytes, of_work) in zip(layers, shares, strict=True):
+        chained = layer.is_convolution
+        name = "convolutions" if chained else re.sub(r"\.\d+(?=\.)", ".*", layer.name, count=1)
+        of_layer = Shares(float(of_bytes), float(of_work))
+        groups.setdefault((graph, name, chained), {})[layer.name] = of_layer
+    return [Group(graph, name, names, chained) for (graph, name, chained), names in groups.items()]
 
 
 class SensitivityStudy:
@@ -138,8 +145,25 @@ class SensitivityStudy:
         """Precision of every layer; `table` then holds all measurements."""
         plan: dict[str, Assignment] = {name: {} for name in self._quantisation.files}
         for group in groups_of(self._quantisation):
-            plan[group.graph] |= self._assigned(group, self._quantisation.ladder(group.graph))
+            assigned = self._cut if group.chained else self._assigned
+            plan[group.graph] |= assigned(group, self._quantisation.ladder(group.graph))
         return plan
+
+    def _cut(self, group: Group, ladder: Sequence[str]) -> Assignment:
+        """Few bits from that convolution on from which the model bears them.
+
+        It is found by halving: a shorter rest is taken to move answers less.
+        """
+        names = list(group.layers)
+        low, high = 0, len(names)
+        while ladder and low < high:
+            middle = (low + high) // 2
+            if self._bears(group.only(names[middle:]), ladder[0]):
+                high = middle
+            else:
+                low = middle + 1
+        few = ladder[0] if ladder else LEFT_IN_FLOAT
+        return dict.fromkeys(names, few) | dict.fromkeys(names[:high], LEFT_IN_FLOAT)
 
     def _assigned(self, group: Group, ladder: Sequence[str]) -> Assignment:
         """The smallest precision that each of a group's layers bears."""
@@ -165,8 +189,7 @@ class SensitivityStudy:
                 tokens = [vlm.encode(picture) for picture in self._pictures]
             grade, verdict = self._exact.moves_to(Answers.of(vlm, tokens))
         # Grades span 4 and preferences 1.
-        shares = group.shares
-        allowed = BUDGETS[self._quantisation.precision] * max(shares)
+        allowed = BUDGETS[self._quantisation.precision] * group.budget_share
         # What is not a number must not pass as small.
         bears = bool(grade <= allowed and 4 * verdict <= allowed)
         self.table.append(
@@ -175,7 +198,7 @@ class SensitivityStudy:
                 "group": group.name if len(group.layers) > 1 else next(iter(group.layers)),
                 "layers": len(group.layers),
                 "precision": precision,
-                **shares._asdict(),
+                **group.shares._asdict(),
                 "grade_move": grade,
                 "verdict_move": verdict,
                 "allowed_move": allowed,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meiqa.errors import PackageCorrupted
-from meiqa.export.half import halved
+from meiqa.export.half import halved, stored_in_half
 from tests.export.small_graphs import convolution, linear, normal, result, stored_values
 
 
@@ -44,3 +44,14 @@ def test_a_weight_beyond_half_is_refused(tmp_path: Path, beyond: float) -> None:
     halved(made)
     with pytest.raises(PackageCorrupted, match="the weight w does not fit into fp16"):
         result(made, normal(1, 5, 40), tmp_path)
+
+
+def test_weights_stored_in_half_multiply_in_single(tmp_path: Path) -> None:
+    weight, bias, x = normal(0, 8, 3, 3, 3), normal(1, 8), normal(2, 1, 3, 9, 7)
+    made = convolution(weight, bias)
+    stored_in_half(made, lambda layer: True)
+    assert stored_values(made, "w.half").dtype == np.float16
+    assert set(made.graph.initializers) == {"w.half", "b"}
+    found = result(made, x, tmp_path)
+    rounded = convolution(weight.astype(np.float16).astype(np.float32), bias)
+    np.testing.assert_allclose(found, result(rounded, x, tmp_path), atol=1e-5)

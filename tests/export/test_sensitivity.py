@@ -37,11 +37,36 @@ def test_layers_are_grouped_by_kind_and_shares_add_up(
     assert set(groups["layers.*.mlp.down_proj.weight"].layers) == {
         f"layers.{n}.mlp.down_proj.weight" for n in range(2)
     }
-    assert set(groups["stem.0.conv.weight"].layers) == {"stem.0.conv.weight"}
+    convolutions = groups["convolutions"]
+    assert convolutions.chained
+    assert list(convolutions.layers)[0] == "stem.conv.weight"
+    assert len(convolutions.layers) == len([n for n in all_layers(quantisations) if "conv" in n])
     assert sum(group.shares.byte_share for group in groups.values()) == pytest.approx(1)
     assert sum(group.shares.work_share for group in groups.values()) == pytest.approx(1)
-    convolutions = [groups[name] for name in ("stem.0.conv.weight", "stem.*.conv.weight")]
-    assert all(group.shares.work_share > 3 * group.shares.byte_share for group in convolutions)
+    assert convolutions.shares.work_share > 2 * convolutions.shares.byte_share
+
+
+def all_layers(quantisations: dict[str, Quantisation]) -> list[str]:
+    return [layer.name for layer in quantisations["int8"].layers("vision")]
+
+
+@pytest.mark.parametrize("fewest", [0, 1, 7, 100])
+def test_convolutions_are_quantised_from_one_on(
+    package: EnginePackage,
+    quantisations: dict[str, Quantisation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fewest: int,
+) -> None:
+    names = [name for name in all_layers(quantisations) if "conv" in name]
+
+    def bears(_: SensitivityStudy, group: Group, __: str) -> bool:
+        return not group.chained or names.index(next(iter(group.layers))) >= fewest
+
+    monkeypatch.setattr(SensitivityStudy, "_bears", bears)
+    plan = study(package, quantisations["int8"], tmp_path).plan()["vision"]
+    assert [name for name in names if plan[name] == "fp16"] == names[:fewest]
+    assert {plan[name] for name in names[fewest:]} <= {"int8"}
 
 
 @pytest.mark.parametrize(("budget", "kept"), [(1e9, "int8"), (0.0, "fp16")])
