@@ -43,7 +43,7 @@ def fuse(
         prior, prior_std: the score to start from and its deviation.
         neighbours: K remembered cases.
         preferences: (K,) probability that the photo looks better, NaN where it was not asked.
-        calibration: sigma, lam and the mappings of score and deviation.
+        calibration: sigma, lam and the mapping of the deviation.
 
     Returns:
         The prior as it is when nothing was asked.

@@ -188,7 +188,6 @@ class Calibration(_Fields):
 
     Attributes:
         text, levels: logistic of the printed rating and of the expectation over grade words.
-        fused: logistic of the score that fusion ends with.
         text_std, levels_std: deviation of each mapped score from people's.
         grade_share: weight of the grade words in the score that fusion starts from; the rest is
             the printed rating's.
@@ -204,7 +203,6 @@ class Calibration(_Fields):
 
     text: Logistic
     levels: Logistic
-    fused: Logistic
     text_std: float
     levels_std: float
     grade_share: float
@@ -230,14 +228,13 @@ class Calibration(_Fields):
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
         """Read what stands in the manifest."""
         made = super().from_dict(values)
-        maps = {name: Logistic.from_dict(values[name]) for name in ("text", "levels", "fused")}
+        maps = {name: Logistic.from_dict(values[name]) for name in ("text", "levels")}
         return replace(made, **maps)
 
 
 UNCALIBRATED = Calibration(
     text=IDENTITY,
     levels=IDENTITY,
-    fused=IDENTITY,
     text_std=0.6,
     levels_std=0.6,
     grade_share=0.5,

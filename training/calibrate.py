@@ -3,9 +3,8 @@
     python -m meiqa.training.calibrate LABELS.csv --images DIR --package PACKAGE --memory MEMORY
 
 The anchors were kept out of the model's training, and an anchor never meets itself, so they stand
-in for photographs that users bring. Fitted are the logistics of both score heads and of the fused
-score, sigma, lambda and the temperature of the comparisons, and how the posterior's deviation
-relates to the error seen.
+in for photographs that users bring. Fitted are the logistics of both score heads, sigma, lambda and
+the temperature of the comparisons, and how the posterior's deviation relates to the error seen.
 """
 
 from __future__ import annotations
@@ -144,11 +143,15 @@ def fitted_fusion(judged: Judged, prior: Floats) -> tuple[float, float, float]:
 
     For each lambda the pair with the smallest squared error is taken. Among the lambdas whose
     error exceeds the best by less than the standard error of the difference, the smallest wins:
-    where the data can't tell, the comparisons are trusted rather than the prior.
+    where the data can't tell, the comparisons are trusted rather than the prior. Errors are those
+    of scores spread as wide as people's: otherwise comparisons would be credited with pulling
+    scores to the middle.
     """
 
     def squared_errors(parameters: tuple[float, float, float]) -> Floats:
-        errors: Floats = (fused_scores(judged, prior, *parameters)[0] - judged.human) ** 2
+        scores = fused_scores(judged, prior, *parameters)[0]
+        wide = (scores - scores.mean()) * (judged.human.std() / max(float(scores.std()), 1e-9))
+        errors: Floats = (wide + judged.human.mean() - judged.human) ** 2
         return errors
 
     def best_with(lam: float) -> tuple[tuple[float, float, float], Floats]:
@@ -214,9 +217,7 @@ def fitted_calibration(
     share = min(SHARES, key=lambda s: root_mean_square(prior_with(s) - judged.human))
     prior = prior_with(share)
     temperature, sigma, lam = fitted_fusion(judged, prior)
-    merged, stds = fused_scores(judged, prior, temperature, sigma, lam)
-    fused = matched_logistic(merged, judged.human)
-    scores = np.clip(fused(merged), 1.0, 5.0)
+    scores, stds = fused_scores(judged, prior, temperature, sigma, lam)
     scale, floor = fitted_deviation(scores - judged.human, stds)
     moved = float(np.quantile(np.abs(scores - by_text), 1.0 - REFLECTED_SHARE))
     calibration = replace(
@@ -225,7 +226,6 @@ def fitted_calibration(
         temperature=temperature,
         sigma=sigma,
         lam=lam,
-        fused=fused,
         std_scale=scale,
         std_floor=floor,
         reflect_above=min(LARGEST_GATE, moved),
