@@ -73,7 +73,7 @@ def solution(
 
 def calibrated(score: float, std: float, calibration: Calibration) -> Posterior:
     """A solution of the comparisons as people's scores and deviations from them go."""
-    return Posterior(float(calibration.fused(score)), observed_std(std, calibration))
+    return Posterior(min(5.0, max(1.0, score)), observed_std(std, calibration))
 
 
 def observed_std(posterior_std: float, calibration: Calibration) -> float:

@@ -228,8 +228,8 @@ class Calibration(_Fields):
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
         """Read what stands in the manifest."""
         made = super().from_dict(values)
-        maps = {name: Logistic.from_dict(values[name]) for name in ("text", "levels")}
-        return replace(made, **maps)
+        text, levels = (Logistic.from_dict(values[name]) for name in ("text", "levels"))
+        return replace(made, text=text, levels=levels)
 
 
 UNCALIBRATED = Calibration(

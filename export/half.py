@@ -1,7 +1,9 @@
 """Half precision: linear layers and convolutions in fp16, everything between them in fp32.
 
 Beside quantised layers only the weights are stored in half: processors multiply in single, and
-casting a convolution's wide activations there and back costs more than the product. Norms, softmax, rotary positions, the residual stream and the sums with biases keep fp32: their
+casting a convolution's wide activations there and back costs more than the product.
+
+Norms, softmax, rotary positions, the residual stream and the sums with biases keep fp32: their
 ranges are wide and they hold no weights worth halving.
 """
 

@@ -76,7 +76,11 @@ def result_of(layer: Layer) -> ir.Value:
     """What a convolution gives to others: its output, after a ReLU or ReLU6 that alone reads it."""
     output = layer.node.outputs[0]
     readers = list(output.consumers())
-    if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip") and not output.is_graph_output():
+    if (
+        len(readers) == 1
+        and readers[0].op_type in ("Relu", "Clip")
+        and not output.is_graph_output()
+    ):
         return readers[0].outputs[0]
     return output
 

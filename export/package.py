@@ -37,6 +37,7 @@ from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export.checkpoint import Checkpoint
+from meiqa.export.fused import write_fused_layers
 from meiqa.export.graphs import (
     Interface,
     decoder_graph,
@@ -45,7 +46,6 @@ from meiqa.export.graphs import (
     vision_graph,
     vision_interface,
 )
-from meiqa.export.fused import write_fused_layers
 from meiqa.export.half import halved
 from meiqa.export.piecewise import PIECE_BYTES, PiecewiseSession
 from meiqa.export.quantise import Assignment, Quantisation, observe

