@@ -8,7 +8,13 @@ from math import isqrt
 
 from meiqa.engine.images import MAX_ASPECT
 from meiqa.engine.package import EnginePackage, Graph, Profile
-from meiqa.engine.vlm import ANSWER_TOKENS, PAST_STEP, RATING_TOKENS, ROWS_PER_CALL
+from meiqa.engine.vlm import (
+    ANSWER_TOKENS,
+    PAST_STEP,
+    PROPOSED_TOKENS,
+    RATING_TOKENS,
+    ROWS_PER_CALL,
+)
 from meiqa.errors import PackageCorrupted, UsageError
 
 USUAL_SIDE = 512
@@ -93,7 +99,7 @@ def decoder_profiles(package: EnginePackage, limits: Limits) -> list[Profile]:
 
     * many prefixes with a row each: reading photos, comparing pairs;
     * one prefix with many rows: comparing a photo with its neighbours, grading;
-    * one row with a past: writing.
+    * one row with a past: writing, and checking what drafts propose.
     """
     usual, needed = call_lengths(package)
     batch = limits.batch or ROWS_PER_CALL
@@ -120,10 +126,11 @@ def decoder_profiles(package: EnginePackage, limits: Limits) -> list[Profile]:
             "prefixes": one,
             "rows": one,
             "past_steps": up_to(past, usual.past),
+            "wanted": up_to(min(suffix, PROPOSED_TOKENS + 1), 1),
         },
     ]
     graph = package.manifest.graphs["decoder"]
-    return [profile_of(graph, {**call, "wanted": one}) for call in calls]
+    return [profile_of(graph, {"wanted": one, **call}) for call in calls]
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,7 @@ def call_lengths(package: EnginePackage) -> tuple[CallLengths, CallLengths]:
     return (
         CallLengths(asked + usual, around + usual, len(prompts.score) + limit // 2),
         CallLengths(
-            max(asked + most, longest_question),
+            max(asked + most, longest_question + PROPOSED_TOKENS),
             around + most,
             max(described, reflect + summary) + 2 * PAST_STEP,
         ),
