@@ -61,6 +61,7 @@ EXTRAS_OF = {
     "meiqa.benchmarks.export_memory": ("cpu", "export"),
     "meiqa.benchmarks.memory": ("cpu", "bench", "index"),
     "meiqa.benchmarks.plots": ("cpu", "plots"),
+    "meiqa.benchmarks.solver": ("cpu", "bench"),
     "meiqa.memory.exporting": ("parquet",),
     "meiqa.memory.index": ("index",),
 }

@@ -20,6 +20,7 @@ from meiqa.export.verify import TorchSession
 from meiqa.export.weights import give_weights
 from meiqa.training.checkpoint import ConvHybridVlm, TrainedVlm, save_checkpoint
 from meiqa.training.texts import corpus_of, train_tokenizer
+from meiqa.training.towers import MEAN, STD
 
 WIDTH = 64
 STAGES = ((1, 8, 3, 1, 1), (2, 8, 3, 2, 2), (1, 16, 5, 2, 2), (1, 16, 3, 2, 2), (1, 16, 5, 2, 2))
@@ -47,7 +48,7 @@ def make_checkpoint(seed: int = 0) -> TrainedVlm:
         torch.manual_seed(seed)
         model = ConvHybridVlm(vision, text).eval()
         liven(model)
-    return TrainedVlm(model, tokenizer, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+    return TrainedVlm(model, tokenizer, MEAN, STD)
 
 
 def liven(model: ConvHybridVlm) -> None:

@@ -118,10 +118,11 @@ def test_descriptions_are_asked_alike(
     for prefix, first, corrected in zip(prefixes, described, reflected, strict=True):
         decoder.logits.clear()
         vlm.describe(prefix, 1)
-        assert_near(decoder.logits[0], first)
+        assert_near(decoder.logits[0][0, 0, 0], first)
         decoder.logits.clear()
         vlm.reflect(prefix, SUMMARY, 2.0, 3.5)
-        assert_near(decoder.logits[0], corrected)
+        # What follows in the same call is behind tokens of the draft.
+        assert_near(decoder.logits[0][0, 0, 0], corrected)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one-first", "paired"])
