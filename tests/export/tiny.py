@@ -54,14 +54,15 @@ def make_checkpoint(seed: int = 0) -> TrainedVlm:
 def liven(model: ConvHybridVlm) -> None:
     """Draw weights under which pictures make a difference.
 
-    With PyTorch's own the model repeats its last token, whatever it sees.
+    With PyTorch's own the model repeats its last token, whatever it sees. Biases are positive, so
+    that ReLU6 lets most values through, as in a trained tower.
     """
     for module in model.visual.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=0.25)
         elif isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
-            torch.nn.init.uniform_(module.bias, -0.2, 0.2)
+            torch.nn.init.uniform_(module.bias, 0.0, 0.5)
     for name, weight in model.language_model.named_parameters():
         torch.nn.init.normal_(weight, std=1.0 if "norm" in name else 0.25)
 
