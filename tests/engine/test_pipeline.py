@@ -53,11 +53,15 @@ def test_it_shows_the_whole_way(engine: Engine) -> None:
     assert stages <= result.timings_ms.keys()
 
 
-def test_without_neighbours_the_first_opinion_stands(engine: Engine) -> None:
-    result = engine.score(PHOTOS[0], k=0)
+def test_without_neighbours_the_first_opinion_stands(
+    package: EnginePackage, anchors: Path, tmp_path: Path
+) -> None:
+    copy = calibrated_copy(package, tmp_path / "copy", grade_share=0.0)
+    with Engine.open(copy.path, anchors, threads=1, learn=False) as engine:
+        result = engine.score(PHOTOS[0], k=0)
     assert result.neighbours == ()
     assert result.score == result.initial_score
-    assert result.std == engine.package.manifest.calibration.levels_std
+    assert result.std == copy.manifest.calibration.text_std
     assert result.reflection is None
 
 
