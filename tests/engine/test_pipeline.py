@@ -28,6 +28,7 @@ from tests.engine.samples import (
     K,
     Picture,
     assessed,
+    calibrated_copy,
     picture,
     read_memory,
 )
