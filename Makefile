@@ -4,7 +4,7 @@ BIN    := $(CURDIR)/$(VENV)/bin
 PY     := $(BIN)/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 SITE   := $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-ROOMS  := benchmarks engine export kernels memory training
+ROOMS  := benchmarks engine export kernels memory serve training
 BUILD  := pyproject.toml CMakeLists.txt $(wildcard kernels/*.cpp)
 
 DEMO_INSTALLED := $(VENV)/.installed-demo

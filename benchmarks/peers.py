@@ -20,12 +20,13 @@ from scipy.ndimage import laplace
 
 from meiqa.benchmarks.metrics import krcc, plcc, srcc
 from meiqa.benchmarks.naturalness import Brisque, Niqe, luminance
-from meiqa.benchmarks.regressor import Ridge, token_features
+from meiqa.benchmarks.regressor import features_of
 from meiqa.benchmarks.tables import Column, table_text
 from meiqa.engine.images import load_pixels
 from meiqa.engine.pipeline import fitted_to
 from meiqa.engine.vlm import Vlm
 from meiqa.errors import ImageTooSmall
+from meiqa.memory import Regression
 
 __all__ = ["Peer", "judge_peers", "peers_text", "published_peers", "regressor_peer", "sharpness"]
 
@@ -65,12 +66,12 @@ def published_peers(models: Path | None) -> list[Peer]:
     return peers
 
 
-def regressor_peer(vlm: Vlm, ridge: Ridge) -> Peer:
+def regressor_peer(vlm: Vlm, regressor: Regression) -> Peer:
     """A regressor on visual tokens; its time is that of the vision tower."""
 
     def score(pixels: Pixels) -> float:
         fitted = fitted_to(load_pixels(pixels), vlm.image)
-        return ridge.score(token_features(vlm, fitted))
+        return regressor.score(features_of(vlm, fitted))
 
     return Peer("ridge on visual tokens", score)
 

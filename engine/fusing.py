@@ -17,6 +17,36 @@ Z95 = 1.959964
 
 
 @dataclass(frozen=True)
+class Observation:
+    """What one judge says: a score on 1-5, and its deviation from people's."""
+
+    score: float
+    std: float
+
+
+def joined(first: Observation, second: Observation, correlation: float) -> Observation:
+    """Two observations of one photo as one, with the smallest variance that shares can give.
+
+    Args:
+        correlation: of their errors, 0-1 (Bates and Granger 1969). One that errs so much more, and
+            so alike, that it could only do harm gets no share.
+
+    >>> joined(Observation(3.0, 0.5), Observation(4.0, 0.5), 0.5)
+    Observation(score=3.5, std=0.4330127018922193)
+    """
+    shared = correlation * first.std * second.std
+    apart = first.std**2 + second.std**2 - 2 * shared
+    share = 0.0 if apart <= 0.0 else min(1.0, max(0.0, (first.std**2 - shared) / apart))
+    variance = (
+        (1 - share) ** 2 * first.std**2
+        + share**2 * second.std**2
+        + 2 * share * (1 - share) * shared
+    )
+    score = (1 - share) * first.score + share * second.score
+    return Observation(score, math.sqrt(variance))
+
+
+@dataclass(frozen=True)
 class Posterior:
     """A score with its deviation, on the 1-5 scale."""
 

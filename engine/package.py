@@ -12,11 +12,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from meiqa.engine.prompts import PromptFamily, Prompts
 from meiqa.errors import PackageCorrupted, PackageNotFound, SchemaUnsupported, UsageError
+from meiqa.kernels.graded import LEAST_STEP
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -31,6 +32,11 @@ GRAPHS = ("vision", "decoder")
 DATA_FILES = ("embedding.npy", "key_projection.npy", "tokenizer.json")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 DEVICES = ("cpu", "cuda", "tensorrt")
+
+ScoreHead = Literal["text", "levels", "grm"]
+"""What makes the first score: printed rating with grade words, the words' expectation, or their
+graded response."""
+SCORE_HEADS: tuple[ScoreHead, ...] = get_args(ScoreHead)
 
 Record = TypeVar("Record", bound="_Fields")
 
@@ -64,13 +70,17 @@ _COUNT_OR_NONE = _Allowed("a whole number, 0 or more", lambda value: value >= 0,
 
 @dataclass(frozen=True)
 class _Fields:
-    """A part of the manifest whose keys are exactly the fields of a dataclass."""
+    """A part of the manifest whose keys are the fields of a dataclass.
+
+    Fields with a default came with a later version, and may be missing.
+    """
 
     @classmethod
     def from_dict(cls: type[Record], values: Mapping[str, Any]) -> Record:
         """Read a part; unknown and missing keys are errors, lists become tuples."""
         names = {field.name for field in fields(cls)}
-        if values.keys() != names:
+        optional = {field.name for field in fields(cls) if field.default is not MISSING}
+        if not names - optional <= values.keys() <= names:
             raise PackageCorrupted(
                 f"the manifest's {cls.__name__} has other fields than this version reads",
                 seen=", ".join(sorted(values.keys() ^ names)),
@@ -183,6 +193,70 @@ IDENTITY = Logistic(b1=0.0, b2=1.0, b3=3.0, b4=1.0, b5=0.0)
 
 
 @dataclass(frozen=True)
+class GradedHead(_Fields):
+    """Graded response of the five grade words (`meiqa.kernels.graded`).
+
+    Attributes:
+        weights: (5,) of the words' centred log-probabilities in the ability; offset: added to it.
+        discrimination, first, step: a, b_1 and d of the model, a d of `LEAST_STEP` or more.
+        score: from the expectation over the grades to the score.
+        std_scale, std_floor: the score's deviation from people's is
+            sqrt(scale^2 * variance of the grade + floor^2).
+        usual_std: root mean square of that deviation, where it was fitted.
+    """
+
+    weights: tuple[float, ...]
+    offset: float
+    discrimination: float
+    first: float
+    step: float
+    score: Logistic
+    std_scale: float
+    std_floor: float
+    usual_std: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weights, tuple) or len(self.weights) != 5:
+            raise PackageCorrupted(
+                "the graded response does not weigh each of five grade words",
+                seen=repr(self.weights),
+                allowed="5 numbers",
+            )
+        for weight in self.weights:
+            _FINITE.refuse_others("GradedHead.weights", weight)
+        self._require(_FINITE, "offset", "first")
+        self._require(_POSITIVE, "discrimination", "step", "usual_std")
+        self._require(_NOT_NEGATIVE, "std_scale", "std_floor")
+        gap = self.discrimination * self.step
+        if not LEAST_STEP * (1.0 - 1e-12) <= gap < float("inf"):
+            raise PackageCorrupted(
+                "the graded response could have two modes",
+                seen=f"discrimination times step {gap:.6g}",
+                allowed=f"ln 3 = {LEAST_STEP:.6f} or more",
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GradedHead:
+        """Read what stands in the manifest."""
+        made = super().from_dict(values)
+        return replace(made, score=Logistic.from_dict(values["score"]))
+
+
+NEUTRAL_GRADED = GradedHead(
+    weights=(-0.2, -0.1, 0.0, 0.1, 0.2),
+    offset=0.0,
+    discrimination=2.0,
+    first=-1.5,
+    step=1.0,
+    score=IDENTITY,
+    std_scale=1.0,
+    std_floor=0.0,
+    usual_std=0.6,
+)
+"""The graded response of a package exported with this head, before one is fitted."""
+
+
+@dataclass(frozen=True)
 class Calibration(_Fields):
     """What is fitted on photographs that the model was not trained on.
 
@@ -199,6 +273,9 @@ class Calibration(_Fields):
         reflect_above: a score that moved by more than this is reflected on and remembered.
         neighbours: K, the neighbours of a photo unless asked otherwise.
         bins: strata over the anchors' scores.
+        memory_correlation: how far the errors of the starting score go with those of the memory's
+            regression on visual tokens (Pearson), which is joined with it.
+        graded: graded response of the grade words, None where none was fitted.
     """
 
     text: Logistic
@@ -214,13 +291,15 @@ class Calibration(_Fields):
     reflect_above: float
     neighbours: int
     bins: int
+    memory_correlation: float = 0.5
+    graded: GradedHead | None = None
 
     def __post_init__(self) -> None:
         self._require(_POSITIVE, "sigma", "lam", "temperature")
         self._require(
             _NOT_NEGATIVE, "text_std", "levels_std", "std_scale", "std_floor", "reflect_above"
         )
-        self._require(_SHARE, "grade_share")
+        self._require(_SHARE, "grade_share", "memory_correlation")
         self._require(_COUNT_OR_NONE, "neighbours")
         self._require(_COUNT, "bins")
 
@@ -229,7 +308,8 @@ class Calibration(_Fields):
         """Read what stands in the manifest."""
         made = super().from_dict(values)
         text, levels = (Logistic.from_dict(values[name]) for name in ("text", "levels"))
-        return replace(made, text=text, levels=levels)
+        graded = None if made.graded is None else GradedHead.from_dict(values["graded"])
+        return replace(made, text=text, levels=levels, graded=graded)
 
 
 UNCALIBRATED = Calibration(
@@ -358,6 +438,7 @@ class Manifest:
         report: what was measured when the export was verified.
         files: SHA-256 of every file but the manifest and the engines.
         engines: graphs compiled with TensorRT.
+        score_head: what makes the first score unless another is asked for.
     """
 
     architecture: str
@@ -371,6 +452,7 @@ class Manifest:
     report: Mapping[str, Any]
     files: Mapping[str, str]
     engines: tuple[TensorRtEngine, ...] = ()
+    score_head: ScoreHead = "text"
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -393,6 +475,7 @@ class Manifest:
                 allowed=f"schema {SCHEMA}",
                 hint="export the checkpoint again, or install the version that wrote it",
             )
+        values.setdefault("score_head", "text")  # came with a later version
         names = {field.name for field in fields(cls)}
         if values.keys() != names:
             raise PackageCorrupted(
@@ -420,6 +503,12 @@ class Manifest:
                 "the manifest has a precision that this version does not know",
                 seen=repr(values["precision"]),
                 allowed=", ".join(PRECISIONS),
+            )
+        if values["score_head"] not in SCORE_HEADS:
+            raise PackageCorrupted(
+                "the manifest has a score head that this version does not know",
+                seen=repr(values["score_head"]),
+                allowed=", ".join(SCORE_HEADS),
             )
         if not isinstance(values["report"], dict) or not {"name", "sha256"} <= set(
             values["source"]
@@ -540,6 +629,10 @@ class EnginePackage:
         """Rewrite the manifest with another calibration; the digest stays."""
         return self._rewritten(calibration=calibration)
 
+    def with_score_head(self, head: ScoreHead) -> EnginePackage:
+        """Rewrite the manifest with another score head; the digest stays."""
+        return self._rewritten(score_head=head)
+
     def with_engines(self, engines: Sequence[TensorRtEngine]) -> EnginePackage:
         """Rewrite the manifest with other engines; the digest stays."""
         return self._rewritten(engines=tuple(engines))
@@ -557,6 +650,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     unfinished = folder / f".{MANIFEST}.{os.getpid()}.tmp"
     unfinished.write_text(manifest.to_json())
     unfinished.replace(folder / MANIFEST)
+
+
+def check_score_head(head: str) -> ScoreHead:
+    """The score head of that name, or UsageError."""
+    if head not in SCORE_HEADS:
+        raise UsageError("unknown score head", seen=head, allowed=", ".join(SCORE_HEADS))
+    return cast(ScoreHead, head)
 
 
 def file_digest(path: Path) -> str:

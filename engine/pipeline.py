@@ -19,6 +19,7 @@ from meiqa.engine.fusing import Posterior, calibrated, fuse, solution
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid, load_pixels, source_name
 from meiqa.engine.package import EnginePackage, ImageProcessing, check_device
 from meiqa.engine.planning import (
+    FEWEST_NEIGHBOURS,
     CostModel,
     Plan,
     Stopwatch,
@@ -34,7 +35,7 @@ from meiqa.engine.ranking import RIVALS, Contestant, ranked, require_even
 from meiqa.engine.reflecting import gate_opens, learned_case, reflect
 from meiqa.engine.remembering import open_memory
 from meiqa.engine.runtime.base import GraphSession
-from meiqa.engine.scoring import Opinion, first_opinion
+from meiqa.engine.scoring import Opinion, first_opinion, informed
 from meiqa.engine.vlm import Floats, LocalVlm, Prefix, VisualTokens, Vlm
 from meiqa.errors import ImageError, ImageTooSmall, StoreError, UsageError
 from meiqa.locations import embedded_assets
@@ -190,6 +191,18 @@ class Engine:
         """Let go of the memory."""
         self.memory.close()
 
+    @property
+    def vlm(self) -> Vlm:
+        """The model that judges."""
+        return self._vlm
+
+    def least_ms(self) -> float:
+        """Milliseconds that a photo takes once it is read, at the least that is worth doing.
+
+        Nothing is written, and it is compared with the fewest neighbours.
+        """
+        return self._measured_costs().of(Plan(0, FEWEST_NEIGHBOURS, both_orders=True))
+
     def caches(self) -> dict[str, CacheState]:
         """How the caches stand: what was read of photos, and of neighbours.
 
@@ -227,7 +240,7 @@ class Engine:
         self,
         images: Iterable[ImageSource],
         *,
-        budget: Budget | None = None,
+        budget: Budget | Callable[[], Budget] | None = None,
         k: int | None = None,
         learn: bool = True,
     ) -> Iterator[Assessment | Failure]:
@@ -236,12 +249,19 @@ class Engine:
         While one is assessed, the next is decoded.
 
         All of them see the memory as it is now, so neither their order nor their number changes a
-        score; what they teach serves the next call. Arguments are those of `score`.
+        score; what they teach serves the next call. Arguments are those of `score`; a budget that
+        is a function is asked when each photo is taken up.
         """
         policy = self._retrieval if k is None else replace(self._retrieval, k=k)
         snapshot = self.memory.snapshot()
         return (
-            self._result(photo, snapshot, policy, budget or UNBOUNDED, learn)
+            self._result(
+                photo,
+                snapshot,
+                policy,
+                budget() if callable(budget) else budget or UNBOUNDED,
+                learn,
+            )
             for photo in decode_ahead(images)
         )
 
@@ -288,14 +308,20 @@ class Engine:
             ranked(contestants, self._comparer, self._calibration, rivals), tuple(failures)
         )
 
-    def compare(self, first: ImageSource, second: ImageSource) -> PairComparison:
+    def compare(
+        self, first: ImageSource, second: ImageSource, *, budget: Budget | None = None
+    ) -> PairComparison:
         """Ask which of two photos looks better, in both orders, and score both.
+
+        Args:
+            first, second: paths, encoded bytes, Pillow images or uint8 arrays.
+            budget: what may be spent on scoring each; everything by default.
 
         Raises:
             ImageError: one of them can't be judged.
         """
         clock = Stopwatch(UNBOUNDED)
-        scores = [self.score(image, learn=False).score for image in (first, second)]
+        scores = [self.score(image, budget=budget, learn=False).score for image in (first, second)]
         photos = [self._read(load_pixels(image)) for image in (first, second)]
         one, two = (photo.prefix for photo in photos)
         forth, back = self._vlm.prefer_first([one, two], [two.tokens, one.tokens])
@@ -353,6 +379,7 @@ class Engine:
             word=quality_word(posterior.score),
             percentile=snapshot.percentile(posterior.score),
             summary=opinion.summary,
+            memory_score=opinion.memory_score,
             neighbours=as_neighbours(judged.neighbours, judged.verdicts),
             degraded=notes,
             reflection=reflection,
@@ -386,6 +413,7 @@ class Engine:
             )
         with clock.stage("retrieve"):
             tokens = photo.prefix.tokens
+            opinion = informed(opinion, snapshot.regression, tokens.values, self._calibration)
             summary_key = self._projected_key(photo) if opinion.key is None else opinion.key
             key = retrieval_key(self.memory.key_kind, summary_key, tokens.values)
             neighbours = snapshot.retrieve(

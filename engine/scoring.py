@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.drafting import Draft
+from meiqa.engine.fusing import Observation, joined
 from meiqa.engine.package import Calibration
 from meiqa.engine.vlm import NO_EFFORT, Effort, Floats, Prefix, Vlm
+from meiqa.memory import Regression, token_features
 
 GRADES = np.arange(1.0, 6.0)
 
@@ -21,7 +23,8 @@ class Opinion:
 
     Attributes:
         score: the initial score on 1-5: the printed rating, or the grade where none was printed.
-        prior: the score that fusion starts from: rating and grade, weighted.
+        prior: the score that fusion starts from: rating and grade, weighted, and what the memory's
+            regression says, where there is one.
         prior_std: its deviation from people's.
         summary: the description, None when none was written.
         key: retrieval key (D,), None when nothing was written.
@@ -29,6 +32,7 @@ class Opinion:
         unreadable: a rating was asked for, and none could be read.
         written_tokens: tokens written.
         effort: what it took to write them.
+        memory_score: what the memory's regression says of the visual tokens, None without one.
     """
 
     score: float
@@ -40,6 +44,7 @@ class Opinion:
     unreadable: bool
     written_tokens: int
     effort: Effort = NO_EFFORT
+    memory_score: float | None = None
 
 
 def first_opinion(
@@ -73,6 +78,19 @@ def first_opinion(
         written_tokens=described.tokens,
         effort=described.effort,
     )
+
+
+def informed(
+    opinion: Opinion, regression: Regression | None, tokens: Floats, calibration: Calibration
+) -> Opinion:
+    """An opinion with the memory's regression on visual tokens (T, D) joined to its prior."""
+    if regression is None:
+        return opinion
+    recalled = Observation(regression.score(token_features(tokens)), regression.std)
+    prior = joined(
+        Observation(opinion.prior, opinion.prior_std), recalled, calibration.memory_correlation
+    )
+    return replace(opinion, prior=prior.score, prior_std=prior.std, memory_score=recalled.score)
 
 
 def weighted(of_rating: float, of_grade: float, grade_share: float) -> float:

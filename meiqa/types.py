@@ -99,7 +99,8 @@ class Assessment:
     """The quality of one photo: 1.00–5.00, higher is better, and how it was found.
 
     `percentile` is the share of anchors that score below, 0–100; `degraded` names what the budget
-    left out; `reflection` is the corrected summary, None unless the gate opened.
+    left out; `reflection` is the corrected summary, None unless the gate opened; `memory_score` is
+    what the memory's regression from visual tokens to human scores says, None where it has none.
     """
 
     path: str
@@ -113,6 +114,7 @@ class Assessment:
     neighbours: tuple[Neighbour, ...] = ()
     degraded: tuple[str, ...] = ()
     reflection: str | None = None
+    memory_score: float | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
 
@@ -130,6 +132,7 @@ class Assessment:
             "neighbours": [neighbour.to_dict() for neighbour in self.neighbours],
             "degraded": list(self.degraded),
             "reflection": self.reflection,
+            "memory_score": self.memory_score,
             "timings_ms": dict(self.timings_ms),
             "counters": dict(self.counters),
         }

@@ -12,12 +12,14 @@ from meiqa.memory.keys import key_widths, retrieval_key
 from meiqa.memory.likeness import NEAR_DUPLICATE, layout
 from meiqa.memory.policies import Admission, ContrastPolicy
 from meiqa.memory.records import Record
+from meiqa.memory.regression import FEWEST_PHOTOS, Regression, token_features
 from meiqa.memory.retrieval import RetrievalPolicy
 from meiqa.memory.segment import Segment, write_segment
 from meiqa.memory.statistics import MemoryStatistics
 from meiqa.memory.verification import Finding, verify_memory
 
 __all__ = [
+    "FEWEST_PHOTOS",
     "NEAR_DUPLICATE",
     "Admission",
     "AnchorWriter",
@@ -27,6 +29,7 @@ __all__ = [
     "MemoryBank",
     "MemoryStatistics",
     "Record",
+    "Regression",
     "RetrievalPolicy",
     "Segment",
     "Snapshot",
@@ -35,6 +38,7 @@ __all__ = [
     "layout",
     "package_digest_of",
     "retrieval_key",
+    "token_features",
     "verify_memory",
     "write_segment",
 ]

@@ -12,10 +12,12 @@ from types import TracebackType
 from meiqa.errors import UsageError
 from meiqa.memory.cases import Case, FloatArray, check_case
 from meiqa.memory.compaction import Compactor
+from meiqa.memory.encoding import dequantise_tokens
 from meiqa.memory.exporting import ExportFormat, export_cases
 from meiqa.memory.journal import Mode
 from meiqa.memory.policies import Admission, ContrastPolicy, near_duplicates, worth
 from meiqa.memory.records import Record, encode_case
+from meiqa.memory.regression import Regression, Sample
 from meiqa.memory.rekeying import rekey_store
 from meiqa.memory.retrieval import RetrievalPolicy, Sought, nearest_anchors, shares
 from meiqa.memory.statistics import MemoryStatistics, take_statistics
@@ -84,6 +86,32 @@ class Snapshot:
         given = [[sought.case(row) for row in rows] for sought, rows in chosen]
         self._note_retrieved([case.id for case in given[1]])
         return (*given[0], *given[1])
+
+    @property
+    def regression(self) -> Regression | None:
+        """From visual tokens to human scores, as the anchors were when last compacted.
+
+        None when they were too few; see `meiqa.memory.regression`.
+
+        Raises:
+            StoreCorrupted: it is not what was written.
+        """
+        return self._anchors.regression
+
+    def scores_left_out(self) -> dict[str, float]:
+        """Give what a regression on all other anchors says of each, by image digest; reads all.
+
+        Empty when there are too few for a regression.
+
+        Raises:
+            StoreCorrupted: an anchor is damaged.
+        """
+        sample = Sample()
+        for entry in self._anchors.whole_entries():
+            tokens = dequantise_tokens(entry.features.tokens)
+            sample.show(entry.record.image_digest, tokens, entry.record.score)
+        fitted = sample.fitted()
+        return {} if fitted is None else fitted[1]
 
     def percentile(self, score: float) -> float:
         """Give the share of anchors that score below, 0–100; NaN when there are no anchors."""

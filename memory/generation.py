@@ -43,6 +43,7 @@ from meiqa.memory.records import (
     read_thumbnail,
     read_thumbnail_bytes,
 )
+from meiqa.memory.regression import Regression
 from meiqa.memory.search import FlatTable, IndexedTable, Table
 from meiqa.memory.segment import Segment, file_identity
 from meiqa.memory.segment_layout import Array
@@ -59,6 +60,7 @@ __all__ = [
 
 FORMAT = 2
 DIGEST_BYTES = 8
+REGRESSION = "regression"
 
 
 def _stem(origin: Origin) -> str:
@@ -315,11 +317,30 @@ class Generation:
             raise StoreCorrupted(f"{self.segment.path} has scores of no rows", hint=REBUILD)
         return rows
 
+    @cached_property
+    def regression(self) -> Regression | None:
+        """From visual tokens to scores; None where there were too few anchors to fit one.
+
+        Raises:
+            StoreCorrupted: it is not what was written.
+        """
+        arrays, attributes = self.segment.arrays, self.segment.attributes
+        stored = {name: arrays[name] for name in (REGRESSION,) if name in arrays}
+        if regression_sha256(stored) != attributes.get("regression_sha256"):
+            raise StoreCorrupted(f"the regression in {self.segment.path} was altered", hint=REBUILD)
+        return Regression.of_array(stored[REGRESSION]) if stored else None
+
     @property
     def sorted_scores(self) -> NDArray[np.float64]:
         """Scores in that order (N,)."""
         scores: NDArray[np.float64] = self.segment.arrays["sorted_scores"]
         return scores
+
+
+def regression_sha256(arrays: Mapping[str, Array]) -> str | None:
+    """Give the digest of the regression among some arrays; None where there is none."""
+    stored = arrays.get(REGRESSION)
+    return None if stored is None else hashlib.sha256(stored.tobytes()).hexdigest()
 
 
 def _sha256_of(path: Path) -> str:
@@ -373,6 +394,8 @@ def _check_arrays(segment: Segment, widths: Widths, count: int) -> None:
         "image_hashes": (np.int64, (count,)),
         "image_rows": (np.int32, (count,)),
     }
+    if REGRESSION in segment.arrays:
+        wanted[REGRESSION] = (np.float64, (2 * widths.token + 2,))
     for name, (dtype, shape) in wanted.items():
         array = segment.arrays.get(name)
         if array is None or array.dtype != dtype or array.shape != shape:

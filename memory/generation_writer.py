@@ -20,15 +20,19 @@ from meiqa.memory.database import (
     transaction,
 )
 from meiqa.memory.disk import disk_errors, file_sha256, sync
+from meiqa.memory.encoding import dequantise_tokens
 from meiqa.memory.generation import (
     DIGEST_BYTES,
     FORMAT,
+    REGRESSION,
     image_hash,
     records_name,
+    regression_sha256,
     segment_path,
 )
 from meiqa.memory.index import index_arrays
 from meiqa.memory.records import Entry, entry_digest, insert_record, insert_thumbnail
+from meiqa.memory.regression import Sample
 from meiqa.memory.segment_layout import Array
 from meiqa.memory.segment_writer import SegmentWriter
 from meiqa.types import Origin
@@ -77,7 +81,8 @@ def written_generation(
             ):
                 levels = columns.gather(entries, connection)
                 writer.stream("levels", levels, identity.widths.token, np.int8)
-            for name, array in columns.arrays(threads).items():
+            regression = columns.regression_arrays(origin)
+            for name, array in (columns.arrays(threads) | regression).items():
                 writer.add(name, array)
             with disk_errors(records_path):
                 sync(records_path)
@@ -94,6 +99,7 @@ def written_generation(
                     "key_kind": identity.key_kind,
                     "records": records_path.name,
                     "records_sha256": records_sha256,
+                    "regression_sha256": regression_sha256(regression),
                     "build": build,
                 }
             )
@@ -120,6 +126,7 @@ class _Columns:
         self._scores: list[float] = []
         self._images: list[int] = []
         self._digests = bytearray()
+        self._sample = Sample()
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -136,7 +143,14 @@ class _Columns:
             self._scores.append(entry.record.score)
             self._images.append(image_hash(entry.record.image_digest))
             self._digests += entry_digest(entry)[:DIGEST_BYTES]
+            tokens = dequantise_tokens(entry.features.tokens)
+            self._sample.show(entry.record.id, tokens, entry.record.score)
             yield entry.features.tokens.levels
+
+    def regression_arrays(self, origin: Origin) -> dict[str, Array]:
+        """Give the regression from tokens to human scores; none is made of predicted ones."""
+        fitted = self._sample.fitted() if origin == "anchor" else None
+        return {} if fitted is None else {REGRESSION: fitted[0].array}
 
     def arrays(self, threads: int) -> dict[str, Array]:
         """Give everything but the levels; so many threads build the index."""

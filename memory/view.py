@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from meiqa.memory.cases import Case
 from meiqa.memory.generation import Generation
 from meiqa.memory.records import Entry, Record, case_of
+from meiqa.memory.regression import Regression
 from meiqa.memory.search import FlatTable, Mask, Rows
 
 __all__ = ["Bin", "CaseView"]
@@ -53,6 +54,15 @@ class CaseView:
     def stored_count(self) -> int:
         """Rows of the generation, hidden ones among them."""
         return 0 if self.generation is None else len(self.generation)
+
+    @property
+    def regression(self) -> Regression | None:
+        """The generation's; recent cases are not in it.
+
+        Raises:
+            StoreCorrupted: it is not what was written.
+        """
+        return None if self.generation is None else self.generation.regression
 
     @cached_property
     def recent_table(self) -> FlatTable:

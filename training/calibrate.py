@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares, minimize
 from scipy.stats import spearmanr
 
 from meiqa.engine.caches import ByteLru
 from meiqa.engine.comparing import Comparer, all_in_order, preferences_of
+from meiqa.engine.fusing import Observation, joined
 from meiqa.engine.images import load_pixels
-from meiqa.engine.package import Calibration, EnginePackage, Logistic
+from meiqa.engine.package import Calibration, EnginePackage
 from meiqa.engine.pipeline import ANCHOR_CACHE_BYTES, fitted_to
 from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.scoring import expected_grade
+from meiqa.engine.scoring import expected_grade, weighted
 from meiqa.engine.vlm import LocalVlm, Prefix
 from meiqa.errors import PackageCorrupted, UsageError
 from meiqa.export.commands import run_command
@@ -35,6 +35,7 @@ from meiqa.kernels.thurstone import thurstone_map
 from meiqa.labels import LabelTable
 from meiqa.memory import MemoryBank, RetrievalPolicy, layout, retrieval_key
 from meiqa.training.data import name_hash
+from meiqa.training.mapping import fitted_deviation, matched_logistic, root_mean_square
 
 Floats = NDArray[np.float64]
 
@@ -57,12 +58,15 @@ class Judged:
     Attributes:
         human: (N,) human scores.
         text, levels: (N,) raw score of each head; text is NaN where no rating could be read.
+        memory: (N,) what the memory's regression says without having seen the photo; NaN where it
+            has none.
         logits: (N, K, 2) of the comparisons; scores, stds: (N, K) of the neighbours.
     """
 
     human: Floats
     text: Floats
     levels: Floats
+    memory: Floats
     logits: Floats
     scores: Floats
     stds: Floats
@@ -76,6 +80,7 @@ def judge_anchors(
     vlm = LocalVlm(package, *open_sessions(package, "cpu", None))
     comparer = Comparer(vlm, package.digest, ByteLru[Prefix](ANCHOR_CACHE_BYTES))
     snapshot = bank.snapshot()
+    recalled = snapshot.scores_left_out()
     rows = sorted(zip(labels.files, labels.scores_1_to_5(), strict=True), key=by_hash)[:limit]
     columns: dict[str, list[Any]] = {name: [] for name in Judged.__dataclass_fields__}
     for index, (file, score) in enumerate(rows, 1):
@@ -96,6 +101,7 @@ def judge_anchors(
         columns["human"].append(score)
         columns["text"].append(np.nan if description.rating is None else description.rating)
         columns["levels"].append(expected_grade(vlm.grade(prefix)))
+        columns["memory"].append(recalled.get(pixels.digest, np.nan))
         columns["logits"].append(verdicts.logits)
         columns["scores"].append([case.score for case in neighbours])
         columns["stds"].append([case.std for case in neighbours])
@@ -107,25 +113,6 @@ def judge_anchors(
 def by_hash(row: tuple[str, float]) -> str:
     """A place in an order that has nothing to do with scores."""
     return name_hash(row[0])
-
-
-def matched_logistic(raw: Floats, human: Floats) -> Logistic:
-    """Five-parameter logistic under which N raw scores are distributed like N human ones.
-
-    The least raw score is carried to the least human one, the next to the next, as well as the
-    function can (least squares). Predicting each photograph's own score instead would pull all
-    scores towards the middle, and few would be called excellent or bad. Increasing, as b1 b2 >= 0
-    and b4 >= 0 are kept.
-    """
-    ordered, wanted = np.sort(raw), np.sort(human)
-
-    def residuals(b: Floats) -> Floats:
-        return np.asarray(Logistic(*b)(ordered) - wanted)
-
-    start = [1.0, 1.0, float(np.mean(raw)), 0.5, float(np.mean(human) - 0.5 * np.mean(raw))]
-    bounds = ([0, 0, 1, 0, -5], [8, 8, 5, 2, 5])
-    fit = least_squares(residuals, start, bounds=bounds)
-    return Logistic(*(float(b) for b in fit.x))
 
 
 def fused_scores(
@@ -168,23 +155,6 @@ def fitted_fusion(judged: Judged, prior: Floats) -> tuple[float, float, float]:
     )
 
 
-def fitted_deviation(errors: Floats, stds: Floats) -> tuple[float, float]:
-    """Scale and floor of the deviation under which the errors are most likely."""
-
-    def surprise(logs: Floats) -> float:
-        variance = np.exp(2 * logs[0]) * stds**2 + np.exp(2 * logs[1])
-        return float(np.mean(np.log(variance) + errors**2 / variance))
-
-    spread = root_mean_square(errors)
-    found = minimize(
-        surprise,
-        np.log(np.array([0.5 * spread / float(np.mean(stds)), 0.5 * spread])),
-        method="Nelder-Mead",
-    )
-    scale, floor = np.exp(found.x)
-    return float(scale), float(floor)
-
-
 def fitted_heads(judged: Judged, base: Calibration) -> tuple[Calibration, Floats, Floats]:
     """Logistics and deviations of both heads, with their mapped scores (N,) each."""
     levels = matched_logistic(judged.levels, judged.human)
@@ -205,6 +175,24 @@ def fitted_heads(judged: Judged, base: Calibration) -> tuple[Calibration, Floats
     return fitted, by_text, by_grade
 
 
+def fitted_memory(
+    judged: Judged, base: Calibration, opinions: Floats
+) -> tuple[Calibration, Floats]:
+    """How far opinions (N,) and the memory's regression err alike, and both of them joined."""
+    if np.isnan(judged.memory).any():
+        return base, opinions
+    own, recalled = opinions - judged.human, judged.memory - judged.human
+    correlation = float(np.clip(np.corrcoef(own, recalled)[0, 1], 0.0, 1.0))
+    own_std = weighted(base.text_std, base.levels_std, base.grade_share)
+    recalled_std = root_mean_square(recalled)
+    pairs = (
+        (Observation(float(score), own_std), Observation(float(memory), recalled_std))
+        for score, memory in zip(opinions, np.clip(judged.memory, 1.0, 5.0), strict=True)
+    )
+    prior = np.array([joined(*pair, correlation).score for pair in pairs])
+    return replace(base, memory_correlation=correlation), prior
+
+
 def fitted_calibration(
     judged: Judged, base: Calibration
 ) -> tuple[Calibration, dict[str, dict[str, float]]]:
@@ -215,14 +203,14 @@ def fitted_calibration(
         return (1.0 - share) * by_text + share * by_grade
 
     share = min(SHARES, key=lambda s: root_mean_square(prior_with(s) - judged.human))
-    prior = prior_with(share)
+    base = replace(base, grade_share=share)
+    base, prior = fitted_memory(judged, base, prior_with(share))
     temperature, sigma, lam = fitted_fusion(judged, prior)
     scores, stds = fused_scores(judged, prior, temperature, sigma, lam)
     scale, floor = fitted_deviation(scores - judged.human, stds)
     moved = float(np.quantile(np.abs(scores - by_text), 1.0 - REFLECTED_SHARE))
     calibration = replace(
         base,
-        grade_share=share,
         temperature=temperature,
         sigma=sigma,
         lam=lam,
@@ -231,6 +219,8 @@ def fitted_calibration(
         reflect_above=min(LARGEST_GATE, moved),
     )
     named = {"text": by_text, "levels": by_grade, "prior": prior, "fused": scores}
+    if not np.isnan(judged.memory).any():
+        named["memory"] = judged.memory
     return calibration, {name: agreement(s, judged.human) for name, s in named.items()}
 
 
@@ -240,11 +230,6 @@ def agreement(scores: Floats, human: Floats) -> dict[str, float]:
         "srcc": float(spearmanr(scores, human).statistic),
         "rmse": root_mean_square(scores - human),
     }
-
-
-def root_mean_square(errors: Floats) -> float:
-    """Square root of the mean square."""
-    return float(np.sqrt(np.mean(errors**2)))
 
 
 def main() -> None:

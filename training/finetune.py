@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from meiqa.export.decoder import DecoderConfig, Segments
 from meiqa.export.families.conv_hybrid import ConvHybridConfig, ConvHybridTower
 from meiqa.training.checkpoint import ConvHybridVlm, TrainedVlm, save_checkpoint
 from meiqa.training.data import Photograph, PhotographSet
-from meiqa.training.pretrain import HIDDEN_SIZE
+from meiqa.training.pretrain import HIDDEN_SIZE, stage_folder
 from meiqa.training.texts import corpus_of, reflection_pair, scored_answer, train_tokenizer
 from meiqa.training.timed_run import Pace, TimedRun
 from meiqa.training.towers import MEAN, STD, JudgedTower, make_tower, normalised
@@ -38,7 +39,8 @@ PREFERENCE_DEVIATION = 0.5
 """Deviation of the difference of two human scores, in score units: sets how soft verdicts are."""
 LEVEL_DEVIATION = 0.6
 HUMAN_SHARE = 0.625
-"""Share of a batch that is human-scored; the rest is distorted."""
+"""Share of a batch that is human-scored, unless the model is trained abroad; the rest is
+distorted."""
 SQUARE_SHARE = 0.4
 LARGEST_SQUARE, SHORTEST_SIDE, LONGEST_SIDE = 8, 3, 12
 """Sides of grids, in cells: 8 x 8 is 512 x 512 pixels, the most that the tower is shown."""
@@ -134,10 +136,13 @@ class WindowBatch:
 
 
 class WindowSampler:
-    """Draws windows of human-scored and distorted photographs on the grids the engine meets."""
+    """Draws windows of several sets' photographs on the grids the engine meets."""
 
-    def __init__(self, human: CellSet, distorted: CellSet, seed: int, device: torch.device) -> None:
-        self.human, self.distorted, self.device = human, distorted, device
+    def __init__(
+        self, sources: Sequence[tuple[CellSet, float]], seed: int, device: torch.device
+    ) -> None:
+        """Sources are sets with their shares of a batch, which sum to 1."""
+        self.sources, self.device = sources, device
         self.rng = np.random.default_rng(seed)
 
     def grid(self) -> tuple[int, int]:
@@ -149,10 +154,11 @@ class WindowSampler:
         return rows, int(self.rng.integers(SHORTEST_SIDE, longest + 1))
 
     def batch(self, size: int) -> WindowBatch:
-        """`size` windows on one grid, most of them human-scored."""
-        side, humans = self.grid(), round(size * HUMAN_SHARE)
+        """`size` windows on one grid."""
+        side = self.grid()
         windows, photographs = [], []
-        for source, count in ((self.human, humans), (self.distorted, size - humans)):
+        limits = np.rint(size * np.cumsum([0.0, *(share for _, share in self.sources)])).astype(int)
+        for (source, _), count in zip(self.sources, np.diff(limits), strict=True):
             for index in self.rng.integers(0, len(source.photographs), count):
                 windows.append(source.window(index, side, self.rng).reshape(side[0] * side[1], -1))
                 photographs.append(source.photographs[index])
@@ -379,10 +385,11 @@ def unseen_report(reader: Reader, anchors: CellSet, count: int) -> dict[str, flo
     }
 
 
-def load_pretrained(work: Path) -> ConvHybridTower:
+def load_pretrained(work: Path, *, abroad: bool) -> ConvHybridTower:
     """The averaged conv tower of stage 1."""
     judged = JudgedTower(make_tower("conv", HIDDEN_SIZE), HIDDEN_SIZE)
-    state = torch.load(work / "stage1-conv" / "checkpoint.pt", "cpu", weights_only=True)
+    folder = work / stage_folder("stage1-conv", abroad=abroad)
+    state = torch.load(folder / "checkpoint.pt", "cpu", weights_only=True)
     judged.load_state_dict(state["average"])
     tower = judged.tower.eval()
     assert isinstance(tower, ConvHybridTower)
@@ -474,18 +481,24 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=35.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--abroad", action="store_true", help="see no human-scored photograph")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    tower = load_pretrained(arguments.work).to(arguments.device)
-    human, distorted, anchors = (
-        cached_cells(tower, arguments.work, name, views)
-        for name, views in (("human", 2), ("distorted", 1), ("anchors", 1))
-    )
-    tokenizer = train_tokenizer(corpus_of([*human.photographs, *distorted.photographs]))
+    work, abroad = arguments.work, arguments.abroad
+    tower = load_pretrained(work, abroad=abroad).to(arguments.device)
+    shares = {"distorted": 1.0} if abroad else {"human": HUMAN_SHARE, "distorted": 1 - HUMAN_SHARE}
+    sources = [
+        (cached_cells(tower, work, name, views=2 if name == "human" else 1), share)
+        for name, share in shares.items()
+    ]
+    anchors = cached_cells(tower, work, "anchors", views=1)
+    seen = [photograph for cells, _ in sources for photograph in cells.photographs]
+    tokenizer = train_tokenizer(corpus_of(seen))
     model = initial_model(tower, tokenizer.get_vocab_size()).to(arguments.device)
-    run = Finetuning(model, tokenizer, arguments.work / "stage2", Recipe(arguments.minutes))
-    run.run(WindowSampler(human, distorted, run.steps, arguments.device), anchors)
+    folder = work / stage_folder("stage2", abroad=abroad)
+    run = Finetuning(model, tokenizer, folder, Recipe(arguments.minutes))
+    run.run(WindowSampler(sources, run.steps, arguments.device), anchors)
     save_checkpoint(TrainedVlm(run.average.cpu().eval(), tokenizer, MEAN, STD), arguments.out)
 
 

@@ -2,9 +2,10 @@
 
     python -m meiqa.training.pretrain --work WORK --tower conv --minutes 30
 
-Half of each batch is human-scored photographs, half distorted pristine ones. The learning rate
-follows the share of the time budget that is spent, so that a run fits the time there is; a killed
-run resumes from its last checkpoint.
+Half of each batch is human-scored photographs, half distorted pristine ones; with `--abroad` all
+are distorted ones, for a model that has never seen the photographs it is to judge. The learning
+rate follows the share of the time budget that is spent, so that a run fits the time there is; a
+killed run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from meiqa.training.towers import JudgedTower, make_tower, normalised
 
 HIDDEN_SIZE = 256
 CROP = 256
+HUMAN_SHARE = 0.5
+"""Share of a batch that is human-scored, unless the model is trained abroad."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Recipe:
 
     minutes: float
     batch: int = 24
-    human_share: float = 0.5
+    human_share: float = HUMAN_SHARE
     learning_rate: float = 1e-3
     convolutions_share: float = 0.2
     weight_decay: float = 0.05
@@ -93,6 +96,11 @@ class CropSampler:
         )
 
 
+def stage_folder(name: str, *, abroad: bool) -> str:
+    """Where a stage keeps its checkpoint; the two settings keep theirs apart."""
+    return f"{name}-abroad" if abroad else name
+
+
 def correlation_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
     """1 - Pearson correlation."""
     p, w = predicted - predicted.mean(), wanted - wanted.mean()
@@ -104,8 +112,9 @@ def batch_loss(model: JudgedTower, batch: CropBatch) -> Tensor:
     """Score (value and order), distortion type and level."""
     score, kind, level = model(batch.images)
     made = ~batch.human
+    ordered = batch.human if batch.human.any() else made
     value = functional.smooth_l1_loss(score, batch.scores, beta=0.5)
-    order = correlation_loss(score[batch.human], batch.scores[batch.human])
+    order = correlation_loss(score[ordered], batch.scores[ordered])
     named = functional.cross_entropy(kind[made], batch.kinds[made])
     graded = functional.smooth_l1_loss(level[made], batch.levels[made])
     return value + 0.5 * order + 0.3 * named + 0.2 * graded
@@ -138,7 +147,8 @@ class Pretraining(TimedRun):
             self.parameter_groups(), recipe.learning_rate, weight_decay=recipe.weight_decay
         )
         parts: dict[str, nn.Module] = {"model": self.model, "average": self.average}
-        super().__init__(work / f"stage1-{tower}", parts, optimiser, recipe.pace)
+        folder = work / stage_folder(f"stage1-{tower}", abroad=recipe.human_share == 0.0)
+        super().__init__(folder, parts, optimiser, recipe.pace)
 
     def parameter_groups(self) -> list[dict[str, object]]:
         """All at full rate, but convolutions that ImageNet has taught already."""
@@ -185,10 +195,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--abroad", action="store_true", help="see no human-scored photograph")
     parser.add_argument("--judged", type=int, default=256, help="unseen photographs in a log line")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    run = Pretraining(arguments.work, arguments.tower, Recipe(arguments.minutes), arguments.device)
+    recipe = Recipe(arguments.minutes, human_share=0.0 if arguments.abroad else HUMAN_SHARE)
+    run = Pretraining(arguments.work, arguments.tower, recipe, arguments.device)
     sampler = CropSampler(
         PhotographSet.load(arguments.work, "human"),
         PhotographSet.load(arguments.work, "distorted"),

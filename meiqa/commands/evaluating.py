@@ -230,14 +230,16 @@ def _peers(
     options: argparse.Namespace, judged: Judged, parts: Parts | None, training: LabelTable | None
 ) -> list[dict[str, Any]]:
     from meiqa.benchmarks.peers import judge_peers, published_peers, regressor_peer
-    from meiqa.benchmarks.regressor import fitted_ridge
+    from meiqa.benchmarks.regressor import fitted_regressor
     from meiqa.progress import Progress
 
     peers = published_peers(None if options.peer_models is None else Path(options.peer_models))
     if parts is not None and training is not None:
         with Progress(len(training), sys.stderr) as progress:
-            ridge = fitted_ridge(parts.vlm, training, options.images, on_photo=progress.advance)
-        peers.append(regressor_peer(parts.vlm, ridge))
+            regressor = fitted_regressor(
+                parts.vlm, training, options.images, on_photo=progress.advance
+            )
+        peers.append(regressor_peer(parts.vlm, regressor))
     photos = [assessment.path for assessment in judged.assessments]
     with Progress(len(photos), sys.stderr) as progress:
         return judge_peers(peers, photos, judged.human, on_photo=progress.advance)

@@ -20,7 +20,6 @@ from meiqa.benchmarks.naturalness import (
     luminance,
 )
 from meiqa.benchmarks.peers import Peer, judge_peers, peers_text, published_peers, sharpness
-from meiqa.benchmarks.regressor import Ridge
 from meiqa.errors import ImageTooSmall, UsageError
 from tests.engine.samples import picture
 
@@ -192,31 +191,3 @@ def test_judging(tmp_path: Path) -> None:
     ]
     assert len(told) == 4
     assert "some         3  1.0000" in peers_text(rows)
-
-
-def test_a_regressor_finds_a_linear_law_among_noise() -> None:
-    random = np.random.default_rng(1)
-    law = random.normal(size=30) * (np.arange(30) < 5)
-    features = 10 + random.normal(size=(400, 30)) * np.linspace(0.1, 10, 30)
-    scores = 3 + 0.2 * (features - 10) @ law + random.normal(0, 0.1, 400)
-    ridge = Ridge.fit(features[:300], scores[:300])
-    predicted = np.array([ridge.score(one) for one in features[300:]])
-    assert np.corrcoef(predicted, scores[300:])[0, 1] > 0.95
-
-
-def test_a_regressor_of_noise_says_the_mean() -> None:
-    random = np.random.default_rng(2)
-    ridge = Ridge.fit(random.normal(size=(60, 200)), random.uniform(2, 4, 60))
-    assert ridge.penalty >= 1_000
-    spread = np.std([ridge.score(one) for one in random.normal(size=(60, 200))])
-    assert spread < 0.3
-
-
-def test_the_penalty_is_that_of_each_photo_left_out() -> None:
-    random = np.random.default_rng(3)
-    features, scores = random.normal(size=(12, 3)), random.uniform(1, 5, 12)
-    ridge = Ridge.fit(features, scores)
-    standard = (features - features.mean(axis=0)) / features.std(axis=0)
-    centred = scores - scores.mean()
-    normal = standard.T @ standard + ridge.penalty * np.eye(3)
-    np.testing.assert_allclose(ridge.weights, np.linalg.solve(normal, standard.T @ centred))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from meiqa.engine.fusing import Posterior, fuse
+from meiqa.engine.fusing import Observation, Posterior, fuse, joined
 from meiqa.engine.package import UNCALIBRATED
 from meiqa.memory import Case
 from tests.memory.samples import make_case
@@ -86,3 +86,28 @@ def test_the_interval_is_the_normal_one_inside_the_scale() -> None:
     assert Posterior(3.0, 0.5).ci95 == pytest.approx((3 - 0.98, 3 + 0.98), abs=1e-3)
     assert Posterior(1.1, 1.0).ci95[0] == 1.0
     assert Posterior(4.9, 1.0).ci95[1] == 5.0
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize(("one", "other"), [(0.5, 0.5), (0.4, 0.8), (1.0, 0.3)])
+def test_two_observations_are_joined_with_the_smallest_variance(
+    one: float, other: float, correlation: float
+) -> None:
+    first, second = Observation(2.0, one), Observation(4.0, other)
+    shares = np.linspace(0, 1, 2001)
+    variances = (
+        (1 - shares) ** 2 * one**2
+        + shares**2 * other**2
+        + 2 * shares * (1 - shares) * correlation * one * other
+    )
+    best = int(np.argmin(variances))
+    both = joined(first, second, correlation)
+    assert both.std == pytest.approx(np.sqrt(variances[best]), abs=1e-6)
+    assert both.score == pytest.approx(2.0 + 2.0 * shares[best], abs=2e-3)
+    assert both.std <= min(one, other) + 1e-12
+
+
+def test_two_that_err_exactly_alike_count_as_the_first() -> None:
+    first = Observation(2.0, 0.5)
+    assert joined(first, Observation(4.0, 0.5), 1.0) == first
+    assert joined(first, Observation(4.0, 0.9), 1.0) == first

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from meiqa.engine.drafting import Draft
 from meiqa.engine.package import UNCALIBRATED, Logistic
-from meiqa.engine.scoring import expected_grade, first_opinion
+from meiqa.engine.scoring import expected_grade, first_opinion, informed
 from meiqa.engine.vlm import Description, Prefix, VisualTokens, Vlm
+from meiqa.memory import Regression
 
 PREFIX = Prefix(
     np.zeros((1, 2, 1, 3, 4), np.float32), VisualTokens(np.zeros((1, 4), np.float32), (1, 1)), 3
@@ -104,6 +105,21 @@ def test_the_calibration_maps_and_weighs_rating_and_grade() -> None:
 @pytest.mark.parametrize(("printed", "score"), [(77.0, 5.0), (0.0, 1.0)])
 def test_a_rating_off_the_scale_is_kept_on_it(printed: float, score: float) -> None:
     assert first_opinion(scripted(printed, [1] * 5), PREFIX, UNCALIBRATED, 96).score == score
+
+
+def test_what_the_memory_says_is_joined_to_the_prior() -> None:
+    calibration = replace(
+        UNCALIBRATED, levels_std=0.5, text_std=0.5, grade_share=0.0, memory_correlation=0.0
+    )
+    opinion = first_opinion(scripted(2.0, [1] * 5), PREFIX, calibration, 96)
+    tokens = np.float32([[1, 3], [3, 3]])  # means 2 and 3, deviations 1 and 0
+    regression = Regression(np.array([0.5, 1.0, -1.0, 7.0]), 1.0, 0.5)
+    both = informed(opinion, regression, tokens, calibration)
+    assert both.memory_score == pytest.approx(4.0)
+    assert both.prior == pytest.approx(3.0)
+    assert both.prior_std == pytest.approx(0.5 / np.sqrt(2))
+    assert both.score == opinion.score
+    assert informed(opinion, None, tokens, calibration) is opinion
 
 
 def test_a_cut_description_is_marked() -> None:

@@ -1,0 +1,1 @@
+"""The HTTP API and the camera page: one engine behind a queue that keeps deadlines."""
