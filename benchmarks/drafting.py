@@ -80,7 +80,7 @@ def bench_drafting(
     kept = memory or embedded_assets() / "memory"
     plain: list[_Way] = []
     drafted: list[_Way] = []
-    with open_memory(kept, opened.digest, verify=False, learn=False) as bank:
+    with open_memory(kept, opened.digest, learn=False) as bank:
         for source in _sources(images):
             pixels = load_pixels(source)
             (prefix,) = vlm.read([vlm.encode(fitted_to(pixels, vlm.image))])

@@ -17,14 +17,14 @@ from matplotlib.figure import Figure
 
 from meiqa.benchmarks.accuracy import Judged
 
-__all__ = ["draw_all"]
+__all__ = ["STYLE", "draw_all"]
 
 _HUMAN, _INITIAL, _FUSED = "#555555", "#E69F00", "#0072B2"
 _GUIDE = "#9a9a9a"
 _SCALE = (1.0, 5.0)
 _GRADES = range(1, 6)
 _BINS = np.linspace(1.0, 5.0, 101)
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#666666",
     "axes.grid": True,
@@ -73,7 +73,7 @@ def draw_all(judged: Judged, report: Mapping[str, Any], folder: Path) -> list[Pa
         drawings["budgets"] = lambda: srcc_against_budget(report["budgets"]["rows"])
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         for name, draw in drawings.items():
             path = folder / f"{name}.png"
             draw().savefig(path)

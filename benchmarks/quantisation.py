@@ -39,7 +39,7 @@ def open_engine(package: EnginePackage, memory: Path, calibration: Calibration) 
     manifest = replace(package.manifest, calibration=calibration)
     changed = EnginePackage(package.path, manifest)
     vlm = LocalVlm(changed, *sessions_on("cpu", changed, None, verify=False))
-    return Engine(vlm, changed, open_memory(memory, changed.digest, verify=True, learn=False))
+    return Engine(vlm, changed, open_memory(memory, changed.digest, learn=False))
 
 
 def judged(engine: Engine, labels: LabelTable, images: Path) -> tuple[dict[str, Any], Floats]:

@@ -63,15 +63,16 @@ class Parts:
         threads: int | None = None,
         verify: bool = True,
         exclude_above: float = NEAR_DUPLICATE,
+        head: str | None = None,
     ) -> Iterator[Parts]:
         """Open package and memory for reading; arguments and errors are those of `Engine.open`."""
-        opened = EnginePackage.open(package, verify=verify)
+        opened = EnginePackage.open(package, verify=verify).headed(head)
         vlm = LocalVlm(opened, *sessions_on(device, opened, threads, verify=verify))
         calibration = opened.manifest.calibration
         policy = RetrievalPolicy(
             k=calibration.neighbours, bins=calibration.bins, exclude_above=exclude_above
         )
-        with open_memory(memory, opened.digest, verify=verify, learn=False) as bank:
+        with open_memory(memory, opened.digest, learn=False) as bank:
             yield cls(vlm, opened, bank, policy)
 
     def engine(self) -> Engine:
@@ -157,7 +158,11 @@ class Recorder:
         package = self.parts.package
         (prefix,) = self.parts.vlm.read([tokens])
         opinion = first_opinion(
-            self.parts.vlm, prefix, self._calibration, package.manifest.prompt.summary_tokens
+            self.parts.vlm,
+            prefix,
+            self._calibration,
+            package.manifest.prompt.summary_tokens,
+            head=package.manifest.score_head,
         )
         key = opinion.key
         if key is None:

@@ -19,7 +19,6 @@ def open_memory(
     path: str | Path | None,
     package_digest: str,
     *,
-    verify: bool,
     learn: bool,
     admission: Admission = "gated",
 ) -> MemoryBank:
@@ -28,10 +27,11 @@ def open_memory(
     While another process writes to it, the memory is opened read-only, with a warning. So is the
     user's own where it cannot be written; one that was asked for by its path is refused then.
 
+    Only headers are read now, however large it is: each case is checked when it is read.
+
     Args:
         path: Directory of the memory; None for the user's own. Created to learn into.
         package_digest: Digest of the engine package, hexadecimal.
-        verify: Check the digests of the anchors.
         learn: Open it for writing.
         admission: Which photos are remembered, when learning.
 
@@ -52,12 +52,7 @@ def open_memory(
     if learn:
         try:
             return MemoryBank.compose(
-                anchors,
-                contrast,
-                "rw",
-                package_digest=package_digest,
-                verify=verify,
-                policy=policy,
+                anchors, contrast, "rw", package_digest=package_digest, policy=policy
             )
         except StoreLocked as error:
             LOG.warning("nothing will be remembered: %s", error)
@@ -67,6 +62,4 @@ def open_memory(
                 raise StoreUnwritable(error.what, seen=error.seen, hint=hint) from error
             LOG.warning("nothing will be remembered: %s (%s)", error.what, error.seen)
     # The policy goes along, so that what it would have admitted is said not to be remembered.
-    return MemoryBank.compose(
-        anchors, contrast, "r", package_digest=package_digest, verify=verify, policy=policy
-    )
+    return MemoryBank.compose(anchors, contrast, "r", package_digest=package_digest, policy=policy)

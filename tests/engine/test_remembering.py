@@ -30,7 +30,7 @@ def no_directory(tmp_path: Path) -> Path:
 
 
 def opened(path: Path | None, *, learn: bool) -> MemoryBank:
-    return open_memory(path, DIGEST, verify=True, learn=learn)
+    return open_memory(path, DIGEST, learn=learn)
 
 
 @pytest.mark.parametrize("name", ["mistyped", "file"])
