@@ -33,7 +33,14 @@ from meiqa.types import Failure
 if TYPE_CHECKING:
     from meiqa.training.distortions import DistortionKind
 
-__all__ = ["IMAGES_A_PHOTOGRAPH", "bench_ladder", "ladder_text", "main", "photographs_of"]
+__all__ = [
+    "IMAGES_A_PHOTOGRAPH",
+    "bench_ladder",
+    "human_scores",
+    "ladder_text",
+    "main",
+    "photographs_of",
+]
 
 Floats = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
@@ -161,6 +168,13 @@ def distortion_kinds() -> tuple[DistortionKind, ...]:
     from meiqa.training.distortions import KINDS
 
     return KINDS
+
+
+def human_scores(table: Path) -> Floats:
+    """KADID-10k's mean human scores by type and level, (25, 5), from its table."""
+    from meiqa.training.distortions import kadid_scores
+
+    return kadid_scores(table).astype(np.float64)
 
 
 def photographs_of(folder: str | Path, index: str | Path | None = None) -> list[Path]:

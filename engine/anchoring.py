@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 
 from meiqa.engine.images import Pixels, load_pixels
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import fitted_to
-from meiqa.engine.vlm import LocalVlm
+from meiqa.engine.vlm import Vlm
 from meiqa.errors import ImageError, PackageCorrupted
 from meiqa.labels import LabelTable
 from meiqa.memory import AnchorWriter, Case, key_widths, retrieval_key
@@ -24,8 +26,17 @@ THUMBNAIL_SIDE = 160
 THUMBNAIL_QUALITY = 80
 
 
+class Describer(Vlm, Protocol):
+    """A model that says what it is a model of."""
+
+    @property
+    def package(self) -> EnginePackage:
+        """Its package."""
+        ...
+
+
 def anchor_case(
-    vlm: LocalVlm,
+    vlm: Describer,
     pixels: Pixels,
     name: str,
     score: float,
@@ -45,7 +56,7 @@ def anchor_case(
         PackageCorrupted: the model writes nothing about it.
     """
     prefix = vlm.read([vlm.encode(fitted_to(pixels, vlm.image))])[0]
-    description = vlm.describe(prefix, vlm.prompts.family.summary_tokens)
+    description = vlm.describe(prefix, vlm.package.manifest.prompt.summary_tokens)
     if description.key is None:
         raise PackageCorrupted("the model writes nothing about an anchor", seen=name)
     return Case(
@@ -71,7 +82,7 @@ def thumbnail_of(pixels: Pixels) -> bytes:
 
 
 def build_anchors(
-    vlm: LocalVlm,
+    vlm: Describer,
     labels: LabelTable,
     images: Path,
     out: Path,
@@ -101,7 +112,7 @@ def build_anchors(
         StoreError: the memory cannot be written.
         PackageCorrupted: the model writes nothing about a photograph.
     """
-    widths = key_widths(key_kind, vlm.shape.hidden_size, vlm.shape.embed_width)
+    widths = key_widths(key_kind, *vlm.package.widths)
     failures: list[Failure] = []
     writer = AnchorWriter(
         out,

@@ -26,6 +26,7 @@ __all__ = [
     "DEFAULT_MAX_PIXELS",
     "IMAGE_SUFFIXES",
     "ImageSource",
+    "NamedBytes",
     "Pixels",
     "fit_to_grid",
     "load_pixels",
@@ -38,6 +39,19 @@ IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 """Suffixes by which a photograph is recognised in a folder, in lower case."""
 
 ImageSource = str | Path | bytes | Image.Image | NDArray[Any]
+
+
+class NamedBytes(bytes):
+    """An encoded image, and what messages and results call it."""
+
+    name: str
+
+    def __new__(cls, data: bytes, name: str) -> NamedBytes:
+        """Give a name to bytes."""
+        made = super().__new__(cls, data)
+        made.name = name
+        return made
+
 
 MAX_ASPECT = 100.0
 # Photographs only: Pillow's other plugins run Ghostscript, follow references or hold no photo.
@@ -97,6 +111,8 @@ def source_name(source: ImageSource) -> str:
         return str(source)
     if isinstance(source, Image.Image):
         return str(getattr(source, "filename", "") or "<image>")
+    if isinstance(source, NamedBytes):
+        return source.name
     return "<array>" if isinstance(source, np.ndarray) else "<bytes>"
 
 
@@ -243,6 +259,15 @@ def _readable_formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
+def _identified(stream: IO[bytes]) -> Image.Image:
+    """Open with Pillow's usual plugins if they can; loading all of them takes 20 ms, once."""
+    Image.preinit()
+    try:
+        return Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError:
+        return Image.open(stream, formats=_readable_formats())
+
+
 def _header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
     """Read the header, with Pillow's own limit set to ours.
 
@@ -255,7 +280,7 @@ def _header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
         try:
-            return Image.open(stream, formats=_readable_formats())
+            return _identified(stream)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             count = re.search(r"\d+", str(error))
             raise _too_large(name, f"{count[0]} pixels" if count else None, max_pixels) from None

@@ -29,6 +29,8 @@ from meiqa.kernels.graded import LEAST_STEP
 SCHEMA = 2
 MANIFEST = "manifest.json"
 GRAPHS = ("vision", "decoder")
+PATTERNS = "patterns"
+"""The graph that a package may have beside these."""
 DATA_FILES = ("embedding.npy", "key_projection.npy", "tokenizer.json")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 DEVICES = ("cpu", "cuda", "tensorrt")
@@ -383,6 +385,74 @@ def are_ports(ports: object) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class PatternCalibration(_Fields):
+    """How the scores of the distortion patterns go with people's, on photographs kept unseen.
+
+    Attributes:
+        hybrid, alone: logistic of the score with a reference, and of that without one.
+        alone_std: deviation of the latter, mapped, from people's.
+        trusted_std, doubted_std: deviation of the mapped hybrid score where the gate gives the
+            reference the whole weight, and where it gives it none.
+        correlation: how far the errors of the hybrid score go with those of the model's (Pearson).
+        temperature: divides the logits of the kinds of distortion.
+    """
+
+    hybrid: Logistic
+    alone: Logistic
+    alone_std: float
+    trusted_std: float
+    doubted_std: float
+    correlation: float
+    temperature: float
+
+    def __post_init__(self) -> None:
+        self._require(_POSITIVE, "alone_std", "trusted_std", "doubted_std", "temperature")
+        self._require(_SHARE, "correlation")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PatternCalibration:
+        """Read what stands in the manifest."""
+        made = super().from_dict(values)
+        hybrid, alone = (Logistic.from_dict(values[name]) for name in ("hybrid", "alone"))
+        return replace(made, hybrid=hybrid, alone=alone)
+
+
+@dataclass(frozen=True)
+class PatternGraph(_Fields):
+    """The distortion patterns: a graph over visual tokens, with what is needed to read it.
+
+    It makes neither tokens nor keys, so it is not part of the package's digest.
+
+    Attributes:
+        graph: its file and interface; sha256: the file's digest.
+        count: patterns in the codebook.
+        kinds: names of the distortions, the first for none.
+        calibration: see its class.
+        report: what was measured when it was made.
+    """
+
+    graph: Graph
+    sha256: str
+    count: int
+    kinds: tuple[str, ...]
+    calibration: PatternCalibration
+    report: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self._require(_COUNT, "count")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PatternGraph:
+        """Read what stands in the manifest."""
+        made = super().from_dict(values)
+        return replace(
+            made,
+            graph=Graph.from_dict(values["graph"]),
+            calibration=PatternCalibration.from_dict(values["calibration"]),
+        )
+
+
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Least, usual and greatest shape of each input."""
 
@@ -438,6 +508,7 @@ class Manifest:
         report: what was measured when the export was verified.
         files: SHA-256 of every file but the manifest and the engines.
         engines: graphs compiled with TensorRT.
+        patterns: the distortion patterns, None in a package without a reference mode.
         score_head: what makes the first score unless another is asked for.
     """
 
@@ -452,7 +523,14 @@ class Manifest:
     report: Mapping[str, Any]
     files: Mapping[str, str]
     engines: tuple[TensorRtEngine, ...] = ()
+    patterns: PatternGraph | None = None
     score_head: ScoreHead = "text"
+
+    @property
+    def every_graph(self) -> Mapping[str, Graph]:
+        """All graphs by name, that of the patterns included."""
+        extra = {} if self.patterns is None else {PATTERNS: self.patterns.graph}
+        return {**self.graphs, **extra}
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -476,6 +554,7 @@ class Manifest:
                 hint="export the checkpoint again, or install the version that wrote it",
             )
         values.setdefault("score_head", "text")  # came with a later version
+        values.setdefault("patterns", None)
         names = {field.name for field in fields(cls)}
         if values.keys() != names:
             raise PackageCorrupted(
@@ -534,6 +613,7 @@ class Manifest:
                 "prompt": PromptFamily.from_dict(values["prompt"]),
                 "calibration": Calibration.from_dict(values["calibration"]),
                 "engines": tuple(TensorRtEngine.from_dict(engine) for engine in values["engines"]),
+                "patterns": values["patterns"] and PatternGraph.from_dict(values["patterns"]),
             }
         )
 
@@ -590,6 +670,8 @@ class EnginePackage:
         package = cls(path, Manifest.from_json(text))
         for name, digest in package.manifest.files.items():
             package.check(name, digest if verify else None)
+        if patterns := package.manifest.patterns:
+            package.check(patterns.graph.file, patterns.sha256 if verify else None)
         return package
 
     def check(self, name: str, digest: str | None) -> None:
@@ -608,6 +690,11 @@ class EnginePackage:
     def digest(self) -> str:
         """Identity of the package, hex."""
         return self.manifest.digest
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths of the keys and of the visual tokens that it makes."""
+        return self.manifest.decoder.hidden_size, self.manifest.decoder.embed_width
 
     @cached_property
     def prompts(self) -> Prompts:
@@ -633,9 +720,34 @@ class EnginePackage:
         """Rewrite the manifest with another score head; the digest stays."""
         return self._rewritten(score_head=head)
 
+    def headed(self, head: str | None) -> EnginePackage:
+        """The package with another score head, in this process alone; None leaves it as it is.
+
+        Raises:
+            UsageError: there is no such head, or the package has no graded response.
+        """
+        if head is not None:
+            wanted = check_score_head(head)
+            return replace(self, manifest=replace(self.manifest, score_head=wanted)).headed(None)
+        if self.manifest.score_head == "grm" and self.manifest.calibration.graded is None:
+            raise UsageError(
+                f"the package at {self.path} has no graded response",
+                hint="fit one: python -m meiqa.training.graded LABELS.csv --images DIR "
+                f"--package {self.path}",
+            )
+        return self
+
     def with_engines(self, engines: Sequence[TensorRtEngine]) -> EnginePackage:
         """Rewrite the manifest with other engines; the digest stays."""
         return self._rewritten(engines=tuple(engines))
+
+    def with_patterns(self, patterns: PatternGraph) -> EnginePackage:
+        """Rewrite the manifest with other distortion patterns; the digest stays.
+
+        Their file must be there. Engines of the patterns before them are dropped.
+        """
+        kept = [e for e in self.manifest.engines if e.graph != PATTERNS]
+        return self._rewritten(patterns=patterns, engines=tuple(kept))
 
     def _rewritten(self, **changes: Any) -> EnginePackage:
         """Change the manifest as it is on the disk now, where others may have changed it too."""

@@ -13,11 +13,19 @@ from numpy.typing import NDArray
 
 from meiqa.engine.caches import ByteLru, CacheState, ContentKey
 from meiqa.engine.comparing import WAVE, Comparer, Verdicts, all_in_order, preferences_of
+from meiqa.engine.culling import ALIKE, culled, require_cosine
 from meiqa.engine.decoding import Decoding, decode_ahead
 from meiqa.engine.drafting import Draft
 from meiqa.engine.fusing import Posterior, calibrated, fuse, solution
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid, load_pixels, source_name
 from meiqa.engine.package import EnginePackage, ImageProcessing, check_device
+from meiqa.engine.patterns import (
+    PatternJudge,
+    PatternOpinion,
+    opened_patterns,
+    required,
+    with_reference,
+)
 from meiqa.engine.planning import (
     FEWEST_NEIGHBOURS,
     CostModel,
@@ -32,6 +40,7 @@ from meiqa.engine.planning import (
     write_costs,
 )
 from meiqa.engine.ranking import RIVALS, Contestant, ranked, require_even
+from meiqa.engine.reference import ReferencePhoto
 from meiqa.engine.reflecting import gate_opens, learned_case, reflect
 from meiqa.engine.remembering import open_memory
 from meiqa.engine.runtime.base import GraphSession
@@ -52,11 +61,14 @@ from meiqa.memory import (
 from meiqa.types import (
     Assessment,
     Budget,
+    Culling,
     Failure,
     KeyKind,
     Neighbour,
     PairComparison,
     Ranking,
+    Reference,
+    grades_by_word,
     quality_word,
 )
 
@@ -114,6 +126,7 @@ class Engine:
         *,
         exclude_above: float = NEAR_DUPLICATE,
         costs_file: Path | None = None,
+        patterns: PatternJudge | None = None,
     ) -> None:
         self.package = package
         self.memory = memory
@@ -129,6 +142,7 @@ class Engine:
         self._comparer = Comparer(vlm, package.digest, ByteLru(ANCHOR_CACHE_BYTES))
         self._costs: CostModel | None = None
         self._costs_file = costs_file
+        self._patterns = patterns
 
     @classmethod
     def open(
@@ -142,6 +156,9 @@ class Engine:
         learn: bool = True,
         admission: Admission = "gated",
         exclude_above: float = NEAR_DUPLICATE,
+        head: str | None = None,
+        remote: str | None = None,
+        model: str | None = None,
     ) -> Engine:
         """Open an engine.
 
@@ -152,26 +169,54 @@ class Engine:
                 each package.
             device: "cpu", "cuda", or "tensorrt" for engines that `meiqa build` made.
             threads: threads of the runtime; as many as there are cores by default.
-            verify: compare digests of package and memory.
+            verify: compare the digests of the package's files. Cases of a memory are checked when
+                they are read; `meiqa memory verify` checks all.
             learn: open the memory for writing, creating it if need be; False opens it read-only,
                 and a `memory` must exist then.
             admission: which photos are remembered: those whose score the comparisons moved a lot
                 ("gated"), or "all", the others with their first description.
             exclude_above: near-duplicates of a photo are not its neighbours: those whose layout has
                 a higher cosine with its own (`meiqa.memory.likeness`); 1 excludes none but itself.
+            head: what makes the first score: "text", "levels" or "grm"; the package's by default.
+            remote: address of a server with a model that takes the package's place; `memory` was
+                made with it then, and learning keeps pictures (`meiqa.engine.remote`).
+            model: what that server calls it; by default the memory's.
 
         Raises:
-            PackageError, StoreError, DeviceUnavailable, UsageError.
+            PackageError, StoreError, DeviceUnavailable, ServiceError, UsageError.
         """
+        if remote is not None:
+            from meiqa.engine.remote import open_remote
+
+            if package is not None or device != "cpu":
+                raise UsageError("a remote model takes the place of a package and its device")
+            return open_remote(
+                remote,
+                model,
+                memory,
+                learn=learn,
+                admission=admission,
+                exclude_above=exclude_above,
+                head=head,
+            )
         if threads is not None and threads < 1:
             raise UsageError("threads must be positive", seen=threads, allowed="1 or more")
         opened = EnginePackage.open(package or embedded_assets() / "package", verify=verify)
+        opened = opened.headed(head)
         vlm = LocalVlm(opened, *sessions_on(device, opened, threads, verify=verify))
+        patterns = opened_patterns(opened, device, threads, verify=verify)
         # Last, so that an engine that is refused does not hold the memory's lock.
-        bank = open_memory(memory, opened.digest, verify=verify, learn=learn, admission=admission)
+        bank = open_memory(memory, opened.digest, learn=learn, admission=admission)
         try:
             costs = costs_file(opened.digest, device, threads)
-            return cls(vlm, opened, bank, exclude_above=exclude_above, costs_file=costs)
+            return cls(
+                vlm,
+                opened,
+                bank,
+                exclude_above=exclude_above,
+                costs_file=costs,
+                patterns=patterns,
+            )
         except BaseException:
             bank.close()
             raise
@@ -211,10 +256,15 @@ class Engine:
         """
         return {"photos": self._photos.state, "neighbours": self._comparer.anchor_prefixes.state}
 
+    def forget_photos(self) -> None:
+        """Drop what was read of photos, so that each is read anew; neighbours are kept."""
+        self._photos = ByteLru(PHOTO_CACHE_BYTES)
+
     def score(
         self,
         image: ImageSource,
         *,
+        reference: ImageSource | None = None,
         budget: Budget | None = None,
         k: int | None = None,
         learn: bool = True,
@@ -223,15 +273,17 @@ class Engine:
 
         Args:
             image: path, encoded bytes, Pillow image or uint8 array.
+            reference: the photo as it should be, of the same shape; nothing is learned then, since
+                the score is that of the likeness as well.
             budget: what may be spent; everything by default.
             k: neighbours to compare with; the package's number by default.
             learn: remember the photo if the comparisons moved its score a lot.
 
         Raises:
             ImageError: the photo can't be judged.
-            UsageError: k is negative.
+            UsageError: k is negative, or the package can't use a reference.
         """
-        (result,) = self.score_many([image], budget=budget, k=k, learn=learn)
+        (result,) = self.score_many([image], reference=reference, budget=budget, k=k, learn=learn)
         if isinstance(result, Failure):
             raise result.error
         return result
@@ -240,6 +292,7 @@ class Engine:
         self,
         images: Iterable[ImageSource],
         *,
+        reference: ImageSource | None = None,
         budget: Budget | Callable[[], Budget] | None = None,
         k: int | None = None,
         learn: bool = True,
@@ -254,13 +307,15 @@ class Engine:
         """
         policy = self._retrieval if k is None else replace(self._retrieval, k=k)
         snapshot = self.memory.snapshot()
+        beside = None if reference is None else self._reference(reference)
         return (
             self._result(
                 photo,
                 snapshot,
                 policy,
                 budget() if callable(budget) else budget or UNBOUNDED,
-                learn,
+                learn and beside is None,
+                beside,
             )
             for photo in decode_ahead(images)
         )
@@ -292,6 +347,46 @@ class Engine:
             UsageError: k or rivals is negative, or rivals is odd.
         """
         require_even(rivals)
+        contestants, failures = self._contestants(images, budget, k, on_photo)
+        return Ranking(ranked(contestants, self._comparer, self._calibration, rivals), failures)
+
+    def cull(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        budget: Budget | None = None,
+        k: int | None = None,
+        alike: float = ALIKE,
+        on_photo: Callable[[], None] = lambda: None,
+    ) -> Culling:
+        """Group near-identical shots, and tell the best of each group.
+
+        Each photo is assessed as by `score`, without learning. Then the photos of each group are
+        compared with each other, in both orders, and their scores are solved for together.
+
+        Args:
+            images: paths, encoded bytes, Pillow images or uint8 arrays.
+            budget: what may be spent on assessing each photo; everything by default.
+            k: remembered photos to compare each with; the package's number by default.
+            alike: mean cosine of layouts from which on photos belong together; higher makes more
+                and smaller groups.
+            on_photo: called after each photo is assessed.
+
+        Raises:
+            UsageError: k is negative, or `alike` no cosine.
+        """
+        require_cosine(alike)
+        contestants, failures = self._contestants(images, budget, k, on_photo)
+        return Culling(culled(contestants, self._comparer, self._calibration, alike), failures)
+
+    def _contestants(
+        self,
+        images: Iterable[ImageSource],
+        budget: Budget | None,
+        k: int | None,
+        on_photo: Callable[[], None],
+    ) -> tuple[list[Contestant], tuple[Failure, ...]]:
+        """Photos that were assessed alone, to be compared with each other, and those that weren't."""
         policy = self._retrieval if k is None else replace(self._retrieval, k=k)
         snapshot = self.memory.snapshot()
         contestants: list[Contestant] = []
@@ -304,9 +399,7 @@ class Engine:
             except ImageError as error:
                 failures.append(Failure(source_name(photo.source), error))
             on_photo()
-        return Ranking(
-            ranked(contestants, self._comparer, self._calibration, rivals), tuple(failures)
-        )
+        return contestants, tuple(failures)
 
     def compare(
         self, first: ImageSource, second: ImageSource, *, budget: Budget | None = None
@@ -342,9 +435,10 @@ class Engine:
         policy: RetrievalPolicy,
         budget: Budget,
         learn: bool,
+        beside: ReferencePhoto | None,
     ) -> Assessment | Failure:
         try:
-            return self._assess(decoding, snapshot, policy, budget, learn)
+            return self._assess(decoding, snapshot, policy, budget, learn, beside)
         except ImageError as error:
             return Failure(source_name(decoding.source), error)
 
@@ -355,13 +449,16 @@ class Engine:
         policy: RetrievalPolicy,
         budget: Budget,
         learn: bool,
+        beside: ReferencePhoto | None,
     ) -> Assessment:
         """The way of one photo."""
         costs = self._measured_costs() if budget.ms is not None else None
         clock = Stopwatch(budget)
         before = self.caches()["neighbours"]
         judged = self._judge(decoding, snapshot, policy, clock, costs)
-        opinion, posterior = judged.opinion, judged.posterior
+        opinion = judged.opinion
+        with clock.stage("patterns"):
+            seen, reference, posterior = self._seen(judged, beside)
         reflection, notes = None, degradations(judged)
         if learn and gate_opens(opinion, posterior, self._calibration.reflect_above):
             with clock.stage("reflect"):
@@ -380,6 +477,9 @@ class Engine:
             percentile=snapshot.percentile(posterior.score),
             summary=opinion.summary,
             memory_score=opinion.memory_score,
+            grades=grades_by_word(opinion.grades),
+            distortions=() if seen is None else seen.distortions,
+            reference=reference,
             neighbours=as_neighbours(judged.neighbours, judged.verdicts),
             degraded=notes,
             reflection=reflection,
@@ -410,6 +510,7 @@ class Engine:
                 plan.summary_tokens,
                 drafts,
                 writing_deadline(plan, clock, costs),
+                head=self.package.manifest.score_head,
             )
         with clock.stage("retrieve"):
             tokens = photo.prefix.tokens
@@ -435,6 +536,66 @@ class Engine:
         if costs:
             observe_costs(costs, clock, opinion, verdicts, plan)
         return Judgement(photo, plan, opinion, key, neighbours, verdicts, posterior)
+
+    def patterns(self, image: ImageSource, reference: ImageSource | None = None) -> PatternOpinion:
+        """What the distortion patterns alone say of a photo: score, kinds, and where they are.
+
+        Args:
+            image: path, encoded bytes, Pillow image or uint8 array.
+            reference: the photo as it should be, of the same shape.
+
+        Raises:
+            ImageError: one of them can't be judged, or they are of different shapes.
+            UsageError: the package has no patterns.
+        """
+        judge = required(self._patterns, self.package)
+        beside = None if reference is None else self._reference(reference)
+        return self._opinion(judge, self._read(load_pixels(image)), beside)
+
+    def _reference(self, source: ImageSource) -> ReferencePhoto:
+        """Decode a reference, if the package can use one."""
+        required(self._patterns, self.package)
+        return ReferencePhoto.load(
+            source, lambda pixels: fitted_to(pixels, self._vlm.image), self._vlm.encode
+        )
+
+    def _seen(
+        self, judged: Judgement, beside: ReferencePhoto | None
+    ) -> tuple[PatternOpinion | None, Reference | None, Posterior]:
+        """What the patterns see, what the reference brings, and the score with it."""
+        before, judge = judged.posterior, self._patterns
+        if judge is None:
+            return None, None, before
+        photo = judged.photo
+        seen = self._opinion(judge, photo, beside)
+        if beside is None:
+            return seen, None, before
+        after = with_reference(
+            before,
+            seen,
+            judge.calibration.correlation,
+            identical=beside.is_same(photo.pixels),
+        )
+        reference = Reference(
+            path=beside.pixels.name,
+            score=seen.score,
+            std=seen.std,
+            weight=seen.weight,
+            quality=judge.judge(beside.beside(photo.pixels)).score,
+            moved=after.score - before.score,
+        )
+        return seen, reference, after
+
+    def _opinion(
+        self, judge: PatternJudge, photo: Photo, beside: ReferencePhoto | None
+    ) -> PatternOpinion:
+        """The mode follows from whether there is a reference."""
+        tokens = photo.prefix.tokens
+        if beside is None:
+            return judge.judge(tokens)
+        if beside.is_same(photo.pixels):
+            return judge.identical(tokens)
+        return judge.judge(tokens, beside.beside(photo.pixels))
 
     def _counters(self, judged: Judgement, before: CacheState) -> dict[str, int]:
         """What a photo took, and what the caches hold after it."""
@@ -683,6 +844,7 @@ def contestant(judged: Judgement) -> Contestant:
         prior=judged.opinion.prior,
         score=judged.posterior.score,
         neighbours=as_neighbours(judged.neighbours, judged.verdicts),
+        summary=judged.opinion.summary,
     )
 
 

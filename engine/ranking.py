@@ -12,7 +12,6 @@ from meiqa.engine.comparing import Comparer
 from meiqa.engine.fusing import calibrated
 from meiqa.engine.package import Calibration
 from meiqa.errors import UsageError
-from meiqa.kernels.joint import thurstone_joint
 from meiqa.types import Neighbour, RankedPhoto
 
 RIVALS = 4
@@ -31,6 +30,7 @@ class Contestant:
         prior: the score that fusion starts from.
         score: the fused score.
         neighbours: remembered photos that it was, or could have been, compared with.
+        summary: what was written about it.
     """
 
     path: str
@@ -40,6 +40,7 @@ class Contestant:
     prior: float
     score: float
     neighbours: tuple[Neighbour, ...]
+    summary: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +86,7 @@ def ranked(
             alone=contestants[index].score,
             compared=int(compared[index]),
             places=place_alone[index] - place,
+            summary=contestants[index].summary,
         )
         for place, index in enumerate(together, 1)
     )
@@ -115,6 +117,9 @@ def solved(
 
     Each photo has its prior; a remembered photo that several were compared with is one item.
     """
+    # Numba comes with it, whose import takes longer than scoring a photo.
+    from meiqa.kernels.joint import thurstone_joint
+
     count = len(contestants)
     prior = [each.prior for each in contestants]
     stds = [np.nan] * count

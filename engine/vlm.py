@@ -217,7 +217,8 @@ class LocalVlm:
 
     def read(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:
         """Read pictures, a few in each call; see `Vlm.read`."""
-        return [prefix for part in chunks(pictures, ROWS_PER_CALL) for prefix in self._read(part)]
+        most = ROWS_BY_THEMSELVES if isinstance(self._decoder, RowSession) else ROWS_PER_CALL
+        return [prefix for part in chunks(pictures, most) for prefix in self._read(part)]
 
     def _read(self, pictures: Sequence[VisualTokens]) -> Iterator[Prefix]:
         p = self.prompts
@@ -227,12 +228,20 @@ class LocalVlm:
             embeds = [self._embed(p.opening), picture.values, self._embed(p.closing)]
             rows.append(Row(np.concatenate(embeds), positions))
             after.append(following)
-        made = self._call(rows, self._no_prefixes(len(rows)), one_each=True)["key_values"]
-        for index, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
-            # Copied, so that a cached prefix does not keep its neighbours of the call alive.
-            key_values = made[:, :, index, :, 0, : len(row.embeds)].copy()
+        for picture, key_values, following in zip(pictures, self._kept(rows), after, strict=True):
+            require_finite(key_values)
             key_values.setflags(write=False)  # so that a device need not be sent it twice
-            yield Prefix(key_values, picture, after[index])
+            yield Prefix(key_values, picture, following)
+
+    def _kept(self, rows: Sequence[Row]) -> Iterator[Floats]:
+        """Keys and values (L, 2, H, T, d) of rows without a prefix."""
+        if isinstance(self._decoder, RowSession):
+            yield from self._decoder.keys_and_values(*padded(rows))
+            return
+        made = self._call(rows, self._no_prefixes(len(rows)), one_each=True)["key_values"]
+        for index, row in enumerate(rows):
+            # Copied, so that a cached prefix does not keep its neighbours of the call alive.
+            yield made[:, :, index, :, 0, : len(row.embeds)].copy()
 
     def describe(
         self,

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from meiqa.engine.package import GRAPHS, EnginePackage, Profile, TensorRtEngine
+from meiqa.engine.package import PATTERNS, EnginePackage, Profile, TensorRtEngine
 from meiqa.engine.runtime.tensorrt import TensorRt, hull, installed_tensorrts, open_gpu
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, PackageError, UsageError
-from meiqa.export.profiles import Limits, decoder_profiles, vision_profiles
+from meiqa.export.profiles import Limits, decoder_profiles, pattern_profiles, vision_profiles
 from meiqa.export.temporary import temporary_folder
 from meiqa.locations import user_cache
 
@@ -67,7 +67,7 @@ def build_engines(
         progress: told about every step.
 
     Returns:
-        The new engines: vision and decoder for each capability.
+        The new engines: one of each graph for each capability.
 
     Raises:
         UsageError: a capability can't be targeted, or the package can't give the precision.
@@ -82,6 +82,8 @@ def build_engines(
         "vision": vision_profiles(package),
         "decoder": decoder_profiles(package, limits or Limits()),
     }
+    if package.manifest.patterns is not None:
+        profiles[PATTERNS] = pattern_profiles(package)
     made: list[TensorRtEngine] = []
     with writing_to(package.path), graphs_for(package, precision) as sources:
         for capability, target in targets.items():
@@ -91,7 +93,7 @@ def build_engines(
                     _Build(package, runtime, graph, precision, capability, target).run(
                         sources[graph], profiles[graph], progress
                     )
-                    for graph in GRAPHS
+                    for graph in profiles
                 ],
             )
     return made
@@ -164,7 +166,8 @@ def graphs_for(package: EnginePackage, precision: str) -> Iterator[dict[str, Pat
     Rewritten ones are streamed, weight by weight, to the disk that holds the package, where they
     stay as long as the context.
     """
-    own = {name: package.path / graph.file for name, graph in package.manifest.graphs.items()}
+    graphs = package.manifest.every_graph
+    own = {name: package.path / graph.file for name, graph in graphs.items()}
     if precision == package.manifest.precision != "int8":
         yield own
         return
@@ -251,7 +254,7 @@ class _Build:
 
     def _check_ports(self, network: Any) -> None:
         """Refuse a graph whose inputs or outputs are not those that the manifest lists."""
-        graph = self.package.manifest.graphs[self.graph]
+        graph = self.package.manifest.every_graph[self.graph]
         read = [network.get_input(index) for index in range(network.num_inputs)]
         made = [network.get_output(index) for index in range(network.num_outputs)]
         for ports, listed in ((read, graph.inputs), (made, graph.outputs)):

@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from meiqa.engine.images import IMAGE_SUFFIXES, ImageSource, load_pixels
 from meiqa.engine.package import (
+    NEUTRAL_GRADED,
     PRECISIONS,
     UNCALIBRATED,
     EnginePackage,
     Graph,
     ImageProcessing,
     Manifest,
+    check_score_head,
     file_digest,
     write_manifest,
 )
@@ -36,6 +38,7 @@ from meiqa.engine.runtime.base import GraphSession
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
+from meiqa.export import patterns
 from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.fused import write_fused_layers
 from meiqa.export.graphs import (
@@ -92,6 +95,8 @@ class ExportOptions:
         key_pictures: how many of the pictures are described, to fit the key of photos about which
             nothing is written; 0 leaves that out. By default 256, or 0 where the decoder's weights
             exceed `PIECE_BYTES`, since writing with a large model takes hours on a CPU.
+        score_head: what makes the first score unless another is asked for: "text", "levels" or
+            "grm", which is neutral until it is fitted.
         say: told of each step.
     """
 
@@ -101,9 +106,11 @@ class ExportOptions:
     max_pixels: int | None = None
     sensitivity: bool = True
     key_pictures: int | None = None
+    score_head: str = "text"
     say: Say = lambda step: None
 
     def __post_init__(self) -> None:
+        check_score_head(self.score_head)
         if self.precision not in PRECISIONS:
             allowed = ", ".join(PRECISIONS)
             raise UsageError("unknown precision", seen=self.precision, allowed=allowed)
@@ -207,6 +214,7 @@ class Export:
         self.check_grades(reference)
         self.fit_key_projection()
         self.seal()
+        self.add_patterns()
 
     def reference_sessions(self) -> Mapping[str, GraphSession]:
         """The checkpoint itself in PyTorch, its weights read when they are needed."""
@@ -357,6 +365,13 @@ class Export:
         )
         np.save(self.folder / "key_projection.npy", projection)
 
+    def add_patterns(self) -> None:
+        """Add the distortion patterns, if they lie beside the checkpoint's weights."""
+        file = self.checkpoint.folder / patterns.FILE
+        if file.is_file():
+            self.options.say("adding the distortion patterns")
+            patterns.add_patterns(patterns.TrainedPatterns.load(file), self.folder)
+
     def seal(self) -> None:
         """Write the manifest with the digests of all files."""
         names = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
@@ -367,6 +382,8 @@ class Export:
     def manifest(self, graphs: Mapping[str, Graph], files: Mapping[str, str]) -> Manifest:
         """Everything that is known about the package."""
         source = self.checkpoint.folder
+        head = check_score_head(self.options.score_head)
+        graded = head == "grm"
         return Manifest(
             architecture=self.checkpoint.family.architecture,
             source={"name": source.resolve().name, "sha256": self.source_digest},
@@ -375,9 +392,10 @@ class Export:
             image=self.image,
             decoder=self.shape,
             prompt=self.prompt,
-            calibration=UNCALIBRATED,
+            calibration=replace(UNCALIBRATED, graded=NEUTRAL_GRADED) if graded else UNCALIBRATED,
             report=self.report,
             files=files,
+            score_head=head,
         )
 
 

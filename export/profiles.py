@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isqrt
 
 from meiqa.engine.images import MAX_ASPECT
-from meiqa.engine.package import EnginePackage, Graph, Profile
+from meiqa.engine.package import PATTERNS, EnginePackage, Graph, Profile
 from meiqa.engine.vlm import (
     ANSWER_TOKENS,
     PAST_STEP,
@@ -67,6 +67,14 @@ def vision_profiles(package: EnginePackage) -> list[Profile]:
         ranges = {"h": (1, rows, height), "w": (1, columns, width)}
         profiles.append(profile_of(package.manifest.graphs["vision"], ranges))
     return profiles
+
+
+def pattern_profiles(package: EnginePackage) -> list[Profile]:
+    """One profile: patterns don't see the grid, only how many cells there are."""
+    image = package.manifest.image
+    most = image.max_pixels // image.cell_pixels**2
+    usual = min(most, max(1, USUAL_SIDE // image.cell_pixels) ** 2)
+    return [profile_of(package.manifest.every_graph[PATTERNS], {"cells": (1, usual, most)})]
 
 
 def grid_boxes(most: int) -> list[tuple[int, int]]:

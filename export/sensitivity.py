@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from meiqa.engine.grading import expected_grade
 from meiqa.engine.runtime.base import GraphSession
-from meiqa.engine.scoring import expected_grade
 from meiqa.engine.vlm import VisualTokens, Vlm
 from meiqa.export.graphs import save_graph
 from meiqa.export.piecewise import PiecewiseSession

@@ -55,3 +55,13 @@ class Decoder:
         threads: int,
         out: NDArray[np.float32],
     ) -> None: ...
+    def read(
+        self,
+        embeds: NDArray[np.float32],
+        positions: NDArray[np.int32],
+        steps: NDArray[np.int64],
+        cosines: NDArray[np.float32],
+        sines: NDArray[np.float32],
+        threads: int,
+        kept: Sequence[NDArray[np.float32]],
+    ) -> None: ...

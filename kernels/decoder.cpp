@@ -1,18 +1,17 @@
 // The fused decoder's front: keeps the weights, shares rows among threads.
 
 #include "decoder.hpp"
+#include "pool.hpp"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
-#include <thread>
 #include <vector>
 
 namespace nb = nanobind;
@@ -94,18 +93,6 @@ bool supported() {
            __builtin_cpu_supports("avx512vnni");
 }
 
-template <class Work>
-void in_parallel(std::size_t threads, std::size_t tasks, const Work& work) {
-    std::atomic<std::size_t> next{0};
-    const auto take = [&] {
-        for (std::size_t task = next++; task < tasks; task = next++) work(task);
-    };
-    std::vector<std::thread> others;
-    for (std::size_t i = 1; i < std::min(threads, tasks); ++i) others.emplace_back(take);
-    take();
-    for (std::thread& other : others) other.join();
-}
-
 // Shapes were checked by `FusedDecoder` in decoder.py.
 class Decoder {
   public:
@@ -140,7 +127,7 @@ class Decoder {
         const Aligned<float> attended = aligned<float>(count * model_.queries());
         const std::size_t scratch_floats =
             row_scratch(model_, std::max(most, kRowsAtOnce), longest);
-        in_parallel(threads, count, [&](std::size_t index) {
+        Pool::run(threads, count, [&](std::size_t index) {
             const std::size_t at = prefixes.size() == 1 ? 0 : index;
             const std::int32_t* const place = positions.data() + index * most;
             const Row row{embeds.data() + index * most * model_.width,
@@ -149,17 +136,33 @@ class Decoder {
                           prefixes[at].data(),
                           static_cast<std::size_t>(prefix_steps.data()[at]),
                           prefixes[at].shape(3)};
-            const Aligned<float> scratch = aligned<float>(scratch_floats);
-            attend_avx512(model_, rotary, row, scratch.get(), out.data() + index * model_.width,
+            attend_avx512(model_, rotary, row, kept_floats(scratch_floats), out.data() + index * model_.width,
                           attended.get() + index * model_.queries());
         });
         const std::size_t groups = (count + kRowsAtOnce - 1) / kRowsAtOnce;
-        in_parallel(threads, groups, [&](std::size_t group) {
+        Pool::run(threads, groups, [&](std::size_t group) {
             const std::size_t first = group * kRowsAtOnce;
-            const Aligned<float> scratch = aligned<float>(scratch_floats);
             finish_avx512(model_, std::min(kRowsAtOnce, count - first),
-                          attended.get() + first * model_.queries(), scratch.get(),
+                          attended.get() + first * model_.queries(), kept_floats(scratch_floats),
                           out.data() + first * model_.width);
+        });
+    }
+
+    void read(const Array<float, 3>& embeds, const Array<std::int32_t, 3>& positions,
+              const Array<std::int64_t, 1>& steps, const Array<float, 2>& cosines,
+              const Array<float, 2>& sines, std::size_t threads,
+              const std::vector<Out<5>>& kept) const {
+        const nb::gil_scoped_release unlocked;
+        const std::size_t count = embeds.shape(0), most = embeds.shape(1);
+        const Rotary rotary{cosines.data(), sines.data()};
+        const std::size_t scratch_floats = row_scratch(model_, most, 0);
+        Pool::run(threads, count, [&](std::size_t index) {
+            const std::int32_t* const place = positions.data() + index * most;
+            const Row row{embeds.data() + index * most * model_.width,
+                          {place, place + count * most, place + 2 * count * most},
+                          static_cast<std::size_t>(steps.data()[index]), nullptr, 0, 0};
+            attend_avx512(model_, rotary, row, kept_floats(scratch_floats), nullptr, nullptr,
+                          kept[index].data());
         });
     }
 
@@ -201,6 +204,10 @@ NB_MODULE(_decoder, module) {
         .def("run", &Decoder::run, nb::arg("embeds").noconvert(), nb::arg("positions").noconvert(),
              nb::arg("steps").noconvert(), nb::arg("prefixes"), nb::arg("prefix_steps").noconvert(),
              nb::arg("cosines").noconvert(), nb::arg("sines").noconvert(), nb::arg("threads"),
-             nb::arg("out").noconvert());
+             nb::arg("out").noconvert())
+        .def("read", &Decoder::read, nb::arg("embeds").noconvert(),
+             nb::arg("positions").noconvert(), nb::arg("steps").noconvert(),
+             nb::arg("cosines").noconvert(), nb::arg("sines").noconvert(), nb::arg("threads"),
+             nb::arg("kept"));
 #endif
 }

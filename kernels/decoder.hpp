@@ -62,9 +62,10 @@ struct Rotary {
 std::size_t row_scratch(const Model& model, std::size_t steps, std::size_t prefix_steps);
 
 // Runs a row up to the attention of the last layer, of which only the last token is wanted: its
-// hidden state (width) and what it attended to (queries).
+// hidden state (width) and what it attended to (queries). With `kept`, the row's own keys and
+// values, (layers, 2, kv heads, steps, head width), are all that is wanted.
 void attend_avx512(const Model& model, const Rotary& rotary, const Row& row, float* scratch,
-                   float* hidden, float* attended);
+                   float* hidden, float* attended, float* kept = nullptr);
 
 // What is left of the last layer, for `rows` tokens at once; their hidden states (rows, width) are
 // replaced by the normalised ones. The scratch is that of a row of as many steps.

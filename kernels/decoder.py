@@ -1,7 +1,7 @@
 """The last token's hidden state of rows that continue prefixes, in one fused native call.
 
-It computes what the decoder graph does (export/decoder.py), for the one purpose of a verdict: of
-the last layer nothing but the last token is computed, keys and values of a prefix are read where
+It computes what the decoder graph does (export/decoder.py), for two purposes: a verdict, and the
+prefix that it continues. Of the last layer nothing but the last token is computed, or the keys, keys and values of a prefix are read where
 they lie, padding costs nothing, and between two products nothing leaves the processor's cache. A
 row's result is the same bit for bit, whatever else is in the call and however many threads run.
 
@@ -230,21 +230,13 @@ class FusedDecoder:
             ValueError: shapes do not agree.
         """
         s, rows = self.shape, len(embeds)
-        checked(embeds, (rows, embeds.shape[1], s.width))
-        checked(positions, (3, rows, embeds.shape[1]))
+        places = self._checked_rows(embeds, positions, steps)
         if len(prefixes) not in (1, rows) or len(prefixes) != len(prefix_steps):
             raise ValueError(f"{len(prefixes)} prefixes do not fit {rows} rows")
         for prefix, length in zip(prefixes, prefix_steps, strict=True):
             checked(prefix, (len(self.layers), 2, s.kv_heads, prefix.shape[3], s.head_width))
             if not 0 <= length <= prefix.shape[3]:
                 raise ValueError(f"a prefix of {prefix.shape[3]} tokens has no {length}")
-        if len(steps) != rows or not ((steps >= 1) & (steps <= embeds.shape[1])).all():
-            raise ValueError(f"rows of {embeds.shape[1]} tokens cannot have {steps}")
-        places = positions.astype(np.int32)
-        if places.min(initial=0) < 0:
-            raise ValueError("positions begin at 0")
-        if (farthest := int(places.max(initial=0))) >= len(self._cosines):
-            self._turn(2 * farthest)
         out = np.empty((rows, s.width), np.float32)
         if rows:
             self._native.run(
@@ -259,6 +251,51 @@ class FusedDecoder:
                 out,
             )
         return out
+
+    def keys_and_values(
+        self, embeds: Floats, positions: Floats, steps: NDArray[np.int64], threads: int
+    ) -> list[Floats]:
+        """What rows leave for those that continue them: (L, 2, H, steps, d) of each.
+
+        Arguments are those of `last_hidden`, without any prefix; of the last layer nothing but
+        the keys and values is computed.
+
+        Raises:
+            ValueError: shapes do not agree.
+        """
+        s = self.shape
+        places = self._checked_rows(embeds, positions, steps)
+        kept = [
+            np.empty((len(self.layers), 2, s.kv_heads, count, s.head_width), np.float32)
+            for count in steps.tolist()
+        ]
+        if kept:
+            self._native.read(
+                np.ascontiguousarray(embeds),
+                places,
+                steps,
+                self._cosines,
+                self._sines,
+                threads,
+                kept,
+            )
+        return kept
+
+    def _checked_rows(
+        self, embeds: Floats, positions: Floats, steps: NDArray[np.int64]
+    ) -> NDArray[np.int32]:
+        """Whole positions of rows whose shapes agree, for all of which there are angles."""
+        rows, longest = embeds.shape[:2]
+        checked(embeds, (rows, longest, self.shape.width))
+        checked(positions, (3, rows, longest))
+        if len(steps) != rows or not ((steps >= 1) & (steps <= longest)).all():
+            raise ValueError(f"rows of {longest} tokens cannot have {steps}")
+        places = positions.astype(np.int32)
+        if places.min(initial=0) < 0:
+            raise ValueError("positions begin at 0")
+        if (farthest := int(places.max(initial=0))) >= len(self._cosines):
+            self._turn(2 * farthest)
+        return places
 
 
 def checked(array: NDArray[Number], shape: tuple[int, ...]) -> NDArray[Number]:

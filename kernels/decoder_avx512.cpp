@@ -14,6 +14,7 @@ namespace meiqa {
 namespace {
 
 constexpr std::size_t kLanes = 16, kTile = 14;
+constexpr std::size_t kAhead = 48 * kPanel;  // floats of a panel that are fetched early
 constexpr float kUnseen = -1e30f;
 
 std::size_t rounded_up(std::size_t count, std::size_t step) {
@@ -36,6 +37,8 @@ inline void multiply(const float* a, std::size_t stride, const float* panel, std
 #pragma GCC unroll 16
     for (std::size_t r = 0; r < ROWS; ++r) lows[r] = highs[r] = _mm512_setzero_ps();
     for (std::size_t k = 0; k < inputs; ++k, panel += kPanel) {
+        _mm_prefetch(reinterpret_cast<const char*>(panel + kAhead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(panel + kAhead + kLanes), _MM_HINT_T0);
         const __m512 low = _mm512_loadu_ps(panel), high = _mm512_loadu_ps(panel + kLanes);
 #pragma GCC unroll 16
         for (std::size_t r = 0; r < ROWS; ++r) {
@@ -139,8 +142,8 @@ struct Input {
 template <class Take>
 void product(const Linear& w, const Input& input, std::size_t rows, const Take& take) {
     const void* const a = w.bytes ? static_cast<const void*>(input.bytes) : input.floats;
-    for (std::size_t panel = 0; panel < w.panels; ++panel)
-        for (std::size_t first = 0; first < rows; first += kTile)
+    for (std::size_t first = 0; first < rows; first += kTile)
+        for (std::size_t panel = 0; panel < w.panels; ++panel)
             with_rows(least(kTile, rows - first),
                       Tiles<Take>{w, a, input.width, first, panel, take});
 }
@@ -460,6 +463,15 @@ void attend(const Model& model, const Row& row, std::size_t layer, std::size_t f
     }
 }
 
+// Lays what all heads made of a token side by side head by head; gives the end of what it wrote.
+float* keep(const Model& model, std::size_t steps, const float* made, float* out) {
+    const std::size_t d = model.head_width;
+    for (std::size_t head = 0; head < model.kv_heads; ++head)
+        for (std::size_t step = 0; step < steps; ++step, out += d)
+            std::memcpy(out, made + step * model.keys() + head * d, d * sizeof(float));
+    return out;
+}
+
 void turn_tables(const Model& model, const Rotary& rotary, const Row& row, const Work& work) {
     const std::size_t half = model.head_width / 2;
     for (std::size_t step = 0; step < row.steps; ++step)
@@ -478,7 +490,7 @@ std::size_t row_scratch(const Model& model, std::size_t steps, std::size_t prefi
 }
 
 void attend_avx512(const Model& model, const Rotary& rotary, const Row& row, float* scratch,
-                   float* hidden, float* attended) {
+                   float* hidden, float* attended, float* kept) {
     const Work work(model, row.steps, row.prefix_steps, Arena{scratch});
     const std::size_t heads = model.kv_heads * model.group, half = model.head_width / 2;
     const __m512 width = _mm512_set1_ps(static_cast<float>(model.head_width));
@@ -499,9 +511,14 @@ void attend_avx512(const Model& model, const Rotary& rotary, const Row& row, flo
             }
         stored(layer.key, work.normed, row.steps, work.keys, model.keys());
         stored(layer.value, work.normed, row.steps, work.values, model.keys());
+        rotate(model, work.cosines, work.sines, row.steps, model.kv_heads, 1.0f, work.keys);
+        if (kept) {
+            kept = keep(model, row.steps, work.keys, kept);
+            kept = keep(model, row.steps, work.values, kept);
+            if (last) return;
+        }
         stored(layer.query, work.normed.from(first), wanted,
                work.queries + first * model.queries(), model.queries());
-        rotate(model, work.cosines, work.sines, row.steps, model.kv_heads, 1.0f, work.keys);
         rotate(model, work.cosines + first * half, work.sines + first * half, wanted, heads, root,
                work.queries + first * model.queries());
         attend(model, row, index, first, work);

@@ -1,163 +1,25 @@
-"""Thurstone Case V scaling of one photo against neighbours whose scores are known."""
+"""Thurstone Case V scaling of photos, each alone, against neighbours whose scores are known."""
 
 from __future__ import annotations
 
-import math
+import os
 
 import numpy as np
-from numba import njit, prange
 from numpy.typing import ArrayLike, NDArray
 
-from meiqa.kernels.hazards import hazards_nb
+from meiqa.kernels import _thurstone
 
 __all__ = ["thurstone_map"]
 
-_MAX_STEPS = 200
-# Newton squares the error: after a step this small, in sigmas, the next would be below rounding,
-# and the curvature where the step began is that where it ends, to eight digits.
-_LAST_STEP = 1e-8
-_EPSILON = float(np.finfo(np.float64).eps)
-# Inside these limits of sigma and lam the bracket closes within _MAX_STEPS, whatever the answers.
+# Inside these limits of sigma and lam the bracket closes, whatever the answers.
 _SMALLEST, _LARGEST = 1e-9, 1e9
 # Starting threads costs more than it saves on fewer photos than this.
 _PARALLEL_FROM = 512
-# Photos that a thread takes at a time.
-_BLOCK = 64
-
-
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})
-def _derivatives_nb(
-    score: float,
-    known: NDArray[np.float64],
-    inverse_widths: NDArray[np.float64],
-    preferences: NDArray[np.float64],
-    count: int,
-) -> tuple[float, float]:
-    """Return the cross-entropy's first and second derivative at ``score``.
-
-    Sums may be reordered and products fused, or LLVM could not compute several at once.
-    """
-    slope = 0.0
-    curvature = 0.0
-    for j in range(count):
-        per_width, preference = inverse_widths[j], preferences[j]
-        won, won_bend, lost, lost_bend = hazards_nb((score - known[j]) * per_width)
-        slope += ((1.0 - preference) * lost - preference * won) * per_width
-        bend = (1.0 - preference) * lost_bend + preference * won_bend
-        curvature += bend * (per_width * per_width)
-    return slope, curvature
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _minimum_nb(
-    prior: float,
-    known: NDArray[np.float64],
-    inverse_widths: NDArray[np.float64],
-    preferences: NDArray[np.float64],
-    count: int,
-    sigma: float,
-    lam: float,
-) -> tuple[float, float]:
-    """Return one photo's score and std by Newton's method, kept inside a shrinking bracket."""
-    score = prior
-    slope, curvature = _derivatives_nb(score, known, inverse_widths, preferences, count)
-    # The slope never falls, so lam (s - prior)^2 has balanced it within this distance.
-    reach = abs(slope) / (2.0 * lam)
-    low = prior - reach if slope > 0.0 else prior
-    high = prior if slope > 0.0 else prior + reach
-    curvature += 2.0 * lam
-    step = 2.0 * reach
-    for _ in range(_MAX_STEPS):
-        if slope > 0.0:
-            high = score
-        elif slope < 0.0:
-            low = score
-        following = score - slope / curvature
-        if not low <= following <= high or abs(following - score) > 0.5 * step:
-            following = low + 0.5 * (high - low)
-        step = abs(following - score)
-        score = following
-        if step <= max(_LAST_STEP * sigma, 2.0 * _EPSILON * abs(score)):
-            break
-        slope, curvature = _derivatives_nb(score, known, inverse_widths, preferences, count)
-        slope += 2.0 * lam * (score - prior)
-        curvature += 2.0 * lam
-    return score, 1.0 / math.sqrt(curvature)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _thurstone_few_nb(
-    prior: NDArray[np.float64],
-    neighbour_scores: NDArray[np.float64],
-    neighbour_stds: NDArray[np.float64],
-    preferences: NDArray[np.float64],
-    sigma: float,
-    lam: float,
-    score: NDArray[np.float64],
-    std: NDArray[np.float64],
-) -> None:
-    """Solve photos one after the other; what was asked of each is packed side by side first."""
-    k = preferences.shape[1]
-    known, inverse_widths, answers = np.empty(k), np.empty(k), np.empty(k)
-    for i in range(prior.shape[0]):
-        count = 0
-        for j in range(k):
-            if math.isnan(preferences[i, j]):
-                continue
-            spread = neighbour_stds[i, j]
-            known[count] = neighbour_scores[i, j]
-            inverse_widths[count] = 1.0 / math.sqrt(sigma * sigma + spread * spread)
-            answers[count] = preferences[i, j]
-            count += 1
-        score[i], std[i] = _minimum_nb(prior[i], known, inverse_widths, answers, count, sigma, lam)
-
-
-@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-def _thurstone_many_nb(
-    prior: NDArray[np.float64],
-    neighbour_scores: NDArray[np.float64],
-    neighbour_stds: NDArray[np.float64],
-    preferences: NDArray[np.float64],
-    sigma: float,
-    lam: float,
-    score: NDArray[np.float64],
-    std: NDArray[np.float64],
-) -> None:
-    """Solve blocks of photos side by side."""
-    photos = prior.shape[0]
-    for block in prange((photos + _BLOCK - 1) // _BLOCK):
-        part = slice(block * _BLOCK, min((block + 1) * _BLOCK, photos))
-        _thurstone_few_nb(
-            prior[part],
-            neighbour_scores[part],
-            neighbour_stds[part],
-            preferences[part],
-            sigma,
-            lam,
-            score[part],
-            std[part],
-        )
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _in_range_nb(
-    neighbour_scores: NDArray[np.float64],
-    neighbour_stds: NDArray[np.float64],
-    preferences: NDArray[np.float64],
-) -> tuple[bool, bool, bool]:
-    """Say of preferences, scores and stds whether all are allowed where a preference is given.
-
-    One pass: masks and copies of what was asked take as long in NumPy as solving does.
-    """
-    answers = scores = spreads = True
-    for i in range(preferences.shape[0]):
-        for j in range(preferences.shape[1]):
-            preference, spread = preferences[i, j], neighbour_stds[i, j]
-            unasked = math.isnan(preference)
-            answers &= unasked | ((preference >= 0.0) & (preference <= 1.0))
-            scores &= unasked | (abs(neighbour_scores[i, j]) < math.inf)
-            spreads &= unasked | ((spread >= 0.0) & (spread < math.inf))
-    return answers, scores, spreads
+_ALLOWED = {
+    1: "preferences must be in 0-1, or NaN where not asked",
+    2: "neighbour_scores must be finite where a preference is given",
+    3: "neighbour_stds must be finite and not negative where asked",
+}
 
 
 def thurstone_map(
@@ -167,6 +29,8 @@ def thurstone_map(
     preferences: ArrayLike,
     sigma: float,
     lam: float,
+    *,
+    threads: int | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Find the most probable score of each photo, given how it compares with its neighbours.
 
@@ -182,6 +46,7 @@ def thurstone_map(
             ``(B, K)``. NaN where it was not asked: that neighbour is ignored, whatever its score.
         sigma: spread of one comparison on the scale of the scores, in 1e-9 to 1e9.
         lam: weight of the prior, in 1e-9 to 1e9.
+        threads: among which many photos are shared; by default those of this process.
 
     Returns:
         Scores ``(B,)`` and standard deviations ``(B,)``: one over the root of the loss's second
@@ -206,9 +71,18 @@ def thurstone_map(
     _check_shapes(priors, known, spreads, answers)
     _check_values(priors, known, spreads, answers)
     score, std = np.empty_like(priors), np.empty_like(priors)
-    solve = _thurstone_many_nb if len(priors) >= _PARALLEL_FROM else _thurstone_few_nb
-    solve(priors, known, spreads, answers, float(sigma), float(lam), score, std)
+    shared_by = (threads or _cores()) if len(priors) >= _PARALLEL_FROM else 1
+    _thurstone.thurstone_map(
+        priors, known, spreads, answers, float(sigma), float(lam), shared_by, score, std
+    )
     return score, std
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _check_shapes(
@@ -236,10 +110,6 @@ def _check_values(
 ) -> None:
     if not np.isfinite(prior).all():
         raise ValueError("prior must be finite")
-    answers, scores, spreads = _in_range_nb(neighbour_scores, neighbour_stds, preferences)
-    if not answers:
-        raise ValueError("preferences must be in 0-1, or NaN where not asked")
-    if not scores:
-        raise ValueError("neighbour_scores must be finite where a preference is given")
-    if not spreads:
-        raise ValueError("neighbour_stds must be finite and not negative where asked")
+    wrong = _thurstone.which_is_out_of_range(neighbour_scores, neighbour_stds, preferences)
+    if wrong:
+        raise ValueError(_ALLOWED[wrong])

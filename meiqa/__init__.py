@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from meiqa.engine.pipeline import Engine
     from meiqa.errors import (
         AnswerNotFinite,
+        AnswerUnreadable,
         DecodeError,
         DeviceUnavailable,
         ImageError,
         ImageTooLarge,
         ImageTooSmall,
         MeiqaError,
+        OutputUnwritable,
         PackageCorrupted,
         PackageError,
         PackageNotFound,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnswerNotFinite",
+    "AnswerUnreadable",
     "Assessment",
     "Budget",
     "DecodeError",
@@ -59,6 +62,7 @@ __all__ = [
     "ImageTooSmall",
     "MeiqaError",
     "Neighbour",
+    "OutputUnwritable",
     "PackageCorrupted",
     "PackageError",
     "PackageNotFound",

@@ -19,7 +19,17 @@ from contextlib import suppress
 from typing import NoReturn, TextIO
 
 import meiqa
-from meiqa.commands import checking, evaluating, judging, measuring, memories, packages, ranking
+from meiqa.commands import (
+    checking,
+    culling,
+    evaluating,
+    judging,
+    measuring,
+    memories,
+    packages,
+    ranking,
+    serving,
+)
 from meiqa.commands.options import EXIT_FAILURES, say
 from meiqa.errors import ImageError, MeiqaError, UsageError, one_line
 
@@ -84,6 +94,14 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Version(argparse.Action):
+    """Prints the version, and looks it up only then: that takes longer than parsing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"meiqa {meiqa.__version__}")
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"see `{self.prog} --help`")
@@ -91,8 +109,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="meiqa", description="Score the quality of photographs: 1.00 to 5.00.")
-    parser.add_argument("--version", action="version", version=f"meiqa {meiqa.__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for room in (judging, ranking, evaluating, packages, memories, measuring, checking):
+    for room in (
+        *(judging, ranking, culling, serving, evaluating),
+        *(packages, memories, measuring, checking),
+    ):
         room.add_commands(commands)
     return parser

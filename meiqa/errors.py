@@ -3,6 +3,7 @@
 MeiqaError
 ├── ImageError
 │   ├── AnswerNotFinite      the model's answer about it is not a number
+│   ├── AnswerUnreadable     the model's answer about it is none of those it was asked for
 │   ├── DecodeError          missing, unreadable, truncated, empty or not an image
 │   ├── ImageTooLarge        more pixels than the limit, told from the header
 │   └── ImageTooSmall        too few pixels to be judged
@@ -18,6 +19,13 @@ MeiqaError
 │   ├── StoreUnwritable      the disk refuses to be written
 │   └── StoreMismatch        the memory belongs to another engine package
 ├── DeviceUnavailable        the device asked for is not there
+├── OutputUnwritable         the file of results cannot be written
+├── ServiceError
+│   ├── AccessDenied         the key lacks the scope, or the caller may not ask
+│   │   └── KeyRequired      there is no key, or nobody has it
+│   ├── Overloaded           an answer would come too late (retryable)
+│   ├── UploadTooLarge       more bytes than the service takes
+│   └── ServiceUnreachable   no answer came (retryable)
 └── UsageError               an option or a label table that makes no sense
 """
 
@@ -27,13 +35,18 @@ MeiqaError
 from __future__ import annotations
 
 __all__ = [
+    "AccessDenied",
     "AnswerNotFinite",
+    "AnswerUnreadable",
     "DecodeError",
     "DeviceUnavailable",
     "ImageError",
     "ImageTooLarge",
     "ImageTooSmall",
+    "KeyRequired",
     "MeiqaError",
+    "OutputUnwritable",
+    "Overloaded",
     "PackageCorrupted",
     "PackageError",
     "PackageNotFound",
@@ -45,6 +58,7 @@ __all__ = [
     "StoreMismatch",
     "StoreNotFound",
     "StoreUnwritable",
+    "UploadTooLarge",
     "UsageError",
     "one_line",
 ]
@@ -109,6 +123,10 @@ class AnswerNotFinite(ImageError):
     """What the model computes about the image is not a number, or infinite."""
 
 
+class AnswerUnreadable(ImageError):
+    """What the model answers about the image is none of what it was asked for."""
+
+
 class DecodeError(ImageError):
     """The source is missing, unreadable, truncated, empty or not an image."""
 
@@ -169,6 +187,44 @@ class StoreMismatch(StoreError):
 
 class DeviceUnavailable(MeiqaError):
     """The device asked for is not there."""
+
+
+class ServiceError(MeiqaError):
+    """The service did not do what it was asked to.
+
+    Attributes:
+        retry_after_s: when the service expects to have time, None where it does not say.
+    """
+
+    retry_after_s: float | None = None
+
+
+class AccessDenied(ServiceError):
+    """The key lacks the scope, or the caller may not ask at all."""
+
+
+class KeyRequired(AccessDenied):
+    """There is no key, or nobody has it."""
+
+
+class Overloaded(ServiceError):
+    """An answer would come too late, so none is begun."""
+
+    retryable = True
+
+
+class UploadTooLarge(ServiceError):
+    """The request has more bytes, or more photos, than the service takes."""
+
+
+class ServiceUnreachable(ServiceError):
+    """No answer came: no connection, a broken one, or a timeout."""
+
+    retryable = True
+
+
+class OutputUnwritable(MeiqaError):
+    """The place of a file of results is read-only, forbidden or full."""
 
 
 class UsageError(MeiqaError):

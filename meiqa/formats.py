@@ -10,18 +10,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, TextIO
 
 from meiqa.errors import one_line
-from meiqa.types import Assessment, Failure, Neighbour, PairComparison, RankedPhoto, Ranking
+from meiqa.types import (
+    Assessment,
+    CulledPhoto,
+    Culling,
+    Distortion,
+    Failure,
+    Neighbour,
+    PairComparison,
+    QualityWord,
+    RankedPhoto,
+    Ranking,
+)
 
 __all__ = [
     "CSV_COLUMNS",
     "ResultWriter",
     "comparison_phrase",
+    "csv_rows",
     "evaluation_text",
     "json_text",
     "result_writer",
     "telling_comparisons",
     "total_ms",
     "write_comparison",
+    "write_culling",
     "write_ranking",
 ]
 
@@ -36,6 +49,11 @@ RANKING_COLUMNS = (
     *("rank", "path", "score", "std", "alone", "compared", "places", "error", "hint"),
 )
 
+CULLING_COLUMNS = (
+    *("group", "place", "best", "path", "score", "std", "alone", "likeness", "error", "hint"),
+)
+
+_LEAST_SHARE = 0.05
 _METRICS = ("srcc", "plcc", "krcc", "rmse", "js", "effective_bins", "distinct", "tie_rate")
 
 
@@ -93,8 +111,7 @@ class _JsonLinesWriter(ResultWriter):
 class _CsvWriter(ResultWriter):
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self._rows = csv.DictWriter(stream, CSV_COLUMNS, restval="", lineterminator="\n")
-        self._rows.writeheader()
+        self._rows = csv_rows(stream, CSV_COLUMNS)
 
     def write(self, result: Assessment | Failure) -> None:
         if isinstance(result, Assessment):
@@ -102,6 +119,27 @@ class _CsvWriter(ResultWriter):
         else:
             self._rows.writerow(result.to_dict())
         self._stream.flush()
+
+
+class _NewlineEnds:
+    """Ends rows with a newline, not with a carriage return before it.
+
+    The csv module, before Python 3.13, quotes carriage returns only where they end its rows, and
+    does not read them unquoted.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, row: str) -> int:
+        return self._stream.write(row.removesuffix("\r\n") + "\n")
+
+
+def csv_rows(stream: TextIO, columns: Sequence[str]) -> csv.DictWriter[str]:
+    """Write a table's header, and give the writer of its rows; a value may hold anything."""
+    rows = csv.DictWriter(_NewlineEnds(stream), columns, restval="", lineterminator="\r\n")
+    rows.writeheader()
+    return rows
 
 
 def result_writer(format: Format, stream: TextIO) -> ResultWriter:
@@ -160,9 +198,7 @@ def write_comparison(comparison: PairComparison, format: Format, stream: TextIO)
     elif format == "csv":
         values = comparison.to_dict()
         values["total_ms"] = f"{total_ms(values.pop('timings_ms')):.1f}"
-        rows = csv.DictWriter(stream, list(values), lineterminator="\n")
-        rows.writeheader()
-        rows.writerow(values)
+        csv_rows(stream, list(values)).writerow(values)
     else:
         indent = 2 if format == "json" else None
         stream.write(json_text(comparison.to_dict(), indent) + "\n")
@@ -176,11 +212,27 @@ def write_ranking(ranking: Ranking, format: Format, stream: TextIO) -> None:
     entries = [photo.to_dict() for photo in ranking.photos]
     entries += [failure.to_dict() for failure in ranking.failures]
     if format == "csv":
-        rows = csv.DictWriter(stream, RANKING_COLUMNS, restval="", lineterminator="\n")
-        rows.writeheader()
-        rows.writerows(entries)
+        csv_rows(stream, RANKING_COLUMNS).writerows(entries)
     else:
         stream.write(json_text(entries, indent=2) + "\n")
+
+
+def write_culling(culling: Culling, format: Format, stream: TextIO) -> None:
+    """Write the groups, best shot first, and behind them what could not be judged, but in text."""
+    if format == "text":
+        for group in culling.groups:
+            stream.writelines(f"{_culled_text(photo, len(group))}\n" for photo in group)
+    elif format == "csv":
+        csv_rows(stream, CULLING_COLUMNS).writerows(culling.to_dicts())
+    else:
+        stream.write(json_text(culling.to_dicts(), indent=2) + "\n")
+
+
+def _culled_text(photo: CulledPhoto, shots: int) -> str:
+    mark = "*" if photo.place == 1 else " "
+    like = "" if photo.place == 1 else f", likeness {photo.likeness:.2f}"
+    facts = f"   ({photo.place} of {shots}, {photo.alone:.2f} alone{like})" if shots > 1 else ""
+    return f"{mark} {photo.score:.2f} ± {photo.std:.2f}  {one_line(photo.path)}{facts}"
 
 
 def _ranked_text(photo: RankedPhoto) -> str:
@@ -239,6 +291,15 @@ def _assessment_text(assessment: Assessment) -> str:
     ]
     if assessment.summary:
         lines.append(f"  {assessment.summary}")
+    if assessment.distortions:
+        lines.append(f"  {', '.join(map(_distortion_phrase, assessment.distortions))}")
+    if (beside := assessment.reference) is not None:
+        lines.append(
+            f"  beside {beside.path}: {beside.score:.2f} ± {beside.std:.2f}, "
+            f"which moved the score by {beside.moved:+.2f}"
+        )
+    if assessment.grades:
+        lines.append(f"  the model's grade: {_likely_grades(assessment.grades)}")
     if telling := telling_comparisons(assessment):
         asked = sum(one.preference is not None for one in assessment.neighbours)
         lines.append(f"  {_phrases(telling)} ({asked} compared)")
@@ -247,6 +308,17 @@ def _assessment_text(assessment: Assessment) -> str:
     if assessment.degraded:
         lines.append(f"  note: {'; '.join(assessment.degraded)}")
     return "\n".join(lines)
+
+
+def _distortion_phrase(distortion: Distortion) -> str:
+    share = f"{100 * distortion.probability:.0f} %"
+    return f"{distortion.kind} {distortion.strength:.1f} of 5 ({share})"
+
+
+def _likely_grades(grades: Mapping[QualityWord, float]) -> str:
+    """The words that have a share worth naming."""
+    named = {word: one for word, one in grades.items() if one >= _LEAST_SHARE}
+    return ", ".join(f"{word} {100 * one:.0f} %" for word, one in named.items())
 
 
 def _phrases(neighbours: Sequence[Neighbour]) -> str:

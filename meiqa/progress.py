@@ -19,13 +19,18 @@ class Progress:
 
     Speed and time left follow from the latest images: those that a build finds done already, or a
     slow beginning, do not count for long.
+
+    Args:
+        total: images in all.
+        stream: where to draw.
+        done: how many of them an earlier run has finished.
     """
 
-    def __init__(self, total: int, stream: TextIO) -> None:
+    def __init__(self, total: int, stream: TextIO, done: int = 0) -> None:
         self._total = total
         self._stream = stream
         self._visible = total > 1 and stream.isatty()
-        self._done = 0
+        self._done = done
         self._moments = deque([time.monotonic()], maxlen=_LATEST + 1)
 
     def __enter__(self) -> Self:
@@ -55,7 +60,7 @@ class Progress:
         self._stream.flush()
 
     def _speed(self) -> str:
-        if self._done == 0:
+        if len(self._moments) == 1:
             return ""
         seconds = (self._moments[-1] - self._moments[0]) / (len(self._moments) - 1)
         left = f"{seconds * (self._total - self._done):.0f} s left"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from meiqa.errors import MeiqaError, UsageError
 __all__ = [
     "Assessment",
     "Budget",
+    "Distortion",
     "Failure",
     "KeyKind",
     "Neighbour",
@@ -20,6 +22,8 @@ __all__ = [
     "QualityWord",
     "RankedPhoto",
     "Ranking",
+    "Reference",
+    "grades_by_word",
     "quality_word",
 ]
 
@@ -43,6 +47,15 @@ def quality_word(score: float) -> QualityWord:
     if math.isnan(score):
         raise ValueError("a NaN score has no quality word")
     return _WORDS[bisect_right(_WORD_CUTS, score)]
+
+
+def grades_by_word(probabilities: Iterable[float]) -> dict[QualityWord, float]:
+    """Name the probabilities of grades 1 to 5.
+
+    >>> grades_by_word([0.0, 0.1, 0.2, 0.5, 0.2])["good"]
+    0.5
+    """
+    return {word: float(one) for word, one in zip(_WORDS, probabilities, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -95,12 +108,56 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
+class Distortion:
+    """What may be wrong with a photo: the kind, how strong (0-5) and how probable it is."""
+
+    kind: str
+    strength: float
+    probability: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the distortion as it stands in the JSON of an assessment."""
+        return {"kind": self.kind, "strength": self.strength, "probability": self.probability}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a reference brought to an assessment.
+
+    `score` and `std` are what the patterns say of the photo beside it; `weight` is the share in
+    that of the comparison with the reference (the rest looks at the photo alone), `quality` their
+    score of the reference by itself, and `moved` by how much all this moved the photo's score.
+    """
+
+    path: str
+    score: float
+    std: float
+    weight: float
+    quality: float
+    moved: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the reference as it stands in the JSON of an assessment."""
+        return {
+            "path": self.path,
+            "score": self.score,
+            "std": self.std,
+            "weight": self.weight,
+            "quality": self.quality,
+            "moved": self.moved,
+        }
+
+
+@dataclass(frozen=True)
 class Assessment:
     """The quality of one photo: 1.00–5.00, higher is better, and how it was found.
 
     `percentile` is the share of anchors that score below, 0–100; `degraded` names what the budget
     left out; `reflection` is the corrected summary, None unless the gate opened; `memory_score` is
-    what the memory's regression from visual tokens to human scores says, None where it has none.
+    what the memory's regression from visual tokens to human scores says, None where it has none;
+    `grades` are the model's probabilities of the five words, before any comparison;
+    `distortions` are the likeliest, as the package's patterns see them; `reference` is None unless
+    one was given.
     """
 
     path: str
@@ -115,6 +172,9 @@ class Assessment:
     degraded: tuple[str, ...] = ()
     reflection: str | None = None
     memory_score: float | None = None
+    grades: dict[QualityWord, float] = field(default_factory=dict)
+    distortions: tuple[Distortion, ...] = ()
+    reference: Reference | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
 
@@ -133,6 +193,9 @@ class Assessment:
             "degraded": list(self.degraded),
             "reflection": self.reflection,
             "memory_score": self.memory_score,
+            "grades": dict(self.grades),
+            "distortions": [distortion.to_dict() for distortion in self.distortions],
+            "reference": self.reference and self.reference.to_dict(),
             "timings_ms": dict(self.timings_ms),
             "counters": dict(self.counters),
         }
@@ -155,7 +218,8 @@ class RankedPhoto:
     """A photo's place in a set.
 
     `alone` is its score before it was compared with the others of the set, `compared` the number
-    of those, and `places` by how many places these comparisons moved it, up being positive.
+    of those, and `places` by how many places these comparisons moved it, up being positive;
+    `summary` is what was written about it.
     """
 
     rank: int
@@ -165,6 +229,7 @@ class RankedPhoto:
     alone: float
     compared: int
     places: int
+    summary: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Give the place as JSON-ready values."""
@@ -185,6 +250,57 @@ class Ranking:
 
     photos: tuple[RankedPhoto, ...]
     failures: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True)
+class CulledPhoto:
+    """A photo in its group of near-identical shots; `place` 1 is the best of them.
+
+    `score` and `std` follow from all that it was compared with, the other shots included; `alone`
+    is its score without them; `likeness` is the cosine of its layout with the best shot's, and
+    `summary` what was written about it.
+    """
+
+    place: int
+    path: str
+    score: float
+    std: float
+    alone: float
+    likeness: float
+    summary: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the photo as JSON-ready values."""
+        return {
+            "place": self.place,
+            "best": self.place == 1,
+            "path": self.path,
+            "score": self.score,
+            "std": self.std,
+            "alone": self.alone,
+            "likeness": self.likeness,
+        }
+
+
+@dataclass(frozen=True)
+class Culling:
+    """Photos in groups of near-identical shots, the best of each first, and those not judged.
+
+    A photo that is like no other is a group of its own. Groups come in the order of their first
+    photos.
+    """
+
+    groups: tuple[tuple[CulledPhoto, ...], ...]
+    failures: tuple[Failure, ...] = ()
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Give the photos with the numbers of their groups, and the failures behind them."""
+        photos = [
+            {"group": number, **photo.to_dict()}
+            for number, group in enumerate(self.groups, 1)
+            for photo in group
+        ]
+        return photos + [failure.to_dict() for failure in self.failures]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Nearest keys among many: a frozen graph, searched in the arrays of a segment.
 
 The arrays are named with the prefix "index_" and described in docs/memory-format.md;
-`meiqa.memory.index` makes them.
+`meiqa.memory.index` makes them. The kernel comes with Numba, whose import takes longer than scoring
+a photo: only who has an index to search imports it.
 """
 
 from __future__ import annotations
@@ -10,21 +11,16 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.errors import StoreCorrupted, StoreMismatch, UsageError
-from meiqa.kernels.hnsw import (
-    Graph,
-    Workspace,
-    check_graph,
-    search_graph,
-    search_graph_many,
-    workspace,
-)
 from meiqa.memory.cases import FloatArray
+
+if TYPE_CHECKING:
+    from meiqa.kernels.hnsw import Graph, Workspace
 
 __all__ = ["INDEX_PREFIX", "MEASURED_COUNT", "FrozenIndex"]
 
@@ -65,6 +61,8 @@ class FrozenIndex:
         Raises:
             StoreCorrupted: an array is missing, or has another dtype or shape.
         """
+        from meiqa.kernels.hnsw import Graph, check_graph
+
         named = {"keys": keys.view(np.uint16) if keys.dtype == np.float16 else keys}
         for name in (*Graph._fields[1:], "effort"):
             if INDEX_PREFIX + name not in arrays:
@@ -159,6 +157,8 @@ class FrozenIndex:
             StoreMismatch: the query has another width than the keys.
             UsageError: the query is not finite; `count` or `effort` makes no sense.
         """
+        from meiqa.kernels.hnsw import search_graph
+
         self._check_width(query)
         count, effort = self._limited(count, effort)
         with _bad_use():
@@ -176,6 +176,8 @@ class FrozenIndex:
         Returns:
             Rows (B, min(count, eligible keys)).
         """
+        from meiqa.kernels.hnsw import search_graph_many
+
         self._check_width(queries)
         count, effort = self._limited(count, effort)
         with _bad_use():
@@ -196,6 +198,8 @@ class FrozenIndex:
 
     def _workspace(self, count: int, effort: int) -> Workspace:
         """Take one that no other thread uses, or make it."""
+        from meiqa.kernels.hnsw import workspace
+
         try:
             work = self._workspaces.pop()
         except IndexError:

@@ -155,7 +155,7 @@ class Sought:
 def _permitted(probe: Probe, eligible: Mask | None, left_out: Rows, count: int) -> Found:
     """Search so much further that `count` remain when rows are left out."""
     found = probe.nearest(count + len(left_out) if count > 0 else 0, eligible)
-    kept = ~np.isin(found.rows, left_out)
+    kept = ~np.isin(found.rows, left_out, kind="table")
     return Found(found.rows[kept], found.cosines[kept])
 
 

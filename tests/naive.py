@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.special import erfcx, log_ndtr, ndtri
+from scipy.special import erfcx, expit, log_ndtr, ndtri
 
 from meiqa.kernels.hnsw import Graph
 
@@ -240,3 +242,21 @@ def thurstone_joint(
     score[free] = x
     std[free] = np.sqrt(np.diag(np.linalg.inv(hessian)))
     return score, std
+
+
+def grade_probabilities(ability: float, discrimination: float, first: float, step: float) -> Floats:
+    """Probabilities (5,) of the grades: each less what the next one up takes."""
+    reached = [1.0]
+    for k in range(4):
+        reached.append(float(expit(discrimination * (ability - first - k * step))))
+    return np.array(
+        [here - above for here, above in zip(reached, [*reached[1:], 0.0], strict=True)]
+    )
+
+
+def modes(probabilities: Floats) -> int:
+    """Count the grades, or runs of equal ones, that lie above both their sides."""
+    runs = [probabilities[0]]
+    runs += [b for a, b in itertools.pairwise(probabilities) if b != a]
+    around = [-np.inf, *runs, -np.inf]
+    return sum(a < b > c for a, b, c in zip(around, around[1:], around[2:], strict=False))

@@ -23,11 +23,12 @@ from scipy.stats import spearmanr
 from meiqa.engine.caches import ByteLru
 from meiqa.engine.comparing import Comparer, all_in_order, preferences_of
 from meiqa.engine.fusing import Observation, joined
+from meiqa.engine.grading import expected_grade, graded_response
 from meiqa.engine.images import load_pixels
-from meiqa.engine.package import Calibration, EnginePackage
+from meiqa.engine.package import Calibration, EnginePackage, ScoreHead
 from meiqa.engine.pipeline import ANCHOR_CACHE_BYTES, fitted_to
 from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.scoring import expected_grade, weighted
+from meiqa.engine.scoring import weighted
 from meiqa.engine.vlm import LocalVlm, Prefix
 from meiqa.errors import PackageCorrupted, UsageError
 from meiqa.export.commands import run_command
@@ -35,14 +36,16 @@ from meiqa.kernels.thurstone import thurstone_map
 from meiqa.labels import LabelTable
 from meiqa.memory import MemoryBank, RetrievalPolicy, layout, retrieval_key
 from meiqa.training.data import name_hash
+from meiqa.training.graded import fitted_head
 from meiqa.training.mapping import fitted_deviation, matched_logistic, root_mean_square
 
 Floats = NDArray[np.float64]
+Observations = tuple[Floats, Floats]
+"""Scores (N,) and their deviations from people's (N,)."""
 
 TEMPERATURES = (0.35, 0.5, 0.7, 1.0, 1.4)
 SIGMAS = (0.5, 0.7, 1.0, 1.5, 2.0, 2.5, 3.5)
-LAMBDAS = (0.01, 0.1, 0.3, 1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 30.0, 100.0)
-"""In increasing order."""
+LAMBDAS = (0.01, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0, 30.0, 60.0, 100.0, 300.0)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 FEWEST_ANCHORS = 100
 REFLECTED_SHARE = 0.05
@@ -61,6 +64,7 @@ class Judged:
         memory: (N,) what the memory's regression says without having seen the photo; NaN where it
             has none.
         logits: (N, K, 2) of the comparisons; scores, stds: (N, K) of the neighbours.
+        words: (N, 5) probabilities of the grade words; no graded response is fitted without them.
     """
 
     human: Floats
@@ -70,6 +74,7 @@ class Judged:
     logits: Floats
     scores: Floats
     stds: Floats
+    words: Floats | None = None
 
 
 def judge_anchors(
@@ -100,7 +105,8 @@ def judge_anchors(
         )
         columns["human"].append(score)
         columns["text"].append(np.nan if description.rating is None else description.rating)
-        columns["levels"].append(expected_grade(vlm.grade(prefix)))
+        columns["words"].append(vlm.grade(prefix))
+        columns["levels"].append(expected_grade(columns["words"][-1]))
         columns["memory"].append(recalled.get(pixels.digest, np.nan))
         columns["logits"].append(verdicts.logits)
         columns["scores"].append([case.score for case in neighbours])
@@ -126,33 +132,18 @@ def fused_scores(
 
 
 def fitted_fusion(judged: Judged, prior: Floats) -> tuple[float, float, float]:
-    """Temperature, sigma and the smallest lambda that is not clearly worse than the best.
+    """Temperature, sigma and lambda with the smallest squared error.
 
-    For each lambda the pair with the smallest squared error is taken. Among the lambdas whose
-    error exceeds the best by less than the standard error of the difference, the smallest wins:
-    where the data can't tell, the comparisons are trusted rather than the prior. Errors are those
-    of scores spread as wide as people's: otherwise comparisons would be credited with pulling
-    scores to the middle.
+    Errors are those of scores spread as wide as people's: otherwise comparisons would be credited
+    with pulling scores to the middle.
     """
 
-    def squared_errors(parameters: tuple[float, float, float]) -> Floats:
+    def squared_error(parameters: tuple[float, float, float]) -> float:
         scores = fused_scores(judged, prior, *parameters)[0]
         wide = (scores - scores.mean()) * (judged.human.std() / max(float(scores.std()), 1e-9))
-        errors: Floats = (wide + judged.human.mean() - judged.human) ** 2
-        return errors
+        return root_mean_square(wide + judged.human.mean() - judged.human)
 
-    def best_with(lam: float) -> tuple[tuple[float, float, float], Floats]:
-        tried = ((t, s, lam) for t, s in itertools.product(TEMPERATURES, SIGMAS))
-        found = ((parameters, squared_errors(parameters)) for parameters in tried)
-        return min(found, key=lambda pair: float(pair[1].mean()))
-
-    fits = [best_with(lam) for lam in LAMBDAS]
-    best = min((errors for _, errors in fits), key=lambda errors: float(errors.mean()))
-    return next(
-        parameters
-        for parameters, errors in fits
-        if np.mean(errors - best) <= np.std(errors - best) / np.sqrt(len(best))
-    )
+    return min(itertools.product(TEMPERATURES, SIGMAS, LAMBDAS), key=squared_error)
 
 
 def fitted_heads(judged: Judged, base: Calibration) -> tuple[Calibration, Floats, Floats]:
@@ -171,30 +162,41 @@ def fitted_heads(judged: Judged, base: Calibration) -> tuple[Calibration, Floats
         levels=levels,
         text_std=root_mean_square(by_text - judged.human),
         levels_std=root_mean_square(by_grade - judged.human),
+        graded=None if judged.words is None else fitted_head(judged.words, judged.human),
     )
     return fitted, by_text, by_grade
 
 
+def by_graded_response(judged: Judged, base: Calibration) -> Observations:
+    """What the graded response says of the anchors."""
+    if base.graded is None or judged.words is None:
+        raise UsageError("the score head is the graded response, and there is none")
+    gradings = [graded_response(words, base.graded) for words in judged.words]
+    return np.array([g.score for g in gradings]), np.array([g.std for g in gradings])
+
+
 def fitted_memory(
-    judged: Judged, base: Calibration, opinions: Floats
+    judged: Judged, base: Calibration, observed: Observations
 ) -> tuple[Calibration, Floats]:
-    """How far opinions (N,) and the memory's regression err alike, and both of them joined."""
+    """How far observations and the memory's regression err alike, and both of them joined."""
+    opinions, own_stds = observed
     if np.isnan(judged.memory).any():
         return base, opinions
     own, recalled = opinions - judged.human, judged.memory - judged.human
     correlation = float(np.clip(np.corrcoef(own, recalled)[0, 1], 0.0, 1.0))
-    own_std = weighted(base.text_std, base.levels_std, base.grade_share)
     recalled_std = root_mean_square(recalled)
     pairs = (
-        (Observation(float(score), own_std), Observation(float(memory), recalled_std))
-        for score, memory in zip(opinions, np.clip(judged.memory, 1.0, 5.0), strict=True)
+        (Observation(float(score), float(std)), Observation(float(memory), recalled_std))
+        for score, std, memory in zip(
+            opinions, own_stds, np.clip(judged.memory, 1.0, 5.0), strict=True
+        )
     )
     prior = np.array([joined(*pair, correlation).score for pair in pairs])
     return replace(base, memory_correlation=correlation), prior
 
 
 def fitted_calibration(
-    judged: Judged, base: Calibration
+    judged: Judged, base: Calibration, head: ScoreHead = "text"
 ) -> tuple[Calibration, dict[str, dict[str, float]]]:
     """The whole calibration, and what each score reaches on the anchors it was fitted on."""
     base, by_text, by_grade = fitted_heads(judged, base)
@@ -204,11 +206,18 @@ def fitted_calibration(
 
     share = min(SHARES, key=lambda s: root_mean_square(prior_with(s) - judged.human))
     base = replace(base, grade_share=share)
-    base, prior = fitted_memory(judged, base, prior_with(share))
+    if head == "grm":
+        observed = by_graded_response(judged, base)
+    else:
+        of_words = share if head == "text" else 1.0
+        std = weighted(base.text_std, base.levels_std, of_words)
+        observed = prior_with(of_words), np.full(len(judged.human), std)
+    base, prior = fitted_memory(judged, base, observed)
     temperature, sigma, lam = fitted_fusion(judged, prior)
     scores, stds = fused_scores(judged, prior, temperature, sigma, lam)
     scale, floor = fitted_deviation(scores - judged.human, stds)
-    moved = float(np.quantile(np.abs(scores - by_text), 1.0 - REFLECTED_SHARE))
+    initial = by_text if head == "text" else observed[0]
+    moved = float(np.quantile(np.abs(scores - initial), 1.0 - REFLECTED_SHARE))
     calibration = replace(
         base,
         temperature=temperature,
@@ -252,7 +261,7 @@ def main() -> None:
             seen=len(judged.human),
             allowed=f"{FEWEST_ANCHORS} or more",
         )
-    calibration, reached = fitted_calibration(judged, base)
+    calibration, reached = fitted_calibration(judged, base, package.manifest.score_head)
     package.with_calibration(calibration)
     print(json.dumps({"reached": reached, "calibration": asdict(calibration)}, indent=2))
 

@@ -28,7 +28,16 @@ class GraphSession(Protocol):
 
 @runtime_checkable
 class RowSession(GraphSession, Protocol):
-    """A decoder that can also run rows for their last tokens' logits alone, and faster."""
+    """A decoder that can also read rows, and run them for their last tokens alone, and faster."""
+
+    def keys_and_values(
+        self,
+        embeds: NDArray[np.float32],
+        positions: NDArray[np.float32],
+        steps: NDArray[np.int64],
+    ) -> list[NDArray[np.float32]]:
+        """Keys and values (L, 2, H, steps, d) of rows without a prefix; see `last_logits`."""
+        ...
 
     def last_logits(
         self,

@@ -51,6 +51,12 @@ class FusedSession:
         """Execute the graph; see `GraphSession`."""
         return self._graph.run(inputs)
 
+    def keys_and_values(
+        self, embeds: Floats, positions: Floats, steps: NDArray[np.int64]
+    ) -> list[Floats]:
+        """Keys and values of rows without a prefix; see `RowSession`."""
+        return self._decoder.keys_and_values(embeds, positions, steps, self._threads)
+
     def last_logits(
         self,
         embeds: Floats,

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.package import GRAPHS, EnginePackage, Profile, TensorRtEngine
+from meiqa.engine.package import GRAPHS, PATTERNS, EnginePackage, Profile, TensorRtEngine
 from meiqa.engine.runtime.base import Array
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, UsageError
 
@@ -397,15 +397,26 @@ def open_tensorrt_sessions(
     return vision, decoder
 
 
+def open_tensorrt_patterns(package: EnginePackage, *, verify: bool = True) -> TensorRtSession:
+    """Load the distortion patterns' engine; see `open_tensorrt_sessions`."""
+    gpu = open_gpu()
+    runtime, (record,) = _engines_for(package, installed_tensorrts(), gpu.capability, (PATTERNS,))
+    package.check(record.file, record.sha256 if verify else None)
+    return _opened(package, record, runtime, gpu)
+
+
 def _engines_for(
-    package: EnginePackage, runtimes: Sequence[TensorRt], capability: str
+    package: EnginePackage,
+    runtimes: Sequence[TensorRt],
+    capability: str,
+    graphs: Sequence[str] = GRAPHS,
 ) -> tuple[TensorRt, list[TensorRtEngine]]:
-    """The first of the runtimes that the package has both engines for, and those engines."""
+    """The first of the runtimes that the package has all engines for, and those engines."""
     misses = []
     for runtime in runtimes:
         try:
             return runtime, [
-                matching_engine(package, graph, runtime, capability) for graph in GRAPHS
+                matching_engine(package, graph, runtime, capability) for graph in graphs
             ]
         except DeviceUnavailable as error:
             misses.append(error)
@@ -443,7 +454,7 @@ def _opened(
     session = TensorRtSession(
         record.graph, loaded_engine(package.path / record.file, record, runtime), runtime, gpu
     )
-    graph = package.manifest.graphs[record.graph]
+    graph = package.manifest.every_graph[record.graph]
     as_recorded = (set(graph.inputs), set(graph.outputs), record.profile)
     if (set(session.inputs), set(session.outputs), hull(session.profiles)) != as_recorded:
         raise _damaged(package.path / record.file, record, "other inputs, outputs or shapes")

@@ -13,6 +13,7 @@ from meiqa.commands.options import (
     add_engine,
     add_exclude_above,
     add_format,
+    add_head,
     budget_of,
     engine_of,
     milliseconds,
@@ -51,6 +52,7 @@ def add_commands(commands: Commands) -> None:
     add_format(command, "text", "json")
     add_effort(command)
     add_exclude_above(command)
+    add_head(command)
     add_engine(command, memory="the embedded anchors alone")
     command.set_defaults(run=_eval)
 
@@ -198,6 +200,7 @@ def _parts(options: argparse.Namespace) -> Iterator[Parts]:
         device=options.device,
         threads=options.threads,
         verify=options.verify,
+        head=options.head,
         **policies,
     ) as parts:
         yield parts

@@ -7,17 +7,24 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from meiqa.commands.folders import add_output, refuse_unusable_output, score_to_file
 from meiqa.commands.options import (
     add_effort,
     add_engine,
     add_exclude_above,
     add_format,
+    add_head,
+    add_remote,
     budget_of,
     engine_of,
     report_failures,
+)
+from meiqa.commands.references import (
+    add_reference,
+    refuse_unusable_reference,
+    write_distortion_map,
 )
 from meiqa.errors import DecodeError
 from meiqa.types import Assessment, Failure
@@ -37,15 +44,23 @@ def add_commands(commands: Commands) -> None:
 def _score(options: argparse.Namespace) -> int:
     from meiqa.formats import result_writer
 
+    refuse_unusable_output(options)
     photos, failures = photos_of(options.paths)
+    refuse_unusable_reference(options, photos)
+    if options.output is not None:
+        return score_to_file(options, photos, failures)
     attempted = len(photos) + len(failures)
     with ExitStack() as stack:
+        # A memory of a remote model keeps pictures, for which one has to ask.
+        options.learn = options.learn and (options.remote is None or options.keep_pictures)
         engine = stack.enter_context(engine_of(options, learn=options.learn)) if photos else None
         writer = stack.enter_context(result_writer(options.format, sys.stdout))
         for failure in failures:
             writer.write(failure)
         if engine is not None:
             failures += _score_photos(engine, photos, options, writer.write)
+            if options.map is not None and not failures:
+                write_distortion_map(engine, photos[0], options)
     return report_failures([failure.to_dict() for failure in failures], attempted)
 
 
@@ -58,7 +73,13 @@ def _score_photos(
     from meiqa.progress import Progress
 
     failures = []
-    results = engine.score_many(photos, budget=budget_of(options), k=options.k, learn=options.learn)
+    results = engine.score_many(
+        photos,
+        reference=options.reference,
+        budget=budget_of(options),
+        k=options.k,
+        learn=options.learn,
+    )
     with Progress(len(photos), sys.stderr) as progress:
         for result in results:
             progress.clear()
@@ -111,6 +132,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from tempfile import TemporaryDirectory
+
     from meiqa.demo import demo_photos, show
 
     photos = demo_photos()
@@ -126,6 +149,7 @@ def _add_score(commands: Commands) -> None:
     command = commands.add_parser("score", help="score photos")
     command.add_argument("paths", nargs="+", metavar="PATH", help="a photo, or a directory")
     add_format(command, "text", "json", "jsonl", "csv")
+    add_output(command)
     add_effort(command)
     command.add_argument(
         "--no-learn", dest="learn", action="store_false", help="leave the memory as it is"
@@ -136,7 +160,15 @@ def _add_score(commands: Commands) -> None:
         help="remember photos that were reflected on (gated, the default), or all",
     )
     add_exclude_above(command)
+    add_reference(command)
+    add_head(command)
     add_engine(command)
+    add_remote(command)
+    command.add_argument(
+        "--keep-pictures",
+        action="store_true",
+        help="with --remote: learn, for which the pictures of learned photos are kept, scaled down",
+    )
     command.set_defaults(run=_score)
 
 
@@ -146,6 +178,7 @@ def _add_compare(commands: Commands) -> None:
     command.add_argument("second", metavar="B")
     add_format(command, "text", "json", "jsonl", "csv")
     add_engine(command)
+    add_remote(command)
     command.set_defaults(run=_compare)
 
 

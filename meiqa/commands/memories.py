@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from meiqa.commands.options import (
     EXIT_FAILURES,
     add_format,
+    add_remote,
     count,
     offline_packages,
     positive_count,
@@ -24,6 +25,7 @@ from meiqa.errors import StoreMismatch, StoreNotFound, UsageError, one_line
 
 if TYPE_CHECKING:
     from meiqa.commands.options import Commands
+    from meiqa.engine.anchoring import Describer
     from meiqa.engine.vlm import LocalVlm
     from meiqa.memory import MemoryBank
     from meiqa.types import KeyKind
@@ -52,8 +54,7 @@ def _build(options: argparse.Namespace) -> int:
 
     labels = LabelTable.read(options.labels, split=options.split, mos_range=options.mos_range)
     labels = labels.spread(options.limit)
-    vlm = _open_vlm(options)
-    with Progress(len(labels), sys.stderr) as progress:
+    with _describer(options) as vlm, Progress(len(labels), sys.stderr) as progress:
         failures = build_anchors(
             vlm,
             labels,
@@ -65,6 +66,7 @@ def _build(options: argparse.Namespace) -> int:
             keep_thumbnails=options.keep_thumbnails,
             on_photo=lambda _: progress.advance(),
         )
+        _keep_settings(vlm, Path(options.out))
     say(f"{options.out}: {len(labels) - len(failures)} anchors")
     return report_failures([failure.to_dict() for failure in failures], len(labels))
 
@@ -76,14 +78,13 @@ def _add(options: argparse.Namespace) -> int:
 
     if not 1 <= options.score <= 5:
         raise UsageError("a score is on the 1-5 scale", seen=options.score, allowed="1 to 5")
-    vlm = _open_vlm(options)
-    if package_digest_of(options.memory) != vlm.package.digest:
-        raise StoreMismatch(
-            "the memory was built with another package",
-            seen=f"{vlm.package.path}",
-            hint="name its package: --package DIR",
-        )
-    with _bank(options.memory, "rw") as bank:
+    with _describer(options, options.memory) as vlm, _bank(options.memory, "rw") as bank:
+        if package_digest_of(options.memory) != vlm.package.digest:
+            raise StoreMismatch(
+                "the memory was built with another package",
+                seen=f"{vlm.package.path}",
+                hint="name its package: --package DIR",
+            )
         pixels = load_pixels(options.image)
         case = anchor_case(
             vlm, pixels, options.image, options.score, options.std, key_kind=bank.key_kind
@@ -179,6 +180,54 @@ def _rekey(options: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _describer(options: argparse.Namespace, memory: str | None = None) -> Iterator[Describer]:
+    """The model that describes anchors; for a remote one of a `memory` there, as that says."""
+    if options.remote is None:
+        yield _open_vlm(options)
+        return
+    from meiqa.engine.prompts import prompt_family
+    from meiqa.engine.remote import RemoteSettings, connected
+
+    if not options.keep_pictures:
+        raise UsageError(
+            "a remote model compares pictures, so its memory keeps them, scaled down",
+            hint="agree to that by --keep-pictures",
+        )
+    if options.package is not None or options.device != "cpu":
+        raise UsageError("a remote model takes the place of a package and its device")
+    if memory is not None:
+        settings = RemoteSettings.of_memory(memory)
+    else:
+        if options.key != "summary":
+            raise UsageError(
+                "a remote model shows no visual tokens to make keys of", allowed="--key summary"
+            )
+        named = {
+            "prompt": options.prompt and prompt_family(options.prompt),
+            "cell_pixels": options.cell_pixels,
+            "max_pixels": options.max_pixels,
+        }
+        chosen = {name: value for name, value in named.items() if value is not None}
+        settings = RemoteSettings(options.model or "", **chosen)
+    vlm = connected(options.remote, settings, Path(memory or options.out))
+    try:
+        yield vlm
+    finally:
+        vlm.close()
+
+
+def _keep_settings(vlm: Describer, memory: Path) -> None:
+    """Lay beside a memory how its remote model was asked."""
+    from meiqa.engine.package import EnginePackage
+
+    if type(vlm.package) is not EnginePackage:
+        from meiqa.engine.remote import RemotePackage
+
+        assert isinstance(vlm.package, RemotePackage)
+        vlm.package.settings.write(memory)
+
+
 def _open_vlm(options: argparse.Namespace) -> LocalVlm:
     from meiqa.engine.package import EnginePackage
     from meiqa.engine.pipeline import sessions_on
@@ -215,6 +264,18 @@ def _add_build(actions: Commands) -> None:
     )
     _add_key(action, default="summary")
     _add_anchoring(action)
+    add_remote(action)
+    action.add_argument("--prompt", metavar="FAMILY", help="with --remote: what it is asked")
+    action.add_argument(
+        "--cell-pixels",
+        type=positive_count,
+        metavar="N",
+        help="with --remote: sides of pictures are multiples of N (default: 28, for Qwen2.5-VL)",
+    )
+    action.add_argument(
+        "--max-pixels", type=positive_count, metavar="N", help="with --remote: largest area"
+    )
+    _add_keep_pictures(action)
     action.set_defaults(run=_build)
 
 
@@ -224,6 +285,8 @@ def _add_add(actions: Commands) -> None:
     action.add_argument("image", metavar="IMAGE")
     action.add_argument("--score", type=float, required=True, metavar="S", help="1 to 5")
     _add_anchoring(action)
+    add_remote(action)
+    _add_keep_pictures(action)
     action.set_defaults(run=_add)
 
 
@@ -238,6 +301,14 @@ def _add_anchoring(action: argparse.ArgumentParser) -> None:
         "--keep-thumbnails",
         action="store_true",
         help="keep a small JPEG with each anchor (default: no image is kept)",
+    )
+
+
+def _add_keep_pictures(action: argparse.ArgumentParser) -> None:
+    action.add_argument(
+        "--keep-pictures",
+        action="store_true",
+        help="with --remote: agree that the memory keeps the anchors' pictures, scaled down",
     )
 
 

@@ -46,7 +46,8 @@ def open_engine(
 
 
 def engine_of(options: argparse.Namespace, *, learn: bool = False) -> Engine:
-    policies = {name: getattr(options, name, None) for name in ("admission", "exclude_above")}
+    optional = ("admission", "exclude_above", "head", "remote", "model")
+    policies = {name: getattr(options, name, None) for name in optional}
     return open_engine(
         options.package,
         options.memory,
@@ -92,6 +93,12 @@ def add_format(command: argparse.ArgumentParser, *formats: str) -> None:
     command.add_argument("--format", choices=formats, default=formats[0])
 
 
+def add_html(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--html", metavar="FILE", help="write a page with thumbnails, scores and intervals, too"
+    )
+
+
 def add_effort(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--budget-ms",
@@ -110,6 +117,18 @@ def add_engine(command: argparse.ArgumentParser, *, memory: str = "the user's ow
     add_no_verify(command)
 
 
+def add_remote(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--remote",
+        metavar="URL",
+        help="a model behind an OpenAI-compatible server in place of a package; photos are sent"
+        " there, and --memory was made with it (docs/remote.md)",
+    )
+    command.add_argument(
+        "--model", metavar="NAME", help="what that server calls the model (default: the memory's)"
+    )
+
+
 def add_exclude_above(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--exclude-above",
@@ -117,6 +136,15 @@ def add_exclude_above(command: argparse.ArgumentParser) -> None:
         metavar="C",
         help="no neighbours whose layout has a cosine above C with the photo's: near-duplicates"
         " (default: 0.97; 1: only the photo itself)",
+    )
+
+
+def add_head(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--head",
+        choices=("text", "levels", "grm"),
+        help="what makes the first score: the printed rating with the grade words, the expectation"
+        " over these words, or their graded response (default: the package's)",
     )
 
 

@@ -42,6 +42,7 @@ def _export(options: argparse.Namespace) -> int:
         max_pixels=options.max_pixels,
         sensitivity=options.sensitivity,
         key_pictures=options.key_pictures,
+        score_head=options.score_head,
         say=say,
     )
     # Whoever ends the process by a signal gets the same tidy end as with Ctrl-C.
@@ -115,6 +116,13 @@ def _add_export(commands: Commands) -> None:
     )
     command.add_argument(
         "--max-pixels", type=positive_count, metavar="N", help="area that the model is shown"
+    )
+    command.add_argument(
+        "--score-head",
+        choices=("text", "levels", "grm"),
+        default="text",
+        help="what makes the first score: the printed rating with the grade words, the expectation"
+        " over these words, or their graded response, to be fitted (default: text)",
     )
     command.set_defaults(run=_export)
 

@@ -1,4 +1,4 @@
-"""`meiqa bench solver`, `budget`, `calibrate`, `growth` and `cold`: what takes how long."""
+"""`meiqa bench solver`, `budget`, `calibrate`, `growth`, `cold` and `scenarios`: how long it takes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def add_subjects(subjects: Commands) -> None:
     _add_calibrate(subjects)
     _add_growth(subjects)
     _add_cold(subjects)
+    _add_scenarios(subjects)
 
 
 def _solver(options: argparse.Namespace) -> int:
@@ -90,6 +91,23 @@ def _cold(options: argparse.Namespace) -> int:
 
     image = None if options.image is None else Path(options.image)
     result = bench_cold(options.runs, image=image, k=options.k)
+    return _print(result, table_text(result), options)
+
+
+def _scenarios(options: argparse.Namespace) -> int:
+    _embedded_anchors(options)
+    with offline_packages("bench"):
+        from meiqa.benchmarks.scenarios import bench_scenarios, table_text
+
+        result = bench_scenarios(
+            lambda: engine_of(options),
+            options.scenarios,
+            seconds=options.seconds,
+            photos=options.photos,
+            images=None if options.images is None else Path(options.images),
+            server_rate=options.server_rate,
+            server_latency_ms=options.server_latency_ms,
+        )
     return _print(result, table_text(result), options)
 
 
@@ -171,6 +189,37 @@ def _add_cold(subjects: Commands) -> None:
     cold.add_argument("--k", type=count, metavar="N", help="how many neighbours to compare with")
     add_format(cold, "text", "json")
     cold.set_defaults(run=_cold)
+
+
+def _add_scenarios(subjects: Commands) -> None:
+    scenarios = subjects.add_parser("scenarios", help="MLPerf's scenarios, by MLCommons' LoadGen")
+    names = ("SingleStream", "MultiStream", "Server", "Offline")
+    scenarios.add_argument("--scenarios", nargs="+", choices=names, default=names, metavar="NAME")
+    scenarios.add_argument(
+        "--seconds",
+        type=positive_count,
+        default=60,
+        metavar="S",
+        help="least duration of each (default: 60; MLPerf asks for 600)",
+    )
+    scenarios.add_argument("--photos", type=positive_count, default=64, metavar="N")
+    scenarios.add_argument(
+        "--server-rate",
+        type=float,
+        metavar="N",
+        help="photos a second that arrive in Server (default: 60 %% of what was seen)",
+    )
+    scenarios.add_argument(
+        "--server-latency-ms",
+        type=milliseconds,
+        default=500.0,
+        metavar="MS",
+        help="how long 99 of 100 may take in Server (default: 500)",
+    )
+    _add_images(scenarios)
+    add_format(scenarios, "text", "json")
+    add_engine(scenarios, memory="the embedded anchors alone")
+    scenarios.set_defaults(run=_scenarios)
 
 
 def _add_images(command: argparse.ArgumentParser) -> None:

@@ -11,8 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from meiqa.engine.drafting import Draft
+from meiqa.engine.grading import expected_grade
 from meiqa.engine.package import UNCALIBRATED, Logistic
-from meiqa.engine.scoring import expected_grade, first_opinion, informed
+from meiqa.engine.scoring import first_opinion, informed
 from meiqa.engine.vlm import Description, Prefix, VisualTokens, Vlm
 from meiqa.memory import Regression
 

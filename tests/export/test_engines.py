@@ -21,6 +21,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, save
 
+from meiqa.engine.grading import expected_grade
 from meiqa.engine.images import _grid
 from meiqa.engine.package import (
     GRAPHS,
@@ -31,7 +32,6 @@ from meiqa.engine.package import (
 )
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.runtime.tensorrt import TensorRt, hull, load_tensorrt, loaded_engine, open_gpu
-from meiqa.engine.scoring import expected_grade
 from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, PackageError, UsageError
 from meiqa.export import engines as building

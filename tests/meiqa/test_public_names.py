@@ -16,6 +16,7 @@ from meiqa import errors, types
 def test_public_names_are_pinned() -> None:
     assert meiqa.__all__ == [
         "AnswerNotFinite",
+        "AnswerUnreadable",
         "Assessment",
         "Budget",
         "DecodeError",
@@ -27,6 +28,7 @@ def test_public_names_are_pinned() -> None:
         "ImageTooSmall",
         "MeiqaError",
         "Neighbour",
+        "OutputUnwritable",
         "PackageCorrupted",
         "PackageError",
         "PackageNotFound",

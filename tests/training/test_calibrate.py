@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from meiqa.benchmarks.metrics import js_divergence
-from meiqa.training.calibrate import matched_logistic
+from meiqa.training.mapping import matched_logistic
 
 
 @pytest.mark.parametrize("shrunk", [0.3, 0.6, 1.0])

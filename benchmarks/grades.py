@@ -1,0 +1,365 @@
+"""Score heads side by side: how many photos get two modes, and how near each comes to people.
+
+The model is asked once about each photo; what it says is judged by every head, alone and fused
+with the same comparisons. With `--screens` pictures that people have not scored are looked at, too:
+screen content and generated-looking ones, whose order under blur and compression is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from meiqa.benchmarks.accuracy import photos_of
+from meiqa.benchmarks.ladder import photographs_of
+from meiqa.benchmarks.machine import machine, versions
+from meiqa.benchmarks.metrics import rmse, srcc
+from meiqa.benchmarks.recording import Parts, Recorded, Recorder
+from meiqa.benchmarks.screens import KINDS, rungs
+from meiqa.benchmarks.tables import Column, table_text
+from meiqa.engine.fusing import Z95
+from meiqa.engine.images import ImageSource, load_pixels
+from meiqa.engine.package import SCORE_HEADS, EnginePackage, ScoreHead
+from meiqa.engine.pipeline import fitted_to
+from meiqa.engine.scoring import Opinion, first_opinion, informed
+from meiqa.engine.vlm import Description, Prefix, Vlm
+from meiqa.errors import UsageError
+from meiqa.kernels.graded import multimodal, soft_grades
+from meiqa.labels import LabelTable
+from meiqa.locations import embedded_assets
+from meiqa.progress import Progress
+
+__all__ = ["bench_grades", "bench_screens", "calibration_error", "grades_text", "main"]
+
+Floats = NDArray[np.float64]
+
+CLEAR_DEPTH = 0.01
+"""A dip between two modes that a person would see in the numbers."""
+_BINS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What a model said of one photo, said again to every head."""
+
+    words: Floats
+    description: Description
+
+    @classmethod
+    def by(cls, vlm: Vlm, prefix: Prefix, summary_tokens: int) -> Told:
+        """Ask the model for a grade word and a description with a rating."""
+        return cls(vlm.grade(prefix), vlm.describe(prefix, summary_tokens))
+
+    def grade(self, prefix: Prefix) -> Floats:
+        """The words' probabilities (5,)."""
+        return self.words
+
+    def describe(self, prefix: Prefix, *_: object) -> Description:
+        """The description."""
+        return self.description
+
+    def opinion(self, prefix: Prefix, package: EnginePackage, head: ScoreHead) -> Opinion:
+        """What a head makes of it."""
+        manifest = package.manifest
+        tokens = manifest.prompt.summary_tokens
+        return first_opinion(cast(Vlm, self), prefix, manifest.calibration, tokens, head=head)
+
+
+def bench_grades(
+    parts: Parts,
+    labels: LabelTable,
+    images_dir: str | Path,
+    *,
+    on_photo: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Judge the photos of a table by every head.
+
+    Args:
+        parts: Model, package with a graded response, and memory.
+        labels: The photos, relative to ``images_dir``, and their human scores.
+        images_dir: Where the photos are.
+        on_photo: Called after each photo.
+
+    Returns:
+        JSON-ready: n, multimodal (shares of photos whose grades have more than one mode, and more
+        than one with a dip of a hundredth between them) of the softmax over the grade words and of
+        the graded response, and for each head: alone (the head's own score) and fused, each with
+        srcc, rmse and coverage95; and of its grades the expected calibration error and the
+        log-loss, people's scores being shared between the two grades around them.
+
+    Raises:
+        ImageError: a photo cannot be judged.
+        UsageError: the directory is missing, or the package has no graded response.
+    """
+    heads = heads_of(parts)
+    recorder, snapshot = Recorder(parts), parts.memory.snapshot()
+    rows: dict[ScoreHead, list[tuple[float, ...]]] = {head: [] for head in heads}
+    grades: dict[ScoreHead, list[Floats]] = {head: [] for head in heads}
+    summary_tokens = parts.package.manifest.prompt.summary_tokens
+    for photo_path in photos_of(labels, images_dir):
+        photo, told = told_of(parts, photo_path, summary_tokens)
+        for head in heads:
+            alone = told.opinion(photo.prefix, parts.package, head)
+            opinion = informed(
+                alone,
+                snapshot.regression,
+                photo.prefix.tokens.values,
+                parts.package.manifest.calibration,
+            )
+            judged = replace(photo, opinion=opinion)
+            near = judged.neighbours(snapshot, parts.policy, parts.memory.key_kind)
+            posterior = recorder.posterior(judged, near)
+            rows[head].append((alone.prior, alone.prior_std, posterior.score, posterior.std))
+            grades[head].append(alone.grades)
+        on_photo()
+    human = np.array(labels.scores_1_to_5())
+    return {
+        "n": len(human),
+        "multimodal": {
+            "softmax": mode_shares(grades["levels"]),
+            "graded": mode_shares(grades["grm"]),
+        },
+        "heads": {
+            head: {**head_figures(np.array(rows[head]), human), **fit_of(grades[head], human)}
+            for head in heads
+        },
+        "default": parts.package.manifest.score_head,
+    }
+
+
+def told_of(parts: Parts, image: ImageSource, summary_tokens: int) -> tuple[Recorded, Told]:
+    """See, read and ask about a photo once; the opinion in what is recorded is the default's."""
+    vlm, pixels = parts.vlm, load_pixels(image)
+    (prefix,) = vlm.read([vlm.encode(fitted_to(pixels, vlm.image))])
+    told = Told.by(vlm, prefix, summary_tokens)
+    opinion = told.opinion(prefix, parts.package, parts.package.manifest.score_head)
+    key = told.description.key
+    if key is None:
+        raise UsageError("the model writes nothing about a photo", seen=pixels.name)
+    return Recorded(pixels.digest, prefix, opinion, key), told
+
+
+def heads_of(parts: Parts) -> tuple[ScoreHead, ...]:
+    """All heads, or UsageError if the package has no graded response."""
+    parts.package.headed("grm")
+    return SCORE_HEADS
+
+
+def mode_shares(grades: Sequence[Floats]) -> dict[str, float]:
+    """Shares of photos with more than one mode, and with a clear dip between them."""
+    rows = np.array(grades)
+    return {
+        "share": float(np.mean(multimodal(rows))),
+        "clear": float(np.mean(multimodal(rows, CLEAR_DEPTH))),
+    }
+
+
+def head_figures(rows: Floats, human: Floats) -> dict[str, Any]:
+    """Agreement of rows (N, 4): score and deviation alone, then fused."""
+    return {
+        stage: {
+            "srcc": srcc(scores, human),
+            "rmse": rmse(scores, human),
+            "coverage95": float(np.mean(np.abs(scores - human) <= Z95 * stds)),
+        }
+        for stage, scores, stds in (
+            ("alone", rows[:, 0], rows[:, 1]),
+            ("fused", rows[:, 2], rows[:, 3]),
+        )
+    }
+
+
+def fit_of(grades: Sequence[Floats], human: Floats) -> dict[str, float]:
+    """How grade probabilities go with people's scores."""
+    probabilities, shares = np.array(grades), soft_grades(human)
+    logs = np.log(np.maximum(probabilities, 1e-12))
+    return {
+        "calibration_error": calibration_error(probabilities, shares),
+        "log_loss": float(-np.mean(np.sum(shares * logs, axis=1))),
+    }
+
+
+def calibration_error(probabilities: ArrayLike, shares: ArrayLike) -> float:
+    """Return the expected calibration error of grade probabilities, the mean over the five grades.
+
+    For each grade, photos are put into ten equal bins by its probability; in each bin its mean is
+    compared with the mean share that people gave it.
+
+    Args:
+        probabilities: ``(N, 5)``; shares: ``(N, 5)`` of people's votes.
+
+    Example:
+        >>> calibration_error([[0, 0, 1, 0, 0]] * 2, [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0]])
+        0.2
+    """
+    predicted = np.asarray(probabilities, np.float64)
+    given = np.asarray(shares, np.float64)
+    bins = np.minimum((predicted * _BINS).astype(np.intp), _BINS - 1)
+    gaps = [
+        abs(float(np.sum((predicted - given)[:, grade][bins[:, grade] == one])))
+        for grade in range(5)
+        for one in range(_BINS)
+    ]
+    return sum(gaps) / (5 * len(predicted))
+
+
+def bench_screens(
+    parts: Parts, photographs: Sequence[Path], *, on_photo: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Judge pictures made from photographs, at four levels of blur and of compression each.
+
+    Args:
+        parts: Model and package with a graded response.
+        photographs: Pristine ones.
+        on_photo: Called after each photograph.
+
+    Returns:
+        JSON-ready: photographs, and for each kind of picture and each head: srcc (of the score and
+        the level, within each picture and ladder, the mean; positive when scores fall), falling
+        (share of steps down the ladder on which the score falls), moved (mean difference of the
+        unspoilt picture's score from the photograph's), and for the softmax over the grade words
+        and the graded response the shares with more than one mode.
+    """
+    heads = heads_of(parts)
+    summary_tokens = parts.package.manifest.prompt.summary_tokens
+    scores: dict[tuple[str, ScoreHead], list[float]] = {}
+    grades: dict[tuple[str, ScoreHead], list[Floats]] = {}
+    for photograph in photographs:
+        pixels = load_pixels(photograph)
+        for rung in rungs(pixels.array, int(pixels.digest[:8], 16)):
+            photo, told = told_of(parts, rung.pixels, summary_tokens)
+            for head in heads:
+                opinion = told.opinion(photo.prefix, parts.package, head)
+                scores.setdefault((rung.kind, head), []).append(opinion.prior)
+                grades.setdefault((rung.kind, head), []).append(opinion.grades)
+        on_photo()
+    ladders = {
+        key: np.array(column).reshape(len(photographs), -1, 4) for key, column in scores.items()
+    }
+    return {
+        "photographs": len(photographs),
+        "kinds": {
+            kind: {
+                "heads": {
+                    head: ladder_figures(ladders[kind, head], ladders["photograph", head])
+                    for head in heads
+                },
+                "multimodal": {
+                    "softmax": mode_shares(grades[kind, "levels"]),
+                    "graded": mode_shares(grades[kind, "grm"]),
+                },
+            }
+            for kind in KINDS
+        },
+    }
+
+
+def ladder_figures(scores: Floats, photographs: Floats) -> dict[str, float]:
+    """Figures of scores (P, 2, 4) on P pictures' two ladders, beside those of the photographs."""
+    levels = np.arange(scores.shape[2], dtype=np.float64)
+    return {
+        "srcc": float(np.mean([-srcc(one, levels) for one in scores.reshape(-1, len(levels))])),
+        "falling": float(np.mean(np.diff(scores, axis=2) < 0.0)),
+        "moved": float(np.mean(scores[:, :, 0] - photographs[:, :, 0])),
+    }
+
+
+def grades_text(report: Mapping[str, Any]) -> str:
+    """Lay out the report as tables."""
+    modes = report["multimodal"]
+    lines = [
+        f"{report['n']} photos; more than one mode: softmax over the grade words "
+        f"{100 * modes['softmax']['share']:.1f} % ({100 * modes['softmax']['clear']:.1f} % with a "
+        f"dip of {CLEAR_DEPTH}), graded response {100 * modes['graded']['share']:.1f} %",
+        "",
+        table_text(list(_head_rows(report)), _HEAD_COLUMNS),
+    ]
+    if "screens" in report:
+        lines += ["", f"made from {report['screens']['photographs']} photographs", ""]
+        lines.append(table_text(list(_screen_rows(report["screens"])), _SCREEN_COLUMNS))
+    return "\n".join(lines)
+
+
+def _head_rows(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for head, figures in report["heads"].items():
+        yield {
+            "head": f"{head} (default)" if head == report["default"] else head,
+            **{f"alone_{name}": value for name, value in figures["alone"].items()},
+            **{f"fused_{name}": value for name, value in figures["fused"].items()},
+            "calibration_error": figures["calibration_error"],
+            "log_loss": figures["log_loss"],
+        }
+
+
+def _screen_rows(screens: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for kind, found in screens["kinds"].items():
+        for head, figures in found["heads"].items():
+            modes = found["multimodal"]["graded" if head == "grm" else "softmax"]
+            yield {"kind": kind, "head": head, **figures, "modes": modes["share"]}
+
+
+_HEAD_COLUMNS = (
+    Column("head", "head"),
+    Column("alone_srcc", "SRCC", ".4f"),
+    Column("alone_rmse", "RMSE", ".4f"),
+    Column("alone_coverage95", "in 95 %", ".1%"),
+    Column("fused_srcc", "fused SRCC", ".4f"),
+    Column("fused_rmse", "RMSE", ".4f"),
+    Column("fused_coverage95", "in 95 %", ".1%"),
+    Column("calibration_error", "grades: calibration error", ".4f"),
+    Column("log_loss", "log-loss", ".4f"),
+)
+_SCREEN_COLUMNS = (
+    Column("kind", "picture"),
+    Column("head", "head"),
+    Column("srcc", "SRCC with the level", ".4f"),
+    Column("falling", "steps that fall", ".1%"),
+    Column("moved", "moved", "+.2f"),
+    Column("modes", "more than one mode", ".1%"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print its tables, or JSON."""
+    parser = argparse.ArgumentParser(prog="python -m meiqa.benchmarks.grades", description=__doc__)
+    parser.add_argument("labels", help="a label table")
+    parser.add_argument("--images", required=True, help="where its images are")
+    parser.add_argument("--split")
+    parser.add_argument("--limit", type=int, help="photos, spread over the table")
+    parser.add_argument("--screens", help="a directory of pristine photographs to draw on")
+    parser.add_argument("--screens-index", help="CSV: only those that training keeps unseen")
+    parser.add_argument("--screens-limit", type=int, default=12, help="photographs of them")
+    parser.add_argument("--package", default=str(embedded_assets() / "package"))
+    parser.add_argument("--memory", default=str(embedded_assets() / "memory"))
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    given = parser.parse_args(arguments)
+    labels = LabelTable.read(given.labels, split=given.split).spread(given.limit)
+    drawn_on = (
+        photographs_of(given.screens, given.screens_index)[: given.screens_limit]
+        if given.screens
+        else []
+    )
+    steps = len(labels) + len(drawn_on)
+    with (
+        Parts.opened(given.package, given.memory, threads=given.threads) as parts,
+        Progress(steps, sys.stderr) as progress,
+    ):
+        report = bench_grades(parts, labels, given.images, on_photo=progress.advance)
+        if drawn_on:
+            report["screens"] = bench_screens(parts, drawn_on, on_photo=progress.advance)
+    report |= {"machine": machine(), "versions": versions("numpy", "onnxruntime", "pillow")}
+    as_json = given.format == "json"
+    sys.stdout.write((json.dumps(report, indent=2) if as_json else grades_text(report)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

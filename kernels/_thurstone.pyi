@@ -1,0 +1,17 @@
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+def thurstone_map(
+    prior: Floats,
+    known: Floats,
+    stds: Floats,
+    preferences: Floats,
+    sigma: float,
+    lam: float,
+    threads: int,
+    score: Floats,
+    std: Floats,
+) -> None: ...
+def which_is_out_of_range(known: Floats, stds: Floats, preferences: Floats) -> int: ...

@@ -1,0 +1,233 @@
+"""One instruction at a time: what to do to take the picture better.
+
+Every instruction has a rule (`RULES`): what in a description, among the distortions, or in the
+frame itself speaks for it, from 0 to 1. docs/camera.md has the same table for people.
+`Adviser` chooses one, and does not flicker: evidence is averaged over half a second, an instruction
+comes at 0.6 and goes below 0.35, and each stays for a second and a half at least. Among those that
+speak, the first in the order of the rules wins, since it spoils what the later ones look at: a
+picture that moves is soft as well, and one in the dark is noisy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from meiqa.types import Assessment, Distortion
+
+__all__ = ["RULES", "Adviser", "Evidence", "Instruction"]
+
+STILL = 2.0
+"""Grey levels of `motion_between` below which a camera is held still."""
+MOVING = 5.0
+GOOD = 3.6
+DARK, VERY_DARK = 75.0, 40.0
+"""Mean grey; the words of the descriptions change there too."""
+VERY_BRIGHT = 200.0
+_SEVERE = 2.5
+"""Strength of a distortion that speaks fully for itself, on its scale of 0 to 5."""
+_SMOOTHING_S = 0.5
+_COMES, _GOES = 0.6, 0.35
+_STAYS_S = 1.5
+
+_BLURS = ("gaussian blur", "lens blur")
+_SHAKES = ("motion blur", "jitter")
+_NOISES = (
+    *("white noise", "colour noise", "impulse noise", "multiplicative noise"),
+    "denoising smear",
+)
+_CODECS = ("JPEG compression", "JPEG 2000 compression", "pixelation", "coarse quantisation")
+_SEVERITIES = {"barely visible": 0.1, "slight": 0.3, "visible": 0.6, "strong": 1.0, "severe": 1.0}
+"""How strongly a distortion speaks that a description names with one of these words."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a frame.
+
+    Attributes:
+        score: of the frame.
+        motion: since the frame before, in grey levels; None of a single picture.
+        brightness: mean grey, 0-255.
+        blown_out: share of it that is white, 0-1.
+        words: the description of this frame, or of one that looked the same; empty if there is
+            none.
+        distortions: as the model's patterns see them.
+    """
+
+    score: float
+    motion: float | None
+    brightness: float
+    blown_out: float
+    words: str = ""
+    distortions: tuple[Distortion, ...] = ()
+
+    def says(self, *phrases: str) -> float:
+        """Whether the description has one of these phrases; 1 or 0. "soft" is not "very soft"."""
+        words = f" {_plain(self.words)} "
+        return float(any(f" {_plain(phrase)} " in words for phrase in phrases))
+
+    def distorted(self, kinds: Collection[str]) -> float:
+        """How strongly these kinds of distortion are seen, or named in the description, 0-1."""
+        seen = sum(
+            each.probability * min(1.0, each.strength / _SEVERE)
+            for each in self.distortions
+            if each.kind in kinds
+        )
+        named = (
+            share * self.says(f"{severity} {kind}")
+            for severity, share in _SEVERITIES.items()
+            for kind in kinds
+        )
+        return max(min(1.0, seen), *named)
+
+    @property
+    def soft(self) -> float:
+        """How soft the picture is, 0-1."""
+        return max(self.says("very soft"), 0.7 * self.says("soft"), self.distorted(_BLURS))
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What to do.
+
+    Attributes:
+        code: for programs.
+        text: for people, imperative.
+        reason: why, as the end of the sentence "because …".
+        good: whether all is well.
+    """
+
+    code: str
+    text: str
+    reason: str
+    good: bool = False
+
+    def to_dict(self) -> dict[str, object]:
+        """Give the instruction as JSON-ready values."""
+        return {"code": self.code, "text": self.text, "reason": self.reason, "good": self.good}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An instruction, and how strongly the evidence speaks for it, 0-1."""
+
+    instruction: Instruction
+    strength: Callable[[Evidence], float]
+
+
+def _hold_still(seen: Evidence) -> float:
+    moving = 0.0 if seen.motion is None else ramp(seen.motion, STILL, MOVING)
+    return max(moving, seen.distorted(_SHAKES))
+
+
+def _more_light(seen: Evidence) -> float:
+    dark = ramp(-seen.brightness, -DARK, -VERY_DARK)
+    noisy = max(0.8 * seen.says("strong noise"), seen.distorted(_NOISES))
+    return max(dark, seen.says("dark", "very dark"), seen.distorted(("darkening",)), noisy)
+
+
+def _less_light(seen: Evidence) -> float:
+    white = max(ramp(seen.brightness, 180.0, VERY_BRIGHT), ramp(seen.blown_out, 0.1, 0.3))
+    return max(white, seen.says("very bright"), seen.distorted(("brightening",)))
+
+
+def _clean_the_lens(seen: Evidence) -> float:
+    hazy = max(seen.says("flat contrast"), 0.9 * seen.says("mild contrast"))
+    return min(seen.soft, hazy) * (1.0 - seen.says("dark", "very dark"))
+
+
+def _step_back(seen: Evidence) -> float:
+    return seen.soft
+
+
+def _sharper_stream(seen: Evidence) -> float:
+    return max(seen.says("visible blocking"), seen.distorted(_CODECS))
+
+
+def _light_from_the_side(seen: Evidence) -> float:
+    return seen.says("flat contrast")
+
+
+def _take_it(seen: Evidence) -> float:
+    return ramp(seen.score, GOOD - 0.2, GOOD + 0.1)
+
+
+RULES = (
+    Rule(Instruction("hold-still", "Hold still", "the picture moves"), _hold_still),
+    Rule(Instruction("more-light", "More light", "it is too dark"), _more_light),
+    Rule(Instruction("less-light", "Turn away from the light", "it is too bright"), _less_light),
+    Rule(
+        Instruction("clean-lens", "Clean the lens", "it is soft and hazy though held still"),
+        _clean_the_lens,
+    ),
+    Rule(Instruction("step-back", "Step back", "it is not in focus"), _step_back),
+    Rule(
+        Instruction("sharper-stream", "Choose a higher resolution", "compression can be seen"),
+        _sharper_stream,
+    ),
+    Rule(
+        Instruction("side-light", "Let light come from the side", "there is little contrast"),
+        _light_from_the_side,
+    ),
+    Rule(Instruction("take-it", "Take it now", "nothing is wrong with it", good=True), _take_it),
+)
+"""What comes first is to be done first."""
+
+OTHERWISE = Instruction("other-view", "Try another view", "no single thing is wrong with this one")
+
+
+class Adviser:
+    """Chooses the instruction of a running camera; a single picture is its first frame."""
+
+    def __init__(self, rules: Iterable[Rule] = RULES) -> None:
+        self._rules = tuple(rules)
+        self._strengths: dict[str, float] = {}
+        self._speaking: set[str] = set()
+        self._seen_s: float | None = None
+        self._given_s = -math.inf
+        self._given: Instruction | None = None
+
+    def advise(self, seen: Evidence, now_s: float) -> Instruction:
+        """Take one more frame in, and say what to do.
+
+        Args:
+            now_s: when it was taken, on any clock that does not go back.
+        """
+        weight = 1.0
+        if self._seen_s is not None:
+            weight = -math.expm1(-max(0.0, now_s - self._seen_s) / _SMOOTHING_S)
+        self._seen_s = now_s
+        for rule in self._rules:
+            self._hear(rule.instruction.code, rule.strength(seen), weight)
+        first = next(
+            (r.instruction for r in self._rules if r.instruction.code in self._speaking), OTHERWISE
+        )
+        if self._given is None or (first != self._given and now_s - self._given_s >= _STAYS_S):
+            self._given, self._given_s = first, now_s
+        return self._given
+
+    def _hear(self, code: str, strength: float, weight: float) -> None:
+        before = self._strengths.get(code, 0.0)
+        after = self._strengths[code] = before + weight * (strength - before)
+        if after >= _COMES:
+            self._speaking.add(code)
+        elif after < _GOES:
+            self._speaking.discard(code)
+
+
+def described(assessment: Assessment) -> str:
+    """The words about a photo that guidance goes by: the corrected ones, if there are any."""
+    return assessment.reflection or assessment.summary or ""
+
+
+def ramp(value: float, low: float, high: float) -> float:
+    """0 up to `low`, 1 from `high` on, and evenly between."""
+    return min(1.0, max(0.0, (value - low) / (high - low)))
+
+
+def _plain(text: str) -> str:
+    """Lower case, no punctuation, and "very" and "barely" as a part of the word behind them."""
+    kept = "".join(char if char.isalnum() else " " for char in text.lower())
+    return " ".join(kept.split()).replace("very ", "very-").replace("barely ", "barely-")

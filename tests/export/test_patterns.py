@@ -1,0 +1,179 @@
+"""Patterns become a graph, and only of the tower that they were trained for."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from meiqa.engine.package import PATTERNS, EnginePackage, TensorRtEngine
+from meiqa.engine.runtime.onnx import OnnxSession
+from meiqa.errors import PackageCorrupted, PackageNotFound, UsageError
+from meiqa.export.package import Export
+from meiqa.export.patterns import (
+    FILE,
+    DistortionPatterns,
+    TrainedPatterns,
+    add_patterns,
+)
+from meiqa.export.profiles import pattern_profiles
+from tests.export.random_patterns import random_patterns
+
+Floats = NDArray[np.float64]
+
+
+@pytest.fixture
+def folder(package: EnginePackage, tmp_path: Path) -> Path:
+    """Give a copy of the tiny package."""
+    return Path(shutil.copytree(package.path, tmp_path / "package"))
+
+
+def naive(module: DistortionPatterns, tokens: Floats, reference: Floats) -> dict[str, Floats]:
+    """The graph's outputs, cell by cell and pattern by pattern."""
+    weights = {n: w.detach().double().numpy() for n, w in module.named_parameters()}
+
+    def gelu(x: Floats) -> Floats:
+        return x * 0.5 * (1 + np.array([torch.erf(torch.tensor(v / 2**0.5)) for v in x]))
+
+    def feature(token: Floats) -> Floats:
+        x = (token - token.mean()) / np.sqrt(token.var() + 1e-5)
+        x = x * weights["norm.weight"] + weights["norm.bias"]
+        x = gelu(weights["widen.weight"] @ x + weights["widen.bias"])
+        x = weights["describe.weight"] @ x + weights["describe.bias"]
+        return x / np.sqrt((x**2).sum() + 1e-6)
+
+    def length(x: Floats) -> float:
+        return float(np.sqrt((x**2).sum() + 1e-6))
+
+    photo, beside = ([feature(t) for t in part] for part in (tokens, reference))
+    codebook = weights["patterns.weight"]
+    cosines = [[np.array([p @ f for p in codebook]) for f in part] for part in (photo, beside)]
+    one, two = ([np.maximum(c, 0) for c in part] for part in cosines)
+    likeness = []
+    for a, b in zip(one, two, strict=True):
+        la, lb = length(a), length(b)
+        likeness.append(a @ b / (la * lb) * (1 - abs(la - lb) / max(la, lb)))
+    kinds, cells = [], []
+    for c in cosines[0]:
+        w = np.exp(weights["sharpness"] * c)
+        w /= w.sum()
+        kinds.append(weights["kinds.weight"] @ w)
+        cells.append(float(weights["strengths.weight"][0] @ w))
+    alone, both = weights["alone"], weights["beside"]
+    mean = np.concatenate([np.mean(photo, 0), np.mean(beside, 0)])
+    hidden = gelu(weights["gate_hidden.weight"] @ mean + weights["gate_hidden.bias"])
+    gate = weights["gate.weight"][0] @ hidden + weights["gate.bias"][0]
+    scores = [
+        alone[1] + 4 * alone[0] * length(np.mean(one, 0)) / np.sqrt(len(codebook)),
+        both[1] + both[0] * np.mean(likeness),
+        1 / (1 + np.exp(-gate)),
+    ]
+    changed = weights["changed"]
+    return {
+        "scores": np.array(scores),
+        "kinds": np.mean(kinds, 0),
+        "strength": np.array([np.mean(cells)]),
+        "cells": np.array(cells),
+        "changes": changed[0] + changed[1] * (1 - np.array(likeness)),
+    }
+
+
+@pytest.mark.parametrize("cells", [1, 3, 7])
+def test_the_graph_says_what_its_naive_twin_says(
+    package: EnginePackage, folder: Path, cells: int
+) -> None:
+    trained = random_patterns(package)
+    made = add_patterns(trained, folder).manifest.patterns
+    assert made is not None
+    session = OnnxSession(folder, made.graph, "cpu", 1)
+    rng = np.random.default_rng(cells)
+    tokens, reference = rng.normal(size=(2, cells, trained.module.config.width))
+    found = session.run(
+        {"tokens": tokens.astype(np.float32), "reference": reference.astype(np.float32)}
+    )
+    for name, expected in naive(trained.module, tokens, reference).items():
+        np.testing.assert_allclose(found[name], expected, atol=2e-4)
+
+
+def test_the_graph_is_plain_onnx_of_one_small_file(package: EnginePackage, folder: Path) -> None:
+    add_patterns(random_patterns(package), folder)
+    graph = onnx.load(folder / f"{PATTERNS}.onnx", load_external_data=False)
+    assert {node.domain for node in graph.graph.node} <= {"", "ai.onnx"}
+    assert not list(folder.glob(f"{PATTERNS}.onnx.*"))
+
+
+def test_patterns_are_read_as_they_were_written(package: EnginePackage, tmp_path: Path) -> None:
+    trained = random_patterns(package)
+    trained.save(tmp_path / FILE)
+    read = TrainedPatterns.load(tmp_path / FILE)
+    assert (read.source, read.kinds, read.calibration) == (
+        trained.source,
+        trained.kinds,
+        trained.calibration,
+    )
+    for name, weight in trained.module.state_dict().items():
+        torch.testing.assert_close(read.module.state_dict()[name], weight, atol=1e-2, rtol=1e-3)
+
+
+def test_patterns_of_another_tower_are_refused(package: EnginePackage, folder: Path) -> None:
+    with pytest.raises(UsageError, match="another checkpoint"):
+        add_patterns(random_patterns(package, source="0" * 64), folder)
+    assert EnginePackage.open(folder).manifest.patterns is None
+
+
+def test_files_that_hold_no_patterns_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PackageNotFound):
+        TrainedPatterns.load(tmp_path / FILE)
+    (tmp_path / FILE).write_bytes(b"nothing of the kind")
+    with pytest.raises(PackageCorrupted):
+        TrainedPatterns.load(tmp_path / FILE)
+
+
+def test_an_export_takes_what_lies_beside_the_weights(
+    package: EnginePackage, folder: Path, tmp_path: Path
+) -> None:
+    class Source:
+        folder = tmp_path
+
+    export = object.__new__(Export)
+    export.checkpoint, export.folder = Source(), folder  # type: ignore[assignment]
+    export.options = type("Options", (), {"say": staticmethod(lambda step: None)})()
+    export.add_patterns()
+    assert EnginePackage.open(folder).manifest.patterns is None
+    random_patterns(package).save(tmp_path / FILE)
+    export.add_patterns()
+    assert EnginePackage.open(folder).manifest.patterns is not None
+
+
+def test_new_patterns_drop_the_engines_of_the_old(package: EnginePackage, folder: Path) -> None:
+    made = add_patterns(random_patterns(package), folder)
+    common = {"file": "f", "sha256": "0", "runtime": "tensorrt_rtx", "version": "1"}
+    engines = [
+        TensorRtEngine(
+            graph=graph,
+            compute_capability="8.9",
+            precision="fp16",
+            profile={},
+            size_bytes=1,
+            build_s=0.0,
+            **common,
+        )
+        for graph in ("vision", PATTERNS)
+    ]
+    made.with_engines(engines)
+    again = add_patterns(random_patterns(package), folder)
+    assert [engine.graph for engine in again.manifest.engines] == ["vision"]
+
+
+def test_a_profile_holds_every_grid(package: EnginePackage, folder: Path) -> None:
+    made = add_patterns(random_patterns(package), folder)
+    (profile,) = pattern_profiles(made)
+    image = made.manifest.image
+    least, _, most = profile["tokens"]
+    assert least[0] == 1
+    assert most[0] == image.max_pixels // image.cell_pixels**2

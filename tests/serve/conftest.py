@@ -1,0 +1,64 @@
+"""Services over the tiny random model, and over an engine that only takes time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from meiqa.engine.package import EnginePackage
+from meiqa.engine.pipeline import Engine
+from meiqa.serve.access import Keys, add_key
+from meiqa.serve.app import create_app
+from meiqa.serve.settings import Settings
+from tests.engine.samples import picture
+
+Serve = Callable[..., TestClient]
+
+
+def jpeg(seed: int, size: tuple[int, int] = (160, 224)) -> bytes:
+    """A photo as it is uploaded."""
+    file = io.BytesIO()
+    Image.fromarray(picture(seed, size)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def engine(package: EnginePackage, anchors: Path) -> Iterator[Engine]:
+    """Give an engine that cannot learn."""
+    with Engine.open(package.path, anchors, threads=1, learn=False) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def api(engine: Engine) -> Iterator[TestClient]:
+    """Give a service without keys."""
+    app = create_app(engine, Settings(budget_ms=30_000))
+    with TestClient(app, base_url="http://localhost") as client:
+        yield client
+
+
+@pytest.fixture
+def serve(engine: Engine) -> Iterator[Serve]:
+    """Give a function that opens services with settings of their own."""
+    with ExitStack() as stack:
+
+        def opened(settings: Settings, served: Engine = engine) -> TestClient:
+            app = create_app(served, settings)
+            return stack.enter_context(TestClient(app, base_url="http://localhost"))
+
+        yield opened
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Keys, str, str]:
+    """Give a key file's content, a key that may score, and one that may write, too."""
+    file = tmp_path / "keys"
+    reader = add_key(file, "reader", ["score"])
+    writer = add_key(file, "writer", ["score", "memory:write"])
+    return Keys.read(file), reader, writer

@@ -1,0 +1,133 @@
+"""Keys, scopes, and what a browser may be talked into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from meiqa.errors import AccessDenied, KeyRequired, UsageError
+from meiqa.serve.access import Keys, add_key, is_loopback
+from meiqa.serve.server import listen
+from meiqa.serve.settings import Settings
+from tests.serve.conftest import Serve, jpeg
+
+
+def test_a_key_file_holds_hashes_and_no_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    token = add_key(file, "phone", ["score"])
+    text = file.read_text()
+    assert token not in text
+    assert text.startswith("phone score sha256:")
+    assert file.stat().st_mode & 0o077 == 0
+    assert Keys.read(file).holder(token, "score").name == "phone"
+
+
+def test_keys_are_added_to_a_file_by_hand_too(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\n\nold score sha256:" + 64 * "0")  # without a line's end
+    token = add_key(file, "new", ["memory:write"])
+    keys = Keys.read(file)
+    assert [key.name for key in keys.keys] == ["old", "new"]
+    with pytest.raises(AccessDenied, match="lacks the scope"):
+        keys.holder(token, "score")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "phone score secret-in-the-wrong-place",
+        "phone admin sha256:" + 64 * "0",
+        "phone score",
+        "a score sha256:" + 64 * "0" + "\na score sha256:" + 64 * "1",
+        "",
+    ],
+)
+def test_a_key_file_that_makes_no_sense_is_refused_without_showing_it(
+    line: str, tmp_path: Path
+) -> None:
+    (tmp_path / "keys").write_text(line)
+    with pytest.raises(UsageError) as refused:
+        Keys.read(tmp_path / "keys")
+    assert "secret" not in str(refused.value)
+
+
+def test_a_name_is_taken_once(tmp_path: Path) -> None:
+    add_key(tmp_path / "keys", "phone", ["score"])
+    with pytest.raises(UsageError, match="of this name"):
+        add_key(tmp_path / "keys", "phone", ["score"])
+
+
+def test_without_keys_only_loopback_is_listened_on() -> None:
+    with pytest.raises(UsageError, match="this machine only"):
+        listen("0.0.0.0", 0, Settings())
+    with pytest.raises(UsageError, match="this machine only"):
+        listen("example.org", 0, Settings())
+    listen("127.0.0.1", 0, Settings()).close()
+
+
+def test_loopback_has_several_names() -> None:
+    assert [is_loopback(host) for host in ("::1", "127.9.9.9", "LOCALHOST")] == [True] * 3
+    assert not any(is_loopback(host) for host in ("", "10.0.0.1", "::", "localhost.evil.org"))
+
+
+def test_keys_open_what_their_scopes_say(serve: Serve, keys: tuple[Keys, str, str]) -> None:
+    known, reader, writer = keys
+    api = serve(Settings(budget_ms=30_000, keys=known))
+
+    def status(path: str, token: str | None, method: str = "POST") -> int:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        body = {"content": jpeg(1)} if method == "POST" else {}
+        return api.request(method, path, headers=headers, **body).status_code  # type: ignore[arg-type]
+
+    assert status("/v1/score", None) == 401
+    assert status("/v1/score", "guess") == 401
+    assert status("/v1/score", reader) == 200
+    assert status("/v1/score?learn=true", reader) == 403
+    assert status("/v1/memory/cases?id=a&score=3", reader) == 403
+    assert status("/v1/memory/cases?id=a", reader, "DELETE") == 403
+    assert status("/v1/memory/cases", writer, "GET") == 200
+    assert status("/metrics", None, "GET") == 401
+    assert status("/metrics", reader, "GET") == 200
+    assert status("/healthz", None, "GET") == 200
+
+
+def test_a_refusal_asks_for_a_bearer_key(serve: Serve, keys: tuple[Keys, str, str]) -> None:
+    answer = serve(Settings(keys=keys[0])).post("/v1/score", content=b"")
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert answer.json()["type"] == "urn:meiqa:problem:key-required"
+
+
+def test_without_keys_nobody_writes(serve: Serve) -> None:
+    api = serve(Settings())
+    for path in ("/v1/memory/cases?id=a&score=3", "/v1/score?learn=true"):
+        answer = api.post(path, content=jpeg(1))
+        assert answer.status_code == 403
+        assert "api-key" in answer.json()["hint"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},  # a name made to point at this machine
+        {"Origin": "https://evil.example"},  # a page of another site
+        {"Origin": "null"},
+        {"Host": "[:::"},
+    ],
+)
+def test_without_keys_other_sites_pages_are_refused(serve: Serve, headers: dict[str, str]) -> None:
+    assert serve(Settings()).get("/v1/model", headers=headers).status_code == 403
+
+
+def test_the_services_own_page_may_ask(serve: Serve) -> None:
+    headers = {"Origin": "http://localhost:8000", "Host": "localhost:8000"}
+    assert serve(Settings()).get("/v1/model", headers=headers).status_code == 200
+
+
+def test_a_missing_token_is_told_apart_from_a_missing_scope(keys: tuple[Keys, str, str]) -> None:
+    known, reader, _ = keys
+    with pytest.raises(KeyRequired):
+        known.holder(None)
+    with pytest.raises(AccessDenied) as refused:
+        known.holder(reader, "memory:write")
+    assert not isinstance(refused.value, KeyRequired)

@@ -1,0 +1,123 @@
+"""`meiqa serve` as a process: it starts, answers, and ends in order."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from meiqa.cli import main
+from meiqa.client import Client, Retries
+from meiqa.engine.package import EnginePackage
+from meiqa.errors import ServiceUnreachable
+from tests.serve.conftest import jpeg
+
+Started = Callable[..., tuple[subprocess.Popen[str], str]]
+
+
+@pytest.fixture
+def started(package: EnginePackage, anchors: Path) -> Iterator[Started]:
+    """Give a function that starts services."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*options: str) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-m", "meiqa", "serve", "--port", "0", "--threads", "1"]
+        places = ["--package", str(package.path), "--memory", str(anchors), *options]
+        process = subprocess.Popen([*command, *places], stderr=subprocess.PIPE, text=True)
+        running.append(process)
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r"serving on (http://\S+:\d+)", line):
+                return process, found[1]
+        raise AssertionError("".join(said))
+
+    yield start
+    for process in running:
+        with suppress(ProcessLookupError):
+            process.kill()
+        process.communicate()
+
+
+def wait_until_ready(client: Client) -> None:
+    for _ in range(600):
+        with suppress(ServiceUnreachable):
+            client.model()
+            return
+        threading.Event().wait(0.1)
+    raise AssertionError("the service did not become ready")
+
+
+def test_it_finishes_what_it_accepted_when_it_is_told_to_end(started: Started) -> None:
+    process, url = started("--budget-ms", "60000", "--log-format", "json")
+    photos = [jpeg(seed) for seed in range(12)]
+    with Client(url, retries=Retries(most=0), timeout_s=60) as client:
+        wait_until_ready(client)
+        with ThreadPoolExecutor(12) as pool:
+            answers = [pool.submit(client.score, photo, k=24) for photo in photos]
+            for _ in range(20):
+                if client_waits(url) >= 3:
+                    break
+            process.send_signal(signal.SIGTERM)
+            wait(answers)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "everything that was accepted is answered" in log
+    scored = [answer for answer in answers if answer.exception() is None]
+    others = [answer.exception() for answer in answers if answer.exception() is not None]
+    assert len(scored) >= 3
+    assert log.count('"path": "/v1/score", "status": 200') == len(scored)
+    assert all(isinstance(error, ServiceUnreachable) for error in others)  # came too late
+
+
+def client_waits(url: str) -> float:
+    import httpx
+
+    counted = re.search(r"^meiqa_waiting (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    assert counted is not None
+    return float(counted[1])
+
+
+def test_it_says_that_it_is_for_this_machine_only(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["serve", "--host", "0.0.0.0"]) == 2
+    assert "this machine only" in capsys.readouterr().err
+    assert main(["serve", "--api-key-file", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_key_is_shown_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    assert main(["api-key", "phone", "--file", str(file), "--scopes", "score,memory:write"]) == 0
+    token = capsys.readouterr().out.strip()
+    assert token.startswith("meiqa_")
+    assert token not in file.read_text()
+    assert main(["api-key", "bad name!", "--file", str(file)]) == 2
+
+
+def test_without_the_extra_it_names_it() -> None:
+    probe = (
+        "import sys; sys.modules['fastapi'] = None\n"
+        "from meiqa.cli import main; sys.exit(main(['serve']))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", probe],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ},
+    )
+    assert run.returncode == 2
+    assert "pip install 'meiqa[serve]'" in run.stderr
+    assert run.stderr.count("\n") == 1

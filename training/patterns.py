@@ -1,0 +1,473 @@
+"""Distortion patterns: a codebook over the frozen tower's tokens learns to judge and to name.
+
+    python -m meiqa.training.pattern_pairs --data DATA --work WORK --package PACKAGE
+    python -m meiqa.training.patterns --work WORK --package PACKAGE --out CHECKPOINT
+    python -m meiqa.export.patterns CHECKPOINT/patterns.safetensors PACKAGE
+
+Each step takes a few views and some versions of each, beside the untouched version or a degraded
+one, and windows of their cells. The tokens were computed once, so a step takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import rankdata, spearmanr
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meiqa.engine.package import IDENTITY, EnginePackage, PatternCalibration
+from meiqa.export.commands import run_command
+from meiqa.export.patterns import FILE, DistortionPatterns, PatternConfig, TrainedPatterns
+from meiqa.training.checkpoint import load_checkpoint
+from meiqa.training.data import PhotographSet
+from meiqa.training.distortions import KINDS
+from meiqa.training.pattern_pairs import TWO_SIDED, Views, read_views
+
+NONE = "none"
+MILD_SCORE = 3.6
+"""A reference is mildly degraded when people give its distortion at least so much."""
+UNCALIBRATED = PatternCalibration(
+    hybrid=IDENTITY,
+    alone=IDENTITY,
+    alone_std=0.6,
+    trusted_std=0.4,
+    doubted_std=0.6,
+    correlation=0.3,
+    temperature=1.0,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the patterns are trained.
+
+    Attributes:
+        patterns: size of the codebook.
+        minutes, steps: what ends training, whichever is first.
+        views, versions: of a step; crops: of a step, where there are any.
+        whole_share: how often all cells of a view are taken; else `cells` of a window at most.
+        mild_share, any_share: how often the reference is a mildly degraded version, or any.
+        decorrelation: weight of the penalty on patterns that are alike.
+        naming: weight of the kinds; strength: of the strengths.
+    """
+
+    patterns: int = 1024
+    minutes: float = 6.0
+    steps: int = 4000
+    views: int = 6
+    versions: int = 10
+    crops: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    whole_share: float = 0.2
+    cells: int = 16
+    mild_share: float = 0.35
+    any_share: float = 0.15
+    decorrelation: float = 1.0
+    naming: float = 0.15
+    strength: float = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The versions of one view.
+
+    Attributes:
+        tokens: (N, T, D) half precision; grid: rows and columns of the T cells.
+        touched: (N, T) cells that are distorted.
+        kinds, levels: (N,) the distortion and its strength, 0 where nothing is to be seen.
+        named: (N,) KADID's number and level as they were applied.
+        scores: (N,) NaN where only a part is distorted.
+        clean: index of the untouched version.
+    """
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    touched: Tensor
+    kinds: Tensor
+    levels: Tensor
+    named: NDArray[np.int64]
+    scores: Tensor
+    clean: int
+    mild: NDArray[np.intp] = field(init=False)
+    whole: NDArray[np.intp] = field(init=False)
+
+    def __post_init__(self) -> None:
+        scores, kinds = self.scores.numpy(), self.kinds.numpy()
+        object.__setattr__(self, "mild", np.flatnonzero((scores >= MILD_SCORE) & (kinds > 0)))
+        object.__setattr__(self, "whole", np.flatnonzero(~np.isnan(scores)))
+
+
+def views_of(stored: Views) -> list[View]:
+    """Sort a photograph's versions by view."""
+    ends = np.cumsum(stored.grids.prod(axis=1))
+    tokens, touched = (np.split(cells, ends[:-1]) for cells in (stored.tokens, stored.touched))
+    views = []
+    for number in np.unique(stored.views):
+        index = np.flatnonzero(stored.views == number)
+        levels = strengths(stored.kinds[index], stored.levels[index])
+        kinds = np.where(levels > 0, stored.kinds[index], 0)
+        views.append(
+            View(
+                tokens=torch.from_numpy(np.stack([tokens[i] for i in index])),
+                grid=tuple(map(int, stored.grids[index[0]])),
+                touched=torch.from_numpy(np.stack([touched[i] for i in index])),
+                kinds=torch.from_numpy(kinds),
+                levels=torch.from_numpy(levels),
+                named=np.stack([stored.kinds[index], stored.levels[index]], axis=1),
+                scores=torch.from_numpy(stored.scores[index]),
+                clean=int(np.flatnonzero(stored.kinds[index] == 0)[0]),
+            )
+        )
+    return views
+
+
+def strengths(kinds: NDArray[np.int64], levels: NDArray[np.int64]) -> NDArray[np.float32]:
+    """KADID's levels as strengths 0-5; two of the types are strong at both ends."""
+    two_sided = np.isin(kinds, TWO_SIDED)
+    return np.where(two_sided, 2 * np.abs(levels - 3), levels).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Crops:
+    """Distorted crops without references: tokens (N, T, D), and what is known of each, (N,)."""
+
+    tokens: Tensor
+    scores: Tensor
+    kinds: Tensor
+    levels: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def read(cls, cells: Path, work: Path, checkpoint: Path) -> Crops:
+        """Make tokens of the cell statistics that stage 2 left behind for the distorted crops.
+
+        Args:
+            cells: (N, 1, h, w, F) statistics of the frozen convolutions, in the records' order.
+            work: where the records are.
+            checkpoint: whose tower turns statistics into tokens.
+        """
+        tower = load_checkpoint(checkpoint).model.visual
+        stored = np.load(cells, mmap_mode="r")
+        parts = []
+        for start in range(0, len(stored), 64):
+            some = torch.from_numpy(np.array(stored[start : start + 64, 0])).float()
+            parts.append(tower.tokens_from_features(some.flatten(1, 2)).half())
+        photographs = PhotographSet.load(work, "distorted").photographs
+        named = np.array([(p.kind, p.level) for p in photographs])
+        levels = strengths(named[:, 0], named[:, 1])
+        return cls(
+            torch.cat(parts),
+            torch.tensor([p.score for p in photographs]),
+            torch.from_numpy(np.where(levels > 0, named[:, 0], 0)),
+            torch.from_numpy(levels),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """Versions of one view beside references.
+
+    Attributes:
+        tokens, references: (B, T, D).
+        scores: (B,) NaN where nobody was asked; kinds, levels: (B,); touched: (B, T).
+        clean: (B,) the reference is the untouched version.
+    """
+
+    tokens: Tensor
+    references: Tensor
+    scores: Tensor
+    kinds: Tensor
+    levels: Tensor
+    touched: Tensor
+    clean: Tensor
+
+
+def drawn(view: View, recipe: Recipe, rng: np.random.Generator) -> PairBatch:
+    """Draw versions, references and, often, some cells of a window."""
+    count = min(recipe.versions, len(view.scores))
+    chosen = rng.choice(len(view.scores), count, replace=False)
+    beside = np.full(count, view.clean)
+    share = rng.random(count)
+    if len(view.mild):
+        mild = share < recipe.mild_share
+        beside[mild] = rng.choice(view.mild, int(mild.sum()))
+    anyhow = share > 1 - recipe.any_share
+    beside[anyhow] = rng.choice(view.whole, int(anyhow.sum()))
+    cells = np.arange(view.tokens.shape[1])
+    if rng.random() >= recipe.whole_share:
+        cells = window(view.grid, rng)
+        cells = rng.permutation(cells)[: recipe.cells]
+    return PairBatch(
+        tokens=view.tokens[chosen][:, cells].float(),
+        references=view.tokens[beside][:, cells].float(),
+        scores=view.scores[chosen],
+        kinds=view.kinds[chosen],
+        levels=view.levels[chosen],
+        touched=view.touched[chosen][:, cells],
+        clean=torch.from_numpy(beside == view.clean),
+    )
+
+
+def window(grid: tuple[int, int], rng: np.random.Generator) -> NDArray[np.intp]:
+    """Cells of a random rectangle, two or more a side where there are so many."""
+    sides = [int(rng.integers(min(2, n), n + 1)) for n in grid]
+    starts = [int(rng.integers(n - side + 1)) for n, side in zip(grid, sides, strict=True)]
+    rows, columns = (s + np.arange(n) for s, n in zip(starts, sides, strict=True))
+    cells: NDArray[np.intp] = (rows[:, None] * grid[1] + columns).ravel()
+    return cells
+
+
+def pair_loss(model: DistortionPatterns, batch: PairBatch, recipe: Recipe) -> Tensor:
+    """Scores beside a reference, and changes of cells, with all that a photo alone has."""
+    of_photo, of_reference = model.features(batch.tokens), model.features(batch.references)
+    photo, beside = model.matches(of_photo), model.matches(of_reference)
+    likeness = model.likeness(photo, beside)
+    full, weight = model.score_beside(likeness), model.weight(of_photo, of_reference)
+    hybrid = weight * full + (1 - weight) * model.score_alone(photo)
+    asked, wanted = ~batch.scores.isnan(), batch.scores.nan_to_num()
+    errors = (hybrid - wanted) ** 2 + batch.clean * (full - wanted) ** 2
+    levels = batch.touched * batch.levels[:, None]
+    changed = ((model.changes(likeness) - levels)[batch.clean] ** 2).sum()
+    changed = changed / max(1, int(batch.clean.sum()) * likeness.shape[1])
+    alone = alone_loss(
+        model, of_photo, batch.scores, batch.kinds, batch.levels, batch.touched, recipe
+    )
+    return alone + (errors * asked).mean() + recipe.strength * changed
+
+
+def alone_loss(
+    model: DistortionPatterns,
+    features: Tensor,
+    scores: Tensor,
+    true_kinds: Tensor,
+    levels: Tensor,
+    touched: Tensor,
+    recipe: Recipe,
+) -> Tensor:
+    """Score without a reference, kinds and strengths of picture and cells.
+
+    Args:
+        features: (B, T, F); scores: (B,) NaN where nobody was asked.
+        true_kinds: (B,) kinds; levels: (B,) strengths; touched: (B, T) cells that have them.
+    """
+    asked = ~scores.isnan()
+    alone = model.score_alone(model.matches(features))
+    loss = ((alone - scores.nan_to_num()) ** 2 * asked).mean()
+    kinds, strength = model.votes(features)
+    cell_kinds = torch.where(touched, true_kinds[:, None], 0)
+    named = functional.cross_entropy(kinds.mean(1)[asked], true_kinds[asked])
+    named = named + 0.3 * functional.cross_entropy(kinds.flatten(0, 1), cell_kinds.flatten())
+    graded = ((strength.mean(1) - levels)[asked] ** 2).mean()
+    graded = graded + 0.3 * ((strength - touched * levels[:, None]) ** 2).mean()
+    return loss + recipe.naming * named + recipe.strength * graded
+
+
+def crop_loss(
+    model: DistortionPatterns, crops: Crops, recipe: Recipe, rng: np.random.Generator
+) -> Tensor:
+    """The loss of some crops without references."""
+    some = rng.integers(0, len(crops.scores), recipe.crops)
+    cells = rng.permutation(crops.tokens.shape[1])[: recipe.cells]
+    tokens = crops.tokens[some][:, cells].float()
+    return alone_loss(
+        model,
+        model.features(tokens),
+        crops.scores[some],
+        crops.kinds[some],
+        crops.levels[some],
+        torch.ones(tokens.shape[:2], dtype=torch.bool),
+        recipe,
+    )
+
+
+def alikeness(patterns: Tensor, sample: int = 256) -> Tensor:
+    """Mean square of the cosines between different patterns, of a random sample of them.
+
+    The penalty on correlated patterns; it can't fall below 1/F - 1/M with more patterns than
+    dimensions.
+    """
+    some = functional.normalize(patterns, dim=-1)[torch.randperm(len(patterns))[:sample]]
+    cosines = some @ some.T
+    apart: Tensor = (cosines**2).sum() - len(some)
+    return apart / (len(some) * (len(some) - 1))
+
+
+def train(
+    views: list[View],
+    width: int,
+    recipe: Recipe,
+    crops: Crops | None = None,
+    seed: int = 0,
+) -> DistortionPatterns:
+    """Train patterns from nothing, on views and, without references, on further crops."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = DistortionPatterns(PatternConfig(width, len(KINDS) + 1, recipe.patterns))
+    model.settle()
+    optimiser = torch.optim.AdamW(
+        model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    started = time.perf_counter()
+    for step in range(recipe.steps):
+        spent = max(step / recipe.steps, (time.perf_counter() - started) / (60 * recipe.minutes))
+        if spent >= 1.0:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * min(1.0, (step + 1) / 50) * (1.0 - spent)
+        some = [views[i] for i in rng.integers(0, len(views), recipe.views)]
+        losses = [pair_loss(model, drawn(view, recipe, rng), recipe) for view in some]
+        apart = alikeness(model.patterns.weight)
+        loss = torch.stack(losses).mean() + recipe.decorrelation * apart
+        if crops is not None:
+            loss = loss + crop_loss(model, crops, recipe, rng)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        model.settle()
+        if step % 250 == 0:
+            seconds = time.perf_counter() - started
+            print(f"step {step}: loss {loss:.4f}, alike {apart:.4f}, {seconds:.0f} s", flush=True)
+    return model.eval()
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What the patterns say of unseen photographs, every distorted version of each.
+
+    P photographs · V versions of each. All (P, V) but `kinds`, (P, V, K).
+    """
+
+    wanted: NDArray[np.float64]
+    true_kinds: NDArray[np.int64]
+    levels: NDArray[np.float64]
+    alone: NDArray[np.float64]
+    full: NDArray[np.float64]
+    weight: NDArray[np.float64]
+    degraded_full: NDArray[np.float64]
+    degraded_weight: NDArray[np.float64]
+    kinds: NDArray[np.float64]
+    strength: NDArray[np.float64]
+    cell_ranks: NDArray[np.float64]
+    """(R,) how well the map ranks touched cells above others, of each partly distorted version."""
+
+    @property
+    def hybrid(self) -> NDArray[np.float64]:
+        """With the untouched reference."""
+        return self.weight * self.full + (1 - self.weight) * self.alone
+
+    @property
+    def degraded(self) -> NDArray[np.float64]:
+        """With a mildly degraded one."""
+        w = self.degraded_weight
+        return w * self.degraded_full + (1 - w) * self.alone
+
+
+@torch.no_grad()
+def judged(model: DistortionPatterns, views: list[View], seed: int = 0) -> Judged:
+    """Judge every version of views beside the untouched one, and beside a mild one."""
+    rng = np.random.default_rng(seed)
+    rows, ranks = [], []
+    for view in views:
+        index = np.flatnonzero(~view.scores.isnan().numpy() & (view.named[:, 0] > 0))
+        tokens = view.tokens.float()
+        beside = rng.choice(view.mild, len(index))
+        features = model.features(tokens)
+        matches = model.matches(features)
+        kinds, strength = model.votes(features)
+        made = []
+        for reference in (np.full(len(index), view.clean), beside):
+            likeness = model.likeness(matches[index], matches[reference])
+            made.append(model.score_beside(likeness))
+            made.append(model.weight(features[index], features[reference]))
+        columns = [view.scores[index], view.kinds[index], view.levels[index]]
+        columns += [model.score_alone(matches[index]), *made]
+        columns += [kinds[index].mean(1), strength[index].mean(1)]
+        rows.append([column.double().numpy() for column in columns])
+        ranks += [
+            area(strength[i].numpy(), view.touched[i].numpy())
+            for i in np.flatnonzero(view.scores.isnan().numpy())
+            if 0 < view.touched[i].sum() < view.touched.shape[1]
+        ]
+    wanted, true_kinds, *others = (np.stack(column) for column in zip(*rows, strict=True))
+    return Judged(wanted, true_kinds.astype(np.int64), *others, np.array(ranks))
+
+
+def area(values: NDArray[np.float32], touched: NDArray[np.bool_]) -> float:
+    """Area under the curve of telling touched cells from others."""
+    count = int(touched.sum())
+    above = rankdata(values)[touched].sum() - count * (count + 1) / 2
+    return float(above / (count * (len(touched) - count)))
+
+
+def figures(found: Judged) -> dict[str, float]:
+    """Rank correlations with KADID's scores, and how well kinds are named."""
+    right = found.kinds.argmax(-1) == found.true_kinds
+    wanted = found.wanted.ravel()
+
+    def srcc(values: NDArray[np.float64]) -> float:
+        return float(spearmanr(values.ravel(), wanted).statistic)
+
+    named = {
+        "alone": srcc(found.alone),
+        "full": srcc(found.full),
+        "hybrid": srcc(found.hybrid),
+        "degraded_hybrid": srcc(found.degraded),
+        "degraded_full": srcc(found.degraded_full),
+        "weight": float(found.weight.mean()),
+        "degraded_weight": float(found.degraded_weight.mean()),
+        "kinds_named": float(right.mean()),
+        "strength": float(spearmanr(found.strength.ravel(), found.levels.ravel()).statistic),
+        "map_auc": float(found.cell_ranks.mean()) if len(found.cell_ranks) else float("nan"),
+    }
+    return {name: round(value, 4) for name, value in named.items()}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m meiqa.training.patterns", description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="written by pattern_pairs")
+    parser.add_argument("--package", type=Path, required=True, help="whose tower made the tokens")
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoint's folder")
+    parser.add_argument("--patterns", type=int, default=Recipe.patterns, help="of the codebook")
+    parser.add_argument("--minutes", type=float, default=Recipe.minutes)
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--crops", type=Path, help="cell statistics that stage 2 left: WORK/cells-distorted-….npy"
+    )
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    recipe = Recipe(patterns=given.patterns, minutes=given.minutes, steps=given.steps)
+    package = EnginePackage.open(given.package).manifest
+    seen, unseen = (
+        [view for stored in read_views(given.work, unseen=kept) for view in views_of(stored)]
+        for kept in (False, True)
+    )
+    crops = None if given.crops is None else Crops.read(given.crops, given.work, given.out)
+    model = train(seen, package.decoder.embed_width, recipe, crops)
+    report = {"recipe": asdict(recipe), "views": len(seen)}
+    if unseen:
+        report |= {"unseen": figures(judged(model, unseen)), "unseen_views": len(unseen)}
+    trained = TrainedPatterns(
+        model,
+        package.source["sha256"],
+        (NONE, *(kind.name for kind in KINDS)),
+        UNCALIBRATED,
+        report,
+    )
+    trained.save(given.out / FILE)
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    run_command(main)
