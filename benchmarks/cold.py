@@ -1,7 +1,7 @@
 """How long `meiqa score photo.jpg` takes in a fresh process, beside importing what it stands on.
 
 Both are run in turns and the best of several runs is compared: the first ones read files that the
-rest finds in the system's cache.
+rest finds in the system's cache, and compile what an installation has compiled.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _BASE = "import numpy, onnxruntime"
 _NO_SITE = ("-S",) if sys.flags.no_site else ()  # a child starts as this interpreter did
 _IMPORT = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|\s+(\S+)")
 _SLOWEST = 12
+_NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"
 
 
 def bench_cold(
@@ -52,7 +53,11 @@ def bench_cold(
         python = [sys.executable, "-P", *_NO_SITE]
         score = ["-m", "meiqa", "score", str(photo), "--no-learn"]
         score += [] if k is None else ["--k", str(k)]
-        environment = {**os.environ, "MEIQA_MEMORY": str(Path(folder) / "memory")}
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != _NO_BYTECODE},
+            "MEIQA_MEMORY": str(Path(folder) / "memory"),
+            "PYTHONPYCACHEPREFIX": str(Path(folder) / "bytecode"),
+        }
         commands = {
             "numpy and onnxruntime": [*python, "-c", _BASE],
             "meiqa score": [*python, *score],
@@ -79,7 +84,7 @@ def bench_cold(
         "modules": _slowest(listing),
         "settings": {"runs": runs, "warm_up": 1, "k": k, "image": image and image.name},
         "machine": machine(),
-        "versions": versions("numpy", "onnxruntime", "numba", "meiqa"),
+        "versions": versions("numpy", "onnxruntime", "meiqa"),
     }
 
 

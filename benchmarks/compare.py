@@ -5,8 +5,9 @@ prints how often each way to them fits into the time of the fastest:
 
 * transformers: Qwen2.5-VL's text model in PyTorch reads every pair from its first token, all of
   them in one batch.
-* transformers_prefix: the same with its own cache. The photo's prefix is kept once and repeated
-  for the rows that continue it; those of the neighbours are kept as a batch and cropped after use.
+* transformers_prefix: the same with its own cache. The photo's prefix, with all that stands before
+  the second picture, is kept once and repeated for the rows that continue it; those of the
+  neighbours are kept as a batch and cropped after use.
   Rows are taken 8, or all K, at a time, whichever is faster.
 * fp32, int8: this engine in waves as it asks them; the prefixes are there, as after scoring the
   photo and in a warm cache, for it as for transformers' cache.
@@ -112,10 +113,14 @@ class Asked:
             whole_prompt(self.vlm, first.tokens, second.tokens) for first, second in self.pairs()
         ]
 
+    def shared(self, first: Prefix) -> int:
+        """Tokens that do not depend on the second picture: the prefix, and what opens that one."""
+        return first.length + len(self.vlm.prompts.second_opening)
+
     def suffixes(self) -> list[Row]:
-        """What follows the first picture in each prompt."""
+        """What depends on the second picture in each prompt."""
         return [
-            Row(row.embeds[first.length :], row.positions[:, first.length :])
+            Row(row.embeds[self.shared(first) :], row.positions[:, self.shared(first) :])
             for row, (first, _) in zip(self.prompts(), self.pairs(), strict=True)
         ]
 
@@ -226,7 +231,7 @@ class Transformers:
         """Each pair continues what was read of its first picture, `batch` rows at a time."""
         rows, count = asked.suffixes(), len(asked.neighbours)
         opened = [
-            Row(row.embeds[: first.length], row.positions[:, : first.length])
+            Row(row.embeds[: asked.shared(first)], row.positions[:, : asked.shared(first)])
             for row, (first, _) in zip(asked.prompts(), asked.pairs(), strict=True)
         ]
         photo = self.read(opened[:1])
@@ -332,7 +337,8 @@ def _measured(
         "largest_difference": differences,
         "settings": {
             **{"neighbours": neighbours, "answers": 2 * neighbours, "threads": threads},
-            **{"visual_tokens": GRID[0] * GRID[1], "prefix_tokens": exact.photo.length},
+            "visual_tokens": GRID[0] * GRID[1],
+            "prefix_tokens": exact.shared(exact.photo),
             **{"suffix_tokens": len(exact.suffixes()[0].embeds), "wave": WAVE},
             **{"rounds": rounds, "warm_up": WARM_UP, "seed": seed},
             "fused": "graph_fp32" in ways,
@@ -364,14 +370,16 @@ def multiplications(text: Any, asked: Asked, *, last_layer_whole: bool) -> int:
     """Multiplications that the engine does for all answers, from the shapes.
 
     Of the last layer, the fused kernel needs the keys and values of all tokens and the rest of the
-    last one; each token attends to the prefix, to those before it and to itself.
+    last one, and it has read what opens the second picture with the first; each token attends to
+    the prefix, to those before it and to itself.
     """
     d, heads, keys = text.head_dim, text.num_attention_heads, 2 * text.num_key_value_heads
     width, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
     other = 2 * width * heads * d + 3 * width * inner
     total = 0
-    for row, (first, _) in zip(asked.suffixes(), asked.pairs(), strict=True):
-        steps, prefix = len(row.embeds), first.length
+    for row, (first, _) in zip(asked.prompts(), asked.pairs(), strict=True):
+        prefix = first.length if last_layer_whole else asked.shared(first)
+        steps = len(row.embeds) - prefix
         seen = steps * prefix + steps * (steps + 1) // 2
         layer = steps * (width * keys * d + other) + 2 * heads * d * seen
         last = steps * width * keys * d + other + 2 * heads * d * (prefix + steps)

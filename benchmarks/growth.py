@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from meiqa.benchmarks.machine import machine, versions
-from meiqa.benchmarks.photographs import made_jpeg
+from meiqa.benchmarks.photographs import made_jpeg, photographs_in
 from meiqa.benchmarks.timing import quantiles_ms
 from meiqa.engine.pipeline import Engine
 from meiqa.memory import AnchorWriter, Case, MemoryBank, RetrievalPolicy
@@ -55,9 +55,10 @@ def bench_growth(
     anchors: Sequence[int] = ANCHORS,
     photos: Sequence[int] = PHOTOS,
     files: Sequence[int] = FILES,
+    images: Path | None = None,
     rounds: int = ROUNDS,
 ) -> dict[str, Any]:
-    """Measure what grows.
+    """Measure what grows; an empty sequence leaves its part out.
 
     Args:
         open_engine: Opens an engine; it is closed again.
@@ -65,22 +66,28 @@ def bench_growth(
         neighbours: Numbers of neighbours.
         anchors: Numbers of anchors.
         photos: Numbers of photos in a run.
-        files: Numbers of files whose peak memory is compared; none leaves it out.
+        files: Numbers of files whose peak memory is compared.
+        images: A directory of photographs to take these from; made ones of 640 x 480 if it is None.
         rounds: Photos for each number of neighbours, and runs for each number of photos.
 
     Returns:
         `neighbours`, `anchors` and `photos`, rows each; `peak` with the resident peak of each
         number of files and the `ratio` of the last to the first; and what it was run on.
     """
-    with open_engine() as engine:
-        by_neighbours = _neighbour_rows(engine, neighbours, rounds)
-        by_photos = [_photo_row(engine, count, rounds) for count in photos]
+    by_neighbours, by_photos = [], []
+    if neighbours or photos:
+        with open_engine() as engine:
+            by_neighbours = _neighbour_rows(engine, neighbours, rounds) if neighbours else []
+            by_photos = [_photo_row(engine, count, rounds) for count in photos]
     return {
         "neighbours": by_neighbours,
         "anchors": [_anchor_row(count) for count in anchors],
         "photos": by_photos,
-        "peak": _peaks(files, memory) if files else None,
-        "settings": {"rounds": rounds, "key_width": _KEY_WIDTH, "queries": _QUERIES},
+        "peak": _peaks(files, memory, images) if files else None,
+        "settings": {
+            **{"rounds": rounds, "key_width": _KEY_WIDTH, "queries": _QUERIES},
+            "images": "made" if images is None else images.name,
+        },
         "machine": machine(),
         "versions": versions("numpy", "onnxruntime", "numba", "meiqa"),
     }
@@ -148,12 +155,16 @@ def _made_case(number: int, random: np.random.Generator) -> Case:
     )
 
 
-def _peaks(files: Sequence[int], memory: Path) -> dict[str, Any]:
+def _peaks(files: Sequence[int], memory: Path, images: Path | None) -> dict[str, Any]:
     """Score few and many files in a process of their own each; the peak of its resident memory."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(max(files)):
-            (Path(folder) / f"{number:05d}.jpg").write_bytes(made_jpeg(number, (480, 640)))
+        if images is None:
+            for number in range(max(files)):
+                (Path(folder) / f"{number:05d}.jpg").write_bytes(made_jpeg(number, (480, 640)))
+        else:
+            for path in photographs_in(images, max(files)):
+                (Path(folder) / Path(str(path)).name).symlink_to(Path(str(path)).resolve())
         run = partial(subprocess.run, capture_output=True, text=True, check=True)
         for count in files:
             command = [sys.executable, "-P", *_NO_SITE, "-c", _PEAK, folder, str(memory)]
@@ -166,6 +177,8 @@ def table_text(result: dict[str, Any]) -> str:
     """Lay out the rows for people."""
     lines = []
     for subject, name in (("neighbours", "k"), ("anchors", "anchors"), ("photos", "photos")):
+        if not result[subject]:
+            continue
         lines.append(f"{name:>10}{'p50 ms':>12}{'p99 ms':>12}")
         lines += [
             f"{row[name]:10}{row['p50_ms']:12.3f}{row['p99_ms']:12.3f}" for row in result[subject]
@@ -182,10 +195,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from meiqa.locations import embedded_assets
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--neighbours", type=int, nargs="+", default=NEIGHBOURS)
-    parser.add_argument("--anchors", type=int, nargs="+", default=ANCHORS)
-    parser.add_argument("--photos", type=int, nargs="+", default=PHOTOS)
+    parser.add_argument("--neighbours", type=int, nargs="*", default=NEIGHBOURS)
+    parser.add_argument("--anchors", type=int, nargs="*", default=ANCHORS)
+    parser.add_argument("--photos", type=int, nargs="*", default=PHOTOS)
     parser.add_argument("--files", type=int, nargs="*", default=FILES)
+    parser.add_argument("--images", type=Path, metavar="DIR")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--memory", type=Path, default=embedded_assets() / "memory")
     parser.add_argument("--format", choices=("text", "json"), default="text")
@@ -197,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         anchors=options.anchors,
         photos=options.photos,
         files=options.files,
+        images=options.images,
         rounds=options.rounds,
     )
     as_json = options.format == "json"

@@ -16,6 +16,7 @@ kept: they are the model's memory, not the query's.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import queue
 import re
@@ -157,8 +158,7 @@ class _Limits:
 
 def _run(scenario: str, judge: _Judge, limits: _Limits, folder: Path) -> str:
     """Let LoadGen run one scenario; the text of its summary."""
-    import mlperf_loadgen as loadgen
-
+    loadgen = importlib.import_module("mlperf_loadgen")
     waiting: queue.Queue[list[Any] | None] = queue.Queue()
     errors: list[BaseException] = []
 

@@ -1,11 +1,12 @@
 """Finding near-identical shots, and the best of them: where likeness begins, and who is chosen.
 
-`python -m meiqa.benchmarks.shots --images DIR` makes a burst of each of some photographs: five shots
-from a hand that moves, tilts and steps back a little, of which one is as good as the photograph and
-the others are blurred, shaken, noisy or compressed. Bursts of a real camera also differ by what
-moves before it, which this has not. Reported are the cosines of layouts within a burst and between
-strangers, what each threshold puts together, and how often the best shot is the one that was left
-as it was, by comparing the shots with each other and by their scores alone.
+`python -m meiqa.benchmarks.shots --images DIR` makes a burst of each of some photographs: five
+shots from a hand that moves, tilts and steps back a little, of which one is as good as the
+photograph and the others are blurred, shaken, noisy or compressed. Bursts of a real camera also
+differ by what moves before it, which this has not. Reported are the likenesses within a burst and
+between strangers, of views, of the thumbnails behind them and of layouts of visual tokens; what
+each threshold puts together; and how often the best shot is the one that was left as it was, by
+comparing the shots with each other and by their scores alone.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from meiqa.engine.culling import grouped
 from meiqa.engine.images import IMAGE_SUFFIXES, load_pixels
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine, fitted_to, sessions_on
+from meiqa.engine.views import SIDE, likenesses, view_of
 from meiqa.engine.vlm import LocalVlm
 from meiqa.locations import embedded_assets
 from meiqa.memory import layout
@@ -40,7 +42,7 @@ Floats = NDArray[np.float32]
 SHOTS = 5
 HAND = 0.03
 """By how much of its side the view moves, at the most; it tilts by up to a degree."""
-THRESHOLDS = (0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97)
+THRESHOLDS = (0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7)
 
 
 def bench_shots(
@@ -54,16 +56,19 @@ def bench_shots(
         seed: of what the hand does.
     """
     bursts = [burst(Image.open(photo).convert("RGB"), seed + n) for n, photo in enumerate(photos)]
-    layouts = layouts_of([shot for each in bursts for shot in each], package)
+    shots = [shot for each in bursts for shot in each]
     truth = np.repeat(np.arange(len(bursts)), SHOTS)
-    within, between = cosines(layouts, truth)
+    views = [view_of(np.asarray(shot)) for shot in shots]
+    thumbnails = [thumbnail_of(np.asarray(shot)) for shot in shots]
+    layouts = np.stack(layouts_of(shots, package))
     return {
         "bursts": len(bursts),
         "shots_each": SHOTS,
         "hand": HAND,
-        "cosines_within": quantiles(within, (0.01, 0.05, 0.1, 0.25, 0.5)),
-        "cosines_between": quantiles(between, (0.5, 0.9, 0.99, 0.999, 1.0)),
-        "thresholds": [found_at(layouts, truth, alike) for alike in THRESHOLDS],
+        "views": by_kind(likenesses(views, views), truth),
+        "thumbnails": by_kind(likenesses(thumbnails, thumbnails), truth),
+        "layouts": by_kind(layouts @ layouts.T, truth),
+        "thresholds": [found_at(views, truth, alike) for alike in THRESHOLDS],
         "choice": chosen(bursts[:judged], package),
         "machine": machine(),
         "versions": versions(),
@@ -115,7 +120,7 @@ def compressed(photo: Image.Image, quality: int) -> Image.Image:
 
 
 def layouts_of(shots: Sequence[Image.Image], path: Path | None) -> list[Floats]:
-    """Layouts of the shots, as `meiqa cull` makes them."""
+    """Layouts of the shots' visual tokens, for comparison."""
     package = EnginePackage.open(path or embedded_assets() / "package")
     vlm = LocalVlm(package, *sessions_on("cpu", package, None, verify=False))
     made = []
@@ -127,23 +132,32 @@ def layouts_of(shots: Sequence[Image.Image], path: Path | None) -> list[Floats]:
     return made
 
 
-def cosines(layouts: Sequence[Floats], truth: NDArray[np.intp]) -> tuple[Floats, Floats]:
-    """Cosines of pairs within a burst, and of pairs of strangers."""
-    rows = np.stack(layouts)
-    one, other = np.triu_indices(len(rows), 1)
-    found = (rows @ rows.T)[one, other]
-    same = truth[one] == truth[other]
-    return found[same], found[~same]
+def thumbnail_of(pixels: NDArray[np.uint8]) -> Floats:
+    """A view from which the surroundings were not taken off, but its mean colour."""
+    small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=3.0)
+    thumbnail: Floats = np.asarray(small, np.float32)
+    thumbnail = thumbnail - thumbnail.mean((0, 1))
+    return thumbnail
 
 
-def found_at(layouts: Sequence[Floats], truth: NDArray[np.intp], alike: float) -> dict[str, Any]:
+def by_kind(likeness: Floats, truth: NDArray[np.intp]) -> dict[str, Any]:
+    """Likenesses (N, N) of pairs within a burst, and of pairs of strangers."""
+    one, other = np.triu_indices(len(truth), 1)
+    found, same = likeness[one, other], truth[one] == truth[other]
+    return {
+        "within": quantiles(found[same], (0.01, 0.05, 0.1, 0.25, 0.5)),
+        "between": quantiles(found[~same], (0.5, 0.9, 0.99, 0.999, 1.0)),
+    }
+
+
+def found_at(views: Sequence[Floats], truth: NDArray[np.intp], alike: float) -> dict[str, Any]:
     """What a threshold puts together: shares of pairs and of bursts."""
-    groups = grouped(layouts, [str(number) for number in range(len(layouts))], alike)
+    groups = grouped(views, [str(number) for number in range(len(views))], alike)
     pairs = [(int(truth[i]), int(truth[j])) for i, j in pairs_of(groups)]
     right = sum(one == other for one, other in pairs)
     wanted = len(np.unique(truth)) * SHOTS * (SHOTS - 1) // 2
     whole = {tuple(group) for group in groups}
-    bursts = [tuple(range(n, n + SHOTS)) for n in range(0, len(layouts), SHOTS)]
+    bursts = [tuple(range(n, n + SHOTS)) for n in range(0, len(views), SHOTS)]
     return {
         "alike": alike,
         "precision": right / len(pairs) if pairs else None,
@@ -167,7 +181,7 @@ def chosen(bursts: Sequence[Sequence[Image.Image]], package: Path | None) -> dic
             for number, shot in enumerate(shots):
                 shot.filename = str(number)  # type: ignore[attr-defined]
             # All are taken for alike: who is chosen is asked, not who belongs together.
-            culling = engine.cull(shots, alike=1e-6)
+            culling = engine.cull(shots, alike=0.01)
             group = max(culling.groups, key=len)
             compared += group[0].path == "0"
             alone += max(group, key=lambda photo: photo.alone).path == "0"

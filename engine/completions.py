@@ -246,7 +246,7 @@ def _said(response: httpx.Response) -> str:
 
 def _pause_s(attempt: int) -> float:
     """Longer from attempt to attempt, and never the same for all who wait."""
-    longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1))
+    longest: float = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (attempt - 1))
     return longest * random.uniform(0.5, 1.0)
 
 

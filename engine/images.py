@@ -46,7 +46,7 @@ class NamedBytes(bytes):
 
     name: str
 
-    def __new__(cls, data: bytes, name: str) -> NamedBytes:
+    def __new__(cls, data: bytes | bytearray, name: str) -> NamedBytes:
         """Give a name to bytes."""
         made = super().__new__(cls, data)
         made.name = name

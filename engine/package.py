@@ -204,7 +204,6 @@ class GradedHead(_Fields):
         score: from the expectation over the grades to the score.
         std_scale, std_floor: the score's deviation from people's is
             sqrt(scale^2 * variance of the grade + floor^2).
-        usual_std: root mean square of that deviation, where it was fitted.
     """
 
     weights: tuple[float, ...]
@@ -215,7 +214,6 @@ class GradedHead(_Fields):
     score: Logistic
     std_scale: float
     std_floor: float
-    usual_std: float
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, tuple) or len(self.weights) != 5:
@@ -227,7 +225,7 @@ class GradedHead(_Fields):
         for weight in self.weights:
             _FINITE.refuse_others("GradedHead.weights", weight)
         self._require(_FINITE, "offset", "first")
-        self._require(_POSITIVE, "discrimination", "step", "usual_std")
+        self._require(_POSITIVE, "discrimination", "step")
         self._require(_NOT_NEGATIVE, "std_scale", "std_floor")
         gap = self.discrimination * self.step
         if not LEAST_STEP * (1.0 - 1e-12) <= gap < float("inf"):
@@ -253,7 +251,6 @@ NEUTRAL_GRADED = GradedHead(
     score=IDENTITY,
     std_scale=1.0,
     std_floor=0.0,
-    usual_std=0.6,
 )
 """The graded response of a package exported with this head, before one is fitted."""
 

@@ -45,6 +45,7 @@ from meiqa.engine.reflecting import gate_opens, learned_case, reflect
 from meiqa.engine.remembering import open_memory
 from meiqa.engine.runtime.base import GraphSession
 from meiqa.engine.scoring import Opinion, first_opinion, informed
+from meiqa.engine.views import view_of
 from meiqa.engine.vlm import Floats, LocalVlm, Prefix, VisualTokens, Vlm
 from meiqa.errors import ImageError, ImageTooSmall, StoreError, UsageError
 from meiqa.locations import embedded_assets
@@ -73,8 +74,8 @@ from meiqa.types import (
 )
 
 LOG = logging.getLogger(__name__)
-PHOTO_CACHE_BYTES = 64 << 20
-ANCHOR_CACHE_BYTES = 512 << 20
+PHOTO_CACHE_BYTES = 12 << 20
+ANCHOR_CACHE_BYTES = 80 << 20
 SMALLEST_SIDE = 16
 DRAFTS = RetrievalPolicy(k=16)
 """Cases whose summaries are drafts of a photo's: likely ones, and of all scores, so that most words
@@ -159,6 +160,7 @@ class Engine:
         head: str | None = None,
         remote: str | None = None,
         model: str | None = None,
+        keep_pictures: bool = False,
     ) -> Engine:
         """Open an engine.
 
@@ -179,8 +181,10 @@ class Engine:
                 a higher cosine with its own (`meiqa.memory.likeness`); 1 excludes none but itself.
             head: what makes the first score: "text", "levels" or "grm"; the package's by default.
             remote: address of a server with a model that takes the package's place; `memory` was
-                made with it then, and learning keeps pictures (`meiqa.engine.remote`).
+                made with it then (`meiqa.engine.remote`).
             model: what that server calls it; by default the memory's.
+            keep_pictures: of a remote model: learn, for which the pictures of learned photos are
+                kept, scaled down. Without it nothing is learned, whatever `learn` says.
 
         Raises:
             PackageError, StoreError, DeviceUnavailable, ServiceError, UsageError.
@@ -194,7 +198,7 @@ class Engine:
                 remote,
                 model,
                 memory,
-                learn=learn,
+                learn=learn and keep_pictures,
                 admission=admission,
                 exclude_above=exclude_above,
                 head=head,
@@ -347,7 +351,7 @@ class Engine:
             UsageError: k or rivals is negative, or rivals is odd.
         """
         require_even(rivals)
-        contestants, failures = self._contestants(images, budget, k, on_photo)
+        contestants, failures = self._contestants(images, budget, k, on_photo, views=False)
         return Ranking(ranked(contestants, self._comparer, self._calibration, rivals), failures)
 
     def cull(
@@ -368,15 +372,15 @@ class Engine:
             images: paths, encoded bytes, Pillow images or uint8 arrays.
             budget: what may be spent on assessing each photo; everything by default.
             k: remembered photos to compare each with; the package's number by default.
-            alike: mean cosine of layouts from which on photos belong together; higher makes more
-                and smaller groups.
+            alike: mean cosine of views from which on photos belong together; higher makes more and
+                smaller groups.
             on_photo: called after each photo is assessed.
 
         Raises:
             UsageError: k is negative, or `alike` no cosine.
         """
         require_cosine(alike)
-        contestants, failures = self._contestants(images, budget, k, on_photo)
+        contestants, failures = self._contestants(images, budget, k, on_photo, views=True)
         return Culling(culled(contestants, self._comparer, self._calibration, alike), failures)
 
     def _contestants(
@@ -385,8 +389,10 @@ class Engine:
         budget: Budget | None,
         k: int | None,
         on_photo: Callable[[], None],
+        *,
+        views: bool,
     ) -> tuple[list[Contestant], tuple[Failure, ...]]:
-        """Photos that were assessed alone, to be compared with each other, and those that weren't."""
+        """Photos that were assessed alone, to be compared with each other, and the others."""
         policy = self._retrieval if k is None else replace(self._retrieval, k=k)
         snapshot = self.memory.snapshot()
         contestants: list[Contestant] = []
@@ -395,7 +401,8 @@ class Engine:
         for photo in decode_ahead(images):
             try:
                 clock = Stopwatch(budget or UNBOUNDED)
-                contestants.append(contestant(self._judge(photo, snapshot, policy, clock, costs)))
+                judged = self._judge(photo, snapshot, policy, clock, costs)
+                contestants.append(contestant(judged, views=views))
             except ImageError as error:
                 failures.append(Failure(source_name(photo.source), error))
             on_photo()
@@ -581,7 +588,7 @@ class Engine:
             score=seen.score,
             std=seen.std,
             weight=seen.weight,
-            quality=judge.judge(beside.beside(photo.pixels)).score,
+            quality=judge.judge(beside.tokens_beside(photo.pixels)).score,
             moved=after.score - before.score,
         )
         return seen, reference, after
@@ -595,7 +602,7 @@ class Engine:
             return judge.judge(tokens)
         if beside.is_same(photo.pixels):
             return judge.identical(tokens)
-        return judge.judge(tokens, beside.beside(photo.pixels))
+        return judge.judge(tokens, beside.tokens_beside(photo.pixels))
 
     def _counters(self, judged: Judgement, before: CacheState) -> dict[str, int]:
         """What a photo took, and what the caches hold after it."""
@@ -834,8 +841,8 @@ def degradations(judged: Judgement) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def contestant(judged: Judgement) -> Contestant:
-    """A judged photo in a ranking."""
+def contestant(judged: Judgement, *, views: bool) -> Contestant:
+    """A judged photo in a ranking, with its view where that is asked for."""
     return Contestant(
         path=judged.photo.pixels.name,
         image_digest=judged.photo.pixels.digest,
@@ -845,6 +852,7 @@ def contestant(judged: Judgement) -> Contestant:
         score=judged.posterior.score,
         neighbours=as_neighbours(judged.neighbours, judged.verdicts),
         summary=judged.opinion.summary,
+        view=view_of(judged.photo.pixels.array) if views else None,
     )
 
 

@@ -31,6 +31,7 @@ class Contestant:
         score: the fused score.
         neighbours: remembered photos that it was, or could have been, compared with.
         summary: what was written about it.
+        view: what it shows (`meiqa.engine.views`), where that is asked for.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Contestant:
     score: float
     neighbours: tuple[Neighbour, ...]
     summary: str | None = None
+    view: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, eq=False)

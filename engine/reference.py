@@ -63,7 +63,7 @@ class ReferencePhoto:
         """Whether it is the photo, pixel for pixel."""
         return photo.digest == self.pixels.digest
 
-    def beside(self, photo: Pixels) -> VisualTokens:
+    def tokens_beside(self, photo: Pixels) -> VisualTokens:
         """Its tokens on a photo's grid.
 
         Raises:

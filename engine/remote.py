@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from meiqa.engine.caches import ByteLru, ContentKey
 from meiqa.engine.chat import about_one, about_two, chat, unmarked
 from meiqa.engine.completions import Completion, Completions
 from meiqa.engine.drafting import Draft
+from meiqa.engine.images import ImageSource
 from meiqa.engine.package import (
     UNCALIBRATED,
     Calibration,
@@ -48,7 +49,8 @@ from meiqa.engine.vlm import (
     printed_rating,
 )
 from meiqa.errors import AnswerUnreadable, MeiqaError, StoreNotFound, UsageError
-from meiqa.memory import NEAR_DUPLICATE, Admission, Snapshot
+from meiqa.memory import NEAR_DUPLICATE, Admission, MemoryBank, Snapshot
+from meiqa.types import Assessment, Failure
 
 __all__ = [
     "CELL_PIXELS",
@@ -208,6 +210,12 @@ class RemotePackage(EnginePackage):
     def widths(self) -> tuple[int, int]:
         """Widths of keys and of tokens."""
         return TEXT_KEY_WIDTH, tile_width(self.tile_side)
+
+    def with_calibration(self, calibration: Calibration) -> RemotePackage:
+        """Rewrite the settings beside the memory with another calibration; the digest stays."""
+        settings = replace(self.settings, calibration=calibration)
+        settings.write(self.path)
+        return RemotePackage.of(settings, self.path)
 
     def array(self, name: str) -> NDArray[Any]:
         """The only array that is asked for: the key of unwritten text, which there is not."""
@@ -413,9 +421,17 @@ def _logprobs_of(answers: Sequence[str], found: Mapping[str, float]) -> NDArray[
 class RemoteEngine(Engine):
     """An engine whose model is behind a server."""
 
-    def __init__(self, vlm: RemoteVlm, *args: Any, **options: Any) -> None:
-        super().__init__(vlm, *args, **options)
-        self._remote = vlm
+    def __init__(
+        self, vlm: RemoteVlm, memory: MemoryBank, *, learn: bool, exclude_above: float
+    ) -> None:
+        super().__init__(vlm, vlm.package, memory, exclude_above=exclude_above)
+        self._remote, self._learns = vlm, learn
+
+    def score_many(
+        self, images: Iterable[ImageSource], *, learn: bool = True, **options: Any
+    ) -> Iterator[Assessment | Failure]:
+        """Assess photos; see `Engine.score_many`. None is learned unless pictures may be kept."""
+        return super().score_many(images, learn=learn and self._learns, **options)
 
     def close(self) -> None:
         """Let go of the memory and of connections."""
@@ -471,7 +487,7 @@ def open_remote(
     except BaseException:
         vlm.close()
         raise
-    return RemoteEngine(vlm, vlm.package, bank, exclude_above=exclude_above)
+    return RemoteEngine(vlm, bank, learn=learn, exclude_above=exclude_above)
 
 
 def connected(

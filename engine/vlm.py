@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -65,11 +65,14 @@ class Prefix:
         key_values: float32.
         tokens: the picture.
         next_position: position of the token that comes next.
+        before_second: the same with what stands before a second picture, which is the same in every
+            comparison; `key_values` is a part of it then. None where that is read each time.
     """
 
     key_values: Floats
     tokens: VisualTokens
     next_position: int
+    before_second: Floats | None = field(default=None, kw_only=True)
 
     @property
     def length(self) -> int:
@@ -79,7 +82,8 @@ class Prefix:
     @property
     def nbytes(self) -> int:
         """Bytes held, the visual tokens included."""
-        return self.key_values.nbytes + self.tokens.nbytes
+        held = self.key_values if self.before_second is None else self.before_second
+        return held.nbytes + self.tokens.nbytes
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,7 @@ class LocalVlm:
         self.shape = package.manifest.decoder
         self._vision = vision
         self._decoder = decoder
+        self._by_rows = decoder if isinstance(decoder, RowSession) else None
         # Without its subclass, whose bookkeeping takes longer than a token's embedding.
         self._embedding = np.asarray(package.embedding)
 
@@ -217,7 +222,7 @@ class LocalVlm:
 
     def read(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:
         """Read pictures, a few in each call; see `Vlm.read`."""
-        most = ROWS_BY_THEMSELVES if isinstance(self._decoder, RowSession) else ROWS_PER_CALL
+        most = ROWS_PER_CALL if self._by_rows is None else ROWS_BY_THEMSELVES
         return [prefix for part in chunks(pictures, most) for prefix in self._read(part)]
 
     def _read(self, pictures: Sequence[VisualTokens]) -> Iterator[Prefix]:
@@ -228,20 +233,37 @@ class LocalVlm:
             embeds = [self._embed(p.opening), picture.values, self._embed(p.closing)]
             rows.append(Row(np.concatenate(embeds), positions))
             after.append(following)
-        for picture, key_values, following in zip(pictures, self._kept(rows), after, strict=True):
-            require_finite(key_values)
-            key_values.setflags(write=False)  # so that a device need not be sent it twice
-            yield Prefix(key_values, picture, following)
-
-    def _kept(self, rows: Sequence[Row]) -> Iterator[Floats]:
-        """Keys and values (L, 2, H, T, d) of rows without a prefix."""
-        if isinstance(self._decoder, RowSession):
-            yield from self._decoder.keys_and_values(*padded(rows))
+        if self._by_rows is not None:
+            yield from self._read_by_rows(self._by_rows, rows, pictures, after)
             return
         made = self._call(rows, self._no_prefixes(len(rows)), one_each=True)["key_values"]
-        for index, row in enumerate(rows):
+        for index, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
             # Copied, so that a cached prefix does not keep its neighbours of the call alive.
-            yield made[:, :, index, :, 0, : len(row.embeds)].copy()
+            key_values = made[:, :, index, :, 0, : len(row.embeds)].copy()
+            key_values.setflags(write=False)  # so that a device need not be sent it twice
+            yield Prefix(key_values, picture, after[index])
+
+    def _read_by_rows(
+        self,
+        decoder: RowSession,
+        rows: Sequence[Row],
+        pictures: Sequence[VisualTokens],
+        after: Sequence[int],
+    ) -> Iterator[Prefix]:
+        """Prefixes, read on to where the second picture of a comparison begins."""
+        opening, _ = self._around_second
+        longer = [
+            Row(
+                np.concatenate([row.embeds, opening]),
+                np.concatenate([row.positions, layout([len(opening)], start)[0]], axis=1),
+            )
+            for row, start in zip(rows, after, strict=True)
+        ]
+        kept = decoder.keys_and_values(*padded(longer))
+        for row, picture, start, read in zip(rows, pictures, after, kept, strict=True):
+            require_finite(read)
+            read.setflags(write=False)
+            yield Prefix(read[..., : len(row.embeds), :], picture, start, before_second=read)
 
     def describe(
         self,
@@ -338,8 +360,8 @@ class LocalVlm:
         self, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]
     ) -> NDArray[np.float64]:
         """Logits of K comparisons, one forward pass each; see `Vlm.prefer_first`."""
-        if isinstance(self._decoder, RowSession):
-            return self._prefer_by_rows(self._decoder, firsts, seconds)
+        if self._by_rows is not None:
+            return self._prefer_by_rows(self._by_rows, firsts, seconds)
         if len(firsts) == 1:
             return self._prefer_shared(firsts[0], seconds)
         pairs = list(zip(firsts, seconds, strict=True))
@@ -354,7 +376,10 @@ class LocalVlm:
 
         def answers(part: Sequence[tuple[Prefix, VisualTokens]]) -> NDArray[np.float64]:
             rows = [self._second_row(first, second) for first, second in part]
-            prefixes = [first.key_values for first, _ in (part[:1] if shared else part)]
+            prefixes = [
+                first.key_values if first.before_second is None else first.before_second
+                for first, _ in (part[:1] if shared else part)
+            ]
             logits = decoder.last_logits(*padded(rows), prefixes, self.prompts.verdict_ids)
             require_finite(logits)
             ahead: NDArray[np.float64] = logits[:, 0].astype(np.float64) - logits[:, 1]
@@ -387,13 +412,18 @@ class LocalVlm:
 
     def _second_row(self, first: Prefix, second: VisualTokens) -> Row:
         """The row that shows a second picture and asks which looks better."""
+        before, after = self._around_second
+        start = first.next_position
+        if first.before_second is not None:
+            start, before = start + len(before), before[:0]
+        positions = positions_around(second.grid, len(before), len(after), start)
+        return Row(np.concatenate([before, second.values, after]), positions)
+
+    @cached_property
+    def _around_second(self) -> tuple[Floats, Floats]:
+        """Embeddings of what stands before and behind the second picture of a comparison."""
         p = self.prompts
-        question = np.concatenate([p.closing, p.compare])
-        positions = positions_around(
-            second.grid, len(p.second_opening), len(question), first.next_position
-        )
-        embeds = [self._embed(p.second_opening), second.values, self._embed(question)]
-        return Row(np.concatenate(embeds), positions)
+        return self._embed(p.second_opening), self._embed(np.concatenate([p.closing, p.compare]))
 
     def _text_row(self, ids: NDArray[np.int64], start: int) -> Row:
         positions, _ = layout([len(ids)], start)

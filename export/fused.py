@@ -11,15 +11,23 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from meiqa.engine.runtime.fused import LAYERS_FILE
+from meiqa.engine.package import DecoderShape
+from meiqa.engine.runtime.fused import LAYERS_FILE, FusedSession, decoder_of, floats
 from meiqa.export.decoder import DecoderConfig, axis_frequencies
 from meiqa.export.layers import read
-from meiqa.kernels.decoder import LAYER_LINEARS, FusedShape
-from meiqa.memory.segment import write_segment
+from meiqa.export.piecewise import PiecewiseSession
+from meiqa.export.verify import random_feeds
+from meiqa.kernels.decoder import LAYER_LINEARS, FusedShape, fused_decoder_supported
+from meiqa.memory.segment import Segment, write_segment
 
 LARGEST_BYTES = 32 << 20
 """Layers beyond a processor's cache gain little; those of large models are not stored twice."""
 FUSED_PRECISIONS = ("fp32", "int8")
+COMPARED = ((5, 7, 11), (3, 1, 0), (2, 33, 17))
+"""Rows, steps and prefix steps of the calls on which layers and graph are compared."""
+LARGEST_SHARE = {"fp32": 1e-5, "int8": 5e-3}
+"""Mean difference of the logits that is allowed, as a share of the largest. Between two roundings
+to bytes, a value may fall on the other side of a step."""
 Arrays = dict[str, NDArray[np.generic]]
 
 
@@ -41,6 +49,37 @@ def write_fused_layers(folder: Path, text: DecoderConfig, precision: str) -> boo
     attributes = {name: getattr(shape, name) for name in FusedShape.__dataclass_fields__}
     write_segment(folder / LAYERS_FILE, fused_arrays(model, text), attributes)
     return True
+
+
+def fused_difference(folder: Path, shape: DecoderShape) -> tuple[float, float] | None:
+    """Compare the stored layers' answers with those of the graph beside them.
+
+    Returns:
+        The mean difference of the logits of random rows and the largest logit; None where this
+        processor cannot run the kernel.
+    """
+    if not fused_decoder_supported():
+        return None
+    segment = Segment.open(folder / LAYERS_FILE)
+    graph, head = PiecewiseSession(folder / "decoder.onnx"), floats(segment.arrays["lm_head"])
+    session = FusedSession(graph, decoder_of(segment.arrays, segment.attributes), head, 1)
+    differences, largest = [], 0.0
+    rng = np.random.default_rng(0)
+    for rows, steps, before in COMPARED:
+        feeds = dict(random_feeds(shape, (1, rows, steps, before, 0, 1), rng))
+        feeds["prefix_lengths"] = np.array([before])
+        feeds["logit_positions"] = np.full((1, rows, 1), steps - 1)
+        wanted = session.run(feeds)["logits"][0, :, 0]
+        made = session.last_logits(
+            floats(feeds["embeds"][0]),
+            floats(feeds["positions"][:, 0]),
+            np.full(rows, steps),
+            [floats(feeds["prefix"][:, :, 0])],
+            range(shape.vocab_size),
+        )
+        differences.append(float(np.abs(made - wanted).mean()))
+        largest = max(largest, float(np.abs(wanted).max()))
+    return max(differences), largest
 
 
 def fused_shape(text: DecoderConfig) -> FusedShape:

@@ -35,12 +35,13 @@ from meiqa.engine.package import (
 from meiqa.engine.pipeline import fitted_to
 from meiqa.engine.prompts import PromptFamily, Prompts, prompt_family
 from meiqa.engine.runtime.base import GraphSession
+from meiqa.engine.runtime.fused import LAYERS_FILE
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export import patterns
 from meiqa.export.checkpoint import Checkpoint
-from meiqa.export.fused import write_fused_layers
+from meiqa.export.fused import LARGEST_SHARE, fused_difference, write_fused_layers
 from meiqa.export.graphs import (
     Interface,
     decoder_graph,
@@ -210,7 +211,8 @@ class Export:
         self.write_data()
         self.seal()
         self.quantise()
-        write_fused_layers(self.folder, self.checkpoint.text, self.options.precision)
+        if write_fused_layers(self.folder, self.checkpoint.text, self.options.precision):
+            self.check_fused_layers()
         self.check_grades(reference)
         self.fit_key_projection()
         self.seal()
@@ -305,6 +307,21 @@ class Export:
         for file in made.iterdir():
             file.replace(self.folder / file.name)
         made.rmdir()
+
+    def check_fused_layers(self) -> None:
+        """Compare the layers that are stored for the native kernel with the finished graph."""
+        found = fused_difference(self.folder, self.shape)
+        if found is None:  # this processor can't run them
+            return
+        difference, largest = found
+        allowed = LARGEST_SHARE[self.options.precision] * largest
+        if not difference <= allowed:
+            raise PackageCorrupted(
+                "the layers for the native kernel do not answer as the decoder graph does",
+                seen=f"{difference:.1e}",
+                allowed=f"{allowed:.0e}",
+            )
+        self.report["parity"][LAYERS_FILE] = {"logits": {"difference": difference, "of": largest}}
 
     def precisions(self, quantisation: Quantisation) -> Mapping[str, Assignment]:
         """Precision of each layer: measured, or by rule without pictures or time to do so."""

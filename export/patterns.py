@@ -44,6 +44,8 @@ RECORD = "record"
 """The entry of the file's metadata that holds everything but the weights, as JSON."""
 LARGEST_DIFFERENCE = 1e-3
 """Between the graph and PyTorch, in points of the scale and of logits."""
+SHARPNESS = 30.0
+"""What cosines are multiplied by before the softmax over patterns, to begin with."""
 CELLS_CHECKED = (1, 7, 36, 64)
 
 
@@ -55,7 +57,8 @@ class PatternConfig:
         width: of a visual token.
         kinds: kinds of distortion, none included.
         count: patterns in the codebook.
-        hidden: width between tokens and features; features: width of what is matched.
+        hidden: width between tokens and features; features: width of what is matched, and of what
+            is compared with the reference.
         gate: width of the gate's hidden layer.
     """
 
@@ -79,12 +82,14 @@ class DistortionPatterns(nn.Module):
         self.norm = nn.LayerNorm(c.width)
         self.widen = nn.Linear(c.width, c.hidden)
         self.describe = nn.Linear(c.hidden, c.features)
+        self.compare_widen = nn.Linear(c.width, c.hidden)
+        self.compare = nn.Linear(c.hidden, c.features)
         self.patterns = nn.Linear(c.features, c.count, bias=False)
         self.kinds = nn.Linear(c.count, c.kinds, bias=False)
         self.strengths = nn.Linear(c.count, 1, bias=False)
         self.gate_hidden = nn.Linear(2 * c.features, c.gate)
         self.gate = nn.Linear(c.gate, 1)
-        self.sharpness = nn.Parameter(torch.tensor(10.0))
+        self.sharpness = nn.Parameter(torch.tensor(SHARPNESS))
         self.alone = nn.Parameter(torch.tensor([3.0, 0.0]))
         self.beside = nn.Parameter(torch.tensor([4.0, 0.6]))
         self.changed = nn.Parameter(torch.tensor([0.0, 5.0]))
@@ -102,17 +107,18 @@ class DistortionPatterns(nn.Module):
         described: Tensor = self.describe(functional.gelu(self.widen(self.norm(tokens))))
         return described / (described.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
-    def matches(self, features: Tensor) -> Tensor:
-        """How much each cell has of each pattern (…, T, M): cosines, those below 0 left out."""
-        return functional.relu(self.patterns(features))
-
     def score_alone(self, matches: Tensor) -> Tensor:
-        """NR score (…): the length of the mean match."""
+        """NR score (…): the length of the mean match; a match are the cosines above 0 (…, T, M)."""
         length = norm(matches.mean(-2)) * self.config.count**-0.5
         return self.alone[1] + 4.0 * self.alone[0] * length
 
+    def comparable(self, tokens: Tensor) -> Tensor:
+        """Tokens (…, T, D) → what of each cell is compared with the reference's (…, T, F)."""
+        compared: Tensor = self.compare(functional.gelu(self.compare_widen(self.norm(tokens))))
+        return compared
+
     def likeness(self, photo: Tensor, reference: Tensor) -> Tensor:
-        """Likeness of two matches (…, M), 0-1: MQAF's product of direction and length."""
+        """Likeness (…, T) of cells (…, T, F), up to 1: MQAF's product of direction and length."""
         of_photo, of_reference = norm(photo), norm(reference)
         cosine = (photo * reference).sum(-1) / (of_photo * of_reference)
         longer = torch.maximum(of_photo, of_reference)
@@ -127,9 +133,9 @@ class DistortionPatterns(nn.Module):
         both = torch.cat([photo.mean(-2), reference.mean(-2)], -1)
         return torch.sigmoid(self.gate(functional.gelu(self.gate_hidden(both)))).squeeze(-1)
 
-    def votes(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def votes(self, cosines: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the kinds (…, T, K) and strengths (…, T), as the nearest patterns vote."""
-        nearest = torch.softmax(self.sharpness * self.patterns(features), -1)
+        nearest = torch.softmax(self.sharpness * cosines, -1)
         return self.kinds(nearest), self.strengths(nearest).squeeze(-1)
 
     def changes(self, likeness: Tensor) -> Tensor:
@@ -140,14 +146,14 @@ class DistortionPatterns(nn.Module):
         """Tokens of photo and reference (T, D) → scores (NR, FR, gate), kinds (K,), strength (1,),
         cells (T,) and changes (T,)."""
         of_photo, of_reference = self.features(tokens), self.features(reference)
-        photo, beside = self.matches(of_photo), self.matches(of_reference)
-        likeness = self.likeness(photo, beside)
+        cosines = self.patterns(of_photo)
+        likeness = self.likeness(self.comparable(tokens), self.comparable(reference))
         scores = [
-            self.score_alone(photo),
+            self.score_alone(functional.relu(cosines)),
             self.score_beside(likeness),
             self.weight(of_photo, of_reference),
         ]
-        kinds, strengths = self.votes(of_photo)
+        kinds, strengths = self.votes(cosines)
         return (
             torch.stack(scores),
             kinds.mean(-2),
@@ -219,7 +225,6 @@ class TrainedPatterns:
             PatternCalibration.from_dict(record["calibration"]),
             record["report"],
         )
-
 
 
 def pattern_interface(config: PatternConfig) -> Interface:

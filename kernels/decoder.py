@@ -1,9 +1,10 @@
 """The last token's hidden state of rows that continue prefixes, in one fused native call.
 
 It computes what the decoder graph does (export/decoder.py), for two purposes: a verdict, and the
-prefix that it continues. Of the last layer nothing but the last token is computed, or the keys, keys and values of a prefix are read where
-they lie, padding costs nothing, and between two products nothing leaves the processor's cache. A
-row's result is the same bit for bit, whatever else is in the call and however many threads run.
+prefix that it continues. Of the last layer nothing is computed but the last token, or the keys and
+values. Those of a prefix are read where they lie, padding costs nothing, and between two products
+nothing leaves the processor's cache. A row's result is the same bit for bit, whatever else is in
+the call and however many threads run.
 
 Weights are floats, or signed bytes with a scale for each output channel, whose input is rounded to
 unsigned bytes by one range: the arithmetic of a QuantizeLinear and DequantizeLinear pair.
@@ -143,7 +144,8 @@ class FusedDecoder:
         layers: of each layer, its linears by the names of `LAYER_LINEARS`.
 
     Raises:
-        ValueError: the shape does not fit, or a weight has another.
+        ValueError: the shape does not fit, or a weight has another; or layers that read the same
+            input round it in different ways.
     """
 
     shape: FusedShape
@@ -159,6 +161,7 @@ class FusedDecoder:
         s = self.shape
         if not s.fits:
             raise ValueError(f"the kernel has no panels for {s}")
+        checked(self.frequencies, (3, s.head_width // 2))
         self._native = _decoder.Decoder(
             s.width,
             s.inner,
@@ -171,7 +174,13 @@ class FusedDecoder:
         )
         for norms, linears in zip(self.norms, self.layers, strict=True):
             for name, linear in linears.items():
-                checked(linear.weight, self._extents(name))
+                inputs, outputs = self._extents(name)
+                checked(linear.weight, (inputs, outputs))
+                checked(linear.bias, (outputs,))
+                if linear.scale is not None:
+                    checked(linear.scale, (outputs,))
+            for readers in (LAYER_LINEARS[:3], LAYER_LINEARS[4:6]):
+                require_one_range([linears[name] for name in readers])
             gate_up = linears["gate_proj"].beside(linears["up_proj"])
             query, key, value, mix = (linears[name].stored() for name in LAYER_LINEARS[:4])
             self._native.add_layer(
@@ -296,6 +305,17 @@ class FusedDecoder:
         if (farthest := int(places.max(initial=0))) >= len(self._cosines):
             self._turn(2 * farthest)
         return places
+
+
+def require_one_range(readers: Sequence[Linear]) -> None:
+    """Refuse layers that round the same input to bytes in different ways.
+
+    Raises:
+        ValueError: they do.
+    """
+    ranges = {(each.input_scale, each.input_zero) for each in readers if each.in_bytes}
+    if len(ranges) > 1:
+        raise ValueError(f"layers round the same input by {sorted(ranges)}")
 
 
 def checked(array: NDArray[Number], shape: tuple[int, ...]) -> NDArray[Number]:

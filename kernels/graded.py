@@ -134,12 +134,14 @@ def soft_grades(scores: ArrayLike) -> Floats:
         [[0.0, 0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.75, 0.25]]
     """
     inside = np.clip(np.asarray(scores, np.float64), 1.0, 5.0)
-    return np.maximum(0.0, 1.0 - np.abs(inside[:, None] - np.arange(1.0, 6.0)))
+    shares: Floats = np.maximum(0.0, 1.0 - np.abs(inside[:, None] - np.arange(1.0, 6.0)))
+    return shares
 
 
 def _sigmoid(x: Floats) -> Floats:
     small = np.exp(-np.abs(x))
-    return np.where(x >= 0.0, 1.0, small) / (1.0 + small)
+    made: Floats = np.where(x >= 0.0, 1.0, small) / (1.0 + small)
+    return made
 
 
 def _rows(probabilities: ArrayLike) -> Floats:

@@ -20,6 +20,7 @@ from typing import NoReturn, TextIO
 
 import meiqa
 from meiqa.commands import (
+    camera,
     checking,
     culling,
     evaluating,
@@ -112,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for room in (
-        *(judging, ranking, culling, serving, evaluating),
+        *(judging, ranking, culling, serving, camera, evaluating),
         *(packages, memories, measuring, checking),
     ):
         room.add_commands(commands)

@@ -24,15 +24,22 @@ def describe_package(package: EnginePackage) -> dict[str, Any]:
         "score_head": manifest.score_head,
         "image": asdict(manifest.image),
         "decoder": asdict(manifest.decoder),
-        "files": {name: (package.path / name).stat().st_size for name in sorted(manifest.files)},
+        "files": {name: (package.path / name).stat().st_size for name in files_of(package)},
         "graphs": {
             name: {"file": graph.file, "inputs": graph.inputs, "outputs": graph.outputs}
-            for name, graph in manifest.graphs.items()
+            for name, graph in manifest.every_graph.items()
         },
         "engines": [asdict(engine) for engine in manifest.engines],
         "calibration": asdict(manifest.calibration),
         "report": dict(manifest.report),
+        "patterns": manifest.patterns and asdict(manifest.patterns),
     }
+
+
+def files_of(package: EnginePackage) -> list[str]:
+    """The files of a package, but for the manifest and the engines, by name."""
+    graphs = package.manifest.every_graph.values()
+    return sorted({*package.manifest.files, *(file for graph in graphs for file in graph.files)})
 
 
 def inspection_text(report: Mapping[str, Any]) -> str:
@@ -60,6 +67,9 @@ def inspection_text(report: Mapping[str, Any]) -> str:
     lines += ["", "TensorRT engines", *_engine_lines(report["engines"])]
     lines += ["", "calibration", *_tree(report["calibration"])]
     lines += ["", "verification", *_tree(report["report"])]
+    if report["patterns"] is not None:
+        told = ("count", "calibration", "report")
+        lines += ["", "distortion patterns", *_tree({k: report["patterns"][k] for k in told})]
     return "\n".join(lines)
 
 

@@ -124,6 +124,7 @@ class Report:
         badge = '<span class="badge">best</span> ' if best else ""
         lead = f"{place}. " if place else ""
         summary = f"<p>{_text(photo.summary)}</p>\n" if photo.summary else ""
+        told = f'<p class="soft">{facts}</p>\n' if facts else ""
         self._put(
             f'<li class="photo{" best" if best else ""}">\n'
             f'<div class="thumb">{_thumbnail(photo.path)}</div>\n'
@@ -133,7 +134,7 @@ class Report:
             f'<div class="scale" aria-hidden="true">'
             f'<i style="left:{_share(low):.1f}%;right:{100 - _share(high):.1f}%"></i>'
             f'<b style="left:{_share(score):.1f}%"></b></div>\n'
-            f'{summary}<p class="soft">{facts}</p>\n</li>\n'
+            f"{summary}{told}</li>\n"
         )
 
     def _end(self, failures: tuple[Failure, ...]) -> None:

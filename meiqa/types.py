@@ -257,7 +257,7 @@ class CulledPhoto:
     """A photo in its group of near-identical shots; `place` 1 is the best of them.
 
     `score` and `std` follow from all that it was compared with, the other shots included; `alone`
-    is its score without them; `likeness` is the cosine of its layout with the best shot's, and
+    is its score without them; `likeness` is that of its view with the best shot's, up to 1, and
     `summary` what was written about it.
     """
 

@@ -181,14 +181,14 @@ def refuse_strangers(host: str | None, origin: str | None) -> None:
         AccessDenied: it does not come from this machine, or from a page of this service.
     """
     named = _hostname(f"//{host}") if host else None
-    if named is None or not (is_loopback(named) or named == "testserver"):
+    if named is None or not is_loopback(named):
         raise AccessDenied(
             "without keys this service answers to its own machine only",
             seen=f"Host: {host}",
             allowed="localhost, 127.0.0.1 or [::1]",
             hint="give it keys: meiqa serve --api-key-file",
         )
-    if origin is not None and urlsplit_netloc(origin) != host:
+    if origin is not None and _netloc(origin) != host:
         raise AccessDenied(
             "without keys this service answers to no other site's pages", seen=f"Origin: {origin}"
         )
@@ -201,9 +201,8 @@ def _hostname(url: str) -> str | None:
         return None
 
 
-def urlsplit_netloc(origin: str) -> str | None:
-    """Give host and port of an origin; None where it has none."""
+def _netloc(url: str) -> str | None:
     try:
-        return urlsplit(origin).netloc or None
+        return urlsplit(url).netloc or None
     except ValueError:
         return None

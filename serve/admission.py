@@ -6,8 +6,9 @@ before it costs answers. Three rules, all of them arithmetic on deadlines:
 1. A job is let in if, were everybody given the least, it and all behind it would be in time.
    Otherwise it is refused at once, with the time after which it is worth asking again.
 2. The earliest deadline goes first.
-3. Whoever is taken up gets an equal share of the time that is left to each of those behind it, but
-   never less than the least: with nobody behind, all that its own deadline leaves.
+3. Whoever is taken up gets an equal share of the time that is left to each of those behind it, and
+   to as many more as the last seconds brought, but never less than the least: with nobody behind
+   and nobody before, all that its own deadline leaves.
 
 Nothing here knows threads, photos or the true time: `Desk` has the lock, and the clock is given.
 Times are milliseconds on that clock.
@@ -17,13 +18,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from meiqa.errors import Overloaded
 
-__all__ = ["Admission", "Clock", "Estimate", "Job", "Pace"]
+__all__ = ["Admission", "Arrivals", "Clock", "Estimate", "Job", "Pace", "overloaded"]
 
 Clock = Callable[[], float]
 _numbers = itertools.count()
@@ -66,6 +68,33 @@ class Estimate:
     def _now(self) -> tuple[float, float]:
         kept = 0.5 ** ((self._clock() - self._seen) / self._HALF_LIFE_MS)
         return self._best + kept * (self._mean - self._best), kept * self._spread
+
+
+class Arrivals:
+    """How many photos came lately, each fading as it ages."""
+
+    _WINDOW_MS = 2000.0
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._recent = 0.0
+        self._seen = clock()
+
+    def note(self, photos: int) -> None:
+        """Count photos that came now, whether they are let in or not."""
+        self._recent = self._now() + photos
+        self._seen = self._clock()
+
+    def expected(self, within_ms: float, at_hand: int) -> float:
+        """Give how many more may come, looking no further ahead than one looks back.
+
+        Those at hand came lately themselves, and are no sign of others.
+        """
+        ahead = min(1.0, max(0.0, within_ms / self._WINDOW_MS))
+        return max(0.0, self._now() - at_hand) * ahead
+
+    def _now(self) -> float:
+        return self._recent * math.exp(-(self._clock() - self._seen) / self._WINDOW_MS)
 
 
 @dataclass
@@ -123,6 +152,7 @@ class Admission:
         self._pace = pace
         self._capacity = capacity
         self._reserve_ms = reserve_ms or 0.0
+        self._arrivals = Arrivals(clock)
         self._waiting: list[Job] = []  # by deadline
         self._free_at = dict.fromkeys(range(workers), 0.0)
         self._busy: set[int] = set()
@@ -141,6 +171,7 @@ class Admission:
         Raises:
             Overloaded: it, or one behind it, would be late; `retry_after_s` says when to ask again.
         """
+        self._arrivals.note(job.photos)
         late_ms = self._late_ms(job)
         if late_ms > 0:
             raise overloaded("an answer would come too late", late_ms)
@@ -156,6 +187,14 @@ class Admission:
         job.picked = True
         return job
 
+    def expired(self) -> list[Job]:
+        """Take out the jobs whose deadline passed while they waited, against all estimates."""
+        now = self._clock()
+        late = [job for job in self._waiting if job.deadline <= now and not job.picked]
+        for job in late:
+            self._waiting.remove(job)
+        return late
+
     def put_back(self, job: Job) -> None:
         """Leave a job that was picked to whoever comes next."""
         job.picked = False
@@ -164,17 +203,21 @@ class Admission:
         """Take a job up; give the milliseconds that it may take."""
         self._waiting.remove(job)
         now, least_ms = self._clock(), self.least_ms
-        engines = len(self._free_at)
-        share_ms, photos = job.deadline - now, job.photos
+        share_ms, photos = self._share_ms(job.deadline - now, job, job.photos), job.photos
         for behind in self._waiting:
             photos += behind.photos
-            left_ms = (behind.deadline - now) * engines
-            share_ms = min(share_ms, left_ms * job.photos / photos)
+            share_ms = min(share_ms, self._share_ms(behind.deadline - now, job, photos))
         allowed_ms = max(least_ms * job.photos, share_ms)
         usual_ms = self._pace.usual.careful_ms * job.photos
         self._free_at[worker] = now + min(allowed_ms, usual_ms)
         self._busy.add(worker)
         return allowed_ms
+
+    def _share_ms(self, left_ms: float, job: Job, photos: int) -> float:
+        """Give a job's part of the time that is left to photos, and to those that may come."""
+        most_ms, engines = job.deadline - self._clock(), len(self._free_at)
+        expected = self._arrivals.expected(left_ms, job.photos)
+        return min(most_ms, left_ms * engines * job.photos / (photos + expected))
 
     def finish(self, worker: int) -> None:
         """Note that an engine is free."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -70,11 +70,11 @@ def create_app(engine: Engine | Sequence[Engine], settings: Settings | None = No
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await anyio.to_thread.run_sync(desk.start)
+        await asyncio.to_thread(desk.start)
         try:
             yield
         finally:
-            await anyio.to_thread.run_sync(desk.close)
+            await asyncio.to_thread(desk.close)
 
     app = FastAPI(
         title="meiqa",

@@ -20,7 +20,7 @@ import numpy as np
 
 from meiqa.engine.pipeline import Engine
 from meiqa.errors import MeiqaError, ServiceError
-from meiqa.serve.admission import Admission, Estimate, Job, Pace
+from meiqa.serve.admission import Admission, Estimate, Job, Pace, overloaded
 from meiqa.serve.metrics import Metrics
 from meiqa.serve.settings import Settings
 from meiqa.types import Assessment, Budget, Failure, PairComparison, Ranking
@@ -97,6 +97,7 @@ class Desk:
         self._admission: Admission | None = None
         self._pace: Pace | None = None
         self._closing = False
+        self._idle = 0
         self._threads: list[threading.Thread] = []
 
     @property
@@ -114,6 +115,7 @@ class Desk:
             capacity=self._settings.max_waiting,
             reserve_ms=self._settings.reserve_ms,
         )
+        LOG.info("ready: %.0f ms are kept for each photo that waits", self._admission.least_ms)
         for number in range(len(self.engines)):
             thread = threading.Thread(target=self._work, args=(number,), name=f"engine-{number}")
             self._threads.append(thread)
@@ -224,10 +226,15 @@ class Desk:
                 work = self._pick(lambda job: True)
                 if work is not None or self._closing:
                     return work
+                self._idle += 1
                 self._changed.wait()
+                self._idle -= 1
 
     def _pick(self, suits: Callable[[Job], bool]) -> _Work | None:
         assert self._admission is not None
+        for late in self._admission.expired():
+            assert isinstance(late, _Work)
+            late.settle(overloaded("its turn came too late", self._admission.least_ms))
         work = self._admission.pick(suits)
         assert work is None or isinstance(work, _Work)
         return work
@@ -251,6 +258,8 @@ class Desk:
             yield first.photo
             for _ in range(BATCH - 1):
                 with self._changed:
+                    if self._idle:  # another engine can take it up now
+                        return
                     work = self._pick(lambda job: isinstance(job, _Work) and job.options == options)
                 if work is None:
                     return

@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import anyio.to_thread
 from fastapi import APIRouter
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -26,7 +25,7 @@ from meiqa.errors import MeiqaError, Overloaded, UploadTooLarge, UsageError
 from meiqa.formats import json_text
 from meiqa.serve.desk import ScoreOptions
 from meiqa.serve.problems import internal_problem, problem_of, status_of
-from meiqa.serve.viewing import FAST_NEIGHBOURS, Viewing
+from meiqa.serve.viewing import FAST_NEIGHBOURS, View, Viewing
 from meiqa.types import Assessment
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["router"]
 
 LOG = logging.getLogger(__name__)
+clock = time.monotonic
 router = APIRouter()
 MOST_FRAME_BYTES = 4 << 20
 MOST_FRAME_PIXELS = 9_000_000
@@ -118,17 +118,13 @@ async def _serve(socket: WebSocket, service: Service) -> None:
     camera_hz = await _greeting(socket, service)
     await _send(socket, _ready(service))
     newest = Newest(service.holdings.change)
-    work = asyncio.create_task(_answer_all(socket, service, newest, Viewing(camera_hz)))
-    reading = asyncio.create_task(_read_all(socket, newest))
+    answering = asyncio.create_task(_answer_all(socket, service, newest, Viewing(camera_hz)))
     try:
-        done, _ = await asyncio.wait({work, reading}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        await _read_all(socket, newest)
     finally:
-        for task in (work, reading):
-            task.cancel()
-        await asyncio.gather(work, reading, return_exceptions=True)
+        answering.cancel()
         newest.close()
+        await asyncio.wait({answering})
 
 
 async def _greeting(socket: WebSocket, service: Service) -> float | None:
@@ -137,7 +133,7 @@ async def _greeting(socket: WebSocket, service: Service) -> float | None:
         async with asyncio.timeout(HELLO_S):
             text = await _text(socket)
         hello = json.loads(text) if len(text) <= MOST_HELLO_CHARACTERS else None
-    except (TimeoutError, ValueError):
+    except (TimeoutError, ValueError, RecursionError):
         hello = None
     if not isinstance(hello, dict) or hello.get("type") != "hello":
         raise UsageError("a camera says hello first", hint='{"type": "hello", "token": null}')
@@ -175,7 +171,7 @@ async def _read_all(socket: WebSocket, newest: Newest) -> None:
             raise UploadTooLarge(
                 "the frame is too large", seen=len(jpeg), allowed=f"{MOST_FRAME_BYTES} bytes"
             )
-        newest.put(jpeg, time.monotonic())
+        newest.put(jpeg, clock())
 
 
 async def _answer_all(
@@ -192,32 +188,42 @@ async def _answer_all(
             answer = {"type": "problem", "problem": internal_problem(_id(socket))}
         finally:
             newest.release(frame)
-        await _send(socket, {**answer, "frame": frame.number, "dropped": newest.dropped})
+        with suppress(WebSocketDisconnect, RuntimeError):  # it went; whoever reads finds out
+            await _send(socket, {**answer, "frame": frame.number, "dropped": newest.dropped})
 
 
 async def _answer(service: Service, frame: Frame, viewing: Viewing) -> dict[str, Any]:
     """Assess a frame, in full or fast, and say what to do."""
-    pixels = await anyio.to_thread.run_sync(
-        lambda: load_pixels(frame.jpeg, max_pixels=MOST_FRAME_PIXELS).array
-    )
-    view = viewing.look(pixels, frame.came_s)
-    full = view.kind == "full"
-    found: Assessment = await service.desk.score(
-        frame.jpeg,
-        budget_ms=None if full else view.budget_ms + service.settings.margin_ms,
-        options=ScoreOptions(k=None if full else FAST_NEIGHBOURS),
-    )
-    instruction = viewing.advise(view, found, time.monotonic())
+    pixels = await asyncio.to_thread(load_pixels, frame.jpeg, max_pixels=MOST_FRAME_PIXELS)
+    view = viewing.look(pixels.array, frame.came_s)
+    try:
+        found = await _assess(service, frame, view)
+    except Overloaded as error:
+        view = viewing.refused(view, 1e3 * (error.retry_after_s or 0.0))
+        if view.budget_ms > service.settings.budget_ms:
+            raise
+        found = await _assess(service, frame, view)
+    instruction = viewing.advise(view, found, clock())
     return {
         "type": "answer",
         "kind": view.kind,
         "stands": viewing.stands,
         "still": view.still,
         "motion": view.motion,
-        "budget_ms": None if full else view.budget_ms,
+        "budget_ms": None if view.kind == "full" else view.budget_ms,
         "instruction": instruction.to_dict(),
         "assessment": found.to_dict(),
     }
+
+
+async def _assess(service: Service, frame: Frame, view: View) -> Assessment:
+    if view.kind == "full":
+        return await service.desk.score(frame.jpeg)
+    return await service.desk.score(
+        frame.jpeg,
+        budget_ms=view.budget_ms + service.settings.margin_ms,
+        options=ScoreOptions(k=FAST_NEIGHBOURS),
+    )
 
 
 def _ready(service: Service) -> dict[str, Any]:

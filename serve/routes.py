@@ -8,8 +8,8 @@ from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-import anyio.to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.exceptions import HTTPException
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 import meiqa
@@ -43,6 +43,8 @@ __all__ = ["Token", "authorise", "router", "service_of"]
 
 T = TypeVar("T")
 MOST_NEIGHBOURS = 256
+GONE = 499
+"""A status for the log only: nobody reads the answer."""
 MOST_PHOTOS = 64
 """Photos of a ranking, as documented; the settings may allow fewer."""
 
@@ -243,7 +245,7 @@ async def list_cases(
         following = offset + limit if offset + limit < total else None
         return {"cases": cases, "total": total, "next": following}
 
-    return json_answer(await anyio.to_thread.run_sync(page))
+    return json_answer(await asyncio.to_thread(page))
 
 
 @router.post(
@@ -297,7 +299,7 @@ async def remove_cases(
     service = _admit(request, token, "memory:write")
     _require_text(*id)
     memory = service.desk.engines[0].memory
-    return json_answer({"removed": await anyio.to_thread.run_sync(memory.remove, id)})
+    return json_answer({"removed": await asyncio.to_thread(memory.remove, id)})
 
 
 def _case(record: Record) -> dict[str, Any]:
@@ -340,7 +342,7 @@ async def _while_connected(request: Request, asked: Coroutine[Any, Any, T]) -> T
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
-            raise UsageError("the client went away")
+            raise HTTPException(GONE, "the client went away")
         return answer.result()
     finally:
         for task in (answer, gone):

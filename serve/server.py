@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,8 @@ __all__ = ["engines_sharing", "listen", "run"]
 LOG = logging.getLogger(__name__)
 _BACKLOG = 512
 _FRAME_BYTES = 8 << 20
+_TURN_S = 0.001
+"""Python threads take turns this often, so that an engine does not hold up the event loop."""
 
 
 def listen(host: str, port: int, settings: Settings) -> socket.socket:
@@ -94,12 +97,13 @@ def run(engines: list[Engine], settings: Settings, opened: socket.socket) -> Non
         server_header=False,
         proxy_headers=False,
         backlog=_BACKLOG,
-        limit_concurrency=4 * settings.max_requests,
+        limit_concurrency=8 * settings.max_requests,
         timeout_graceful_shutdown=round(longest_s) + 5,
         ws_max_size=_FRAME_BYTES,
         ws_max_queue=2,
     )
     server = uvicorn.Server(config)
+    sys.setswitchinterval(_TURN_S)
     # uvicorn sends itself the signals again once it has ended: the end has been orderly by then.
     before = {each: signal.signal(each, _ignore) for each in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -34,8 +34,8 @@ class Settings:
     max_budget_ms: float = 60_000.0
     reserve_ms: float | None = None
     margin_ms: float = 20.0
-    max_waiting: int = 256
-    max_requests: int = 512
+    max_waiting: int = 128
+    max_requests: int = 128
     max_upload_bytes: int = 32 << 20
     max_held_bytes: int = 512 << 20
     max_photos: int = 64

@@ -8,7 +8,7 @@ back.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ FAST_NEIGHBOURS = 8
 RATE_HZ = 6.0
 """Answers a second that the pace is made for, where the camera has as many frames."""
 LEAST_MS, MOST_MS = 50.0, 400.0
-"""Budgets of the fast path."""
+"""Budgets of the fast path, where the service does not need more."""
 _GAP_S = 1.0
 """A pause longer than this is somebody's, not the network's."""
 _STILL_S = 0.4
@@ -40,7 +40,8 @@ class Pacer:
     """Fits the budget of a frame to the frame rate.
 
     A turn is everything from one frame to the next: the assessment, and what the network and the
-    camera add. What they are seen to add is taken off the time of a turn.
+    camera add. What they are seen to add is taken off the time of a turn. Where a service is too
+    busy, or a machine too slow, for that, frames become fewer: it is given what it asks for.
 
     Args:
         camera_hz: frames a second that the camera gives, if that is known.
@@ -52,11 +53,20 @@ class Pacer:
         rate = RATE_HZ if not camera_hz else min(RATE_HZ, max(1.0, camera_hz))
         self._turn_ms = 1e3 / rate
         self._beside_ms = 20.0
+        self._needed_ms = LEAST_MS
 
     @property
     def budget_ms(self) -> float:
         """Milliseconds for the next frame."""
-        return min(MOST_MS, max(LEAST_MS, self._turn_ms - self._beside_ms))
+        return max(self._needed_ms, min(MOST_MS, self._turn_ms - self._beside_ms))
+
+    def refused(self, late_ms: float) -> None:
+        """Learn that an answer would have come so much too late."""
+        self._needed_ms = 1.1 * (self.budget_ms + late_ms)
+
+    def answered(self) -> None:
+        """Learn that there was time enough: a little less may do next time."""
+        self._needed_ms = max(LEAST_MS, 0.95 * self._needed_ms)
 
     def idle(self, seconds: float) -> None:
         """Learn how long it took from an answer to the next frame."""
@@ -118,6 +128,8 @@ class Viewing:
             answered_s: when the answer is given.
         """
         self._answered_s = answered_s
+        if view.kind == "fast":
+            self._pacer.answered()
         if view.kind == "full":
             self._full = _Full(found, view.glance, view.at_s)
         elif self._full is not None and self._full.is_contradicted(found.score):
@@ -131,6 +143,11 @@ class Viewing:
             distortions=found.distortions,
         )
         return self._adviser.advise(evidence, view.at_s)
+
+    def refused(self, view: View, late_ms: float) -> View:
+        """Give a frame, for which there was too little time, as much as it takes."""
+        self._pacer.refused(late_ms)
+        return replace(view, kind="fast", budget_ms=self._pacer.budget_ms)
 
     @property
     def stands(self) -> bool:

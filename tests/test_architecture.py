@@ -64,6 +64,7 @@ EXTRAS_OF = {
     "meiqa.benchmarks.solver": ("cpu", "bench"),
     "meiqa.memory.exporting": ("parquet",),
     "meiqa.memory.index": ("index",),
+    "meiqa.engine.completions": ("cpu", "serve"),
 }
 """Modules that need more, of which a command says so where it is not installed."""
 

@@ -27,9 +27,10 @@ from meiqa.engine.grading import expected_grade, graded_response
 from meiqa.engine.images import load_pixels
 from meiqa.engine.package import Calibration, EnginePackage, ScoreHead
 from meiqa.engine.pipeline import ANCHOR_CACHE_BYTES, fitted_to
+from meiqa.engine.remote import RemoteSettings, connected
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.scoring import weighted
-from meiqa.engine.vlm import LocalVlm, Prefix
+from meiqa.engine.vlm import LocalVlm, Prefix, Vlm
 from meiqa.errors import PackageCorrupted, UsageError
 from meiqa.export.commands import run_command
 from meiqa.kernels.thurstone import thurstone_map
@@ -78,11 +79,20 @@ class Judged:
 
 
 def judge_anchors(
-    package: EnginePackage, bank: MemoryBank, labels: LabelTable, images: Path, limit: int
+    package: EnginePackage,
+    bank: MemoryBank,
+    labels: LabelTable,
+    images: Path,
+    limit: int,
+    vlm: Vlm | None = None,
 ) -> Judged:
-    """Score, retrieve for and compare some anchors, chosen by name, each without itself."""
+    """Score, retrieve for and compare some anchors, chosen by name, each without itself.
+
+    The model is the package's on the CPU, unless another `vlm` is given.
+    """
     calibration = package.manifest.calibration
-    vlm = LocalVlm(package, *open_sessions(package, "cpu", None))
+    if vlm is None:
+        vlm = LocalVlm(package, *open_sessions(package, "cpu", None))
     comparer = Comparer(vlm, package.digest, ByteLru[Prefix](ANCHOR_CACHE_BYTES))
     snapshot = bank.snapshot()
     recalled = snapshot.scores_left_out()
@@ -91,7 +101,7 @@ def judge_anchors(
     for index, (file, score) in enumerate(rows, 1):
         pixels = load_pixels(images / file)
         prefix = vlm.read([vlm.encode(fitted_to(pixels, vlm.image))])[0]
-        description = vlm.describe(prefix, vlm.prompts.family.summary_tokens)
+        description = vlm.describe(prefix, package.manifest.prompt.summary_tokens)
         if description.key is None:
             raise PackageCorrupted("the model writes nothing about an anchor", seen=file)
         neighbours = snapshot.retrieve(
@@ -162,7 +172,7 @@ def fitted_heads(judged: Judged, base: Calibration) -> tuple[Calibration, Floats
         levels=levels,
         text_std=root_mean_square(by_text - judged.human),
         levels_std=root_mean_square(by_grade - judged.human),
-        graded=None if judged.words is None else fitted_head(judged.words, judged.human),
+        graded=base.graded if judged.words is None else fitted_head(judged.words, judged.human),
     )
     return fitted, by_text, by_grade
 
@@ -228,6 +238,8 @@ def fitted_calibration(
         reflect_above=min(LARGEST_GATE, moved),
     )
     named = {"text": by_text, "levels": by_grade, "prior": prior, "fused": scores}
+    if base.graded is not None:
+        named["graded"] = by_graded_response(judged, base)[0]
     if not np.isnan(judged.memory).any():
         named["memory"] = judged.memory
     return calibration, {name: agreement(s, judged.human) for name, s in named.items()}
@@ -244,17 +256,26 @@ def agreement(scores: Floats, human: Floats) -> dict[str, float]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m meiqa.training.calibrate")
-    parser.add_argument("--package", type=Path, required=True, help="its manifest is rewritten")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--package", type=Path, help="its manifest is rewritten")
+    model.add_argument("--remote", metavar="URL", help="or a remote model: its memory's settings")
     parser.add_argument("--memory", type=Path, required=True, help="anchors made by this package")
     parser.add_argument("labels", type=Path, help="the label table that the memory was built from")
     parser.add_argument("--images", type=Path, required=True, help="where its images are")
     parser.add_argument("--limit", type=int, default=500, help="anchors to judge")
     arguments = parser.parse_args()
-    package = EnginePackage.open(arguments.package)
+    vlm = None
+    if arguments.remote is None:
+        package = EnginePackage.open(arguments.package)
+    else:
+        vlm = connected(
+            arguments.remote, RemoteSettings.of_memory(arguments.memory), arguments.memory
+        )
+        package = vlm.package
     base = package.manifest.calibration
     with MemoryBank.open(arguments.memory, "r", package_digest=package.digest) as bank:
         labels = LabelTable.read(arguments.labels)
-        judged = judge_anchors(package, bank, labels, arguments.images, arguments.limit)
+        judged = judge_anchors(package, bank, labels, arguments.images, arguments.limit, vlm)
     if len(judged.human) < FEWEST_ANCHORS:
         raise UsageError(
             "too few anchors to fit a calibration on",

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, minimize
 
 from meiqa.benchmarks.metrics import srcc
-from meiqa.engine.grading import centred_levels, graded_response
+from meiqa.engine.grading import GRADES, centred_levels, graded_response
 from meiqa.engine.images import load_pixels
 from meiqa.engine.package import EnginePackage, GradedHead
 from meiqa.engine.pipeline import fitted_to
@@ -106,10 +106,7 @@ def fitted_response(levels: Floats, grades: Floats) -> Response:
         return value + RIDGE * float(weights @ weights), slope
 
     start = np.array([-0.2, -0.1, 0.0, 0.1, 0.2, 3.0, 2.0])
-    limits = Bounds(
-        np.array([-np.inf] * 6 + [LEAST_STEP]),
-        np.full(7, np.inf),  # type: ignore[arg-type]  # stubs know scalars alone
-    )
+    limits = Bounds(np.array([-np.inf] * 6 + [LEAST_STEP]), np.inf)
     found = minimize(
         loss,
         start,
@@ -172,37 +169,43 @@ def fitted_head(words: Floats, human: Floats, grades: Floats | None = None) -> G
     score = matched_logistic(expectation, human)
     errors = np.asarray(score(expectation)) - human
     std_scale, std_floor = fitted_deviation(errors, np.sqrt(variance))
-    usual = root_mean_square(np.hypot(std_scale * np.sqrt(variance), std_floor))
-    return GradedHead(
-        **asdict(response),
-        score=score,
-        std_scale=std_scale,
-        std_floor=std_floor,
-        usual_std=usual,
-    )
+    return GradedHead(**asdict(response), score=score, std_scale=std_scale, std_floor=std_floor)
 
 
 def cross_validated(
     words: Floats, human: Floats, grades: Floats | None = None, folds: int = FOLDS
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """What heads reach on photographs that they were not fitted on, each fold in its turn.
 
     Returns:
-        srcc, rmse and coverage95 (share of the human scores within 1.96 deviations) of the score,
-        and multimodal: the share of photographs whose grades have more than one mode.
+        For the expectation over the words ("levels") and their graded response ("grm"): srcc, rmse
+        and coverage95 (share of the human scores within 1.96 deviations) of the score; surprise,
+        the mean negative log-likelihood of the human scores under scores and deviations; and
+        multimodal, the share of photographs whose grades have more than one mode.
     """
-    scores, stds, judged = np.empty(len(human)), np.empty(len(human)), np.empty(words.shape)
+    found = {head: np.empty((len(human), 7)) for head in ("levels", "grm")}
+    raw = words @ GRADES
     for fold in range(folds):
         held = np.arange(len(human)) % folds == fold
         head = fitted_head(words[~held], human[~held], None if grades is None else grades[~held])
+        levels = matched_logistic(raw[~held], human[~held])
+        usual = root_mean_square(np.asarray(levels(raw[~held])) - human[~held])
         for at in np.flatnonzero(held):
             grading = graded_response(words[at], head)
-            scores[at], stds[at], judged[at] = grading.score, grading.std, grading.grades
+            found["grm"][at] = [grading.score, grading.std, *grading.grades]
+            found["levels"][at] = [float(levels(raw[at])), usual, *words[at]]
+    return {head: held_out_figures(rows, human) for head, rows in found.items()}
+
+
+def held_out_figures(rows: Floats, human: Floats) -> dict[str, float]:
+    """Figures of rows (N, 7): score, deviation and grades."""
+    errors, stds = rows[:, 0] - human, rows[:, 1]
     return {
-        "srcc": srcc(scores, human),
-        "rmse": root_mean_square(scores - human),
-        "coverage95": float(np.mean(np.abs(scores - human) <= 1.96 * stds)),
-        "multimodal": float(np.mean(multimodal(judged))),
+        "srcc": srcc(rows[:, 0], human),
+        "rmse": root_mean_square(errors),
+        "coverage95": float(np.mean(np.abs(errors) <= 1.96 * stds)),
+        "surprise": float(np.mean(np.log(stds) + 0.5 * (errors / stds) ** 2)),
+        "multimodal": float(np.mean(multimodal(rows[:, 2:]))),
     }
 
 

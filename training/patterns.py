@@ -55,6 +55,7 @@ class Recipe:
         views, versions: of a step; crops: of a step, where there are any.
         whole_share: how often all cells of a view are taken; else `cells` of a window at most.
         mild_share, any_share: how often the reference is a mildly degraded version, or any.
+        votes_rate: learning rate of the patterns' votes, as a multiple of the others'.
         decorrelation: weight of the penalty on patterns that are alike.
         naming: weight of the kinds; strength: of the strengths.
     """
@@ -66,13 +67,14 @@ class Recipe:
     versions: int = 10
     crops: int = 64
     learning_rate: float = 2e-3
-    weight_decay: float = 0.05
+    votes_rate: float = 5.0
+    weight_decay: float = 0.01
     whole_share: float = 0.2
     cells: int = 16
     mild_share: float = 0.35
     any_share: float = 0.15
     decorrelation: float = 1.0
-    naming: float = 0.15
+    naming: float = 0.4
     strength: float = 0.05
 
 
@@ -229,24 +231,26 @@ def window(grid: tuple[int, int], rng: np.random.Generator) -> NDArray[np.intp]:
 def pair_loss(model: DistortionPatterns, batch: PairBatch, recipe: Recipe) -> Tensor:
     """Scores beside a reference, and changes of cells, with all that a photo alone has."""
     of_photo, of_reference = model.features(batch.tokens), model.features(batch.references)
-    photo, beside = model.matches(of_photo), model.matches(of_reference)
-    likeness = model.likeness(photo, beside)
+    likeness = model.likeness(model.comparable(batch.tokens), model.comparable(batch.references))
     full, weight = model.score_beside(likeness), model.weight(of_photo, of_reference)
-    hybrid = weight * full + (1 - weight) * model.score_alone(photo)
+    cosines = model.patterns(of_photo)
+    score = model.score_alone(functional.relu(cosines))
+    hybrid = weight * full + (1 - weight) * score
     asked, wanted = ~batch.scores.isnan(), batch.scores.nan_to_num()
     errors = (hybrid - wanted) ** 2 + batch.clean * (full - wanted) ** 2
     levels = batch.touched * batch.levels[:, None]
     changed = ((model.changes(likeness) - levels)[batch.clean] ** 2).sum()
     changed = changed / max(1, int(batch.clean.sum()) * likeness.shape[1])
     alone = alone_loss(
-        model, of_photo, batch.scores, batch.kinds, batch.levels, batch.touched, recipe
+        model, cosines, score, batch.scores, batch.kinds, batch.levels, batch.touched, recipe
     )
     return alone + (errors * asked).mean() + recipe.strength * changed
 
 
 def alone_loss(
     model: DistortionPatterns,
-    features: Tensor,
+    cosines: Tensor,
+    alone: Tensor,
     scores: Tensor,
     true_kinds: Tensor,
     levels: Tensor,
@@ -256,13 +260,13 @@ def alone_loss(
     """Score without a reference, kinds and strengths of picture and cells.
 
     Args:
-        features: (B, T, F); scores: (B,) NaN where nobody was asked.
+        cosines: (B, T, M) of the patterns; alone: (B,) the score.
+        scores: (B,) NaN where nobody was asked.
         true_kinds: (B,) kinds; levels: (B,) strengths; touched: (B, T) cells that have them.
     """
     asked = ~scores.isnan()
-    alone = model.score_alone(model.matches(features))
     loss = ((alone - scores.nan_to_num()) ** 2 * asked).mean()
-    kinds, strength = model.votes(features)
+    kinds, strength = model.votes(cosines)
     cell_kinds = torch.where(touched, true_kinds[:, None], 0)
     named = functional.cross_entropy(kinds.mean(1)[asked], true_kinds[asked])
     named = named + 0.3 * functional.cross_entropy(kinds.flatten(0, 1), cell_kinds.flatten())
@@ -278,9 +282,11 @@ def crop_loss(
     some = rng.integers(0, len(crops.scores), recipe.crops)
     cells = rng.permutation(crops.tokens.shape[1])[: recipe.cells]
     tokens = crops.tokens[some][:, cells].float()
+    cosines = model.patterns(model.features(tokens))
     return alone_loss(
         model,
-        model.features(tokens),
+        cosines,
+        model.score_alone(functional.relu(cosines)),
         crops.scores[some],
         crops.kinds[some],
         crops.levels[some],
@@ -313,16 +319,19 @@ def train(
     rng = np.random.default_rng(seed)
     model = DistortionPatterns(PatternConfig(width, len(KINDS) + 1, recipe.patterns))
     model.settle()
-    optimiser = torch.optim.AdamW(
-        model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
+    votes = [model.kinds.weight, model.strengths.weight, model.sharpness]
+    others = [p for p in model.parameters() if all(p is not vote for vote in votes)]
+    # Each pattern's vote is a small part of every answer, so it may move faster.
+    groups = [{"params": others, "rate": 1.0}, {"params": votes, "rate": recipe.votes_rate}]
+    optimiser = torch.optim.AdamW(groups, recipe.learning_rate, weight_decay=recipe.weight_decay)
     started = time.perf_counter()
     for step in range(recipe.steps):
         spent = max(step / recipe.steps, (time.perf_counter() - started) / (60 * recipe.minutes))
         if spent >= 1.0:
             break
         for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * min(1.0, (step + 1) / 50) * (1.0 - spent)
+            rate = recipe.learning_rate * group["rate"]
+            group["lr"] = rate * min(1.0, (step + 1) / 50) * (1.0 - spent)
         some = [views[i] for i in rng.integers(0, len(views), recipe.views)]
         losses = [pair_loss(model, drawn(view, recipe, rng), recipe) for view in some]
         apart = alikeness(model.patterns.weight)
@@ -381,16 +390,16 @@ def judged(model: DistortionPatterns, views: list[View], seed: int = 0) -> Judge
         index = np.flatnonzero(~view.scores.isnan().numpy() & (view.named[:, 0] > 0))
         tokens = view.tokens.float()
         beside = rng.choice(view.mild, len(index))
-        features = model.features(tokens)
-        matches = model.matches(features)
-        kinds, strength = model.votes(features)
+        features, comparable = model.features(tokens), model.comparable(tokens)
+        cosines = model.patterns(features)
+        kinds, strength = model.votes(cosines)
         made = []
         for reference in (np.full(len(index), view.clean), beside):
-            likeness = model.likeness(matches[index], matches[reference])
+            likeness = model.likeness(comparable[index], comparable[reference])
             made.append(model.score_beside(likeness))
             made.append(model.weight(features[index], features[reference]))
         columns = [view.scores[index], view.kinds[index], view.levels[index]]
-        columns += [model.score_alone(matches[index]), *made]
+        columns += [model.score_alone(functional.relu(cosines[index])), *made]
         columns += [kinds[index].mean(1), strength[index].mean(1)]
         rows.append([column.double().numpy() for column in columns])
         ranks += [

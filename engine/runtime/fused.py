@@ -96,8 +96,12 @@ def with_fused_layers(
             hint="export the package again",
         ) from error
     shape = package.manifest.decoder
-    found = (len(decoder.layers), decoder.shape.kv_heads, decoder.shape.head_width, *head.shape)
-    listed = (shape.layers, shape.kv_heads, shape.head_dim, shape.hidden_size, shape.vocab_size)
+    own = decoder.shape
+    found = (len(decoder.layers), own.kv_heads, own.head_width, own.width, *head.shape)
+    listed = (
+        *(shape.layers, shape.kv_heads, shape.head_dim, shape.hidden_size),
+        *(shape.hidden_size, shape.vocab_size),
+    )
     if found != listed:
         raise PackageCorrupted(
             f"{segment.path} holds another decoder than the manifest describes",

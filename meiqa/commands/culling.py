@@ -32,8 +32,8 @@ def add_commands(commands: Commands) -> None:
         "--alike",
         type=float,
         metavar="C",
-        help="mean cosine of layouts from which on photos belong together (default: 0.9;"
-        " higher: more and smaller groups)",
+        help="mean likeness of what they show from which on photos belong together (default: 0.55;"
+        " up to 1; higher: more and smaller groups)",
     )
     add_format(command, "text", "json", "csv")
     add_html(command)

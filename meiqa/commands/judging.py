@@ -51,8 +51,6 @@ def _score(options: argparse.Namespace) -> int:
         return score_to_file(options, photos, failures)
     attempted = len(photos) + len(failures)
     with ExitStack() as stack:
-        # A memory of a remote model keeps pictures, for which one has to ask.
-        options.learn = options.learn and (options.remote is None or options.keep_pictures)
         engine = stack.enter_context(engine_of(options, learn=options.learn)) if photos else None
         writer = stack.enter_context(result_writer(options.format, sys.stdout))
         for failure in failures:
@@ -166,7 +164,8 @@ def _add_score(commands: Commands) -> None:
     add_remote(command)
     command.add_argument(
         "--keep-pictures",
-        action="store_true",
+        action="store_const",
+        const=True,
         help="with --remote: learn, for which the pictures of learned photos are kept, scaled down",
     )
     command.set_defaults(run=_score)

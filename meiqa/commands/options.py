@@ -46,7 +46,7 @@ def open_engine(
 
 
 def engine_of(options: argparse.Namespace, *, learn: bool = False) -> Engine:
-    optional = ("admission", "exclude_above", "head", "remote", "model")
+    optional = ("admission", "exclude_above", "head", "remote", "model", "keep_pictures")
     policies = {name: getattr(options, name, None) for name in optional}
     return open_engine(
         options.package,

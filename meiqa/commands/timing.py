@@ -1,4 +1,4 @@
-"""`meiqa bench solver`, `budget`, `calibrate`, `growth`, `cold` and `scenarios`: how long it takes."""
+"""`meiqa bench solver`, `budget`, `calibrate`, `growth`, `cold`, `scenarios`: what takes how long."""
 
 from __future__ import annotations
 
@@ -73,14 +73,17 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _growth(options: argparse.Namespace) -> int:
-    from meiqa.benchmarks.growth import bench_growth, table_text
+    from meiqa.benchmarks.growth import NEIGHBOURS, PHOTOS, bench_growth, table_text
 
     _embedded_anchors(options)
     result = bench_growth(
         lambda: engine_of(options),
         Path(options.memory),
-        anchors=options.anchors,
+        neighbours=() if options.peak else NEIGHBOURS,
+        anchors=() if options.peak else options.anchors,
+        photos=() if options.peak else PHOTOS,
         files=options.files,
+        images=None if options.images is None else Path(options.images),
         rounds=options.rounds,
     )
     return _print(result, table_text(result), options)
@@ -176,6 +179,8 @@ def _add_growth(subjects: Commands) -> None:
         metavar="N",
         help="files whose peak memory is compared (default: 10 1000)",
     )
+    growth.add_argument("--peak", action="store_true", help="the peak memory and its ratio alone")
+    growth.add_argument("--images", metavar="DIR", help="photographs to take the files from")
     growth.add_argument("--rounds", type=positive_count, default=5, metavar="N")
     add_format(growth, "text", "json")
     add_engine(growth, memory="the embedded anchors alone")

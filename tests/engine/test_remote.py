@@ -23,6 +23,8 @@ from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import AnswerUnreadable, ServiceError, StoreMismatch, StoreNotFound, UsageError
 from meiqa.labels import LabelTable
 from meiqa.locations import embedded_assets
+from meiqa.memory import MemoryBank
+from meiqa.training.calibrate import judge_anchors
 from tests.engine.chat_server import MODEL, ChatModel, Server, answer, serving
 from tests.engine.samples import Picture, open_vlm, picture, seen
 
@@ -173,6 +175,21 @@ def test_scores_are_those_of_the_same_model_at_hand(
         )
 
 
+def test_a_calibration_is_fitted_as_for_a_package(
+    server: Server, memory: Path, tmp_path: Path
+) -> None:
+    vlm = connected(server.url, SETTINGS, memory)
+    labels = LabelTable.read(str(tmp_path / "anchors/labels.csv"), mos_range=(1, 5))
+    with MemoryBank.open(memory, package_digest=vlm.package.digest) as bank:
+        judged = judge_anchors(vlm.package, bank, labels, tmp_path / "anchors", 2, vlm)
+    vlm.close()
+    assert judged.logits.shape == (2, 5, 2)  # an anchor does not meet itself
+    assert not np.isnan(judged.levels).any()
+    vlm.package.with_calibration(replace(SETTINGS.calibration, sigma=1.25))
+    with open_remote(server.url, None, memory) as engine:
+        assert engine.package.manifest.calibration.sigma == 1.25
+
+
 def test_the_command_line(
     server: Server, memory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,8 +217,9 @@ def test_pictures_are_remembered_only_when_asked(
     photo = str(tmp_path / "anchors/3.png")
     remote = ["--remote", server.url, "--memory", str(memory), "--k", "1", "--admission", "all"]
     assert cli.main(["score", photo, *remote]) == 0
-    with open_remote(server.url, None, memory) as engine:
+    with Engine.open(None, memory, remote=server.url, admission="all") as engine:
         assert engine.memory.snapshot().count_contrast == 0
+        assert engine.score(photo, k=1).degraded == ()
     assert cli.main(["score", photo, *remote, "--keep-pictures"]) == 0
     with open_remote(server.url, None, memory) as engine:
         snapshot = engine.memory.snapshot()
@@ -218,6 +236,8 @@ def test_one_more_anchor(
     command = ["memory", "add", str(memory), str(photo), "--score", "3", "--remote", server.url]
     assert cli.main(command) == 2
     assert cli.main([*command, "--keep-pictures"]) == 0
+    for action in ("compact", "verify", "stats"):
+        assert cli.main(["memory", action, str(memory)]) == 0
     with open_remote(server.url, None, memory) as engine:
         assert engine.memory.snapshot().count_anchors == 7
 

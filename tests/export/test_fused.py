@@ -13,14 +13,19 @@ from meiqa.engine.runtime.fused import LAYERS_FILE, FusedSession, decoder_of
 from meiqa.export import fused
 from meiqa.export.checkpoint import decoder_shape_of
 from meiqa.export.decoder import DecoderConfig, SharedPrefixDecoder
-from meiqa.export.fused import fused_arrays, write_fused_layers
+from meiqa.export.fused import (
+    LARGEST_SHARE,
+    fused_arrays,
+    fused_difference,
+    write_fused_layers,
+)
 from meiqa.export.graphs import decoder_graph, decoder_interface, save_graph
 from meiqa.export.piecewise import PiecewiseSession
 from meiqa.export.quantise import Quantisation, observe
 from meiqa.export.verify import random_feeds
 from meiqa.export.weights import weightless
 from meiqa.kernels.decoder import fused_decoder_supported
-from meiqa.memory.segment import Segment
+from meiqa.memory.segment import Segment, write_segment
 
 TEXT = DecoderConfig(
     vocab_size=53,
@@ -91,6 +96,39 @@ def test_the_layers_answer_as_the_graph_does(
     tolerance = 1e-4 if precision == "fp32" else 0.02 * float(np.abs(wanted).max())
     np.testing.assert_allclose(made, wanted, atol=tolerance, rtol=0)
     assert np.ptp(wanted) > 100 * 1e-4
+
+
+@pytest.mark.skipif(not fused_decoder_supported(), reason="this processor has no AVX-512 with VNNI")
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_layers_that_answer_otherwise_are_noticed(
+    folder: Path, int8_folder: Path, precision: str
+) -> None:
+    place = folder if precision == "fp32" else int8_folder
+    assert write_fused_layers(place, TEXT, precision)
+    found = fused_difference(place, SHAPE)
+    assert found is not None
+    assert found[0] <= LARGEST_SHARE[precision] * found[1]
+    segment = Segment.open(place / LAYERS_FILE)
+    arrays = {name: np.array(values) for name, values in segment.arrays.items()}
+    arrays["layers.1.o_proj"][:] = arrays["layers.1.o_proj"][::-1].copy()
+    attributes = segment.attributes
+    (place / LAYERS_FILE).unlink()
+    write_segment(place / LAYERS_FILE, arrays, attributes)
+    damaged = fused_difference(place, SHAPE)
+    assert damaged is not None
+    assert damaged[0] > LARGEST_SHARE[precision] * damaged[1]
+
+
+@pytest.mark.parametrize("part", ["bias", "scale", "input"])
+def test_layers_of_other_shapes_are_refused(int8_folder: Path, part: str) -> None:
+    assert write_fused_layers(int8_folder, TEXT, "int8")
+    segment = Segment.open(int8_folder / LAYERS_FILE)
+    arrays = {name: np.array(values) for name, values in segment.arrays.items()}
+    name = f"layers.1.k_proj.{part}"
+    # A range of its own is not another shape, but cannot be meant: its input is also the query's.
+    arrays[name] = 2 * arrays[name] if part == "input" else arrays[name][:-1]
+    with pytest.raises(ValueError, match=r"should have|round the same input"):
+        decoder_of(arrays, segment.attributes)
 
 
 def test_int8_layers_are_bytes(int8_folder: Path) -> None:

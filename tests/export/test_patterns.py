@@ -40,11 +40,14 @@ def naive(module: DistortionPatterns, tokens: Floats, reference: Floats) -> dict
     def gelu(x: Floats) -> Floats:
         return x * 0.5 * (1 + np.array([torch.erf(torch.tensor(v / 2**0.5)) for v in x]))
 
-    def feature(token: Floats) -> Floats:
+    def two_layers(token: Floats, first: str, second: str) -> Floats:
         x = (token - token.mean()) / np.sqrt(token.var() + 1e-5)
         x = x * weights["norm.weight"] + weights["norm.bias"]
-        x = gelu(weights["widen.weight"] @ x + weights["widen.bias"])
-        x = weights["describe.weight"] @ x + weights["describe.bias"]
+        x = gelu(weights[f"{first}.weight"] @ x + weights[f"{first}.bias"])
+        return weights[f"{second}.weight"] @ x + weights[f"{second}.bias"]
+
+    def feature(token: Floats) -> Floats:
+        x = two_layers(token, "widen", "describe")
         return x / np.sqrt((x**2).sum() + 1e-6)
 
     def length(x: Floats) -> float:
@@ -52,14 +55,14 @@ def naive(module: DistortionPatterns, tokens: Floats, reference: Floats) -> dict
 
     photo, beside = ([feature(t) for t in part] for part in (tokens, reference))
     codebook = weights["patterns.weight"]
-    cosines = [[np.array([p @ f for p in codebook]) for f in part] for part in (photo, beside)]
-    one, two = ([np.maximum(c, 0) for c in part] for part in cosines)
+    cosines = [np.array([p @ f for p in codebook]) for f in photo]
     likeness = []
-    for a, b in zip(one, two, strict=True):
+    for pair in zip(tokens, reference, strict=True):
+        a, b = (two_layers(token, "compare_widen", "compare") for token in pair)
         la, lb = length(a), length(b)
         likeness.append(a @ b / (la * lb) * (1 - abs(la - lb) / max(la, lb)))
     kinds, cells = [], []
-    for c in cosines[0]:
+    for c in cosines:
         w = np.exp(weights["sharpness"] * c)
         w /= w.sum()
         kinds.append(weights["kinds.weight"] @ w)
@@ -68,8 +71,9 @@ def naive(module: DistortionPatterns, tokens: Floats, reference: Floats) -> dict
     mean = np.concatenate([np.mean(photo, 0), np.mean(beside, 0)])
     hidden = gelu(weights["gate_hidden.weight"] @ mean + weights["gate_hidden.bias"])
     gate = weights["gate.weight"][0] @ hidden + weights["gate.bias"][0]
+    pooled = length(np.mean(np.maximum(cosines, 0), 0)) / np.sqrt(len(codebook))
     scores = [
-        alone[1] + 4 * alone[0] * length(np.mean(one, 0)) / np.sqrt(len(codebook)),
+        alone[1] + 4 * alone[0] * pooled,
         both[1] + both[0] * np.mean(likeness),
         1 / (1 + np.exp(-gate)),
     ]

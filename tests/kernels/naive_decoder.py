@@ -15,8 +15,12 @@ def last_hidden(
     embeds: NDArray[np.float32],
     positions: NDArray[np.float32],
     prefix: NDArray[np.float32],
+    kept: list[Doubles] | None = None,
 ) -> Doubles:
-    """Normalised hidden state (D,) of the last of some tokens (S, D) behind a prefix."""
+    """Normalised hidden state (D,) of the last of some tokens (S, D) behind a prefix.
+
+    With `kept`, the tokens' keys and values (2, H, S, d) of each layer are appended to it.
+    """
     s = decoder.shape
     axes = decoder.frequencies.argmax(axis=0)
     angles = positions[axes].T.astype(np.float64) * decoder.frequencies.sum(axis=0)
@@ -26,6 +30,8 @@ def last_hidden(
         query = rotated(applied(layer["q_proj"], y).reshape(len(x), s.heads, -1), angles)
         key = rotated(applied(layer["k_proj"], y).reshape(len(x), s.kv_heads, -1), angles)
         value = applied(layer["v_proj"], y).reshape(len(x), s.kv_heads, -1)
+        if kept is not None:
+            kept.append(np.stack([key, value]).swapaxes(1, 2))
         mixed = np.zeros_like(query)
         for head in range(s.heads):
             kv = head // (s.heads // s.kv_heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -219,3 +220,45 @@ def test_a_shape_without_panels_is_refused() -> None:
     assert not replace(SHAPE, head_width=24).fits
     with pytest.raises(ValueError, match="no panels"):
         drawn_decoder(replace(SHAPE, head_width=24), "fp32")
+
+
+@pytest.mark.parametrize("shape", [SHAPE, NARROW, WIDE])
+@pytest.mark.parametrize("steps", [[1], [3, 14, 15], [97]])
+def test_what_is_read_agrees_with_the_naive_twin(shape: FusedShape, steps: list[int]) -> None:
+    decoder = drawn_decoder(shape, "fp32")
+    rows = drawn_rows(shape, steps, [0] * len(steps))
+    found = decoder.keys_and_values(rows.embeds, rows.positions, rows.steps, 2)
+    nothing = np.zeros((LAYERS, 2, shape.kv_heads, 0, shape.head_width), np.float32)
+    for row, (count, made) in enumerate(zip(steps, found, strict=True)):
+        wanted: list[NDArray[np.float64]] = []
+        place = rows.positions[:, row, :count]
+        naive_decoder.last_hidden(decoder, rows.embeds[row, :count], place, nothing, wanted)
+        np.testing.assert_allclose(made, np.stack(wanted), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "mixed"])
+def test_a_prefix_that_was_read_is_continued_as_if_it_stood_there(precision: str) -> None:
+    decoder = drawn_decoder(SHAPE, precision)
+    whole = drawn_rows(SHAPE, [40], [0])
+    first = np.array([23])
+    prefixes = decoder.keys_and_values(whole.embeds[:, :23], whole.positions[:, :, :23], first, 1)
+    rest = Rows(whole.embeds[:, 23:], whole.positions[:, :, 23:], np.array([17]), prefixes, first)
+    np.testing.assert_allclose(rest.run(decoder), whole.run(decoder), atol=1e-5, rtol=0)
+
+
+def test_nothing_is_read_of_no_rows() -> None:
+    decoder = drawn_decoder(SHAPE, "fp32")
+    rows = drawn_rows(SHAPE, [3], [0])
+    nothing = decoder.keys_and_values(rows.embeds[:0], rows.positions[:, :0], rows.steps[:0], 1)
+    assert nothing == []
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_many_callers_at_once_get_their_own_answers(threads: int) -> None:
+    decoder = drawn_decoder(SHAPE, "int8")
+    rows = drawn_rows(SHAPE, [9, 20, 31, 4, 17], [5, 0, 40, 12, 3])
+    wanted = rows.run(decoder, 1)
+    with ThreadPoolExecutor(4) as callers:
+        found = list(callers.map(lambda _: rows.run(decoder, threads), range(40)))
+    for answer in found:
+        np.testing.assert_array_equal(answer, wanted)

@@ -71,7 +71,13 @@ class BrightnessEngine:
         )
 
     def score_many(
-        self, images: Iterable[ImageSource], *, budget: object, k: int | None, learn: bool
+        self,
+        images: Iterable[ImageSource],
+        *,
+        budget: object,
+        k: int | None,
+        learn: bool,
+        reference: ImageSource | None = None,
     ) -> Iterator[Assessment | Failure]:
         for image in images:
             try:

@@ -61,6 +61,10 @@ def test_json_of_an_assessment_keeps_its_names() -> None:
         "neighbours",
         "degraded",
         "reflection",
+        "memory_score",
+        "grades",
+        "distortions",
+        "reference",
         "timings_ms",
         "counters",
     ]

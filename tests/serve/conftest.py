@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -19,6 +24,7 @@ from meiqa.serve.settings import Settings
 from tests.engine.samples import picture
 
 Serve = Callable[..., TestClient]
+Started = Callable[..., tuple[subprocess.Popen[str], str]]
 
 
 def jpeg(seed: int, size: tuple[int, int] = (160, 224)) -> bytes:
@@ -62,3 +68,39 @@ def keys(tmp_path: Path) -> tuple[Keys, str, str]:
     reader = add_key(file, "reader", ["score"])
     writer = add_key(file, "writer", ["score", "memory:write"])
     return Keys.read(file), reader, writer
+
+
+@pytest.fixture
+def started(package: EnginePackage, anchors: Path) -> Iterator[Started]:
+    """Give a function that starts services."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*options: str) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-m", "meiqa", "serve", "--port", "0", "--threads", "1"]
+        places = ["--package", str(package.path), "--memory", str(anchors), *options]
+        process = subprocess.Popen([*command, *places], stderr=subprocess.PIPE, text=True)
+        running.append(process)
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r"serving on (http://\S+:\d+)", line):
+                wait_until_ready(found[1])
+                return process, found[1]
+        raise AssertionError("".join(said))
+
+    yield start
+    for process in running:
+        with suppress(ProcessLookupError):
+            process.kill()
+        process.communicate()
+
+
+def wait_until_ready(url: str) -> None:
+    """Wait for a service to answer."""
+    for _ in range(600):
+        with suppress(httpx.HTTPError):
+            httpx.get(f"{url}/readyz").raise_for_status()
+            return
+        time.sleep(0.1)
+    raise AssertionError("the service did not become ready")

@@ -25,6 +25,12 @@ def admission(clock: Clock, **options: float) -> Admission:
     return Admission(clock, pace, **options)  # type: ignore[arg-type]
 
 
+def later(clock: Clock) -> float:
+    """Let so much time pass that what came before is not taken for a sign of more to come."""
+    clock.now += 60_000.0
+    return clock.now
+
+
 def begun(queue: Admission, worker: int = 0) -> tuple[Job, float]:
     """Pick the next job and begin it."""
     job = queue.pick()
@@ -39,10 +45,26 @@ def test_who_is_alone_may_take_all_its_time() -> None:
 
 
 def test_those_behind_are_left_an_equal_share() -> None:
-    queue = admission(Clock())
+    clock = Clock()
+    queue = admission(clock)
     for _ in range(4):
-        queue.offer(Job(1000.0))
+        queue.offer(Job(61_000.0))
+    later(clock)
     assert begun(queue)[1] == pytest.approx(250.0)
+
+
+def test_as_many_more_are_expected_as_came_lately() -> None:
+    clock = Clock()
+    queue = admission(clock)
+    for _ in range(5):
+        queue.offer(Job(1000.0))
+    for _ in range(4):
+        begun(queue)
+    # Of five the four others, but in half the time that they are remembered for.
+    assert begun(queue)[1] == pytest.approx(1000.0 / (1 + 2))
+    later(clock)
+    queue.offer(Job(61_000.0))
+    assert begun(queue)[1] == pytest.approx(1000.0)
 
 
 def test_nobody_is_given_less_than_the_least() -> None:
@@ -56,10 +78,11 @@ def test_nobody_is_given_less_than_the_least() -> None:
 def test_a_hurried_one_behind_limits_the_one_before_it() -> None:
     clock = Clock()
     queue = admission(clock)
-    first = Job(5000.0)
+    first = Job(65_000.0)
     queue.offer(first)
     assert queue.pick() is first  # in hand, when the hurried one comes
-    queue.offer(Job(300.0))
+    queue.offer(Job(60_300.0))
+    later(clock)
     assert queue.begin(0, first) == pytest.approx(150.0)
 
 
@@ -110,6 +133,12 @@ def test_what_takes_longer_than_foreseen_is_taken_to_end_now() -> None:
     queue.offer(Job(5150.0))
 
 
+def test_who_is_alone_may_take_all_its_time_for_several_photos() -> None:
+    queue = admission(Clock())
+    queue.offer(Job(10_000.0, photos=50))
+    assert begun(queue)[1] == 10_000.0
+
+
 def test_a_ranking_counts_as_many_photos_as_it_has() -> None:
     queue = admission(Clock())
     queue.offer(Job(1000.0, photos=6))
@@ -117,7 +146,7 @@ def test_a_ranking_counts_as_many_photos_as_it_has() -> None:
     with pytest.raises(Overloaded):
         queue.offer(Job(1000.0, photos=3))
     job, allowed_ms = begun(queue)
-    assert (job.photos, allowed_ms) == (6, pytest.approx(750.0))
+    assert (job.photos, allowed_ms) == (6, pytest.approx(600.0))
 
 
 def test_two_engines_take_twice_as_much() -> None:

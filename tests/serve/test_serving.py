@@ -7,69 +7,30 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from meiqa.cli import main
 from meiqa.client import Client, Retries
-from meiqa.engine.package import EnginePackage
 from meiqa.errors import ServiceUnreachable
-from tests.serve.conftest import jpeg
-
-Started = Callable[..., tuple[subprocess.Popen[str], str]]
-
-
-@pytest.fixture
-def started(package: EnginePackage, anchors: Path) -> Iterator[Started]:
-    """Give a function that starts services."""
-    running: list[subprocess.Popen[str]] = []
-
-    def start(*options: str) -> tuple[subprocess.Popen[str], str]:
-        command = [sys.executable, "-m", "meiqa", "serve", "--port", "0", "--threads", "1"]
-        places = ["--package", str(package.path), "--memory", str(anchors), *options]
-        process = subprocess.Popen([*command, *places], stderr=subprocess.PIPE, text=True)
-        running.append(process)
-        assert process.stderr is not None
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if found := re.search(r"serving on (http://\S+:\d+)", line):
-                return process, found[1]
-        raise AssertionError("".join(said))
-
-    yield start
-    for process in running:
-        with suppress(ProcessLookupError):
-            process.kill()
-        process.communicate()
-
-
-def wait_until_ready(client: Client) -> None:
-    for _ in range(600):
-        with suppress(ServiceUnreachable):
-            client.model()
-            return
-        threading.Event().wait(0.1)
-    raise AssertionError("the service did not become ready")
+from tests.serve.conftest import Started, jpeg
 
 
 def test_it_finishes_what_it_accepted_when_it_is_told_to_end(started: Started) -> None:
     process, url = started("--budget-ms", "60000", "--log-format", "json")
     photos = [jpeg(seed) for seed in range(12)]
-    with Client(url, retries=Retries(most=0), timeout_s=60) as client:
-        wait_until_ready(client)
-        with ThreadPoolExecutor(12) as pool:
-            answers = [pool.submit(client.score, photo, k=24) for photo in photos]
-            for _ in range(20):
-                if client_waits(url) >= 3:
-                    break
-            process.send_signal(signal.SIGTERM)
-            wait(answers)
+    with (
+        Client(url, retries=Retries(most=0), timeout_s=60) as client,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        answers = [pool.submit(client.score, photo, k=24) for photo in photos]
+        for _ in range(20):
+            if client_waits(url) >= 3:
+                break
+        process.send_signal(signal.SIGTERM)
+        wait(answers)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "everything that was accepted is answered" in log

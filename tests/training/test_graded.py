@@ -49,7 +49,9 @@ def test_known_parameters_are_found_from_votes() -> None:
     unit = found.discrimination / TRUE.discrimination
     assert found.discrimination * found.step == pytest.approx(1.8 * 1.1, rel=0.02)
     assert np.array(found.weights) * unit == pytest.approx(TRUE.weights, abs=0.01)
-    assert found.probabilities(levels) == pytest.approx(TRUE.probabilities(levels), abs=0.01)
+    errors = found.probabilities(levels) - TRUE.probabilities(levels)
+    assert np.abs(errors).mean() < 0.005
+    assert np.abs(errors).max() < 0.03
     abilities = found.ability(levels)
     assert (abilities.mean(), abilities.std()) == pytest.approx((0.0, 1.0), abs=1e-9)
 
@@ -57,7 +59,7 @@ def test_known_parameters_are_found_from_votes() -> None:
 def test_without_noise_they_are_found_exactly_but_for_the_ridge() -> None:
     levels = levels_of(500)
     found = fitted_response(levels, TRUE.probabilities(levels))
-    assert found.probabilities(levels) == pytest.approx(TRUE.probabilities(levels), abs=0.005)
+    assert found.probabilities(levels) == pytest.approx(TRUE.probabilities(levels), abs=0.001)
 
 
 def test_a_mean_opinion_score_is_enough() -> None:
@@ -140,16 +142,16 @@ def test_a_fitted_head_is_honest_about_its_deviation() -> None:
     errors = np.array([one.score for one in gradings]) - human
     stds = np.array([one.std for one in gradings])
     assert np.mean(np.abs(errors) <= 1.96 * stds) == pytest.approx(0.95, abs=0.02)
-    assert head.usual_std == pytest.approx(np.sqrt(np.mean(stds**2)))
 
 
 def test_cross_validation_says_what_unseen_photographs_get() -> None:
     words, human = words_and_scores(400)
-    reached = cross_validated(words, human)
-    assert reached["multimodal"] == 0.0
-    assert np.mean(multimodal(words)) > 0.05
-    assert reached["srcc"] > 0.8
-    assert reached["coverage95"] == pytest.approx(0.95, abs=0.04)
+    reached = cross_validated(words, human, folds=4)
+    assert reached["grm"]["multimodal"] == 0.0
+    assert reached["levels"]["multimodal"] == np.mean(multimodal(words)) > 0.05
+    for figures in reached.values():
+        assert figures["srcc"] > 0.8
+        assert figures["coverage95"] == pytest.approx(0.95, abs=0.04)
 
 
 def test_votes_are_read_in_the_order_of_the_files(tmp_path: Path) -> None:

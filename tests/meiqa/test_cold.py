@@ -1,0 +1,40 @@
+"""A cold `meiqa score photo.jpg` imports what it needs, and nothing that takes long to load."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from meiqa.benchmarks.photographs import made_jpeg
+
+NOT_NEEDED = {
+    *("numba", "llvmlite", "scipy", "hnswlib"),  # solvers and searches of more than one photo
+    *("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx", "matplotlib"),
+    *("meiqa.benchmarks", "meiqa.export", "meiqa.training", "meiqa.serve"),
+    *("importlib.metadata", "email", "PIL.TiffImagePlugin", "numpy.ma"),
+}
+PROBE = """
+import sys
+from meiqa.cli import main
+code = main(sys.argv[1:])
+print(*sorted(sys.modules.keys() & set({names!r})), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def test_a_cold_score_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(made_jpeg(0))
+    probe = PROBE.format(names=sorted(NOT_NEEDED))
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", probe, "score", str(photo), "--no-learn"],
+        env={**os.environ, "MEIQA_MEMORY": str(tmp_path / "memory")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.strip() == ""
+    assert "compared" in run.stdout

@@ -1,0 +1,120 @@
+"""One instruction at a time, the right one, and no flicker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from meiqa.serve.guidance import OTHERWISE, RULES, Adviser, Evidence
+from meiqa.types import Distortion
+
+WELL = Evidence(score=3.0, motion=0.3, brightness=120.0, blown_out=0.0)
+FINE = "The picture is sharp and well exposed, with no noise, good contrast, natural colours."
+
+
+def advice(seen: Evidence) -> str:
+    return Adviser().advise(seen, 0.0).code
+
+
+def course(frames: Sequence[Evidence], every_s: float = 0.15) -> list[str]:
+    """What is said at each frame."""
+    adviser = Adviser()
+    return [adviser.advise(seen, number * every_s).code for number, seen in enumerate(frames)]
+
+
+@pytest.mark.parametrize(
+    ("seen", "code"),
+    [
+        (replace(WELL, motion=9.0), "hold-still"),
+        (replace(WELL, motion=None, words="Severe motion blur. " + FINE), "hold-still"),
+        (replace(WELL, distortions=(Distortion("jitter", 3.0, 0.9),)), "hold-still"),
+        (replace(WELL, brightness=30.0), "more-light"),
+        (replace(WELL, words="The picture is sharp and dark, with no noise."), "more-light"),
+        (replace(WELL, words="The picture is very dark."), "more-light"),
+        (replace(WELL, words="The picture is sharp, with strong noise."), "more-light"),
+        (replace(WELL, distortions=(Distortion("white noise", 4.0, 0.8),)), "more-light"),
+        (replace(WELL, brightness=215.0), "less-light"),
+        (replace(WELL, blown_out=0.4), "less-light"),
+        (replace(WELL, words="The picture is very soft, with flat contrast."), "clean-lens"),
+        (replace(WELL, words="The picture is soft, with mild contrast."), "clean-lens"),
+        (replace(WELL, words="The picture is very soft, with good contrast."), "step-back"),
+        (replace(WELL, words="Strong lens blur. The picture is fairly sharp."), "step-back"),
+        (replace(WELL, distortions=(Distortion("gaussian blur", 4.0, 0.9),)), "step-back"),
+        (replace(WELL, words="With good contrast and visible blocking."), "sharper-stream"),
+        (replace(WELL, words="The picture is sharp, with flat contrast."), "side-light"),
+        (replace(WELL, score=4.1, words=FINE), "take-it"),
+        (replace(WELL, score=2.4, words=FINE), OTHERWISE.code),
+    ],
+)
+def test_evidence_leads_to_its_instruction(seen: Evidence, code: str) -> None:
+    assert advice(seen) == code
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        replace(WELL, words="Barely visible motion blur. " + FINE),
+        replace(WELL, words="The picture is fairly sharp, with slight blocking and no noise."),
+        replace(WELL, distortions=(Distortion("jitter", 5.0, 0.2),)),
+        replace(WELL, distortions=(Distortion("gaussian blur", 0.4, 1.0),)),
+        replace(WELL, words="An entirely different form of words."),
+    ],
+)
+def test_weak_evidence_says_nothing_in_particular(seen: Evidence) -> None:
+    assert advice(seen) == OTHERWISE.code
+
+
+def test_what_spoils_the_rest_is_said_first() -> None:
+    everything = "The picture is very soft and dark, with strong noise and visible blocking."
+    assert advice(replace(WELL, motion=9.0, brightness=30.0, words=everything)) == "hold-still"
+    assert advice(replace(WELL, brightness=30.0, words=everything)) == "more-light"
+
+
+def test_a_good_picture_that_moves_is_not_taken() -> None:
+    assert advice(replace(WELL, score=4.5, motion=9.0)) == "hold-still"
+
+
+def test_a_single_odd_frame_changes_nothing() -> None:
+    odd = replace(WELL, score=4.2, motion=9.0)
+    good = replace(WELL, score=4.2)
+    said = course([*[good] * 20, odd, *[good] * 20])
+    assert set(said) == {"take-it"}
+
+
+def test_evidence_at_the_threshold_does_not_flicker() -> None:
+    around = [replace(WELL, score=4.2, brightness=54.0 + 6.0 * (i % 2)) for i in range(60)]
+    said = course(around)
+    assert sum(one != other for one, other in pairwise(said)) <= 1
+
+
+def test_an_instruction_stays_long_enough_to_be_read() -> None:
+    dark, bright = replace(WELL, brightness=20.0), replace(WELL, brightness=230.0)
+    said = course([dark, *[bright] * 30], every_s=0.1)
+    assert said[:15] == ["more-light"] * 15
+    assert said[-1] == "less-light"
+
+
+def test_it_is_taken_back_once_it_is_followed() -> None:
+    dark = replace(WELL, score=2.0, brightness=20.0)
+    lit = replace(WELL, score=4.2)
+    said = course([*[dark] * 10, *[lit] * 20])
+    assert said[0] == "more-light"
+    assert said[-1] == "take-it"
+
+
+def test_instructions_are_distinct_and_short() -> None:
+    instructions = [rule.instruction for rule in RULES] + [OTHERWISE]
+    assert len({each.code for each in instructions}) == len(instructions)
+    assert all(len(each.text) <= 28 for each in instructions)
+    assert [each.code for each in instructions if each.good] == ["take-it"]
+
+
+def test_the_document_has_every_rule_in_order() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "camera.md").read_text()
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| **")]
+    told = [rule.instruction.text for rule in RULES] + [OTHERWISE.text]
+    assert rows == [f"**{text}**" for text in told]

@@ -1,0 +1,259 @@
+"""The protocol of /v1/live, with an engine that judges greys."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from starlette.testclient import WebSocketTestSession
+from starlette.websockets import WebSocketDisconnect
+
+from meiqa.errors import Overloaded
+from meiqa.serve import live
+from meiqa.serve.access import Keys
+from meiqa.serve.app import Service, create_app
+from meiqa.serve.live import MOST_FRAME_BYTES, Newest
+from meiqa.serve.settings import Settings
+from meiqa.serve.viewing import FAST_NEIGHBOURS
+from tests.serve.greys import GreyEngine, grey
+
+LIVE = "ws://localhost/v1/live"
+HELLO = {"type": "hello", "token": None, "camera_hz": 30}
+
+
+@pytest.fixture
+def greys() -> Iterator[GreyEngine]:
+    """Give an engine, and let it go in the end."""
+    engine = GreyEngine()
+    yield engine
+    engine.open.set()
+
+
+def client_of(engine: GreyEngine, settings: Settings | None = None) -> TestClient:
+    settings = settings or Settings(budget_ms=60_000)
+    return TestClient(create_app([engine.as_engine()], settings), base_url="http://localhost")
+
+
+@pytest.fixture
+def client(greys: GreyEngine) -> Iterator[TestClient]:
+    """Give a service without keys, which is never too busy for a frame."""
+    with client_of(greys) as client:
+        yield client
+
+
+def ask(camera: WebSocketTestSession, jpeg: bytes) -> Any:
+    camera.send_bytes(jpeg)
+    return camera.receive_json()
+
+
+def held_bytes(client: TestClient) -> float:
+    service: Service = client.app.state.service  # type: ignore[attr-defined]
+    value = service.metrics.registry.get_sample_value("meiqa_held_bytes")
+    assert value is not None
+    return value
+
+
+def test_every_frame_gets_an_answer_with_its_number(client: TestClient) -> None:
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        ready = camera.receive_json()
+        assert (ready["type"], ready["max_pixels"]) == ("ready", 262_144)
+        for number, level in enumerate((200, 100, 20)):
+            answer = ask(camera, grey(level))
+            assert (answer["type"], answer["frame"], answer["dropped"]) == ("answer", number, 0)
+            assert answer["assessment"]["score"] == pytest.approx(1 + 4 * level / 255, abs=0.02)
+        assert answer["assessment"]["distortions"][0]["kind"] == "darkening"
+        assert set(answer["instruction"]) == {"code", "text", "reason", "good"}
+
+
+def test_the_fast_path_asks_few_neighbours_and_never_learns(
+    client: TestClient, greys: GreyEngine
+) -> None:
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        answer = ask(camera, grey(120))
+    assert answer["kind"] == "fast"
+    assert answer["budget_ms"] > 0
+    assert greys.asked == [("frame 0", FAST_NEIGHBOURS, False)]
+
+
+def test_a_still_picture_is_assessed_in_full(
+    client: TestClient, greys: GreyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(0.25 * i for i in range(1000))
+    monkeypatch.setattr(live, "clock", lambda: next(now))
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        answers = [ask(camera, grey(120)) for _ in range(6)]
+    assert [answer["kind"] for answer in answers].count("full") == 1
+    full = next(answer for answer in answers if answer["kind"] == "full")
+    assert full["assessment"]["summary"] == "An even picture."
+    assert (full["stands"], full["budget_ms"]) == (True, None)
+    assert answers[-1]["stands"]
+    assert ("frame", None) not in [(name, k) for name, k, _ in greys.asked[:2]]
+
+
+def test_the_dark_gets_the_right_instruction(client: TestClient) -> None:
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        assert ask(camera, grey(20))["instruction"]["code"] == "more-light"
+
+
+def test_frames_are_dropped_not_queued(
+    client: TestClient, greys: GreyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived = threading.Semaphore(0)
+
+    class Counted(Newest):
+        def put(self, jpeg: bytes, came_s: float) -> None:
+            super().put(jpeg, came_s)
+            arrived.release()
+
+    monkeypatch.setattr(live, "Newest", Counted)
+    greys.open.clear()
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        camera.send_bytes(grey(10))
+        assert greys.begun.wait(5)
+        for level in (20, 30, 40, 50):
+            camera.send_bytes(grey(level))
+        for _ in range(5):
+            assert arrived.acquire(timeout=5)
+        assert held_bytes(client) < len(grey(10)) + len(grey(50)) + 1
+        greys.open.set()
+        first, second = camera.receive_json(), camera.receive_json()
+        assert (first["frame"], second["frame"], second["dropped"]) == (0, 4, 3)
+        assert second["assessment"]["score"] == pytest.approx(1 + 4 * 50 / 255, abs=0.02)
+
+
+def test_a_broken_frame_is_a_problem_and_the_next_one_an_answer(client: TestClient) -> None:
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        broken = ask(camera, b"not a photo")
+        assert (broken["type"], broken["frame"]) == ("problem", 0)
+        assert broken["problem"]["status"] == 422
+        tiny = ask(camera, grey(100)[:100])
+        assert tiny["problem"]["type"] == "urn:meiqa:problem:decode-error"
+        assert ask(camera, grey(100))["type"] == "answer"
+
+
+def test_a_failing_engine_is_a_problem_without_particulars(
+    client: TestClient, greys: GreyEngine
+) -> None:
+    greys.fails = RuntimeError("secret path")
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        answer = ask(camera, grey(100))
+        assert answer["problem"]["status"] == 500
+        assert "secret" not in str(answer)
+        greys.fails = None
+        assert ask(camera, grey(100))["type"] == "answer"
+
+
+def test_nothing_is_held_once_the_camera_is_gone(client: TestClient, greys: GreyEngine) -> None:
+    greys.open.clear()
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        camera.send_bytes(grey(10))
+        assert greys.begun.wait(5)
+        camera.send_bytes(grey(20))
+    greys.open.set()
+    assert held_bytes(client) == 0
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        assert ask(camera, grey(100))["frame"] == 0
+
+
+@pytest.mark.parametrize(
+    "hello", ["", "[]", "{}", "not JSON", '{"type": "hi"}', "[" * 4000, " " * 5000]
+)
+def test_who_does_not_say_hello_is_turned_away(client: TestClient, hello: str) -> None:
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_text(hello)
+        assert camera.receive_json()["problem"]["status"] == 422
+        with pytest.raises(WebSocketDisconnect) as closed:
+            camera.receive_json()
+        assert closed.value.code == 1008
+
+
+@pytest.mark.parametrize(
+    ("message", "code"), [("words", 1008), (b"", 1008), (b"x" * (MOST_FRAME_BYTES + 1), 1009)]
+)
+def test_what_is_no_frame_ends_it(client: TestClient, message: str | bytes, code: int) -> None:
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        if isinstance(message, str):
+            camera.send_text(message)
+        else:
+            camera.send_bytes(message)
+        assert camera.receive_json()["type"] == "problem"
+        with pytest.raises(WebSocketDisconnect) as closed:
+            camera.receive_json()
+        assert closed.value.code == code
+
+
+def test_with_keys_a_camera_needs_one(greys: GreyEngine, keys: tuple[Keys, str, str]) -> None:
+    known, reader, _ = keys
+    with client_of(greys, Settings(budget_ms=60_000, keys=known)) as client:
+        for token in (None, "guess", 7):
+            with client.websocket_connect(LIVE) as camera:
+                camera.send_json({**HELLO, "token": token})
+                assert camera.receive_json()["problem"]["status"] == 401
+        with client.websocket_connect(LIVE) as camera:
+            camera.send_json({**HELLO, "token": reader})
+            assert camera.receive_json()["type"] == "ready"
+
+
+def test_another_sites_page_gets_nowhere(client: TestClient) -> None:
+    with (
+        pytest.raises(WebSocketDisconnect) as closed,
+        client.websocket_connect(LIVE, headers={"Origin": "https://elsewhere.example"}),
+    ):
+        pass
+    assert closed.value.code == 1008
+
+
+def test_a_busy_service_says_so_and_goes_on(greys: GreyEngine) -> None:
+    with client_of(greys, Settings(budget_ms=100, reserve_ms=50_000)) as client:
+        greys.open.clear()
+        asking = threading.Thread(
+            target=client.post,
+            args=("/v1/score?budget_ms=60000",),
+            kwargs={"content": grey(200), "headers": {"Content-Type": "image/jpeg"}},
+        )
+        asking.start()
+        assert greys.begun.wait(5)
+        with client.websocket_connect(LIVE) as camera:
+            camera.send_json(HELLO)
+            camera.receive_json()
+            answer = ask(camera, grey(100))
+            assert answer["problem"]["retryable"]
+            assert answer["problem"]["retry_after_ms"] > 0
+            greys.open.set()
+            asking.join()
+            assert ask(camera, grey(100))["type"] == "answer"
+
+
+def test_the_newest_frame_refuses_what_the_service_cannot_hold() -> None:
+    def refuse(count: int) -> None:
+        if count > 0:
+            raise Overloaded("full")
+
+    async def fill() -> None:
+        with pytest.raises(Overloaded):
+            Newest(refuse).put(b"frame", 0.0)
+
+    asyncio.run(fill())
