@@ -319,10 +319,15 @@ class Desk:
 
     def _learn(self, engine: Engine, result: Assessment, took_ms: float, pace: Pace) -> None:
         """Take the photo just done as a measure of the next ones."""
-        elastic_ms = result.timings_ms["describe"] + result.timings_ms["compare"]
+        elastic_ms = _elastic_ms(result)
         pace.least.observe(min(took_ms, took_ms - elastic_ms + engine.least_ms()))
         if not result.degraded:
             pace.usual.observe(took_ms)
+
+
+def _elastic_ms(result: Assessment) -> float:
+    """Milliseconds of the stages that a budget shortens."""
+    return sum(result.timings_ms.get(stage, 0.0) for stage in ("describe", "compare"))
 
 
 def _warm_up(engines: Sequence[Engine]) -> Pace:
@@ -342,7 +347,7 @@ def _warm_up(engines: Sequence[Engine]) -> Pace:
                 break
             took_ms = milliseconds() - began
         else:
-            elastic_ms = result.timings_ms["describe"] + result.timings_ms["compare"]
+            elastic_ms = _elastic_ms(result)
             least_ms[-1] = min(took_ms, took_ms - elastic_ms + engine.least_ms())
             usual_ms.append(took_ms)
     least, usual = max(least_ms), max(usual_ms, default=max(least_ms))

@@ -84,8 +84,17 @@ class Evidence:
 
     @property
     def soft(self) -> float:
-        """How soft the picture is, 0-1."""
-        return max(self.says("very soft"), 0.7 * self.says("soft"), self.distorted(_BLURS))
+        """How soft the picture is, 0-1.
+
+        Models take one blur for another: of a camera that is seen to be held still, all are focus.
+        """
+        blurs = (*_BLURS, *_SHAKES) if self.still else _BLURS
+        return max(self.says("very soft"), 0.7 * self.says("soft"), self.distorted(blurs))
+
+    @property
+    def still(self) -> bool:
+        """Whether the camera is seen to be held still."""
+        return self.motion is not None and self.motion < STILL
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,8 @@ class Rule:
 
 
 def _hold_still(seen: Evidence) -> float:
+    if seen.still:
+        return 0.0
     moving = 0.0 if seen.motion is None else ramp(seen.motion, STILL, MOVING)
     return max(moving, seen.distorted(_SHAKES))
 

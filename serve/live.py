@@ -200,8 +200,6 @@ async def _answer(service: Service, frame: Frame, viewing: Viewing) -> dict[str,
         found = await _assess(service, frame, view)
     except Overloaded as error:
         view = viewing.refused(view, 1e3 * (error.retry_after_s or 0.0))
-        if view.budget_ms > service.settings.budget_ms:
-            raise
         found = await _assess(service, frame, view)
     instruction = viewing.advise(view, found, clock())
     return {

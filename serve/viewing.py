@@ -25,6 +25,8 @@ RATE_HZ = 6.0
 """Answers a second that the pace is made for, where the camera has as many frames."""
 LEAST_MS, MOST_MS = 50.0, 400.0
 """Budgets of the fast path, where the service does not need more."""
+SLOWEST_MS = 1000.0
+"""The most that it is given where it does."""
 _GAP_S = 1.0
 """A pause longer than this is somebody's, not the network's."""
 _STILL_S = 0.4
@@ -62,7 +64,7 @@ class Pacer:
 
     def refused(self, late_ms: float) -> None:
         """Learn that an answer would have come so much too late."""
-        self._needed_ms = 1.1 * (self.budget_ms + late_ms)
+        self._needed_ms = min(SLOWEST_MS, 1.1 * (self.budget_ms + late_ms))
 
     def answered(self) -> None:
         """Learn that there was time enough: a little less may do next time."""

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = PROJECT["tool"]["scikit-build"]["wheel"]["packages"]
-ONLINE = ["benchmarks", "engine", "kernels", "memory", "meiqa"]
+ONLINE = ["benchmarks", "engine", "kernels", "memory", "meiqa", "serve"]
 OFFLINE_ONLY = {"torch", "transformers", "meiqa.export", "meiqa.training"}
 IMPORT_NAMES = {"pillow": "PIL", "scikit-image": "skimage"}
 
@@ -59,9 +59,12 @@ def declared(*extras: str) -> set[str]:
 
 EXTRAS_OF = {
     "meiqa.benchmarks.export_memory": ("cpu", "export"),
+    "meiqa.benchmarks.failures": ("cpu", "plots"),
+    "meiqa.benchmarks.load": ("cpu", "serve"),
     "meiqa.benchmarks.memory": ("cpu", "bench", "index"),
     "meiqa.benchmarks.plots": ("cpu", "plots"),
     "meiqa.benchmarks.solver": ("cpu", "bench"),
+    "meiqa.client": ("serve",),
     "meiqa.memory.exporting": ("parquet",),
     "meiqa.memory.index": ("index",),
     "meiqa.engine.completions": ("cpu", "serve"),
@@ -100,7 +103,8 @@ def test_the_online_rooms_load_without_the_offline_ones() -> None:
 
 @pytest.mark.parametrize("name", sorted(online_modules()))
 def test_the_online_rooms_import_only_what_they_declare(name: str) -> None:
-    extras = EXTRAS_OF.get(name, ("cpu", "demo"))
+    room = ("cpu", "serve", "camera") if name.startswith("meiqa.serve") else ("cpu", "demo")
+    extras = EXTRAS_OF.get(name, room)
     assert imported_packages(online_modules()[name]) <= declared(*extras)
 
 

@@ -1,4 +1,4 @@
-"""`meiqa bench solver`, `budget`, `calibrate`, `growth`, `cold`, `scenarios`: what takes how long."""
+"""`meiqa bench solver`, `budget`, `calibrate`, `growth`, `cold`, `scenarios`: what takes long."""
 
 from __future__ import annotations
 

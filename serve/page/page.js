@@ -14,12 +14,14 @@ const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 const TREND_MS = 20_000;
 const BEST_SECONDS = 8;
 const ANSWER_MS = 15_000; // an answer that takes longer does not come
+const PHOTO_MS = 20_000; // nobody waits for a single photo of a folder
 const UPLOADS = 2;
 const TRIES = 8;
 const SHOWN_NEIGHBOURS = 5;
 
 // ---------------------------------------------------------------- the service
 
+let patience = 2000;
 let key = sessionStorage.getItem("meiqa-key") || null;
 const headers = () => (key ? { Authorization: `Bearer ${key}` } : {});
 
@@ -31,6 +33,7 @@ async function meetService() {
     const model = await answer.json();
     const count = model.memory.anchors + model.memory.contrast;
     $("service").textContent = `${model.precision.toUpperCase()} model, ${count.toLocaleString("en")} remembered photos`;
+    patience = Math.min(PHOTO_MS, model.limits.max_budget_ms);
     notice("");
   } catch (error) {
     notice(`The service does not answer (${error.message}). Is it still running?`);
@@ -266,7 +269,7 @@ function onAnswer(answer) {
   else if (!answer.stands) full = null;
   keepBest(assessment.score, now);
   remember(assessment, answer.kind, now);
-  showAssessment(full ?? assessment, full ? "in full" : "quick look");
+  showAssessment(full ?? assessment, full ? depthOf(full) : "quick look");
   if (full && full !== assessment) showStages(assessment);
   drawTrend(now);
   showInstruction(answer.instruction);
@@ -353,15 +356,17 @@ function showAssessment(found, depth) {
   $("score").textContent = found.score.toFixed(2);
   $("word").textContent = found.word;
   $("interval").textContent = `likely ${low.toFixed(1)} to ${high.toFixed(1)}`;
-  $("percentile").textContent = found.percentile === null ? "" : `better than ${Math.round(found.percentile)} % of its memory`;
+  $("percentile").textContent = found.percentile === null ? "" : `above ${Math.round(found.percentile)} % of its memory`;
   $("depth").textContent = depth;
   $("depth").className = depth === "in full" ? "chip full" : "chip";
   placeOnScale($("band"), $("needle"), found.score, low, high);
   $("summary").textContent = found.reflection || found.summary || (depth === "quick look" ? "It is described as soon as you hold still." : "There was no time to describe it.");
   showDistortions(found.distortions ?? []);
-  showNeighbours(found.neighbours);
+  showNeighbours(found);
   showStages(found);
 }
+
+const depthOf = (found) => (found.degraded.length ? "cut short" : "in full");
 
 function placeOnScale(band, needle, score, low, high) {
   band.style.setProperty("--from", onScale(low));
@@ -387,11 +392,11 @@ function showDistortions(distortions) {
   }));
 }
 
-function showNeighbours(neighbours) {
+function showNeighbours({ neighbours, degraded }) {
   const asked = neighbours.filter((one) => one.preference !== null);
   const decisive = asked.sort((a, b) => Math.abs(b.preference - 0.5) - Math.abs(a.preference - 0.5));
   const rows = decisive.map(neighbourRow);
-  const none = made("li", "quiet", neighbours.length ? "There was no time for comparisons." : "Nothing is compared yet.");
+  const none = made("li", "quiet", degraded.length ? "There was no time for comparisons." : "Nothing is remembered yet.");
   $("neighbours").replaceChildren(...(rows.length ? rows.slice(0, SHOWN_NEIGHBOURS) : [none]));
   $("other-neighbours").replaceChildren(...rows.slice(SHOWN_NEIGHBOURS));
   show($("more-neighbours"), rows.length > SHOWN_NEIGHBOURS);
@@ -539,7 +544,7 @@ async function work() {
 async function judge(shot) {
   for (let attempt = 1; ; attempt += 1) {
     try {
-      const answer = await fetch("v1/score", {
+      const answer = await fetch(`v1/score?budget_ms=${patience}`, {
         method: "POST",
         headers: { "Content-Type": shot.file.type || "application/octet-stream", ...headers() },
         body: shot.file,
@@ -603,7 +608,7 @@ function choose(shot) {
   fitFrame(0, 0);
   layOut();
   if (shot.found) {
-    showAssessment(shot.found, "in full");
+    showAssessment(shot.found, depthOf(shot.found));
     announce(`${shot.file.name}: ${spoken(shot.found)}`, true);
   }
   if (shot.error) notice(`${shot.file.name}: ${shot.error}`);

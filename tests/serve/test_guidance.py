@@ -31,7 +31,8 @@ def course(frames: Sequence[Evidence], every_s: float = 0.15) -> list[str]:
     [
         (replace(WELL, motion=9.0), "hold-still"),
         (replace(WELL, motion=None, words="Severe motion blur. " + FINE), "hold-still"),
-        (replace(WELL, distortions=(Distortion("jitter", 3.0, 0.9),)), "hold-still"),
+        (replace(WELL, motion=3.0, distortions=(Distortion("jitter", 3.0, 0.9),)), "hold-still"),
+        (replace(WELL, distortions=(Distortion("motion blur", 4.0, 0.9),)), "step-back"),
         (replace(WELL, brightness=30.0), "more-light"),
         (replace(WELL, words="The picture is sharp and dark, with no noise."), "more-light"),
         (replace(WELL, words="The picture is very dark."), "more-light"),

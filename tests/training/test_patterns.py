@@ -179,10 +179,10 @@ def synthetic_judged(trusted: float, doubted: float, sharp: float) -> Judged:
 
 
 def test_the_calibration_is_what_the_errors_were_drawn_with() -> None:
-    found = synthetic_judged(0.2, 0.6, 3.0)
+    found = synthetic_judged(0.15, 0.3, 3.0)
     made = fitted(found, UNCALIBRATED)
-    assert made.trusted_std == pytest.approx(0.2, abs=0.06)
-    assert made.doubted_std == pytest.approx(0.6, abs=0.06)
+    assert made.trusted_std == pytest.approx(0.15, abs=0.05)
+    assert made.doubted_std == pytest.approx(0.3, abs=0.05)
     assert made.temperature == pytest.approx(3.0, rel=0.1)
     assert made.hybrid.b4 == pytest.approx(1.0, abs=0.1)
     report = checked(found, replace(UNCALIBRATED))
