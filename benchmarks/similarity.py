@@ -36,14 +36,15 @@ def psnr(photo: Bytes, reference: Bytes) -> float:
 
     if np.array_equal(photo, reference):
         return IDENTICAL_DB
-    return float(peak_signal_noise_ratio(reference, photo, data_range=255))
+    ratio = peak_signal_noise_ratio(reference, photo, data_range=255)  # type: ignore[no-untyped-call]
+    return float(ratio)
 
 
 def ssim(photo: Floats, reference: Floats) -> float:
     """Structural similarity of two planes 0-255, by scikit-image with SSIM's own window."""
     from skimage.metrics import structural_similarity
 
-    found = structural_similarity(
+    found = structural_similarity(  # type: ignore[no-untyped-call]
         reference,
         photo,
         data_range=255,

@@ -65,7 +65,8 @@ def centred_levels(words: ArrayLike) -> Floats:
     [[0.0, 0.0, 0.0, 0.0, 0.0]]
     """
     logs: Floats = np.log(np.maximum(np.asarray(words, np.float64), LEAST_PROBABILITY))
-    return logs - logs.mean(axis=1, keepdims=True)
+    centred: Floats = logs - logs.mean(axis=1, keepdims=True)
+    return centred
 
 
 def expected_grade(probabilities: Floats) -> float:

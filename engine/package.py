@@ -16,7 +16,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -765,7 +765,7 @@ def check_score_head(head: str) -> ScoreHead:
     """The score head of that name, or UsageError."""
     if head not in SCORE_HEADS:
         raise UsageError("unknown score head", seen=head, allowed=", ".join(SCORE_HEADS))
-    return cast(ScoreHead, head)
+    return head
 
 
 def file_digest(path: Path) -> str:

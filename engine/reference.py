@@ -109,7 +109,8 @@ def painted(pixels: NDArray[np.uint8], strengths: Floats) -> NDArray[np.uint8]:
     share = (place - below)[..., None]
     colours = (1 - share) * _COLOURS[below] + share * _COLOURS[below + 1]
     cover = OPAQUE * np.clip(strengths, 0.0, 1.0)[..., None]
-    return np.rint((1 - cover) * pixels + cover * colours).astype(np.uint8)
+    laid: NDArray[np.uint8] = np.rint((1 - cover) * pixels + cover * colours).astype(np.uint8)
+    return laid
 
 
 def write_map(path: str | Path, pixels: NDArray[np.uint8], strengths: Floats) -> None:

@@ -110,7 +110,8 @@ class DistortionPatterns(nn.Module):
     def score_alone(self, matches: Tensor) -> Tensor:
         """NR score (…): the length of the mean match; a match are the cosines above 0 (…, T, M)."""
         length = norm(matches.mean(-2)) * self.config.count**-0.5
-        return self.alone[1] + 4.0 * self.alone[0] * length
+        score: Tensor = self.alone[1] + 4.0 * self.alone[0] * length
+        return score
 
     def comparable(self, tokens: Tensor) -> Tensor:
         """Tokens (…, T, D) → what of each cell is compared with the reference's (…, T, F)."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,7 @@ def temperature(found: Judged) -> float:
 
 def held(found: Judged, part: NDArray[np.intp]) -> Judged:
     """Some of the photographs."""
-    names = ("wanted", "true_kinds", "levels", "alone", "full", "weight", "degraded_full")
-    names = (*names, "degraded_weight", "kinds", "strength")
+    names = {field.name for field in fields(found)} - {"cell_ranks"}
     return replace(found, **{name: getattr(found, name)[part] for name in names})
 
 

@@ -67,7 +67,8 @@ class Response:
 
     def ability(self, levels: Floats) -> Floats:
         """Abilities (N,) of centred levels (N, 5)."""
-        return levels @ np.array(self.weights) + self.offset
+        abilities: Floats = levels @ np.array(self.weights) + self.offset
+        return abilities
 
     def probabilities(self, levels: Floats) -> Floats:
         """Grade probabilities (N, 5) of centred levels (N, 5)."""

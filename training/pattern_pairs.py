@@ -193,10 +193,10 @@ def parts_of(view: int, count: int, rng: np.random.Generator) -> list[Version]:
     for _ in range(count):
         sides = rng.uniform(0.4, 0.7, 2)
         (top, left), sides = rng.uniform(0, 1 - sides), sides
-        part = (top, left, top + sides[0], left + sides[1])
+        part = (float(top), float(left), float(top + sides[0]), float(left + sides[1]))
         kind = int(rng.integers(1, len(KINDS) + 1))
         level = int(rng.choice([1, 5]) if kind in TWO_SIDED else rng.integers(3, LEVELS + 1))
-        made.append(Version(view, kind, level, tuple(map(float, part))))
+        made.append(Version(view, kind, level, part))
     return made
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +120,7 @@ def views_of(stored: Views) -> list[View]:
         views.append(
             View(
                 tokens=torch.from_numpy(np.stack([tokens[i] for i in index])),
-                grid=tuple(map(int, stored.grids[index[0]])),
+                grid=(int(stored.grids[index[0], 0]), int(stored.grids[index[0], 1])),
                 touched=torch.from_numpy(np.stack([touched[i] for i in index])),
                 kinds=torch.from_numpy(kinds),
                 levels=torch.from_numpy(levels),
@@ -339,7 +339,7 @@ def train(
         if crops is not None:
             loss = loss + crop_loss(model, crops, recipe, rng)
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         model.settle()
@@ -407,8 +407,12 @@ def judged(model: DistortionPatterns, views: list[View], seed: int = 0) -> Judge
             for i in np.flatnonzero(view.scores.isnan().numpy())
             if 0 < view.touched[i].sum() < view.touched.shape[1]
         ]
-    wanted, true_kinds, *others = (np.stack(column) for column in zip(*rows, strict=True))
-    return Judged(wanted, true_kinds.astype(np.int64), *others, np.array(ranks))
+    names = [field.name for field in fields(Judged) if field.name != "cell_ranks"]
+    stacked = {
+        name: np.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)
+    }
+    stacked["true_kinds"] = stacked["true_kinds"].astype(np.int64)
+    return Judged(**stacked, cell_ranks=np.array(ranks))
 
 
 def area(values: NDArray[np.float32], touched: NDArray[np.bool_]) -> float:
