@@ -83,14 +83,19 @@ def charted(photograph: Image.Image, rng: np.random.Generator) -> Image.Image:
     draw.rectangle((left, 0, left + wide // 2, high), fill=_one(_PAPERS, rng))
     step = wide // 18
     for bar in range(8):
-        top = int(rng.integers(high // 3, high - 20))
+        top = int(rng.integers(high // 3, high - min(20, high // 18)))
         x = left + (bar + 1) * step - step // 2
-        draw.rectangle((x, top, x + step // 2, high - 12), fill=_one(_INKS[2:], rng))
+        draw.rectangle(
+            (x, top, x + step // 2, high - min(12, high // 30)), fill=_one(_INKS[2:], rng)
+        )
     for _ in range(3):
-        x, y = left + int(rng.integers(20, wide // 2 - 40)), int(rng.integers(10, high // 3))
+        x = left + int(rng.integers(min(20, wide // 16), wide // 2 - min(40, wide // 9)))
+        y = int(rng.integers(min(10, high // 36), high // 3))
         radius = int(rng.integers(8, 24))
         draw.ellipse((x, y, x + radius, y + radius), fill=_one(_INKS[2:], rng))
-    points = [(left + at * step, int(rng.integers(20, high // 2))) for at in range(1, 9)]
+    points = [
+        (left + at * step, int(rng.integers(min(20, high // 18), high // 2))) for at in range(1, 9)
+    ]
     draw.line(points, fill=_INKS[3], width=2)
     return made
 

@@ -25,6 +25,7 @@ from meiqa.engine.grading import expected_grade
 from meiqa.engine.images import _grid
 from meiqa.engine.package import (
     GRAPHS,
+    PATTERNS,
     EnginePackage,
     TensorRtEngine,
     file_digest,
@@ -110,7 +111,8 @@ class TestBuiltEngines:
         self, built: tuple[EnginePackage, list[TensorRtEngine]]
     ) -> None:
         package, made = built
-        wanted = [(graph, capability) for capability in CAPABILITIES for graph in GRAPHS]
+        graphs = [*GRAPHS, PATTERNS]
+        wanted = [(graph, capability) for capability in CAPABILITIES for graph in graphs]
         assert [(engine.graph, engine.compute_capability) for engine in made] == wanted
         assert list(package.manifest.engines) == made
         assert len({engine.file for engine in made}) == len(made)
@@ -137,7 +139,7 @@ class TestBuiltEngines:
     ) -> None:
         package, made = built
         for engine in made:
-            graph = package.manifest.graphs[engine.graph]
+            graph = package.manifest.every_graph[engine.graph]
             assert engine.profile.keys() == graph.inputs.keys()
             for name, axes in graph.inputs.items():
                 least, usual, greatest = engine.profile[name]
@@ -155,7 +157,7 @@ class TestBuiltEngines:
         package, made = built
         for engine in made:
             content = (package.path / engine.file).read_bytes()
-            graph = package.manifest.graphs[engine.graph]
+            graph = package.manifest.every_graph[engine.graph]
             assert all(name.encode() in content for name in (*graph.inputs, *graph.outputs))
 
     def test_they_reopen_up_to_the_driver(
@@ -189,7 +191,8 @@ class TestBuiltEngines:
     ) -> None:
         package, _ = built
         names = {path.name for path in package.path.iterdir()}
-        assert names == {"manifest.json", "engines", *package.manifest.files}
+        graphs = {graph.file for graph in package.manifest.every_graph.values()}
+        assert names == {"manifest.json", "engines", *package.manifest.files, *graphs}
         assert package.digest == EnginePackage.open(package.path).digest
 
 
@@ -440,7 +443,8 @@ def rewritten(int8_package: EnginePackage) -> Iterator[dict[str, Path]]:
 
 class TestSignedActivations:
     def test_only_int8_around_zero_is_left(self, rewritten: dict[str, Path]) -> None:
-        for path in rewritten.values():
+        for graph in GRAPHS:
+            path = rewritten[graph]
             nodes = [n for n in ir.load(path).graph if n.op_type.endswith("quantizeLinear")]
             nodes += [n for n in ir.load(path).graph if n.op_type == "QuantizeLinear"]
             assert nodes
