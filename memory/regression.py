@@ -110,7 +110,9 @@ class Sample:
         self._shown = 0
 
     def show(self, name: str, tokens: FloatArray, score: float) -> None:
-        """Show visual tokens (T, D) of a photo with its score."""
+        """Show visual tokens (T, D) of a photo with its score; one without tokens tells nothing."""
+        if not len(tokens):
+            return
         if self._shown % self._step == 0:
             self._kept.append((name, token_features(tokens), score))
         self._shown += 1

@@ -99,6 +99,7 @@ def test_too_few_anchors_or_scores_that_are_all_one_give_none(tmp_path: Path) ->
     sample = Sample()
     for number in range(FEWEST_PHOTOS):
         sample.show(str(number), np.float32([[number]]), 3.0)
+    sample.show("no tokens", np.zeros((0, 1), np.float32), 5.0)
     assert sample.fitted() is None
 
 
