@@ -17,7 +17,7 @@ from meiqa.memory import Segment, write_segment
 from tests.engine.samples import picture
 from tests.memory.samples import build_anchors, make_case, make_cases
 
-PHOTOGRAPHS = 12
+PHOTOGRAPHS = 48
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def labels(tmp_path: Path) -> Path:
     rows = []
     for seed in range(PHOTOGRAPHS):
         Image.fromarray(picture(seed, (128, 192))).save(tmp_path / f"{seed}.png")
-        rows.append(f"{seed}.png,{1 + seed / 4}")
+        rows.append(f"{seed}.png,{1 + seed / 16}")
     table = tmp_path / "labels.csv"
     table.write_text("\n".join(["image,mos", *rows]) + "\n")
     return table
