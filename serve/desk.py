@@ -300,6 +300,13 @@ class Desk:
         return allowed_ms
 
     def _finish(self, number: int, work: _Work, result: object) -> None:
+        try:
+            result = self._noted(number, work, result)
+        finally:  # whatever becomes of the books, who waits is answered
+            work.settle(result)
+
+    def _noted(self, number: int, work: _Work, result: object) -> object:
+        """Enter a result into the books, and give it with the time it waited."""
         now = milliseconds()
         took_ms = (now - work.begun) / work.photos
         with self._changed:
@@ -309,13 +316,13 @@ class Desk:
             if isinstance(result, Assessment):
                 self._learn(self.engines[number], result, took_ms, self._pace)
             self._metrics.least_seconds.set(self._admission.least_ms / 1e3)
-        if isinstance(result, Assessment):
-            timings = {"queue": round(work.begun - work.arrived, 3), **result.timings_ms}
-            result = replace(result, timings_ms=timings)
-            self._metrics.assessed(result)
         if now > work.deadline + self._settings.margin_ms:
             self._metrics.late.inc()
-        work.settle(result)
+        if not isinstance(result, Assessment):
+            return result
+        timings = {"queue": round(work.begun - work.arrived, 3), **result.timings_ms}
+        self._metrics.assessed(result)
+        return replace(result, timings_ms=timings)
 
     def _learn(self, engine: Engine, result: Assessment, took_ms: float, pace: Pace) -> None:
         """Take the photo just done as a measure of the next ones."""
