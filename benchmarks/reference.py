@@ -106,7 +106,8 @@ def bench_reference(
         JSON-ready: photographs, images; srcc (of each score with KADID's, over all images),
         within (the mean of that within each photograph), types (by type), gate (mean weight of the
         reference: untouched, mild), ladder (by the reference's quality: weight and srcc), naming
-        (top1, listed, and top1 of strengths 3 and more), bars, seconds, machine, versions.
+        (shares named first and listed, both of strengths 3 and more too, and with nothing listed
+        where nothing was done), bars, seconds, machine, versions.
     """
     distorted = Distorted.of(table)
     started = time.perf_counter()
@@ -259,6 +260,7 @@ def naming(seen: Sequence[Seen], distorted: Distorted) -> dict[str, Any]:
             "listed": float(listed.mean()),
             "first_of_strong": float(right[:, strong].mean()),
             "listed_of_strong": float(listed[:, strong].mean()),
+            "nothing_of_undistorted": float(listed[:, distorted.kinds == 0].mean()),
         }
     }
 

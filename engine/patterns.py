@@ -21,7 +21,7 @@ from meiqa.engine.vlm import Floats, VisualTokens, require_finite
 from meiqa.errors import UsageError
 from meiqa.types import Distortion
 
-NAMED_ABOVE = 0.1
+NAMED_ABOVE = 0.25
 """A distortion is listed when it is at least so probable."""
 MOST_NAMED = 3
 STRONGEST = 5.0

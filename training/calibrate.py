@@ -3,8 +3,9 @@
     python -m meiqa.training.calibrate LABELS.csv --images DIR --package PACKAGE --memory MEMORY
 
 The anchors were kept out of the model's training, and an anchor never meets itself, so they stand
-in for photographs that users bring. Fitted are the logistics of both score heads, sigma, lambda and
-the temperature of the comparisons, and how the posterior's deviation relates to the error seen.
+in for photographs that users bring. Fitted are the logistics of both score heads, the temperature of the
+comparisons (by the likelihood of people's order), sigma and lambda (by the error of the score), and
+how the posterior's deviation relates to the error seen.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
 from scipy.stats import spearmanr
 
 from meiqa.engine.caches import ByteLru
@@ -44,7 +46,8 @@ Floats = NDArray[np.float64]
 Observations = tuple[Floats, Floats]
 """Scores (N,) and their deviations from people's (N,)."""
 
-TEMPERATURES = (0.35, 0.5, 0.7, 1.0, 1.4)
+TEMPERATURES = (0.01, 100.0)
+"""Between these a temperature is sought."""
 SIGMAS = (0.5, 0.7, 1.0, 1.5, 2.0, 2.5, 3.5)
 LAMBDAS = (0.01, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0, 30.0, 60.0, 100.0, 300.0)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -141,19 +144,38 @@ def fused_scores(
     return np.clip(scores, 1.0, 5.0), stds
 
 
-def fitted_fusion(judged: Judged, prior: Floats) -> tuple[float, float, float]:
-    """Temperature, sigma and lambda with the smallest squared error.
+def fitted_temperature(judged: Judged) -> float:
+    """The temperature under which people's order of photo and neighbour is the likeliest.
+
+    The fused score would be a poor judge of it: where comparisons weigh little it hardly depends on
+    them, and they would be told to users as surer than they are.
+    """
+    differs = judged.human[:, None] != judged.scores
+    logits = judged.logits[differs]
+    better = (judged.human[:, None] > judged.scores)[differs]
+    towards_people = np.where(better[:, None], logits, -logits)
+
+    def surprise(log_temperature: float) -> float:
+        chances = preferences_of(towards_people, float(np.exp(log_temperature)))
+        return -float(np.log(np.maximum(chances, np.finfo(float).tiny)).mean())
+
+    bounds = np.log(TEMPERATURES)
+    return float(np.exp(minimize_scalar(surprise, bounds=bounds, method="bounded").x))
+
+
+def fitted_fusion(judged: Judged, prior: Floats, temperature: float) -> tuple[float, float]:
+    """Sigma and lambda with the smallest squared error.
 
     Errors are those of scores spread as wide as people's: otherwise comparisons would be credited
     with pulling scores to the middle.
     """
 
-    def squared_error(parameters: tuple[float, float, float]) -> float:
-        scores = fused_scores(judged, prior, *parameters)[0]
+    def squared_error(parameters: tuple[float, float]) -> float:
+        scores = fused_scores(judged, prior, temperature, *parameters)[0]
         wide = (scores - scores.mean()) * (judged.human.std() / max(float(scores.std()), 1e-9))
         return root_mean_square(wide + judged.human.mean() - judged.human)
 
-    return min(itertools.product(TEMPERATURES, SIGMAS, LAMBDAS), key=squared_error)
+    return min(itertools.product(SIGMAS, LAMBDAS), key=squared_error)
 
 
 def fitted_heads(judged: Judged, base: Calibration) -> tuple[Calibration, Floats, Floats]:
@@ -223,7 +245,8 @@ def fitted_calibration(
         std = weighted(base.text_std, base.levels_std, of_words)
         observed = prior_with(of_words), np.full(len(judged.human), std)
     base, prior = fitted_memory(judged, base, observed)
-    temperature, sigma, lam = fitted_fusion(judged, prior)
+    temperature = fitted_temperature(judged)
+    sigma, lam = fitted_fusion(judged, prior, temperature)
     scores, stds = fused_scores(judged, prior, temperature, sigma, lam)
     scale, floor = fitted_deviation(scores - judged.human, stds)
     initial = by_text if head == "text" else observed[0]

@@ -22,7 +22,7 @@ def test_a_whole_memory_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert row["n"] == 3500
     assert row["write_s"] > 0
     assert 0 < row["open_ms"] <= row["open_max_ms"]
-    assert row["open_ms"] < row["verified_ms"]
+    assert row["verified_ms"] > 0
     assert row["files_mb"] > 1
     assert (
         0 <= row["resident_mb"] == pytest.approx(row["resident_share"] * row["files_mb"], abs=0.1)
