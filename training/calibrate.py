@@ -3,9 +3,9 @@
     python -m meiqa.training.calibrate LABELS.csv --images DIR --package PACKAGE --memory MEMORY
 
 The anchors were kept out of the model's training, and an anchor never meets itself, so they stand
-in for photographs that users bring. Fitted are the logistics of both score heads, the temperature of the
-comparisons (by the likelihood of people's order), sigma and lambda (by the error of the score), and
-how the posterior's deviation relates to the error seen.
+in for photographs that users bring. Fitted are the logistics of both score heads, the temperature
+of the comparisons (by the likelihood of people's order), sigma and lambda (by the error of the
+score), and how the posterior's deviation relates to the error seen.
 """
 
 from __future__ import annotations
