@@ -17,7 +17,7 @@ from meiqa.export.decoder import DecoderConfig, axis_frequencies
 from meiqa.export.layers import read
 from meiqa.export.piecewise import PiecewiseSession
 from meiqa.export.verify import random_feeds
-from meiqa.kernels.decoder import LAYER_LINEARS, FusedShape, fused_decoder_supported
+from meiqa.kernels.decoder import LAYER_LINEARS, FusedShape
 from meiqa.memory.segment import Segment, write_segment
 
 LARGEST_BYTES = 32 << 20
@@ -51,15 +51,12 @@ def write_fused_layers(folder: Path, text: DecoderConfig, precision: str) -> boo
     return True
 
 
-def fused_difference(folder: Path, shape: DecoderShape) -> tuple[float, float] | None:
+def fused_difference(folder: Path, shape: DecoderShape) -> tuple[float, float]:
     """Compare the stored layers' answers with those of the graph beside them.
 
     Returns:
-        The mean difference of the logits of random rows and the largest logit; None where this
-        processor cannot run the kernel.
+        The mean difference of the logits of random rows and the largest logit.
     """
-    if not fused_decoder_supported():
-        return None
     segment = Segment.open(folder / LAYERS_FILE)
     graph, head = PiecewiseSession(folder / "decoder.onnx"), floats(segment.arrays["lm_head"])
     session = FusedSession(graph, decoder_of(segment.arrays, segment.attributes), head, 1)

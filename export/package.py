@@ -310,10 +310,7 @@ class Export:
 
     def check_fused_layers(self) -> None:
         """Compare the layers that are stored for the native kernel with the finished graph."""
-        found = fused_difference(self.folder, self.shape)
-        if found is None:  # this processor can't run them
-            return
-        difference, largest = found
+        difference, largest = fused_difference(self.folder, self.shape)
         allowed = LARGEST_SHARE[self.options.precision] * largest
         if not difference <= allowed:
             raise PackageCorrupted(

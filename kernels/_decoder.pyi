@@ -4,11 +4,17 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-def supported() -> bool: ...
+def kernels() -> list[tuple[str, bool]]: ...
 
 class StoredLinear:
     @overload
-    def __init__(self, panels: NDArray[np.float32], bias: NDArray[np.float32]) -> None: ...
+    def __init__(
+        self,
+        panels: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        steps: float,
+        zero: float,
+    ) -> None: ...
     @overload
     def __init__(
         self,
@@ -23,6 +29,7 @@ class StoredLinear:
 class Decoder:
     def __init__(
         self,
+        kernel: str,
         width: int,
         inner: int,
         kv_heads: int,

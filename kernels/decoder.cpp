@@ -5,6 +5,8 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -12,6 +14,9 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
 namespace nb = nanobind;
@@ -53,12 +58,15 @@ Aligned<T> copied(const Source& source) {
 // A linear layer whose weight was cut into panels: see `kernels/decoder.py`.
 class StoredLinear {
   public:
-    StoredLinear(const Array<float, 3>& panels, const Array<float, 1>& bias)
+    StoredLinear(const Array<float, 3>& panels, const Array<float, 1>& bias, float steps,
+                 float zero)
         : floats_(copied<float>(panels)), bias_(copied<float>(bias)) {
         linear_.panels = panels.shape(0);
         linear_.inputs = panels.shape(1);
         linear_.floats = floats_.get();
         linear_.bias = bias_.get();
+        linear_.steps = steps;
+        linear_.zero = zero;
     }
 
     StoredLinear(const Array<std::int8_t, 4>& panels, const Array<float, 1>& bias,
@@ -86,20 +94,33 @@ class StoredLinear {
     Aligned<std::int32_t> centre_;
 };
 
-#ifdef MEIQA_AVX512
-bool supported() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
+// Kernels of this architecture, the fastest first.
+constexpr const Kernel* kKernels[] = {
+#ifdef MEIQA_X86
+    &kAvx512, &kAvx2,
+#endif
+    &kPortable};
+
+std::vector<std::pair<std::string, bool>> kernels() {
+    std::vector<std::pair<std::string, bool>> found;
+    for (const Kernel* const kernel : kKernels)
+        if (kernel->runs_here()) found.emplace_back(kernel->name, kernel->bytes);
+    return found;
+}
+
+const Kernel& named(const std::string& name) {
+    for (const Kernel* const kernel : kKernels)
+        if (kernel->name == name && kernel->runs_here()) return *kernel;
+    throw std::invalid_argument("no kernel for this processor is called " + name);
 }
 
 // Shapes were checked by `FusedDecoder` in decoder.py.
 class Decoder {
   public:
-    Decoder(std::size_t width, std::size_t inner, std::size_t kv_heads, std::size_t group,
+    Decoder(const std::string& kernel, std::size_t width, std::size_t inner, std::size_t kv_heads, std::size_t group,
             std::size_t head_width, float epsilon, const Array<std::int32_t, 1>& axes,
             const Array<float, 1>& last_norm)
-        : axes_(copied<std::int32_t>(axes)), last_norm_(copied<float>(last_norm)),
+        : kernel_(named(kernel)), axes_(copied<std::int32_t>(axes)), last_norm_(copied<float>(last_norm)),
           model_{width,   inner, kv_heads, group,           head_width, 0,
                  epsilon, nullptr, last_norm_.get(), axes_.get()} {}
 
@@ -126,7 +147,7 @@ class Decoder {
         const Rotary rotary{cosines.data(), sines.data()};
         const Aligned<float> attended = aligned<float>(count * model_.queries());
         const std::size_t scratch_floats =
-            row_scratch(model_, std::max(most, kRowsAtOnce), longest);
+            kernel_.row_scratch(model_, std::max(most, kRowsAtOnce), longest);
         Pool::run(threads, count, [&](std::size_t index) {
             const std::size_t at = prefixes.size() == 1 ? 0 : index;
             const std::int32_t* const place = positions.data() + index * most;
@@ -136,15 +157,16 @@ class Decoder {
                           prefixes[at].data(),
                           static_cast<std::size_t>(prefix_steps.data()[at]),
                           prefixes[at].shape(3)};
-            attend_avx512(model_, rotary, row, kept_floats(scratch_floats), out.data() + index * model_.width,
-                          attended.get() + index * model_.queries());
+            kernel_.attend_row(model_, rotary, row, kept_floats(scratch_floats),
+                               out.data() + index * model_.width,
+                               attended.get() + index * model_.queries(), nullptr);
         });
         const std::size_t groups = (count + kRowsAtOnce - 1) / kRowsAtOnce;
         Pool::run(threads, groups, [&](std::size_t group) {
             const std::size_t first = group * kRowsAtOnce;
-            finish_avx512(model_, std::min(kRowsAtOnce, count - first),
-                          attended.get() + first * model_.queries(), kept_floats(scratch_floats),
-                          out.data() + first * model_.width);
+            kernel_.finish_rows(model_, std::min(kRowsAtOnce, count - first),
+                                attended.get() + first * model_.queries(),
+                                kept_floats(scratch_floats), out.data() + first * model_.width);
         });
     }
 
@@ -155,45 +177,44 @@ class Decoder {
         const nb::gil_scoped_release unlocked;
         const std::size_t count = embeds.shape(0), most = embeds.shape(1);
         const Rotary rotary{cosines.data(), sines.data()};
-        const std::size_t scratch_floats = row_scratch(model_, most, 0);
+        const std::size_t scratch_floats = kernel_.row_scratch(model_, most, 0);
         Pool::run(threads, count, [&](std::size_t index) {
             const std::int32_t* const place = positions.data() + index * most;
             const Row row{embeds.data() + index * most * model_.width,
                           {place, place + count * most, place + 2 * count * most},
                           static_cast<std::size_t>(steps.data()[index]), nullptr, 0, 0};
-            attend_avx512(model_, rotary, row, kept_floats(scratch_floats), nullptr, nullptr,
-                          kept[index].data());
+            kernel_.attend_row(model_, rotary, row, kept_floats(scratch_floats), nullptr, nullptr,
+                               kept[index].data());
         });
     }
 
   private:
+    const Kernel& kernel_;
     Aligned<std::int32_t> axes_;
     Aligned<float> last_norm_;
     std::vector<Aligned<float>> norms_;
     std::vector<Layer> layers_;
     Model model_;
 };
-#else
-bool supported() { return false; }
-#endif
 
 }  // namespace
 
 NB_MODULE(_decoder, module) {
-    module.def("supported", &supported);
+    module.def("kernels", &kernels);
     nb::class_<StoredLinear>(module, "StoredLinear")
-        .def(nb::init<const Array<float, 3>&, const Array<float, 1>&>(),
-             nb::arg("panels").noconvert(), nb::arg("bias").noconvert())
+        .def(nb::init<const Array<float, 3>&, const Array<float, 1>&, float, float>(),
+             nb::arg("panels").noconvert(), nb::arg("bias").noconvert(), nb::arg("steps"),
+             nb::arg("zero"))
         .def(nb::init<const Array<std::int8_t, 4>&, const Array<float, 1>&,
                       const Array<float, 1>&, const Array<std::int32_t, 1>&, float, float>(),
              nb::arg("panels").noconvert(), nb::arg("bias").noconvert(),
              nb::arg("scale").noconvert(), nb::arg("centre").noconvert(), nb::arg("steps"),
              nb::arg("zero"));
-#ifdef MEIQA_AVX512
     nb::class_<Decoder>(module, "Decoder")
-        .def(nb::init<std::size_t, std::size_t, std::size_t, std::size_t, std::size_t, float,
-                      const Array<std::int32_t, 1>&, const Array<float, 1>&>(),
-             nb::arg("width"), nb::arg("inner"), nb::arg("kv_heads"), nb::arg("group"),
+        .def(nb::init<const std::string&, std::size_t, std::size_t, std::size_t, std::size_t,
+                      std::size_t, float, const Array<std::int32_t, 1>&,
+                      const Array<float, 1>&>(),
+             nb::arg("kernel"), nb::arg("width"), nb::arg("inner"), nb::arg("kv_heads"), nb::arg("group"),
              nb::arg("head_width"), nb::arg("epsilon"), nb::arg("axes").noconvert(),
              nb::arg("last_norm").noconvert())
         .def("add_layer", &Decoder::add_layer, nb::arg("attention_norm").noconvert(),
@@ -209,5 +230,4 @@ NB_MODULE(_decoder, module) {
              nb::arg("positions").noconvert(), nb::arg("steps").noconvert(),
              nb::arg("cosines").noconvert(), nb::arg("sines").noconvert(), nb::arg("threads"),
              nb::arg("kept"));
-#endif
 }

@@ -1,8 +1,8 @@
-// What the fused decoder's front (decoder.cpp) and its kernel (decoder_avx512.cpp) agree on.
+// What the fused decoder's front (decoder.cpp) and its kernels (decoder_*.cpp) agree on.
 //
 // Widths of the weights are cut into panels of 32 columns, so that a tile of rows times a panel
-// stays in the registers. Only plain data crosses: the kernel is compiled for other instructions
-// than everything else, and nothing that both sides define may be shared by the linker.
+// stays in the registers. Only plain data crosses: a kernel is compiled for other
+// instructions than everything else, and nothing that both sides define may be shared by the linker.
 
 #pragma once
 
@@ -11,10 +11,11 @@
 
 namespace meiqa {
 
-constexpr std::size_t kPanel = 32;
+constexpr std::size_t kLanes = 16, kPanel = 2 * kLanes;
 
 // A product with a stored matrix of `inputs` rows. A panel holds its columns row after row in
-// floats, or in bytes four rows at a time, as the byte instructions want them.
+// floats, or in bytes four rows at a time, as the byte instructions want them. Its input may be
+// rounded first.
 struct Linear {
     std::size_t inputs = 0, panels = 0;
     const float* floats = nullptr;
@@ -22,8 +23,10 @@ struct Linear {
     const float* bias = nullptr;           // panels * 32
     const float* scale = nullptr;          // of bytes: float value of one step of a sum
     const std::int32_t* centre = nullptr;  // of bytes: sum that an input of zero gives
-    float steps = 0;                       // of bytes: steps of the input to one
-    float zero = 0;                        // of bytes: the input's zero point
+    float steps = 0;                       // of a rounded input: its steps to one
+    float zero = 0;                        // of a rounded input: its zero point
+
+    bool rounds() const { return steps > 0; }
 };
 
 struct Layer {
@@ -58,18 +61,27 @@ struct Rotary {
     const float* sines;
 };
 
-// Floats that a row of so many steps on such a prefix works in.
-std::size_t row_scratch(const Model& model, std::size_t steps, std::size_t prefix_steps);
+// The decoder compiled for some processors.
+struct Kernel {
+    const char* name;
+    bool bytes;  // whether it multiplies bytes
+    bool (*runs_here)();
 
-// Runs a row up to the attention of the last layer, of which only the last token is wanted: its
-// hidden state (width) and what it attended to (queries). With `kept`, the row's own keys and
-// values, (layers, 2, kv heads, steps, head width), are all that is wanted.
-void attend_avx512(const Model& model, const Rotary& rotary, const Row& row, float* scratch,
-                   float* hidden, float* attended, float* kept = nullptr);
+    // Floats that a row of so many steps on such a prefix works in.
+    std::size_t (*row_scratch)(const Model& model, std::size_t steps, std::size_t prefix_steps);
 
-// What is left of the last layer, for `rows` tokens at once; their hidden states (rows, width) are
-// replaced by the normalised ones. The scratch is that of a row of as many steps.
-void finish_avx512(const Model& model, std::size_t rows, const float* attended, float* scratch,
-                   float* hidden);
+    // Runs a row up to the attention of the last layer, of which only the last token is wanted: its
+    // hidden state (width) and what it attended to (queries). With `kept`, the row's own keys and
+    // values, (layers, 2, kv heads, steps, head width), are all that is wanted.
+    void (*attend_row)(const Model& model, const Rotary& rotary, const Row& row, float* scratch,
+                       float* hidden, float* attended, float* kept);
+
+    // What is left of the last layer, for `rows` tokens at once; their hidden states (rows, width)
+    // are replaced by the normalised ones. The scratch is that of a row of as many steps.
+    void (*finish_rows)(const Model& model, std::size_t rows, const float* attended,
+                        float* scratch, float* hidden);
+};
+
+extern const Kernel kAvx512, kAvx2, kPortable;
 
 }  // namespace meiqa

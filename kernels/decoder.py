@@ -8,6 +8,7 @@ the call and however many threads run.
 
 Weights are floats, or signed bytes with a scale for each output channel, whose input is rounded to
 unsigned bytes by one range: the arithmetic of a QuantizeLinear and DequantizeLinear pair.
+Processors with byte products (AVX-512 with VNNI) sum whole numbers; others do the same in floats.
 """
 
 from __future__ import annotations
@@ -21,18 +22,16 @@ from numpy.typing import NDArray
 
 from meiqa.kernels import _decoder
 
-__all__ = ["FusedDecoder", "FusedShape", "Linear", "fused_decoder_supported"]
+__all__ = ["FASTEST", "KERNELS", "FusedDecoder", "FusedShape", "Linear"]
 
 Floats = NDArray[np.float32]
 Number = TypeVar("Number", bound=np.generic)
 PANEL, LANES, FOUR = 32, 16, 4
 FIRST_POSITIONS = 512
+KERNELS: dict[str, bool] = dict(_decoder.kernels())
+"""Kernels that run on this processor, the fastest first, and whether they multiply bytes."""
+FASTEST = next(iter(KERNELS))
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def fused_decoder_supported() -> bool:
-    """Whether this processor has the instructions: AVX-512 with VNNI."""
-    return _decoder.supported()
 
 
 @dataclass(frozen=True)
@@ -104,24 +103,36 @@ class Linear:
             self.input_zero,
         )
 
-    def stored(self) -> _decoder.StoredLinear:
-        """The layer cut into panels of `PANEL` outputs, as the kernel reads it."""
-        inputs, outputs = self.weight.shape
-        weight = np.pad(self.weight, ((0, -inputs % FOUR), (0, -outputs % PANEL)))
-        panels = weight.shape[1] // PANEL
+    def stored(self, in_bytes: bool) -> _decoder.StoredLinear:
+        """The layer cut into panels of `PANEL` outputs, as a kernel with byte products or without
+        reads it.
+        """
+        outputs = self.weight.shape[1]
         bias = np.pad(self.bias, (0, -outputs % PANEL))
         if self.scale is None:
-            cut = weight.reshape(inputs, panels, PANEL).transpose(1, 0, 2)
-            return _decoder.StoredLinear(np.ascontiguousarray(cut), bias)
-        in_fours = weight.reshape(-1, FOUR, panels, PANEL).transpose(2, 0, 3, 1)
+            return _decoder.StoredLinear(in_panels(self.weight), bias, 0.0, 0.0)
+        steps, zero = float(np.float32(1.0) / np.float32(self.input_scale)), float(self.input_zero)
+        scale = self.scale * np.float32(self.input_scale)
+        if not in_bytes:
+            weight = (self.weight * scale).astype(np.float32)
+            return _decoder.StoredLinear(in_panels(weight), bias, steps, zero)
+        weight = np.pad(self.weight, ((0, 0), (0, -outputs % PANEL)))
+        in_fours = weight.reshape(-1, FOUR, weight.shape[1] // PANEL, PANEL).transpose(2, 0, 3, 1)
         return _decoder.StoredLinear(
             np.ascontiguousarray(in_fours),
             bias,
-            np.pad(self.scale * np.float32(self.input_scale), (0, -outputs % PANEL)),
+            np.pad(scale, (0, -outputs % PANEL)),
             weight.sum(axis=0, dtype=np.int32) * np.int32(self.input_zero),
-            float(np.float32(1.0) / np.float32(self.input_scale)),
-            float(self.input_zero),
+            steps,
+            zero,
         )
+
+
+def in_panels(weight: Floats) -> Floats:
+    """A weight (inputs, outputs) as (panels, inputs, `PANEL`); the last panel is filled with 0."""
+    inputs, outputs = weight.shape
+    padded = np.pad(weight, ((0, 0), (0, -outputs % PANEL)))
+    return np.ascontiguousarray(padded.reshape(inputs, -1, PANEL).transpose(1, 0, 2))
 
 
 def in_turns(one: NDArray[Number], two: NDArray[Number]) -> NDArray[Number]:
@@ -142,10 +153,11 @@ class FusedDecoder:
         last_norm: (D,).
         norms: (before the attention, before the MLP) of each layer.
         layers: of each layer, its linears by the names of `LAYER_LINEARS`.
+        kernel: one of `KERNELS`; the fastest by default.
 
     Raises:
-        ValueError: the shape does not fit, or a weight has another; or layers that read the same
-            input round it in different ways.
+        ValueError: the kernel is none of these, the shape does not fit, or a weight has another; or
+            layers that read the same input round it in different ways.
     """
 
     shape: FusedShape
@@ -153,6 +165,7 @@ class FusedDecoder:
     last_norm: Floats
     norms: Sequence[tuple[Floats, Floats]]
     layers: Sequence[Mapping[str, Linear]]
+    kernel: str = FASTEST
     _native: _decoder.Decoder = field(init=False, repr=False)
     _cosines: Floats = field(init=False, repr=False)
     _sines: Floats = field(init=False, repr=False)
@@ -163,6 +176,7 @@ class FusedDecoder:
             raise ValueError(f"the kernel has no panels for {s}")
         checked(self.frequencies, (3, s.head_width // 2))
         self._native = _decoder.Decoder(
+            self.kernel,
             s.width,
             s.inner,
             s.kv_heads,
@@ -172,6 +186,7 @@ class FusedDecoder:
             self.frequencies.argmax(axis=0).astype(np.int32),
             checked(self.last_norm, (s.width,)),
         )
+        in_bytes = KERNELS[self.kernel]
         for norms, linears in zip(self.norms, self.layers, strict=True):
             for name, linear in linears.items():
                 inputs, outputs = self._extents(name)
@@ -182,7 +197,7 @@ class FusedDecoder:
             for readers in (LAYER_LINEARS[:3], LAYER_LINEARS[4:6]):
                 require_one_range([linears[name] for name in readers])
             gate_up = linears["gate_proj"].beside(linears["up_proj"])
-            query, key, value, mix = (linears[name].stored() for name in LAYER_LINEARS[:4])
+            query, key, value, mix = (linears[n].stored(in_bytes) for n in LAYER_LINEARS[:4])
             self._native.add_layer(
                 checked(norms[0], (s.width,)),
                 checked(norms[1], (s.width,)),
@@ -190,8 +205,8 @@ class FusedDecoder:
                 key,
                 value,
                 mix,
-                gate_up.stored(),
-                linears["down_proj"].stored(),
+                gate_up.stored(in_bytes),
+                linears["down_proj"].stored(in_bytes),
             )
         self._turn(FIRST_POSITIONS)
 

@@ -3,7 +3,7 @@
 A package whose decoder is small enough to stay in a processor's cache holds its layers a second
 time, in `decoder.layers`: a segment (see docs/memory-format.md for the container) that
 `meiqa.export.fused` wrote from the very graph beside it. Where the file is missing, as in larger
-or older packages, or the processor lacks the instructions, the graph answers alone.
+or older packages, the graph answers alone.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ from numpy.typing import NDArray
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.errors import PackageCorrupted
-from meiqa.kernels.decoder import (
-    LAYER_LINEARS,
-    FusedDecoder,
-    FusedShape,
-    Linear,
-    fused_decoder_supported,
-)
+from meiqa.kernels.decoder import FASTEST, LAYER_LINEARS, FusedDecoder, FusedShape, Linear
 from meiqa.memory.segment import Segment
 
 LAYERS_FILE = "decoder.layers"
@@ -75,19 +69,22 @@ class FusedSession:
 
 
 def with_fused_layers(
-    graph: GraphSession, package: EnginePackage, threads: int | None
+    graph: GraphSession, package: EnginePackage, threads: int | None, kernel: str = FASTEST
 ) -> GraphSession:
-    """The decoder's session, with the fused kernel where package and processor have it.
+    """The decoder's session, with the fused kernel where the package has layers for it.
+
+    Args:
+        kernel: which of those that run on this processor.
 
     Raises:
         PackageCorrupted: the layers are not those of the package's decoder.
     """
-    if LAYERS_FILE not in package.manifest.files or not fused_decoder_supported():
+    if LAYERS_FILE not in package.manifest.files:
         return graph
     # The manifest's digest of the file was compared when the package was opened.
     segment = Segment.open(package.path / LAYERS_FILE, verify=False)
     try:
-        decoder = decoder_of(segment.arrays, segment.attributes)
+        decoder = decoder_of(segment.arrays, segment.attributes, kernel)
         head = np.asarray(segment.arrays["lm_head"], np.float32)
     except (KeyError, TypeError, ValueError) as error:
         raise PackageCorrupted(
@@ -112,7 +109,9 @@ def with_fused_layers(
     return FusedSession(graph, decoder, head, threads)
 
 
-def decoder_of(arrays: Stored, attributes: Mapping[str, object]) -> FusedDecoder:
+def decoder_of(
+    arrays: Stored, attributes: Mapping[str, object], kernel: str = FASTEST
+) -> FusedDecoder:
     """A decoder from what `meiqa.export.fused` stored.
 
     Raises:
@@ -130,6 +129,7 @@ def decoder_of(arrays: Stored, attributes: Mapping[str, object]) -> FusedDecoder
             for name in names
         ],
         [{n: linear_of(arrays, f"{name}.{n}") for n in LAYER_LINEARS} for name in names],
+        kernel,
     )
 
 

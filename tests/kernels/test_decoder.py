@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from meiqa.kernels.decoder import (
-    LAYER_LINEARS,
-    FusedDecoder,
-    FusedShape,
-    Linear,
-    fused_decoder_supported,
-)
+from meiqa.kernels.decoder import KERNELS, LAYER_LINEARS, FusedDecoder, FusedShape, Linear
 from tests.kernels import naive_decoder
 
 Floats = NDArray[np.float32]
@@ -23,9 +19,7 @@ SHAPE = FusedShape(width=64, inner=80, heads=4, kv_heads=2, head_width=32, epsil
 NARROW = FusedShape(width=32, inner=16, heads=1, kv_heads=1, head_width=32, epsilon=1e-5)
 WIDE = FusedShape(width=96, inner=208, heads=6, kv_heads=2, head_width=64, epsilon=1e-6)
 LAYERS, PLACES = 3, 40
-pytestmark = pytest.mark.skipif(
-    not fused_decoder_supported(), reason="this processor has no AVX-512 with VNNI"
-)
+Drawn = Callable[..., FusedDecoder]
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ class Rows:
         )
 
 
-def drawn_decoder(shape: FusedShape, precision: str, seed: int = 0) -> FusedDecoder:
+def drawn_decoder(kernel: str, shape: FusedShape, precision: str, seed: int = 0) -> FusedDecoder:
     rng = np.random.default_rng(seed)
     queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     extents = {
@@ -101,7 +95,14 @@ def drawn_decoder(shape: FusedShape, precision: str, seed: int = 0) -> FusedDeco
         normal(shape.width),
         [(1 + 0.2 * normal(shape.width), 1 + 0.2 * normal(shape.width)) for _ in range(LAYERS)],
         [{name: linear(name) for name in LAYER_LINEARS} for _ in range(LAYERS)],
+        kernel,
     )
+
+
+@pytest.fixture(params=KERNELS)
+def drawn(request: pytest.FixtureRequest) -> Drawn:
+    """Draw decoders for each kernel that runs here."""
+    return partial(drawn_decoder, request.param)
 
 
 def rounded(linear: Linear, input_scale: float, input_zero: int) -> Linear:
@@ -134,17 +135,17 @@ def drawn_rows(shape: FusedShape, steps: list[int], lengths: list[int], seed: in
     [([1], [0]), ([1], [1]), ([3, 14, 15, 7], [33]), ([31, 1, 29], [0, 16, 47]), ([97], [3])],
 )
 def test_agrees_with_the_naive_twin(
-    shape: FusedShape, steps: list[int], lengths: list[int]
+    shape: FusedShape, steps: list[int], lengths: list[int], drawn: Drawn
 ) -> None:
-    decoder = drawn_decoder(shape, "fp32")
+    decoder = drawn(shape, "fp32")
     rows = drawn_rows(shape, steps, lengths)
     np.testing.assert_allclose(rows.run(decoder), rows.twins(decoder), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("precision", ["int8", "mixed"])
 @pytest.mark.parametrize("shape", [SHAPE, WIDE])
-def test_bytes_agree_with_the_naive_twin(shape: FusedShape, precision: str) -> None:
-    decoder = drawn_decoder(shape, precision)
+def test_bytes_agree_with_the_naive_twin(shape: FusedShape, precision: str, drawn: Drawn) -> None:
+    decoder = drawn(shape, precision)
     if precision == "mixed":
         # A pair that is read in turns multiplies bytes only if both do.
         layers = [dict(layer, gate_proj=layer["gate_proj"].in_floats()) for layer in decoder.layers]
@@ -157,14 +158,16 @@ def test_bytes_agree_with_the_naive_twin(shape: FusedShape, precision: str) -> N
     difference = np.abs(found - wanted)
     assert np.median(difference) < 1e-3
     assert difference.max() < 0.15
-    exact = rows.twins(drawn_decoder(shape, "fp32"))
+    exact = rows.twins(drawn(shape, "fp32"))
     assert np.median(np.abs(wanted - exact)) > 10 * np.median(difference)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("lengths", [[21], [21, 0, 40, 5, 5, 33, 8]])
-def test_a_row_is_the_same_alone_and_in_any_company(precision: str, lengths: list[int]) -> None:
-    decoder = drawn_decoder(SHAPE, precision)
+def test_a_row_is_the_same_alone_and_in_any_company(
+    precision: str, lengths: list[int], drawn: Drawn
+) -> None:
+    decoder = drawn(SHAPE, precision)
     rows = drawn_rows(SHAPE, [9, 20, 1, 14, 30, 2, 16], lengths)
     together = rows.run(decoder)
     for threads in (2, 3, 16):
@@ -173,24 +176,24 @@ def test_a_row_is_the_same_alone_and_in_any_company(precision: str, lengths: lis
         np.testing.assert_array_equal(rows.only(row).run(decoder)[0], together[row])
 
 
-def test_positions_beyond_the_first_table() -> None:
-    decoder = drawn_decoder(SHAPE, "fp32")
+def test_positions_beyond_the_first_table(drawn: Drawn) -> None:
+    decoder = drawn(SHAPE, "fp32")
     rows = drawn_rows(SHAPE, [5], [4])
     far = replace(rows, positions=rows.positions + 700)
     np.testing.assert_allclose(far.run(decoder), far.twins(decoder), atol=1e-3, rtol=0)
     assert np.abs(far.run(decoder) - rows.run(decoder)).max() > 1e-2
 
 
-def test_no_rows_no_states() -> None:
+def test_no_rows_no_states(drawn: Drawn) -> None:
     rows = drawn_rows(SHAPE, [2], [3])
     none = replace(
         rows, embeds=rows.embeds[:0], positions=rows.positions[:, :0], steps=rows.steps[:0]
     )
-    assert none.run(drawn_decoder(SHAPE, "fp32")).shape == (0, SHAPE.width)
+    assert none.run(drawn(SHAPE, "fp32")).shape == (0, SHAPE.width)
 
 
-def test_what_is_not_a_number_stays_in_its_row() -> None:
-    decoder = drawn_decoder(SHAPE, "fp32")
+def test_what_is_not_a_number_stays_in_its_row(drawn: Drawn) -> None:
+    decoder = drawn(SHAPE, "fp32")
     rows = drawn_rows(SHAPE, [4, 4, 4], [6])
     sound = rows.run(decoder)
     rows.embeds[1, 2] = np.nan
@@ -210,22 +213,26 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
         ({"embeds": np.zeros((2, 4, 48), np.float32)}, "should have"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
+def test_what_does_not_fit_is_refused(
+    change: dict[str, object], message: str, drawn: Drawn
+) -> None:
     rows = replace(drawn_rows(SHAPE, [4, 2], [3]), **change)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
-        rows.run(drawn_decoder(SHAPE, "fp32"))
+        rows.run(drawn(SHAPE, "fp32"))
 
 
-def test_a_shape_without_panels_is_refused() -> None:
+def test_a_shape_without_panels_is_refused(drawn: Drawn) -> None:
     assert not replace(SHAPE, head_width=24).fits
     with pytest.raises(ValueError, match="no panels"):
-        drawn_decoder(replace(SHAPE, head_width=24), "fp32")
+        drawn(replace(SHAPE, head_width=24), "fp32")
 
 
 @pytest.mark.parametrize("shape", [SHAPE, NARROW, WIDE])
 @pytest.mark.parametrize("steps", [[1], [3, 14, 15], [97]])
-def test_what_is_read_agrees_with_the_naive_twin(shape: FusedShape, steps: list[int]) -> None:
-    decoder = drawn_decoder(shape, "fp32")
+def test_what_is_read_agrees_with_the_naive_twin(
+    shape: FusedShape, steps: list[int], drawn: Drawn
+) -> None:
+    decoder = drawn(shape, "fp32")
     rows = drawn_rows(shape, steps, [0] * len(steps))
     found = decoder.keys_and_values(rows.embeds, rows.positions, rows.steps, 2)
     nothing = np.zeros((LAYERS, 2, shape.kv_heads, 0, shape.head_width), np.float32)
@@ -237,8 +244,10 @@ def test_what_is_read_agrees_with_the_naive_twin(shape: FusedShape, steps: list[
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "mixed"])
-def test_a_prefix_that_was_read_is_continued_as_if_it_stood_there(precision: str) -> None:
-    decoder = drawn_decoder(SHAPE, precision)
+def test_a_prefix_that_was_read_is_continued_as_if_it_stood_there(
+    precision: str, drawn: Drawn
+) -> None:
+    decoder = drawn(SHAPE, precision)
     whole = drawn_rows(SHAPE, [40], [0])
     first = np.array([23])
     prefixes = decoder.keys_and_values(whole.embeds[:, :23], whole.positions[:, :, :23], first, 1)
@@ -246,16 +255,16 @@ def test_a_prefix_that_was_read_is_continued_as_if_it_stood_there(precision: str
     np.testing.assert_allclose(rest.run(decoder), whole.run(decoder), atol=1e-5, rtol=0)
 
 
-def test_nothing_is_read_of_no_rows() -> None:
-    decoder = drawn_decoder(SHAPE, "fp32")
+def test_nothing_is_read_of_no_rows(drawn: Drawn) -> None:
+    decoder = drawn(SHAPE, "fp32")
     rows = drawn_rows(SHAPE, [3], [0])
     nothing = decoder.keys_and_values(rows.embeds[:0], rows.positions[:, :0], rows.steps[:0], 1)
     assert nothing == []
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_many_callers_at_once_get_their_own_answers(threads: int) -> None:
-    decoder = drawn_decoder(SHAPE, "int8")
+def test_many_callers_at_once_get_their_own_answers(threads: int, drawn: Drawn) -> None:
+    decoder = drawn(SHAPE, "int8")
     rows = drawn_rows(SHAPE, [9, 20, 31, 4, 17], [5, 0, 40, 12, 3])
     wanted = rows.run(decoder, 1)
     with ThreadPoolExecutor(4) as callers:
