@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,14 @@ from tests.engine.samples import SIZES, build_anchors, picture
 
 if TYPE_CHECKING:
     from meiqa.engine.package import EnginePackage
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what can be computed again apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEIQA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

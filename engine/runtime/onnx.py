@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from meiqa.engine.package import EnginePackage, Graph, check_device
 from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.engine.runtime.fused import with_fused_layers
+from meiqa.engine.runtime.optimised import LARGEST_BYTES, KeptGraph, processor
 from meiqa.errors import DeviceUnavailable, PackageCorrupted
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -22,26 +24,32 @@ UNWANTED_OPTIMIZERS = ["WeightBiasQuantization"]
 export measured that the layer needs more: a depthwise convolution loses a third of its signal."""
 
 
-class OnnxSession:
-    """A graph in ONNX Runtime on the device that was asked for, never on another."""
+LOG = logging.getLogger(__name__)
+_STATE = onnxruntime.capi.onnxruntime_pybind11_state
+UNLOADABLE = (_STATE.Fail, _STATE.InvalidArgument, _STATE.InvalidProtobuf, _STATE.InvalidGraph)
+"""What ONNX Runtime raises for a file that holds no graph of its own."""
 
-    def __init__(self, folder: Path, graph: Graph, device: str, threads: int | None) -> None:
+
+class OnnxSession:
+    """A graph in ONNX Runtime on the device that was asked for, never on another.
+
+    Args:
+        kept: where the optimised graph is kept for later processes, if it is.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        graph: Graph,
+        device: str,
+        threads: int | None,
+        kept: KeptGraph | None = None,
+    ) -> None:
         path = folder / graph.file
         provider = PROVIDERS[device]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
         try:
-            self._session = onnxruntime.InferenceSession(
-                path, options, providers=[provider], disabled_optimizers=UNWANTED_OPTIMIZERS
-            )
-        except (
-            onnxruntime.capi.onnxruntime_pybind11_state.Fail,
-            onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument,
-            onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf,
-            onnxruntime.capi.onnxruntime_pybind11_state.InvalidGraph,
-        ) as error:
+            self._session = opened_session(path, provider, threads, kept)
+        except UNLOADABLE as error:
             raise PackageCorrupted(
                 f"ONNX Runtime can't load {path}",
                 seen=str(error).splitlines()[0],
@@ -59,6 +67,83 @@ class OnnxSession:
         return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
 
 
+def session_options(threads: int | None) -> onnxruntime.SessionOptions:
+    """Options of every session."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def opened_session(
+    path: Path, provider: str, threads: int | None, kept: KeptGraph | None
+) -> onnxruntime.InferenceSession:
+    """A session of a graph: as it was optimised before, if it was kept; otherwise kept now."""
+    if kept is not None:
+        session = from_kept(kept, threads) or optimised_and_kept(path, threads, kept)
+        if session is not None:
+            return session
+    return onnxruntime.InferenceSession(
+        path,
+        session_options(threads),
+        providers=[provider],
+        disabled_optimizers=UNWANTED_OPTIMIZERS,
+    )
+
+
+def from_kept(kept: KeptGraph, threads: int | None) -> onnxruntime.InferenceSession | None:
+    """A session of a graph that was optimised before; None if there is none."""
+    graph = kept.read()
+    if graph is None:
+        return None
+    options = session_options(threads)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=[PROVIDERS["cpu"]])
+    except UNLOADABLE as error:
+        LOG.warning("%s is optimised anew: %s", kept.path, str(error).splitlines()[0])
+        return None
+
+
+def optimised_and_kept(
+    path: Path, threads: int | None, kept: KeptGraph
+) -> onnxruntime.InferenceSession | None:
+    """A session of a graph that is optimised now, and kept; None where that can't be done."""
+    unfinished = kept.begin()
+    if unfinished is None:
+        return None
+    options = session_options(threads)
+    options.optimized_model_filepath = str(unfinished)
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    try:
+        session = onnxruntime.InferenceSession(
+            path,
+            options,
+            providers=[PROVIDERS["cpu"]],
+            disabled_optimizers=UNWANTED_OPTIMIZERS,
+        )
+        kept.keep(unfinished)
+    except UNLOADABLE as error:  # the graph's own fault shows again without writing
+        LOG.debug("%s is not kept: %s", kept.path, error)
+        return None
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return session
+
+
+def kept_graph(package: EnginePackage, name: str) -> KeptGraph | None:
+    """Where a package's graph is kept once it is optimised for this CPU; None if it is large."""
+    graph = package.path / package.manifest.graphs[name].file
+    stored = [file.stat() for file in sorted(graph.parent.glob(f"{graph.name}*"))]
+    if sum(each.st_size for each in stored) > LARGEST_BYTES:
+        return None
+    # Files that are not what the digest says, in a package that was not verified, are others.
+    files = [f"{each.st_size} {each.st_mtime_ns}" for each in stored]
+    versions = (onnxruntime.__version__, *UNWANTED_OPTIMIZERS, processor())
+    return KeptGraph((package.digest, name, *files, *versions))
+
+
 def open_sessions(
     package: EnginePackage, device: str, threads: int | None
 ) -> tuple[GraphSession, GraphSession]:
@@ -74,9 +159,10 @@ def open_sessions(
         raise missing_device(device)
 
     def opened(name: str) -> OnnxSession:
-        return OnnxSession(package.path, package.manifest.graphs[name], device, threads)
+        kept = kept_graph(package, name) if device == "cpu" else None
+        return OnnxSession(package.path, package.manifest.graphs[name], device, threads, kept)
 
-    # Each is optimised by one thread, which takes longer than all else that opening does.
+    # The first time each is optimised by one thread, which takes longer than the rest of opening.
     with ThreadPoolExecutor(1) as beside:
         pending = beside.submit(opened, "decoder")
         vision, decoder = opened("vision"), pending.result()
