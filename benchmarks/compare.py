@@ -9,7 +9,7 @@ prints how often each way to them fits into the time of the fastest:
   the second picture, is kept once and repeated for the rows that continue it; those of the
   neighbours are kept as a batch and cropped after use.
   Rows are taken 8, or all K, at a time, whichever is faster.
-* fp32, int8: this engine in waves as it asks them; the prefixes are there, as after scoring the
+* fp32, int8: this engine as it asks; the prefixes are there, as after scoring the
   photo and in a warm cache, for it as for transformers' cache.
 * no_reuse: the fp32 engine reads every pair from its first token.
 
@@ -48,7 +48,7 @@ from meiqa.engine.prompts import MEIQA, PromptFamily, layout
 from meiqa.engine.runtime.base import RowSession
 from meiqa.engine.runtime.fused import with_fused_layers
 from meiqa.engine.runtime.onnx import OnnxSession, open_sessions
-from meiqa.engine.vlm import LocalVlm, Prefix, Row, VisualTokens, padded
+from meiqa.engine.vlm import ROWS_BY_THEMSELVES, LocalVlm, Prefix, Row, VisualTokens, padded
 from meiqa.errors import MeiqaError, UsageError
 from meiqa.kernels.decoder import FASTEST, KERNELS
 from meiqa.locations import embedded_assets
@@ -95,14 +95,11 @@ class Asked:
         photo, *neighbours = vlm.read(pictures)
         return cls(vlm, photo, neighbours)
 
-    def in_waves(self) -> Answers:
+    def answers(self) -> Answers:
         """(2 K,) by how much the first picture is ahead: the photo first, then second."""
-        waves = [self.neighbours[at : at + WAVE] for at in range(0, len(self.neighbours), WAVE)]
-        shown_first, shown_second = [], []
-        for wave in waves:
-            shown_first.append(self.vlm.prefer_first([self.photo], [n.tokens for n in wave]))
-            shown_second.append(self.vlm.prefer_first(wave, [self.photo.tokens] * len(wave)))
-        return np.concatenate([*shown_first, *shown_second])
+        shown_first = self.vlm.prefer_first([self.photo], [n.tokens for n in self.neighbours])
+        photos = [self.photo.tokens] * len(self.neighbours)
+        return np.concatenate([shown_first, self.vlm.prefer_first(self.neighbours, photos)])
 
     def pairs(self) -> list[tuple[Prefix, Prefix]]:
         """First and second picture of all answers."""
@@ -145,7 +142,7 @@ def whole_prompt(vlm: LocalVlm, first: VisualTokens, second: VisualTokens) -> Ro
 
 
 def without_reuse(asked: Asked, decoder: RowSession | OnnxSession) -> Callable[[], Answers]:
-    """The engine, a wave of whole prompts at a time."""
+    """The engine, as many whole prompts at a time as it takes."""
     rows, shape = asked.prompts(), asked.vlm.shape
     nothing = np.zeros((shape.layers, 2, shape.kv_heads, 0, shape.head_dim), np.float32)
 
@@ -169,7 +166,8 @@ def without_reuse(asked: Asked, decoder: RowSession | OnnxSession) -> Callable[[
         return made["logits"][:, 0, 0]
 
     def answers() -> Answers:
-        parts = [rows[at : at + WAVE] for at in range(0, len(rows), WAVE)]
+        most = ROWS_BY_THEMSELVES if isinstance(decoder, RowSession) else WAVE
+        parts = [rows[at : at + most] for at in range(0, len(rows), most)]
         return asked.from_logits(np.concatenate([logits(part) for part in parts]))
 
     return answers
@@ -301,14 +299,14 @@ def _measured(
     for precision, package in packages.items():
         vision, decoder = open_sessions(package, "cpu", threads)
         asked[precision] = Asked.of(LocalVlm(package, vision, decoder), pictures)
-        ways[precision] = asked[precision].in_waves
+        ways[precision] = asked[precision].answers
         graph = OnnxSession(package.path, package.manifest.graphs["decoder"], "cpu", threads)
         if isinstance(decoder, RowSession):
             others = {k: with_fused_layers(graph, package, threads, k) for k in KERNELS}
             del others[FASTEST]
             for name, session in {**others, "graph": graph}.items():
                 by_other = Asked.of(LocalVlm(package, vision, session), pictures)
-                ways[f"{name}_{precision}"] = by_other.in_waves
+                ways[f"{name}_{precision}"] = by_other.answers
         if precision == "fp32":
             rows = decoder if isinstance(decoder, RowSession) else graph
             ways["no_reuse"] = without_reuse(asked[precision], rows)
@@ -345,7 +343,7 @@ def _measured(
             **{"neighbours": neighbours, "answers": 2 * neighbours, "threads": threads},
             "visual_tokens": GRID[0] * GRID[1],
             "prefix_tokens": exact.shared(exact.photo),
-            **{"suffix_tokens": len(exact.suffixes()[0].embeds), "wave": WAVE},
+            **{"suffix_tokens": len(exact.suffixes()[0].embeds)},
             **{"rounds": rounds, "warm_up": WARM_UP, "seed": seed},
             "fused": "graph_fp32" in ways,
         },
@@ -414,6 +412,7 @@ def gemm_ways(threads: int) -> dict[str, Callable[[], object]]:
         model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )

@@ -19,6 +19,9 @@ def times_in_turns_ms(
 ) -> dict[str, list[float]]:
     """Time several ways to do the same, in turns, so that a busy machine slows all of them.
 
+    Before each call that counts the way is called once more: the processor's caches and its threads
+    are then its own, not those of the way before it.
+
     Args:
         ways: What is called, by name.
         rounds: How often each is called; the slow ones less often, spread over the run.
@@ -33,6 +36,7 @@ def times_in_turns_ms(
     for turn in range(most):
         for name, way in ways.items():
             if turn * rounds[name] // most < (turn + 1) * rounds[name] // most:
+                way()
                 began = time.perf_counter()
                 way()
                 times[name].append(1e3 * (time.perf_counter() - began))

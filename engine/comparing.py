@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.caches import ByteLru, ContentKey
-from meiqa.engine.vlm import ROWS_PER_CALL, Prefix, VisualTokens, Vlm
+from meiqa.engine.vlm import ROWS_BY_THEMSELVES, ROWS_PER_CALL, Prefix, VisualTokens, Vlm
 from meiqa.memory import Case
 
 WAVE = ROWS_PER_CALL
@@ -80,7 +80,7 @@ class Comparer:
 
         Args:
             next_wave: given the preferences so far, (K,) with NaN where nothing was asked, says
-                whom to ask about next: at most `WAVE` indices, none to stop.
+                whom to ask about next, none to stop.
         """
         logits = np.full((len(neighbours), 2), np.nan)
         asked = reused = 0
@@ -129,8 +129,8 @@ class Comparer:
 
 
 def all_in_order(preferences: NDArray[np.float64]) -> NDArray[np.intp]:
-    """The next wave where everybody is asked about, as they come."""
-    return np.flatnonzero(np.isnan(preferences))[:WAVE]
+    """The next wave where everybody is asked about, as they come: as many as a call takes."""
+    return np.flatnonzero(np.isnan(preferences))[:ROWS_BY_THEMSELVES]
 
 
 def preferences_of(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
