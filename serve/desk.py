@@ -302,8 +302,11 @@ class Desk:
     def _finish(self, number: int, work: _Work, result: object) -> None:
         try:
             result = self._noted(number, work, result)
-        finally:  # whatever becomes of the books, who waits is answered
-            work.settle(result)
+        except (
+            Exception
+        ):  # whatever becomes of the books: who waits is answered, the engine goes on
+            LOG.exception("an answer could not be entered into the books")
+        work.settle(result)
 
     def _noted(self, number: int, work: _Work, result: object) -> object:
         """Enter a result into the books, and give it with the time it waited."""

@@ -61,12 +61,12 @@ class Recipe:
     """
 
     patterns: int = 1024
-    minutes: float = 6.0
-    steps: int = 4000
+    minutes: float = 40.0
+    steps: int = 3500
     views: int = 6
-    versions: int = 10
+    versions: int = 8
     crops: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     votes_rate: float = 5.0
     weight_decay: float = 0.01
     whole_share: float = 0.2

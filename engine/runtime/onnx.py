@@ -30,6 +30,10 @@ UNLOADABLE = (_STATE.Fail, _STATE.InvalidArgument, _STATE.InvalidProtobuf, _STAT
 """What ONNX Runtime raises for a file that holds no graph of its own."""
 
 
+SPIN_US = "100"
+"""How long a thread without work looks for some before it sleeps: from one node to the next."""
+
+
 class OnnxSession:
     """A graph in ONNX Runtime on the device that was asked for, never on another.
 
@@ -70,12 +74,13 @@ class OnnxSession:
 def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     """Options of every session.
 
-    Threads of a session go on spinning after it has answered, in the way of the other session's
-    and of the kernels' threads, unless they are told not to: that took a third of a photo's time.
+    Threads of a session spin for a while when they are made and after each answer, in the way of
+    the other session's and of the kernels' threads: that took a third of a photo's time.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
     if threads is not None:
         options.intra_op_num_threads = threads
     return options

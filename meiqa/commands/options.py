@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,17 +33,32 @@ def open_engine(
     **policies: Any,
 ) -> Engine:
     """Open the engine of a command; the one place where the command line meets the engine."""
-    from meiqa.engine.pipeline import Engine
+    with made_to_stay():
+        from meiqa.engine.pipeline import Engine
 
-    return Engine.open(
-        package,
-        memory,
-        device=device,
-        threads=threads,
-        verify=verify,
-        learn=learn,
-        **policies,
-    )
+        return Engine.open(
+            package,
+            memory,
+            device=device,
+            threads=threads,
+            verify=verify,
+            learn=learn,
+            **policies,
+        )
+
+
+@contextmanager
+def made_to_stay() -> Iterator[None]:
+    """Import and open what a command needs to its end, never looked through for garbage.
+
+    That would take a sixth of a cold score: again and again while it is made, and once at the end.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def engine_of(options: argparse.Namespace, *, learn: bool = False) -> Engine:

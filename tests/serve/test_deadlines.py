@@ -168,6 +168,26 @@ def test_a_photo_that_cannot_be_judged_fails_alone() -> None:
     asyncio.run(check())
 
 
+def test_who_waits_is_answered_whatever_becomes_of_the_books(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(self: Metrics, result: Assessment) -> None:
+        raise ValueError("no such label")
+
+    async def check() -> None:
+        async with opened() as (desk, _):
+            monkeypatch.setattr(Metrics, "assessed", failing)
+            found = await asyncio.gather(*(timed(desk, 5000) for _ in range(3)))
+            assert [type(result) for result, _ in found] == [Assessment] * 3
+            assert caplog.text.count("could not be entered into the books") == 3
+            monkeypatch.undo()
+            result, _ = await timed(desk, 5000)
+            assert isinstance(result, Assessment)
+            assert "queue" in result.timings_ms  # the books are kept again
+
+    asyncio.run(check())
+
+
 def test_who_goes_away_is_not_worked_for() -> None:
     async def check() -> None:
         async with opened() as (desk, sleeper):
