@@ -143,13 +143,13 @@ def whole_prompt(vlm: LocalVlm, first: VisualTokens, second: VisualTokens) -> Ro
 
 def without_reuse(asked: Asked, decoder: RowSession | OnnxSession) -> Callable[[], Answers]:
     """The engine, as many whole prompts at a time as it takes."""
-    rows, shape = asked.prompts(), asked.vlm.shape
+    rows, shape, verdicts = asked.prompts(), asked.vlm.shape, asked.vlm.prompts.verdict_ids
     nothing = np.zeros((shape.layers, 2, shape.kv_heads, 0, shape.head_dim), np.float32)
 
     def logits(part: Sequence[Row]) -> Floats:
         embeds, positions, steps = padded(part)
         if isinstance(decoder, RowSession):
-            return decoder.last_logits(embeds, positions, steps, [nothing], range(shape.vocab_size))
+            return decoder.last_logits(embeds, positions, steps, [nothing], verdicts)
         count = len(part)
         past = np.zeros((shape.layers, 2, count, shape.kv_heads, 1, 0, shape.head_dim), np.float32)
         made = decoder.run(
@@ -163,12 +163,14 @@ def without_reuse(asked: Asked, decoder: RowSession | OnnxSession) -> Callable[[
                 "logit_positions": (steps - 1)[:, None, None],
             }
         )
-        return made["logits"][:, 0, 0]
+        return made["logits"][:, 0, 0][:, list(verdicts)]
 
     def answers() -> Answers:
         most = ROWS_BY_THEMSELVES if isinstance(decoder, RowSession) else WAVE
         parts = [rows[at : at + most] for at in range(0, len(rows), most)]
-        return asked.from_logits(np.concatenate([logits(part) for part in parts]))
+        first, second = np.concatenate([logits(part) for part in parts]).astype(np.float64).T
+        ahead: Answers = first - second
+        return ahead
 
     return answers
 

@@ -16,10 +16,11 @@ NOT_NEEDED = {
     *("importlib.metadata", "email", "PIL.TiffImagePlugin", "numpy.ma"),
 }
 PROBE = """
-import sys
+import gc, sys
 from meiqa.cli import main
 code = main(sys.argv[1:])
 print(*sorted(sys.modules.keys() & set({names!r})), file=sys.stderr)
+print("collecting again:", gc.isenabled() and gc.get_freeze_count() > 10_000)
 sys.exit(code)
 """
 
@@ -38,3 +39,4 @@ def test_a_cold_score_imports_nothing_that_it_does_not_need(tmp_path: Path) -> N
     assert run.returncode == 0, run.stderr
     assert run.stderr.strip() == ""
     assert "compared" in run.stdout
+    assert run.stdout.endswith("collecting again: True\n")
