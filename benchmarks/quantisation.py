@@ -23,7 +23,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from meiqa.benchmarks.accuracy import evaluate
-from meiqa.engine.package import Calibration, EnginePackage
+from meiqa.engine.manifest import Calibration
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine, sessions_on
 from meiqa.engine.remembering import open_memory
 from meiqa.engine.vlm import LocalVlm

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.comparing import Comparer
-from meiqa.engine.package import Calibration
+from meiqa.engine.manifest import Calibration
 from meiqa.engine.ranking import Contestant, ranked
 from meiqa.engine.views import likenesses
 from meiqa.errors import UsageError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meiqa.engine.package import Calibration
+from meiqa.engine.manifest import Calibration
 from meiqa.kernels.thurstone import thurstone_map
 from meiqa.memory import Case
 

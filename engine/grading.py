@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from meiqa.engine.package import Calibration, GradedHead, ScoreHead
+from meiqa.engine.manifest import Calibration, GradedHead, ScoreHead
 from meiqa.errors import UsageError
 from meiqa.kernels.graded import grade_moments, grade_probabilities
 

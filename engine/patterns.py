@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.fusing import Observation, Posterior, joined
-from meiqa.engine.package import EnginePackage, PatternCalibration, PatternGraph
+from meiqa.engine.manifest import PatternCalibration, PatternGraph
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.base import GraphSession
 from meiqa.engine.vlm import Floats, VisualTokens, require_finite
 from meiqa.errors import UsageError

@@ -18,7 +18,8 @@ from meiqa.engine.decoding import Decoding, decode_ahead
 from meiqa.engine.drafting import Draft
 from meiqa.engine.fusing import Posterior, calibrated, fuse, solution
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid, load_pixels, source_name
-from meiqa.engine.package import EnginePackage, ImageProcessing, check_device
+from meiqa.engine.manifest import ImageProcessing
+from meiqa.engine.package import EnginePackage, check_device
 from meiqa.engine.patterns import (
     PatternJudge,
     PatternOpinion,

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.comparing import WAVE, Verdicts
-from meiqa.engine.package import Calibration
+from meiqa.engine.manifest import Calibration
 from meiqa.engine.scoring import Opinion
 from meiqa.engine.vlm import RATING_TOKENS, ROWS_PER_CALL, Vlm
 from meiqa.kernels.thurstone import thurstone_map

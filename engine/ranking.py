@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from meiqa.engine.comparing import Comparer
 from meiqa.engine.fusing import calibrated
-from meiqa.engine.package import Calibration
+from meiqa.engine.manifest import Calibration
 from meiqa.errors import UsageError
 from meiqa.types import Neighbour, RankedPhoto
 

@@ -27,14 +27,8 @@ from meiqa.engine.chat import about_one, about_two, chat, unmarked
 from meiqa.engine.completions import Completion, Completions
 from meiqa.engine.drafting import Draft
 from meiqa.engine.images import ImageSource
-from meiqa.engine.package import (
-    UNCALIBRATED,
-    Calibration,
-    DecoderShape,
-    EnginePackage,
-    ImageProcessing,
-    Manifest,
-)
+from meiqa.engine.manifest import UNCALIBRATED, Calibration, DecoderShape, ImageProcessing, Manifest
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine, Photo
 from meiqa.engine.prompts import VISUALQUALITY_R1, PromptFamily, fault_of
 from meiqa.engine.remembering import open_memory

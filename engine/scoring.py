@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from meiqa.engine.drafting import Draft
 from meiqa.engine.fusing import Observation, joined
 from meiqa.engine.grading import grading_of
-from meiqa.engine.package import Calibration, ScoreHead
+from meiqa.engine.manifest import Calibration, ScoreHead
 from meiqa.engine.vlm import NO_EFFORT, Effort, Floats, Prefix, Vlm
 from meiqa.memory import Regression, token_features
 

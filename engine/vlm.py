@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.drafting import Draft, Proposer
-from meiqa.engine.package import EnginePackage, ImageProcessing
+from meiqa.engine.manifest import ImageProcessing
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import PromptFamily, layout
 from meiqa.engine.runtime.base import Array, GraphSession, RowSession
 from meiqa.errors import AnswerNotFinite

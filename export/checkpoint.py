@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from meiqa.engine.package import DecoderShape, ImageProcessing
+from meiqa.engine.manifest import DecoderShape, ImageProcessing
 from meiqa.errors import PackageCorrupted, PackageNotFound
 from meiqa.export.decoder import DecoderConfig, SharedPrefixDecoder
 from meiqa.export.families import FAMILIES

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from meiqa.engine.package import PATTERNS, EnginePackage, Profile, TensorRtEngine
+from meiqa.engine.manifest import PATTERNS, Profile, TensorRtEngine
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.tensorrt import TensorRt, hull, installed_tensorrts, open_gpu
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, PackageError, UsageError
 from meiqa.export.profiles import Limits, decoder_profiles, pattern_profiles, vision_profiles

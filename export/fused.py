@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from meiqa.engine.package import DecoderShape
+from meiqa.engine.manifest import DecoderShape
 from meiqa.engine.runtime.fused import LAYERS_FILE, FusedSession, decoder_of, floats
 from meiqa.export.decoder import DecoderConfig, axis_frequencies
 from meiqa.export.layers import read

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.func import functional_call
 
-from meiqa.engine.package import DecoderShape, Graph, ImageProcessing, Shape
+from meiqa.engine.manifest import DecoderShape, Graph, ImageProcessing, Shape
 from meiqa.export.decoder import SharedPrefixDecoder
 
 OPSET = 21

@@ -20,18 +20,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from meiqa.engine.images import IMAGE_SUFFIXES, ImageSource, load_pixels
-from meiqa.engine.package import (
+from meiqa.engine.manifest import (
     NEUTRAL_GRADED,
     PRECISIONS,
     UNCALIBRATED,
-    EnginePackage,
     Graph,
     ImageProcessing,
     Manifest,
     check_score_head,
-    file_digest,
-    write_manifest,
 )
+from meiqa.engine.package import EnginePackage, file_digest, write_manifest
 from meiqa.engine.pipeline import fitted_to
 from meiqa.engine.prompts import PromptFamily, Prompts, prompt_family
 from meiqa.engine.runtime.base import GraphSession

@@ -24,14 +24,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional
 
-from meiqa.engine.package import (
-    PATTERNS,
-    EnginePackage,
-    Graph,
-    PatternCalibration,
-    PatternGraph,
-    file_digest,
-)
+from meiqa.engine.manifest import PATTERNS, Graph, PatternCalibration, PatternGraph
+from meiqa.engine.package import EnginePackage, file_digest
 from meiqa.engine.runtime.onnx import OnnxSession
 from meiqa.errors import PackageCorrupted, PackageNotFound, UsageError
 from meiqa.export.commands import run_command

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import isqrt
 
 from meiqa.engine.images import MAX_ASPECT
-from meiqa.engine.package import PATTERNS, EnginePackage, Graph, Profile
+from meiqa.engine.manifest import PATTERNS, Graph, Profile
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.vlm import (
     ANSWER_TOKENS,
     PAST_STEP,

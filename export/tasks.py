@@ -15,7 +15,7 @@ from optimum.utils.input_generators import DummyInputGenerator
 from optimum.utils.normalized_config import NormalizedConfig
 from torch import Tensor
 
-from meiqa.engine.package import Shape
+from meiqa.engine.manifest import Shape
 from meiqa.export.checkpoint import decoder_shape_of
 from meiqa.export.families import FAMILIES
 from meiqa.export.families.base import Family

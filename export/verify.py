@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from meiqa.engine.grading import expected_grade
-from meiqa.engine.package import DecoderShape, ImageProcessing
+from meiqa.engine.manifest import DecoderShape, ImageProcessing
 from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.engine.vlm import LocalVlm, Vlm
 from meiqa.export.graphs import Interface

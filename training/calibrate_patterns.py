@@ -22,7 +22,7 @@ from scipy.optimize import minimize_scalar, nnls
 
 from meiqa.engine.fusing import Z95
 from meiqa.engine.images import load_pixels
-from meiqa.engine.package import IDENTITY, Logistic, PatternCalibration
+from meiqa.engine.manifest import IDENTITY, Logistic, PatternCalibration
 from meiqa.engine.pipeline import Engine
 from meiqa.export.commands import run_command
 from meiqa.export.patterns import TrainedPatterns, add_patterns

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, minimize
 
-from meiqa.engine.package import Logistic
+from meiqa.engine.manifest import Logistic
 
 Floats = NDArray[np.float64]
 

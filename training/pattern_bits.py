@@ -22,7 +22,8 @@ import numpy as np
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from scipy.stats import spearmanr
 
-from meiqa.engine.package import EnginePackage, Graph
+from meiqa.engine.manifest import Graph
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.onnx import OnnxSession
 from meiqa.errors import PackageCorrupted
 from meiqa.export.commands import run_command

@@ -23,7 +23,8 @@ from scipy.stats import rankdata, spearmanr
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meiqa.engine.package import IDENTITY, EnginePackage, PatternCalibration
+from meiqa.engine.manifest import IDENTITY, PatternCalibration
+from meiqa.engine.package import EnginePackage
 from meiqa.export.commands import run_command
 from meiqa.export.patterns import FILE, DistortionPatterns, PatternConfig, TrainedPatterns
 from meiqa.training.checkpoint import load_checkpoint

@@ -11,7 +11,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from meiqa.engine.package import EnginePackage, Graph, check_device
+from meiqa.engine.manifest import Graph
+from meiqa.engine.package import EnginePackage, check_device
 from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.engine.runtime.fused import with_fused_layers
 from meiqa.engine.runtime.optimised import LARGEST_BYTES, KeptGraph, processor

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.package import GRAPHS, PATTERNS, EnginePackage, Profile, TensorRtEngine
+from meiqa.engine.manifest import GRAPHS, PATTERNS, Profile, TensorRtEngine
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.base import Array
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, UsageError
 

@@ -20,7 +20,8 @@ from meiqa.benchmarks.grades import (
     mode_shares,
 )
 from meiqa.benchmarks.screens import KINDS, rungs
-from meiqa.engine.package import NEUTRAL_GRADED, EnginePackage
+from meiqa.engine.manifest import NEUTRAL_GRADED
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
 from meiqa.errors import UsageError
 from tests.engine.samples import picture

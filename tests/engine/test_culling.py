@@ -10,7 +10,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from meiqa.engine.culling import culled, grouped
-from meiqa.engine.package import UNCALIBRATED
+from meiqa.engine.manifest import UNCALIBRATED
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.ranking import Contestant
 from meiqa.engine.views import REACH, SIDE, likenesses, view_of

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meiqa.engine.fusing import Observation, Posterior, fuse, joined
-from meiqa.engine.package import UNCALIBRATED
+from meiqa.engine.manifest import UNCALIBRATED
 from meiqa.memory import Case
 from tests.memory.samples import make_case
 from tests.naive import thurstone_map

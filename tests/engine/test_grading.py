@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meiqa.engine.grading import centred_levels, graded_response, grading_of
-from meiqa.engine.package import (
+from meiqa.engine.manifest import (
     IDENTITY,
     NEUTRAL_GRADED,
     UNCALIBRATED,

@@ -12,14 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meiqa.engine.package import (
-    IDENTITY,
-    UNCALIBRATED,
-    Calibration,
-    EnginePackage,
-    Logistic,
-    Manifest,
-)
+from meiqa.engine.manifest import IDENTITY, UNCALIBRATED, Calibration, Logistic, Manifest
+from meiqa.engine.package import EnginePackage
 from meiqa.errors import PackageCorrupted, PackageError, PackageNotFound, SchemaUnsupported
 
 FILES = (

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from meiqa.engine.package import PATTERNS, EnginePackage
+from meiqa.engine.manifest import PATTERNS
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.patterns import PatternOpinion, interpolated
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.reference import painted, write_map

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from meiqa.engine.package import UNCALIBRATED
+from meiqa.engine.manifest import UNCALIBRATED
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.ranking import Contestant, Verdict, order_of, ranked, solved
 from meiqa.errors import UsageError

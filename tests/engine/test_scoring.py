@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from meiqa.engine.drafting import Draft
 from meiqa.engine.grading import expected_grade
-from meiqa.engine.package import UNCALIBRATED, Logistic
+from meiqa.engine.manifest import UNCALIBRATED, Logistic
 from meiqa.engine.scoring import first_opinion, informed
 from meiqa.engine.vlm import Description, Prefix, VisualTokens, Vlm
 from meiqa.memory import Regression

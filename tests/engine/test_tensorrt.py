@@ -19,7 +19,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from meiqa.engine.package import EnginePackage, Profile, TensorRtEngine
+from meiqa.engine.manifest import Profile, TensorRtEngine
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime import tensorrt
 from meiqa.engine.runtime.onnx import OnnxSession, open_sessions
 from meiqa.engine.runtime.tensorrt import (

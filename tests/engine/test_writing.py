@@ -12,7 +12,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from meiqa.engine.drafting import Draft
-from meiqa.engine.package import DecoderShape, EnginePackage
+from meiqa.engine.manifest import DecoderShape
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import FAMILIES, MEIQA, PromptFamily, Prompts, layout
 from meiqa.engine.runtime.base import Array
 from meiqa.engine.runtime.onnx import open_sessions

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from meiqa.engine.package import IDENTITY, EnginePackage, PatternCalibration
+from meiqa.engine.manifest import IDENTITY, PatternCalibration
+from meiqa.engine.package import EnginePackage
 
 if TYPE_CHECKING:
     from meiqa.export.patterns import TrainedPatterns

@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from meiqa.engine.package import DecoderShape, EnginePackage
+from meiqa.engine.manifest import DecoderShape
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.base import GraphSession
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.export.checkpoint import Checkpoint

@@ -11,7 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from meiqa.engine.package import PATTERNS, EnginePackage, TensorRtEngine
+from meiqa.engine.manifest import PATTERNS, TensorRtEngine
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.onnx import OnnxSession
 from meiqa.errors import PackageCorrupted, PackageNotFound, UsageError
 from meiqa.export.package import Export

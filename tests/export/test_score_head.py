@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from meiqa.engine.package import NEUTRAL_GRADED
+from meiqa.engine.manifest import NEUTRAL_GRADED
 from meiqa.errors import UsageError
 from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.package import Export, ExportOptions

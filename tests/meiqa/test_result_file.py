@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from meiqa import cli
-from meiqa.engine.package import UNCALIBRATED
+from meiqa.engine.manifest import UNCALIBRATED
 from meiqa.errors import DecodeError, OutputUnwritable, UsageError
 from meiqa.result_file import ResultFile, RowFormat
 from meiqa.types import Assessment, Failure
@@ -322,7 +322,7 @@ import sys, time
 from types import SimpleNamespace
 from meiqa import cli
 from meiqa.commands import options
-from meiqa.engine.package import UNCALIBRATED
+from meiqa.engine.manifest import (UNCALIBRATED)
 from tests.meiqa.conftest import BrightnessEngine
 
 engine = BrightnessEngine()
