@@ -27,9 +27,9 @@ from meiqa.benchmarks.screens import KINDS, rungs
 from meiqa.benchmarks.tables import Column, table_text
 from meiqa.engine.fusing import Z95
 from meiqa.engine.images import ImageSource, load_pixels
+from meiqa.engine.judging import fitted_to
 from meiqa.engine.manifest import SCORE_HEADS, ScoreHead
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import fitted_to
 from meiqa.engine.scoring import Opinion, first_opinion, informed
 from meiqa.engine.vlm import Description, Prefix, Vlm
 from meiqa.errors import UsageError

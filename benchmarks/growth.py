@@ -38,7 +38,7 @@ _NO_SITE = ("-S",) if sys.flags.no_site else ()  # a child starts as this interp
 _PEAK = """
 import resource, sys
 from pathlib import Path
-from meiqa.engine.pipeline import Engine
+from meiqa.engine.pipeline import (Engine)
 from meiqa.types import Assessment
 with Engine.open(memory=sys.argv[2], learn=False) as engine:
     photos = sorted(Path(sys.argv[1]).iterdir())[: int(sys.argv[3])]

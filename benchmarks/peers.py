@@ -23,7 +23,7 @@ from meiqa.benchmarks.naturalness import Brisque, Niqe, luminance
 from meiqa.benchmarks.regressor import features_of
 from meiqa.benchmarks.tables import Column, table_text
 from meiqa.engine.images import load_pixels
-from meiqa.engine.pipeline import fitted_to
+from meiqa.engine.judging import fitted_to
 from meiqa.engine.vlm import Vlm
 from meiqa.errors import ImageTooSmall
 from meiqa.memory import Regression

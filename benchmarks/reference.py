@@ -38,9 +38,10 @@ from meiqa.benchmarks.metrics import srcc
 from meiqa.benchmarks.similarity import METRICS, similarities
 from meiqa.benchmarks.tables import Column, table_text
 from meiqa.engine.images import load_pixels
+from meiqa.engine.judging import fitted_to
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.patterns import PatternJudge, PatternOpinion, opened_patterns, required
-from meiqa.engine.pipeline import fitted_to, sessions_on
+from meiqa.engine.runtime.sessions import sessions_on
 from meiqa.engine.vlm import LocalVlm, VisualTokens
 from meiqa.locations import embedded_assets
 

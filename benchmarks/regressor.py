@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from meiqa.benchmarks.accuracy import photos_of
 from meiqa.engine.images import load_pixels
-from meiqa.engine.pipeline import fitted_to
+from meiqa.engine.judging import fitted_to
 from meiqa.engine.vlm import Vlm
 from meiqa.errors import UsageError
 from meiqa.labels import LabelTable

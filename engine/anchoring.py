@@ -10,8 +10,8 @@ from typing import Protocol
 from PIL import Image
 
 from meiqa.engine.images import Pixels, load_pixels
+from meiqa.engine.judging import fitted_to
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import fitted_to
 from meiqa.engine.vlm import Vlm
 from meiqa.errors import ImageError, PackageCorrupted
 from meiqa.labels import LabelTable

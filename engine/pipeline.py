@@ -1,25 +1,32 @@
-"""The way of a photo: decode, encode, read, describe, retrieve, compare, fuse, reflect."""
+"""The engine: photos are judged, seen by the patterns, learned from; compared, ranked, culled."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from numpy.typing import NDArray
 
-from meiqa.engine.caches import ByteLru, CacheState, ContentKey
-from meiqa.engine.comparing import WAVE, Comparer, Verdicts, all_in_order, preferences_of
+from meiqa.engine.caches import CacheState
+from meiqa.engine.comparing import preferences_of
 from meiqa.engine.culling import ALIKE, culled, require_cosine
 from meiqa.engine.decoding import Decoding, decode_ahead
-from meiqa.engine.drafting import Draft
-from meiqa.engine.fusing import Posterior, calibrated, fuse, solution
-from meiqa.engine.images import ImageSource, Pixels, fit_to_grid, load_pixels, source_name
-from meiqa.engine.manifest import ImageProcessing
-from meiqa.engine.package import EnginePackage, check_device
+from meiqa.engine.fusing import Posterior
+from meiqa.engine.images import ImageSource, load_pixels, source_name
+from meiqa.engine.judging import (
+    UNBOUNDED,
+    Judgement,
+    Photo,
+    PhotoJudge,
+    as_neighbours,
+    contestant,
+    degradations,
+    fitted_to,
+)
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.patterns import (
     PatternJudge,
     PatternOpinion,
@@ -33,22 +40,17 @@ from meiqa.engine.planning import (
     Plan,
     Stopwatch,
     costs_file,
-    measure_costs,
-    most_telling,
     observe_costs,
-    plan_work,
-    read_costs,
     write_costs,
 )
 from meiqa.engine.ranking import RIVALS, Contestant, ranked, require_even
 from meiqa.engine.reference import ReferencePhoto
 from meiqa.engine.reflecting import gate_opens, learned_case, reflect
 from meiqa.engine.remembering import open_memory
-from meiqa.engine.runtime.base import GraphSession
-from meiqa.engine.scoring import Opinion, first_opinion, informed
-from meiqa.engine.views import view_of
-from meiqa.engine.vlm import Floats, LocalVlm, Prefix, VisualTokens, Vlm
-from meiqa.errors import ImageError, ImageTooSmall, StoreError, UsageError
+from meiqa.engine.runtime.sessions import sessions_on
+from meiqa.engine.scoring import Opinion
+from meiqa.engine.vlm import Floats, LocalVlm, Vlm
+from meiqa.errors import ImageError, StoreError, UsageError
 from meiqa.locations import embedded_assets
 from meiqa.memory import (
     NEAR_DUPLICATE,
@@ -57,16 +59,12 @@ from meiqa.memory import (
     MemoryBank,
     RetrievalPolicy,
     Snapshot,
-    layout,
-    retrieval_key,
 )
 from meiqa.types import (
     Assessment,
     Budget,
     Culling,
     Failure,
-    KeyKind,
-    Neighbour,
     PairComparison,
     Ranking,
     Reference,
@@ -75,41 +73,8 @@ from meiqa.types import (
 )
 
 LOG = logging.getLogger(__name__)
-PHOTO_CACHE_BYTES = 12 << 20
-ANCHOR_CACHE_BYTES = 80 << 20
-SMALLEST_SIDE = 16
-DRAFTS = RetrievalPolicy(k=16)
-"""Cases whose summaries are drafts of a photo's: likely ones, and of all scores, so that most words
-that the model may write are in one of them."""
-UNBOUNDED = Budget()
 UNHURRIED = Budget(ms=3.6e6)
 """Everything is done, and the costs are learnt from it."""
-
-
-@dataclass(frozen=True, eq=False)
-class Photo:
-    """A photo that the model has read.
-
-    Attributes:
-        known: its prefix was kept from an earlier call.
-    """
-
-    pixels: Pixels
-    prefix: Prefix
-    known: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Judgement:
-    """What was found out about a photo, before it is reflected on."""
-
-    photo: Photo
-    plan: Plan
-    opinion: Opinion
-    key: Floats
-    neighbours: tuple[Case, ...]
-    verdicts: Verdicts
-    posterior: Posterior
 
 
 class Engine:
@@ -129,6 +94,7 @@ class Engine:
         exclude_above: float = NEAR_DUPLICATE,
         costs_file: Path | None = None,
         patterns: PatternJudge | None = None,
+        drafting: bool = True,
     ) -> None:
         self.package = package
         self.memory = memory
@@ -137,12 +103,8 @@ class Engine:
             bins=package.manifest.calibration.bins,
             exclude_above=exclude_above,
         )
-        self._vlm = vlm
+        self._judge = PhotoJudge(vlm, package, memory, costs_file=costs_file, drafting=drafting)
         self._calibration = package.manifest.calibration
-        self._summary_tokens = package.manifest.prompt.summary_tokens
-        self._photos: ByteLru[Prefix] = ByteLru(PHOTO_CACHE_BYTES)
-        self._comparer = Comparer(vlm, package.digest, ByteLru(ANCHOR_CACHE_BYTES))
-        self._costs: CostModel | None = None
         self._costs_file = costs_file
         self._patterns = patterns
 
@@ -244,26 +206,22 @@ class Engine:
     @property
     def vlm(self) -> Vlm:
         """The model that judges."""
-        return self._vlm
+        return self._judge.vlm
 
     def least_ms(self) -> float:
         """Milliseconds that a photo takes once it is read, at the least that is worth doing.
 
         Nothing is written, and it is compared with the fewest neighbours.
         """
-        return self._measured_costs().of(Plan(0, FEWEST_NEIGHBOURS, both_orders=True))
+        return self._judge.costs().of(Plan(0, FEWEST_NEIGHBOURS, both_orders=True))
 
     def caches(self) -> dict[str, CacheState]:
-        """How the caches stand: what was read of photos, and of neighbours.
-
-        Both hold a picture's visual tokens with the keys and values of its prefix. Decoded pixels
-        are not kept: finding out that a file is the same takes decoding it.
-        """
-        return {"photos": self._photos.state, "neighbours": self._comparer.anchor_prefixes.state}
+        """How the caches stand; see `PhotoJudge.caches`."""
+        return self._judge.caches()
 
     def forget_photos(self) -> None:
         """Drop what was read of photos, so that each is read anew; neighbours are kept."""
-        self._photos = ByteLru(PHOTO_CACHE_BYTES)
+        self._judge.forget_photos()
 
     def score(
         self,
@@ -353,7 +311,8 @@ class Engine:
         """
         require_even(rivals)
         contestants, failures = self._contestants(images, budget, k, on_photo, views=False)
-        return Ranking(ranked(contestants, self._comparer, self._calibration, rivals), failures)
+        order = ranked(contestants, self._judge.comparer, self._calibration, rivals)
+        return Ranking(order, failures)
 
     def cull(
         self,
@@ -382,7 +341,8 @@ class Engine:
         """
         require_cosine(alike)
         contestants, failures = self._contestants(images, budget, k, on_photo, views=True)
-        return Culling(culled(contestants, self._comparer, self._calibration, alike), failures)
+        groups = culled(contestants, self._judge.comparer, self._calibration, alike)
+        return Culling(groups, failures)
 
     def _contestants(
         self,
@@ -398,12 +358,14 @@ class Engine:
         snapshot = self.memory.snapshot()
         contestants: list[Contestant] = []
         failures: list[Failure] = []
-        costs = self._measured_costs() if budget is not None and budget.ms is not None else None
+        costs = self._judge.costs() if budget is not None and budget.ms is not None else None
         for photo in decode_ahead(images):
             try:
                 clock = Stopwatch(budget or UNBOUNDED)
-                judged = self._judge(photo, snapshot, policy, clock, costs)
+                judged = self._judge.judge(photo, snapshot, policy, clock, costs)
                 contestants.append(contestant(judged, views=views))
+                if costs:
+                    observe_costs(costs, clock, judged.opinion, judged.verdicts, judged.plan)
             except ImageError as error:
                 failures.append(Failure(source_name(photo.source), error))
             on_photo()
@@ -423,9 +385,9 @@ class Engine:
         """
         clock = Stopwatch(UNBOUNDED)
         scores = [self.score(image, budget=budget, learn=False).score for image in (first, second)]
-        photos = [self._read(load_pixels(image)) for image in (first, second)]
+        photos = [self._judge.read(load_pixels(image)) for image in (first, second)]
         one, two = (photo.prefix for photo in photos)
-        forth, back = self._vlm.prefer_first([one, two], [two.tokens, one.tokens])
+        forth, back = self._judge.vlm.prefer_first([one, two], [two.tokens, one.tokens])
         preference = preferences_of(np.array([[forth, -back]]), self._calibration.temperature)
         return PairComparison(
             first=photos[0].pixels.name,
@@ -460,13 +422,15 @@ class Engine:
         beside: ReferencePhoto | None,
     ) -> Assessment:
         """The way of one photo."""
-        costs = self._measured_costs() if budget.ms is not None else None
+        costs = self._judge.costs() if budget.ms is not None else None
         clock = Stopwatch(budget)
         before = self.caches()["neighbours"]
-        judged = self._judge(decoding, snapshot, policy, clock, costs)
+        judged = self._judge.judge(decoding, snapshot, policy, clock, costs)
         opinion = judged.opinion
         with clock.stage("patterns"):
             seen, reference, posterior = self._seen(judged, beside)
+        if costs:
+            observe_costs(costs, clock, opinion, judged.verdicts, judged.plan)
         reflection, notes = None, degradations(judged)
         if learn and gate_opens(opinion, posterior, self._calibration.reflect_above):
             with clock.stage("reflect"):
@@ -492,58 +456,8 @@ class Engine:
             degraded=notes,
             reflection=reflection,
             timings_ms={name: round(ms, 3) for name, ms in clock.timings_ms.items()},
-            counters=self._counters(judged, before),
+            counters=self._judge.counters(judged, before),
         )
-
-    def _judge(
-        self,
-        decoding: Decoding,
-        snapshot: Snapshot,
-        policy: RetrievalPolicy,
-        clock: Stopwatch,
-        costs: CostModel | None,
-    ) -> Judgement:
-        """Decode, read, describe, retrieve, compare and fuse."""
-        with clock.stage("decode"):
-            pixels = decoding.pixels()
-        with clock.stage("read"):
-            photo = self._read(pixels)
-        plan = plan_work(policy.k, self._summary_tokens, clock.remaining_ms, costs)
-        with clock.stage("describe"):
-            drafts = self._drafts(photo, snapshot) if plan.summary_tokens else ()
-            opinion = first_opinion(
-                self._vlm,
-                photo.prefix,
-                self._calibration,
-                plan.summary_tokens,
-                drafts,
-                writing_deadline(plan, clock, costs),
-                head=self.package.manifest.score_head,
-            )
-        with clock.stage("retrieve"):
-            tokens = photo.prefix.tokens
-            opinion = informed(opinion, snapshot.regression, tokens.values, self._calibration)
-            summary_key = self._projected_key(photo) if opinion.key is None else opinion.key
-            key = retrieval_key(self.memory.key_kind, summary_key, tokens.values)
-            neighbours = snapshot.retrieve(
-                key,
-                replace(policy, k=plan.neighbours),
-                exclude_digest=pixels.digest,
-                layout=layout(tokens.values, tokens.grid),
-            )
-        with clock.stage("compare"):
-            verdicts = self._compared(photo, opinion, neighbours, plan, clock, costs)
-        with clock.stage("fuse"):
-            posterior = fuse(
-                opinion.prior,
-                opinion.prior_std,
-                neighbours,
-                verdicts.preferences,
-                self._calibration,
-            )
-        if costs:
-            observe_costs(costs, clock, opinion, verdicts, plan)
-        return Judgement(photo, plan, opinion, key, neighbours, verdicts, posterior)
 
     def patterns(self, image: ImageSource, reference: ImageSource | None = None) -> PatternOpinion:
         """What the distortion patterns alone say of a photo: score, kinds, and where they are.
@@ -558,13 +472,13 @@ class Engine:
         """
         judge = required(self._patterns, self.package)
         beside = None if reference is None else self._reference(reference)
-        return self._opinion(judge, self._read(load_pixels(image)), beside)
+        return self._opinion(judge, self._judge.read(load_pixels(image)), beside)
 
     def _reference(self, source: ImageSource) -> ReferencePhoto:
         """Decode a reference, if the package can use one."""
         required(self._patterns, self.package)
         return ReferencePhoto.load(
-            source, lambda pixels: fitted_to(pixels, self._vlm.image), self._vlm.encode
+            source, lambda pixels: fitted_to(pixels, self._judge.vlm.image), self._judge.vlm.encode
         )
 
     def _seen(
@@ -605,69 +519,6 @@ class Engine:
             return judge.identical(tokens)
         return judge.judge(tokens, beside.tokens_beside(photo.pixels))
 
-    def _counters(self, judged: Judgement, before: CacheState) -> dict[str, int]:
-        """What a photo took, and what the caches hold after it."""
-        effort, verdicts = judged.opinion.effort, judged.verdicts
-        caches = self.caches()
-        return {
-            "visual_tokens": len(judged.photo.prefix.tokens.values),
-            "photo_cache_hits": int(judged.photo.known),
-            "written_tokens": judged.opinion.written_tokens,
-            "writing_calls": effort.calls,
-            "drafted_tokens": effort.drafted,
-            "accepted_tokens": effort.accepted,
-            "comparisons": verdicts.asked * (2 if judged.plan.both_orders else 1),
-            "reused_tokens": verdicts.reused_tokens,
-            "photo_cache_bytes": caches["photos"].used_bytes,
-            "anchor_cache_hits": caches["neighbours"].hits - before.hits,
-            "anchor_cache_misses": caches["neighbours"].misses - before.misses,
-            "anchor_cache_bytes": caches["neighbours"].used_bytes,
-        }
-
-    def _read(self, pixels: Pixels) -> Photo:
-        """Encode and read a photo, unless the same pixels were read before."""
-        image = self._vlm.image
-        fitted = fitted_to(pixels, image)
-        grid = fitted.shape[0] // image.cell_pixels, fitted.shape[1] // image.cell_pixels
-        key = ContentKey(pixels.digest, grid, self.package.digest)
-        known = self._photos.get(key)
-        prefix = known or self._vlm.read([self._vlm.encode(fitted)])[0]
-        if known is None:
-            self._photos.put(key, prefix)
-        return Photo(pixels, prefix, known is not None)
-
-    def _compared(
-        self,
-        photo: Photo,
-        opinion: Opinion,
-        neighbours: tuple[Case, ...],
-        plan: Plan,
-        clock: Stopwatch,
-        costs: CostModel | None,
-    ) -> Verdicts:
-        """Compare in waves until the budget's time or precision is reached."""
-
-        scores = np.array([case.score for case in neighbours])
-        stds = np.array([case.std for case in neighbours])
-
-        def next_wave(preferences: NDArray[np.float64]) -> NDArray[np.intp]:
-            calibration, remaining_ms = self._calibration, clock.remaining_ms
-            most = WAVE
-            if remaining_ms is not None and costs is not None:
-                most = costs.affordable(plan, remaining_ms)
-            so_far = solution(opinion.prior, neighbours, preferences, calibration)
-            if clock.budget.std is not None and not np.isnan(preferences).all():
-                most = 0 if calibrated(*so_far, calibration).std <= clock.budget.std else most
-            return most_telling(*so_far, scores, stds, preferences, calibration.sigma, most)
-
-        return self._comparer.compare(
-            photo.prefix,
-            neighbours,
-            both_orders=plan.both_orders,
-            temperature=self._calibration.temperature,
-            next_wave=all_in_order if clock.budget == UNBOUNDED else next_wave,
-        )
-
     def _learn(
         self, photo: Photo, opinion: Opinion, posterior: Posterior, clock: Stopwatch
     ) -> tuple[str | None, tuple[str, ...]]:
@@ -677,7 +528,7 @@ class Engine:
         if clock.remaining_ms is not None and clock.remaining_ms < self._reflection_ms(clock):
             return None, ("not reflected: no time",)
         reflection = reflect(
-            self._vlm,
+            self._judge.vlm,
             photo.prefix,
             photo.pixels.digest,
             opinion.summary,
@@ -713,159 +564,15 @@ class Engine:
         """A corrected description takes about as long as the first."""
         return clock.timings_ms["describe"]
 
-    def _drafts(self, photo: Photo, snapshot: Snapshot) -> tuple[Draft, ...]:
-        """Guesses at what will be written about a photo."""
-        return remembered_drafts(
-            snapshot,
-            self.memory.key_kind,
-            photo.prefix.tokens,
-            self.package.array("key_projection.npy"),
-            photo.pixels.digest,
-        )
-
-    def _projected_key(self, photo: Photo) -> Floats:
-        """Retrieval key of a photo about which nothing was written."""
-        return projected_key(photo.prefix.tokens, self.package.array("key_projection.npy"))
-
     def calibrate(self, images: Iterable[ImageSource], *, k: int | None = None) -> CostModel:
         """Measure what each stage costs here, on photos, and keep it for later processes.
 
         Raises:
             ImageError: a photo can't be judged.
         """
-        self._costs = measure_costs(self._vlm, self._calibration, self._summary_tokens)
+        costs = self._judge.measure()
         for image in images:
             self.score(image, budget=UNHURRIED, k=k, learn=False)
         if self._costs_file is not None:
-            write_costs(self._costs, self._costs_file)
-        return self._costs
-
-    def _measured_costs(self) -> CostModel:
-        """Costs on this machine, measured once with a blank photo."""
-        if self._costs is None:
-            # Even where costs are known, this compiles and allocates what a first call does.
-            now = measure_costs(self._vlm, self._calibration, self._summary_tokens)
-            kept = None if self._costs_file is None else read_costs(self._costs_file)
-            self._costs = kept or now
-        return self._costs
-
-
-def sessions_on(
-    device: str, package: EnginePackage, threads: int | None, *, verify: bool
-) -> tuple[GraphSession, GraphSession]:
-    """The package's graphs on a device; only the runtime that is asked for is imported."""
-    check_device(device)
-    if device == "tensorrt":
-        from meiqa.engine.runtime.tensorrt import open_tensorrt_sessions
-
-        return open_tensorrt_sessions(package, verify=verify)
-    from meiqa.engine.runtime.onnx import open_sessions
-
-    return open_sessions(package, device, threads)
-
-
-def fitted_to(pixels: Pixels, image: ImageProcessing) -> NDArray[np.uint8]:
-    """A photo on the vision tower's grid.
-
-    Raises:
-        ImageTooSmall: there is too little to judge.
-        ImageError: it is too elongated.
-    """
-    height, width = pixels.array.shape[:2]
-    if min(height, width) < SMALLEST_SIDE:
-        raise ImageTooSmall(
-            f"{pixels.name} is too small to be judged",
-            seen=f"{width} x {height} pixels",
-            allowed=f"at least {SMALLEST_SIDE} on each side",
-        )
-    try:
-        return fit_to_grid(
-            pixels.array,
-            multiple=image.cell_pixels,
-            min_pixels=image.min_pixels,
-            max_pixels=image.max_pixels,
-        )
-    except ImageError as error:
-        raise type(error)(
-            f"{pixels.name}: {error.what}", seen=error.seen, allowed=error.allowed, hint=error.hint
-        ) from error
-
-
-def writing_deadline(plan: Plan, clock: Stopwatch, costs: CostModel | None) -> Callable[[], bool]:
-    """Whether the time has come to end a description, for what comes after it to be in time."""
-    if costs is None:
-        return lambda: False
-    needed_ms = costs.writing_ends_ms(plan)
-    return lambda: clock.remaining_ms is not None and clock.remaining_ms < needed_ms
-
-
-def projected_key(tokens: VisualTokens, projection: NDArray[np.float32]) -> Floats:
-    """Guess a summary's key from visual tokens: their mean through a linear map (D + 1, D_key)."""
-    mean = np.append(tokens.values.mean(axis=0), np.float32(1.0))
-    key: Floats = mean @ projection
-    return key
-
-
-def remembered_drafts(
-    snapshot: Snapshot,
-    kind: KeyKind,
-    tokens: VisualTokens,
-    projection: NDArray[np.float32],
-    exclude_digest: str | None,
-) -> tuple[Draft, ...]:
-    """Summaries and scores of the cases nearest to a picture about which nothing is written yet.
-
-    Args:
-        snapshot: the memory.
-        kind: of its keys.
-        tokens: the picture.
-        projection: see `projected_key`.
-        exclude_digest: digest of the picture's own pixels, whose cases are left out.
-    """
-    key = retrieval_key(kind, projected_key(tokens, projection), tokens.values)
-    cases = snapshot.retrieve(key, DRAFTS, exclude_digest)
-    return tuple(Draft(case.summary, case.score) for case in cases if case.summary)
-
-
-def degradations(judged: Judgement) -> tuple[str, ...]:
-    """Everything that was left out or went another way."""
-    opinion, asked, retrieved = judged.opinion, judged.verdicts.asked, len(judged.neighbours)
-    notes = list(judged.plan.degraded)
-    if opinion.shortened and "shorter summary" not in notes:
-        notes.append("summary cut at the token limit")
-    if opinion.unreadable:
-        notes.append("rating unreadable: scored by grade word")
-    if asked < retrieved:
-        notes.append(f"stopped after {asked} of {retrieved} neighbours")
-    if judged.neighbours and not judged.key.any():
-        notes.append("neighbours not chosen by likeness: the package has no image key")
-    return tuple(notes)
-
-
-def contestant(judged: Judgement, *, views: bool) -> Contestant:
-    """A judged photo in a ranking, with its view where that is asked for."""
-    return Contestant(
-        path=judged.photo.pixels.name,
-        image_digest=judged.photo.pixels.digest,
-        tokens=judged.photo.prefix.tokens.values,
-        grid=judged.photo.prefix.tokens.grid,
-        prior=judged.opinion.prior,
-        score=judged.posterior.score,
-        neighbours=as_neighbours(judged.neighbours, judged.verdicts),
-        summary=judged.opinion.summary,
-        view=view_of(judged.photo.pixels.array) if views else None,
-    )
-
-
-def as_neighbours(cases: tuple[Case, ...], verdicts: Verdicts) -> tuple[Neighbour, ...]:
-    """Neighbours as they stand in an assessment."""
-    return tuple(
-        Neighbour(
-            id=case.id,
-            origin=case.origin,
-            score=case.score,
-            std=case.std,
-            preference=None if np.isnan(preference) else float(preference),
-        )
-        for case, preference in zip(cases, verdicts.preferences, strict=True)
-    )
+            write_costs(costs, self._costs_file)
+        return costs

@@ -68,7 +68,7 @@ class CostModel:
         token_ms: one written token; summary_tokens: tokens of a usual description.
         pair_ms: one comparison in one order, reading the neighbour's prefix included.
         grade_ms: a grade word.
-        rest_ms: what there is to do beside: finding neighbours, fusing.
+        rest_ms: what there is to do beside: finding neighbours, fusing, naming distortions.
         spreads: mean deviation of each cost, as a share of it.
     """
 
@@ -252,7 +252,8 @@ def observe_costs(
             costs.observe("summary_tokens", opinion.written_tokens)
     else:
         costs.observe("grade_ms", clock.timings_ms["describe"])
-    costs.observe("rest_ms", clock.timings_ms["retrieve"] + clock.timings_ms["fuse"])
+    rest = ("retrieve", "fuse", "patterns")
+    costs.observe("rest_ms", sum(clock.timings_ms.get(stage, 0.0) for stage in rest))
     if verdicts.asked:
         orders = 2 if plan.both_orders else 1
         costs.observe("pair_ms", clock.timings_ms["compare"] / (verdicts.asked * orders))

@@ -29,7 +29,7 @@ from meiqa.engine.drafting import Draft
 from meiqa.engine.images import ImageSource
 from meiqa.engine.manifest import UNCALIBRATED, Calibration, DecoderShape, ImageProcessing, Manifest
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import Engine, Photo
+from meiqa.engine.pipeline import Engine
 from meiqa.engine.prompts import VISUALQUALITY_R1, PromptFamily, fault_of
 from meiqa.engine.remembering import open_memory
 from meiqa.engine.text_keys import TEXT_KEY, TEXT_KEY_WIDTH, text_key
@@ -43,7 +43,7 @@ from meiqa.engine.vlm import (
     printed_rating,
 )
 from meiqa.errors import AnswerUnreadable, MeiqaError, StoreNotFound, UsageError
-from meiqa.memory import NEAR_DUPLICATE, Admission, MemoryBank, Snapshot
+from meiqa.memory import NEAR_DUPLICATE, Admission, MemoryBank
 from meiqa.types import Assessment, Failure
 
 __all__ = [
@@ -418,7 +418,8 @@ class RemoteEngine(Engine):
     def __init__(
         self, vlm: RemoteVlm, memory: MemoryBank, *, learn: bool, exclude_above: float
     ) -> None:
-        super().__init__(vlm, vlm.package, memory, exclude_above=exclude_above)
+        # A server writes by itself: there is nothing to draft.
+        super().__init__(vlm, vlm.package, memory, exclude_above=exclude_above, drafting=False)
         self._remote, self._learns = vlm, learn
 
     def score_many(
@@ -431,10 +432,6 @@ class RemoteEngine(Engine):
         """Let go of the memory and of connections."""
         super().close()
         self._remote.close()
-
-    def _drafts(self, photo: Photo, snapshot: Snapshot) -> tuple[Draft, ...]:
-        """None: a server writes by itself."""
-        return ()
 
 
 def open_remote(

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from meiqa.engine.images import IMAGE_SUFFIXES, ImageSource, load_pixels
+from meiqa.engine.judging import fitted_to
 from meiqa.engine.manifest import (
     NEUTRAL_GRADED,
     PRECISIONS,
@@ -30,7 +31,6 @@ from meiqa.engine.manifest import (
     check_score_head,
 )
 from meiqa.engine.package import EnginePackage, file_digest, write_manifest
-from meiqa.engine.pipeline import fitted_to
 from meiqa.engine.prompts import PromptFamily, Prompts, prompt_family
 from meiqa.engine.runtime.base import GraphSession
 from meiqa.engine.runtime.fused import LAYERS_FILE

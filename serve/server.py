@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from meiqa.engine.pipeline import Engine, sessions_on
+from meiqa.engine.pipeline import Engine
+from meiqa.engine.runtime.sessions import sessions_on
 from meiqa.engine.vlm import LocalVlm, Vlm
 from meiqa.errors import UsageError
 from meiqa.serve.access import is_loopback

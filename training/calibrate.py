@@ -27,9 +27,9 @@ from meiqa.engine.comparing import Comparer, all_in_order, preferences_of
 from meiqa.engine.fusing import Observation, joined
 from meiqa.engine.grading import expected_grade, graded_response
 from meiqa.engine.images import load_pixels
+from meiqa.engine.judging import ANCHOR_CACHE_BYTES, fitted_to
 from meiqa.engine.manifest import Calibration, ScoreHead
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import ANCHOR_CACHE_BYTES, fitted_to
 from meiqa.engine.remote import RemoteSettings, connected
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.scoring import weighted

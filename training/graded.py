@@ -24,9 +24,9 @@ from scipy.optimize import Bounds, minimize
 from meiqa.benchmarks.metrics import srcc
 from meiqa.engine.grading import GRADES, centred_levels, graded_response
 from meiqa.engine.images import load_pixels
+from meiqa.engine.judging import fitted_to
 from meiqa.engine.manifest import GradedHead
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import fitted_to
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import UsageError

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.images import load_pixels
+from meiqa.engine.judging import fitted_to
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import fitted_to, sessions_on
+from meiqa.engine.runtime.sessions import sessions_on
 from meiqa.engine.vlm import LocalVlm
 from meiqa.export.commands import run_command
 from meiqa.training.data import PRISTINE_SCORE, name_hash, pristine_names

@@ -230,7 +230,7 @@ def _keep_settings(vlm: Describer, memory: Path) -> None:
 
 def _open_vlm(options: argparse.Namespace) -> LocalVlm:
     from meiqa.engine.package import EnginePackage
-    from meiqa.engine.pipeline import sessions_on
+    from meiqa.engine.runtime.sessions import sessions_on
     from meiqa.engine.vlm import LocalVlm
     from meiqa.locations import embedded_assets
 

@@ -20,9 +20,10 @@ from meiqa.benchmarks.reference import (
 from meiqa.benchmarks.similarity import METRICS
 from meiqa.demo import demo_photos
 from meiqa.engine.images import load_pixels
+from meiqa.engine.judging import fitted_to
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.patterns import PatternJudge, opened_patterns
-from meiqa.engine.pipeline import fitted_to, sessions_on
+from meiqa.engine.runtime.sessions import sessions_on
 from meiqa.engine.vlm import LocalVlm, VisualTokens
 from meiqa.training.distortions import KINDS, distort
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meiqa.engine import pipeline
+from meiqa.engine import judging
 from meiqa.engine.drafting import LONGEST_GAP, LONGEST_SUFFIX, Draft, Proposer
+from meiqa.engine.judging import projected_key, remembered_drafts
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import Engine, projected_key, remembered_drafts
+from meiqa.engine.pipeline import Engine
 from meiqa.engine.planning import SHORT_SUMMARY_TOKENS
 from meiqa.engine.prompts import MEIQA, Prompts
 from meiqa.engine.vlm import NO_EFFORT, Description, LocalVlm, Prefix
@@ -184,7 +185,7 @@ def test_photos_are_drafted_by_their_neighbours(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drafted = [engine.score(photo, k=4, learn=False) for photo in PHOTOS[:3]]
-    monkeypatch.setattr(pipeline, "remembered_drafts", lambda *_: ())
+    monkeypatch.setattr(judging, "remembered_drafts", lambda *_: ())
     for one, photo in zip(drafted, PHOTOS, strict=False):
         plain = engine.score(photo, k=4, learn=False)
         assert (one.summary, one.initial_score) == (plain.summary, plain.initial_score)
@@ -203,7 +204,7 @@ def test_a_photo_in_the_memory_is_no_draft_of_itself(
     with read_memory(package, anchors) as bank:
         snapshot, kind = bank.snapshot(), bank.key_kind
         (nearest, *_) = snapshot.retrieve(
-            projected_key(tokens, projection), pipeline.DRAFTS, exclude_digest=None
+            projected_key(tokens, projection), judging.DRAFTS, exclude_digest=None
         )
         with_itself, without = (
             remembered_drafts(snapshot, kind, tokens, projection, digest)
@@ -211,7 +212,7 @@ def test_a_photo_in_the_memory_is_no_draft_of_itself(
         )
     assert of_case(nearest) in with_itself
     assert of_case(nearest) not in without
-    assert len(without) == pipeline.DRAFTS.k
+    assert len(without) == judging.DRAFTS.k
 
 
 def of_case(case: Case) -> Draft:
@@ -227,7 +228,7 @@ def shipped() -> Iterator[Engine]:
 
 @pytest.mark.parametrize("limit", [SHORT_SUMMARY_TOKENS, 96])
 def test_the_shipped_model_writes_the_same_with_drafts(shipped: Engine, limit: int) -> None:
-    vlm, snapshot = shipped._vlm, shipped.memory.snapshot()
+    vlm, snapshot = shipped.vlm, shipped.memory.snapshot()
     projection = shipped.package.array("key_projection.npy")
     calls = np.zeros(2)
     for photo in islice(PHOTOS, 5):

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from meiqa.engine import pipeline
+from meiqa.engine import judging
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.planning import Plan
@@ -178,10 +178,10 @@ def test_threads_share_an_engine(engine: Engine) -> None:
 def test_without_an_image_key_the_choice_of_neighbours_says_so(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, fitted: bool
 ) -> None:
-    monkeypatch.setattr(pipeline, "plan_work", lambda *_: Plan(0, 3, both_orders=True))
+    monkeypatch.setattr(judging, "plan_work", lambda *_: Plan(0, 3, both_orders=True))
     if not fitted:
         width = engine.package.manifest.decoder.hidden_size
-        monkeypatch.setattr(pipeline, "projected_key", lambda *_: np.zeros(width, np.float32))
+        monkeypatch.setattr(judging, "projected_key", lambda *_: np.zeros(width, np.float32))
     result = engine.score(PHOTOS[2], learn=False)
     assert len(result.neighbours) == 3
     assert any("no image key" in note for note in result.degraded) is not fitted
