@@ -382,7 +382,7 @@ class Export:
         file = self.checkpoint.folder / patterns.FILE
         if file.is_file():
             self.options.say("adding the distortion patterns")
-            patterns.add_patterns(patterns.TrainedPatterns.load(file), self.folder)
+            patterns.add_patterns(patterns.TrainedPatterns.load(file), self.folder, self.pictures)
 
     def seal(self) -> None:
         """Write the manifest with the digests of all files."""

@@ -1,9 +1,10 @@
 """Distortion patterns → a small plain-ONNX graph in an engine package.
 
-    python -m meiqa.export.patterns training/default/patterns.safetensors PACKAGE
+    python -m meiqa.export.patterns training/default/patterns.safetensors PACKAGE --calibration DIR
 
-`meiqa export` does the same by itself where a checkpoint has patterns beside its weights. They make
-neither tokens nor keys, so they can be added to a package that has a memory already.
+In an INT8 package the graph is rounded to 8 bits, for which photographs are needed. `meiqa export`
+does the same by itself where a checkpoint has patterns beside its weights. They make neither tokens
+nor keys, so they can be added to a package that has a memory already.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional
 
+from meiqa.engine.images import load_pixels
+from meiqa.engine.judging import fitted_to
 from meiqa.engine.manifest import PATTERNS, Graph, PatternCalibration, PatternGraph
 from meiqa.engine.package import EnginePackage, file_digest
-from meiqa.engine.runtime.onnx import OnnxSession
+from meiqa.engine.runtime.onnx import OnnxSession, open_sessions
+from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import PackageCorrupted, PackageNotFound, UsageError
 from meiqa.export.commands import run_command
 from meiqa.export.graphs import EXAMPLE_SIZES, LARGEST_GRID, Interface, traced
+from meiqa.export.pattern_bits import MOST_PICTURES, Pictures, rounded
 from meiqa.export.verify import TorchSession, largest_differences
 
 FILE = "patterns.safetensors"
@@ -247,8 +252,12 @@ def pattern_graph(module: DistortionPatterns) -> ir.Model:
     return traced(module, example, limits, interface, lambda name: weights[name].detach())
 
 
-def add_patterns(trained: TrainedPatterns, folder: Path) -> EnginePackage:
+def add_patterns(trained: TrainedPatterns, folder: Path, pictures: Pictures = ()) -> EnginePackage:
     """Write the graph of patterns into a package, in place of those that it has.
+
+    Args:
+        pictures: uint8 RGB on the tower's grid. With them the graph of an INT8 package is rounded
+            to 8 bits; without, or in another package, it stays in floats.
 
     Raises:
         UsageError: they were trained for another checkpoint's tower.
@@ -266,7 +275,10 @@ def add_patterns(trained: TrainedPatterns, folder: Path) -> EnginePackage:
     graph = Graph(f"{PATTERNS}.onnx", None, interface.inputs, interface.outputs)
     unfinished = folder / f".{graph.file}"
     ir.save(pattern_graph(trained.module), unfinished)
-    parity = checked(trained.module, interface, unfinished, graph)
+    report = {**trained.report, "parity": checked(trained.module, interface, unfinished, graph)}
+    if pictures and package.manifest.precision == "int8":
+        vlm = LocalVlm(package, *open_sessions(package, "cpu", None))
+        report["rounding"] = rounded(unfinished, graph, vlm, pictures)
     unfinished.replace(folder / graph.file)
     return package.with_patterns(
         PatternGraph(
@@ -275,7 +287,7 @@ def add_patterns(trained: TrainedPatterns, folder: Path) -> EnginePackage:
             count=trained.module.config.count,
             kinds=trained.kinds,
             calibration=trained.calibration,
-            report={**trained.report, "parity": parity},
+            report=report,
         )
     )
 
@@ -316,9 +328,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m meiqa.export.patterns", description=__doc__)
     parser.add_argument("patterns", type=Path, help=f"a {FILE}")
     parser.add_argument("package", type=Path, help="the engine package they are added to")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="photographs; an INT8 package needs them"
+    )
     given = parser.parse_args()
-    package = add_patterns(TrainedPatterns.load(given.patterns), given.package)
-    print(f"{package.path}: {PATTERNS}.onnx added")
+    manifest = EnginePackage.open(given.package).manifest
+    if manifest.precision == "int8" and given.calibration is None:
+        raise UsageError(
+            "int8 needs photographs to calibrate on",
+            seen="none",
+            hint="give a folder with some dozens of them: --calibration DIR",
+        )
+    pictures: Pictures = ()
+    if given.calibration is not None:
+        files = sorted(given.calibration.iterdir())[:MOST_PICTURES]
+        pictures = [fitted_to(load_pixels(file), manifest.image) for file in files]
+    package = add_patterns(TrainedPatterns.load(given.patterns), given.package, pictures)
+    made = package.manifest.patterns
+    assert made is not None
+    print(f"{package.path}: {PATTERNS}.onnx added, {made.report.get('rounding', 'in floats')}")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,11 @@ from scipy.optimize import minimize_scalar, nnls
 from meiqa.engine.fusing import Z95
 from meiqa.engine.images import load_pixels
 from meiqa.engine.manifest import IDENTITY, Logistic, PatternCalibration
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
+from meiqa.errors import UsageError
 from meiqa.export.commands import run_command
-from meiqa.export.patterns import TrainedPatterns, add_patterns
+from meiqa.export.patterns import TrainedPatterns
 from meiqa.training.data import name_hash, pristine_names
 from meiqa.training.distortions import distort, kadid_scores
 from meiqa.training.pattern_pairs import TWO_SIDED, read_views
@@ -154,6 +156,16 @@ def correlation(data: Path, package: Path, memory: Path) -> tuple[float, dict[st
     }
 
 
+def recalibrate(folder: Path, calibration: PatternCalibration, report: dict[str, Any]) -> None:
+    """Give the patterns of a package another calibration; their graph stays."""
+    package = EnginePackage.open(folder)
+    patterns = package.manifest.patterns
+    if patterns is None:
+        raise UsageError("the package has no patterns", hint="python -m meiqa.export.patterns")
+    merged = {**patterns.report, "calibration": report}
+    package.with_patterns(replace(patterns, calibration=calibration, report=merged))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -178,7 +190,7 @@ def main() -> None:
     )
     trained.save(given.patterns)
     if given.package is not None:
-        add_patterns(trained, given.package)
+        recalibrate(given.package, calibration, report)
     print(json.dumps({**report, "fitted": calibration.__dict__}, indent=2, default=vars))
 
 

@@ -1,10 +1,9 @@
-"""What 8 bits would cost the patterns, and what they would bring.
+"""What 8 bits cost the patterns, and what they bring.
 
-    python -m meiqa.training.pattern_bits --work WORK --package PACKAGE
+    python -m meiqa.training.pattern_bits --work WORK --patterns FILE --package PACKAGE
 
-The package's graph of patterns is rounded by ONNX Runtime's own static quantisation, with signed
-weights a channel and unsigned activations, on tokens of photographs that the patterns were trained
-on; both graphs then judge the unseen ones.
+The patterns as they were trained, and as they are in the package, judge the photographs that
+nothing was trained on.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+import onnx_ir as ir
 from scipy.stats import spearmanr
 
 from meiqa.engine.manifest import Graph
@@ -27,25 +25,15 @@ from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.onnx import OnnxSession
 from meiqa.errors import PackageCorrupted
 from meiqa.export.commands import run_command
+from meiqa.export.patterns import TrainedPatterns, pattern_graph
 from meiqa.training.pattern_pairs import read_views
 from meiqa.training.patterns import View, views_of
 
-CALIBRATED, EVERY = 40, 3
-"""Views whose versions are observed; every which version is judged."""
+EVERY = 3
+"""Every which version is judged."""
 REPETITIONS = 200
 
 Feeds = dict[str, np.ndarray]
-
-
-class Observed(CalibrationDataReader):  # type: ignore[misc]
-    """Calls for ONNX Runtime's calibration."""
-
-    def __init__(self, calls: Iterator[Feeds]) -> None:
-        self._calls = calls
-
-    def get_next(self) -> Feeds | None:
-        """The next call, None at the end."""
-        return next(self._calls, None)
 
 
 def calls_of(views: Sequence[View]) -> Iterator[tuple[Feeds, float]]:
@@ -84,31 +72,21 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m meiqa.training.pattern_bits")
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--patterns", type=Path, required=True)
     parser.add_argument("--package", type=Path, required=True)
     given = parser.parse_args()
     package = EnginePackage.open(given.package)
     patterns = package.manifest.patterns
     if patterns is None:
         raise PackageCorrupted("the package has no patterns", seen=given.package)
-    seen, unseen = (
-        [view for stored in read_views(given.work, unseen=kept) for view in views_of(stored)]
-        for kept in (False, True)
-    )
-    path = package.path / patterns.graph.file
-    report: dict[str, Any] = {"fp32": judged(path, patterns.graph, unseen)}
+    unseen = [view for stored in read_views(given.work, unseen=True) for view in views_of(stored)]
     with tempfile.TemporaryDirectory() as folder:
-        rounded = Path(folder) / "int8.onnx"
-        quantize_static(
-            path,
-            rounded,
-            Observed(feeds for feeds, _ in calls_of(seen[:CALIBRATED])),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            activation_type=QuantType.QUInt8,
-            op_types_to_quantize=["Gemm", "MatMul"],
-        )
-        report["int8"] = judged(rounded, patterns.graph, unseen)
+        floats = Path(folder) / "floats.onnx"
+        ir.save(pattern_graph(TrainedPatterns.load(given.patterns).module), floats)
+        report = {
+            "trained": judged(floats, patterns.graph, unseen),
+            "package": judged(package.path / patterns.graph.file, patterns.graph, unseen),
+        }
     print(json.dumps(report, indent=2))
 
 

@@ -146,7 +146,7 @@ def test_an_export_takes_what_lies_beside_the_weights(
         folder = tmp_path
 
     export = object.__new__(Export)
-    export.checkpoint, export.folder = Source(), folder  # type: ignore[assignment]
+    export.checkpoint, export.folder, export.pictures = Source(), folder, []  # type: ignore[assignment]
     export.options = type("Options", (), {"say": staticmethod(lambda step: None)})()
     export.add_patterns()
     assert EnginePackage.open(folder).manifest.patterns is None
