@@ -29,6 +29,7 @@ __all__ = ["Desk", "ScoreOptions"]
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
+_WAY_MS = 1.0
 BATCH = 16
 """Photos of one batch at most: what they teach serves the next one."""
 _UNHURRIED = Budget(ms=3.6e6)
@@ -55,11 +56,15 @@ class _Work(Job):
     Attributes:
         photo: with `options`, a photo to be scored; otherwise `call` is what there is to do.
         call: told the milliseconds that each photo may take.
+        due: when its budget ends; the deadline is earlier by what the way of the answer takes.
+        way: how long an answer takes from an engine's thread to the event loop.
     """
 
     loop: asyncio.AbstractEventLoop = field(kw_only=True)
     answer: asyncio.Future[Any] = field(kw_only=True)
     arrived: float = field(kw_only=True)
+    due: float = field(kw_only=True)
+    way: Estimate = field(kw_only=True)
     photo: bytes = b""
     options: ScoreOptions | None = None
     call: Callable[[Engine, float], object] | None = None
@@ -67,8 +72,10 @@ class _Work(Job):
 
     def settle(self, result: object) -> None:
         """Give the answer, or the error, to whoever awaits it."""
+        settled = milliseconds()
 
         def give() -> None:
+            self.way.observe(milliseconds() - settled)
             if self.answer.done():
                 return
             if isinstance(result, BaseException):
@@ -96,6 +103,7 @@ class Desk:
         self._changed = threading.Condition()
         self._admission: Admission | None = None
         self._pace: Pace | None = None
+        self._way = Estimate(_WAY_MS, milliseconds)  # of the event loop alone
         self._closing = False
         self._idle = 0
         self._threads: list[threading.Thread] = []
@@ -184,11 +192,13 @@ class Desk:
             budget_ms = min(self._settings.budget_ms * photos, self._settings.max_budget_ms)
         arrived = milliseconds()
         work = _Work(
-            arrived + budget_ms - self._settings.margin_ms,
+            arrived + budget_ms - self._margin_ms,
             photos,
+            due=arrived + budget_ms,
             loop=loop,
             answer=loop.create_future(),
             arrived=arrived,
+            way=self._way,
             **what,
         )
         with self._changed:
@@ -202,6 +212,11 @@ class Desk:
             with self._changed:
                 admission.drop(work)
             raise
+
+    @property
+    def _margin_ms(self) -> float:
+        """What the way in and the way out take while the event loop is as busy as it is now."""
+        return max(self._settings.margin_ms, 2.0 * self._way.careful_ms)
 
     def _open(self) -> Admission:
         if self._admission is None or self._closing:
@@ -319,7 +334,7 @@ class Desk:
             if isinstance(result, Assessment):
                 self._learn(self.engines[number], result, took_ms, self._pace)
             self._metrics.least_seconds.set(self._admission.least_ms / 1e3)
-        if now > work.deadline + self._settings.margin_ms:
+        if now > work.due:
             self._metrics.late.inc()
         if not isinstance(result, Assessment):
             return result
