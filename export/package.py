@@ -6,7 +6,6 @@ interrupted or refused export leaves nothing half-written.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from meiqa.engine.images import IMAGE_SUFFIXES, ImageSource, load_pixels
+from meiqa.engine.images import ImageSource, load_pixels
 from meiqa.engine.judging import fitted_to
 from meiqa.engine.manifest import (
     NEUTRAL_GRADED,
@@ -463,23 +462,3 @@ def fitted_projection(vlm: LocalVlm, pictures: Pictures) -> NDArray[np.float32]:
     gram = means.T @ means + RIDGE * len(means) * np.eye(means.shape[1])
     projection: NDArray[np.float32] = np.linalg.solve(gram, means.T @ unit).astype(np.float32)
     return projection
-
-
-def pictures_in(folder: Path, count: int) -> list[Path]:
-    """Up to `count` photographs of a folder, spread by a hash of their names.
-
-    Raises:
-        UsageError: there are none.
-    """
-    if not folder.is_dir():
-        raise UsageError("there is no folder with photographs", seen=folder)
-    photographs = [
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and path.is_file()
-    ]
-    if not photographs:
-        allowed = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UsageError(f"{folder} holds no photographs", allowed=allowed)
-    by_hash = sorted(photographs, key=lambda p: hashlib.sha256(p.name.encode()).hexdigest())
-    return by_hash[:count]

@@ -35,6 +35,7 @@ from meiqa.errors import PackageCorrupted, PackageNotFound, UsageError
 from meiqa.export.commands import run_command
 from meiqa.export.graphs import EXAMPLE_SIZES, LARGEST_GRID, Interface, traced
 from meiqa.export.pattern_bits import MOST_PICTURES, Pictures, rounded
+from meiqa.export.pictures import pictures_in
 from meiqa.export.verify import TorchSession, largest_differences
 
 FILE = "patterns.safetensors"
@@ -274,12 +275,16 @@ def add_patterns(trained: TrainedPatterns, folder: Path, pictures: Pictures = ()
     interface = pattern_interface(trained.module.config)
     graph = Graph(f"{PATTERNS}.onnx", None, interface.inputs, interface.outputs)
     unfinished = folder / f".{graph.file}"
-    ir.save(pattern_graph(trained.module), unfinished)
-    report = {**trained.report, "parity": checked(trained.module, interface, unfinished, graph)}
-    if pictures and package.manifest.precision == "int8":
-        vlm = LocalVlm(package, *open_sessions(package, "cpu", None))
-        report["rounding"] = rounded(unfinished, graph, vlm, pictures)
-    unfinished.replace(folder / graph.file)
+    try:
+        ir.save(pattern_graph(trained.module), unfinished)
+        parity = checked(trained.module, interface, unfinished, graph)
+        report = {**trained.report, "parity": parity}
+        if pictures and package.manifest.precision == "int8":
+            vlm = LocalVlm(package, *open_sessions(package, "cpu", None))
+            report["rounding"] = rounded(unfinished, graph, vlm, pictures)
+        unfinished.replace(folder / graph.file)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return package.with_patterns(
         PatternGraph(
             graph=graph,
@@ -306,7 +311,6 @@ def checked(
     )
     for output, (difference, _) in found.items():
         if not difference <= LARGEST_DIFFERENCE:
-            path.unlink()
             raise PackageCorrupted(
                 f"the exported patterns differ from PyTorch in {output}",
                 seen=f"{difference:.1e}",
@@ -341,7 +345,7 @@ def main() -> None:
         )
     pictures: Pictures = ()
     if given.calibration is not None:
-        files = sorted(given.calibration.iterdir())[:MOST_PICTURES]
+        files = pictures_in(given.calibration, MOST_PICTURES)
         pictures = [fitted_to(load_pixels(file), manifest.image) for file in files]
     package = add_patterns(TrainedPatterns.load(given.patterns), given.package, pictures)
     made = package.manifest.patterns

@@ -30,7 +30,9 @@ using Array = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 template <std::size_t N>
 using Out = nb::ndarray<float, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 
-constexpr std::size_t kLine = 64, kRowsAtOnce = 14;
+constexpr std::size_t kLine = 64;
+// Last tokens that are finished together: what AVX-512 has registers for, and a few tiles elsewhere.
+constexpr std::size_t kRowsAtOnce = 14;
 
 struct Free {
     void operator()(void* part) const { std::free(part); }
@@ -117,10 +119,11 @@ const Kernel& named(const std::string& name) {
 // Shapes were checked by `FusedDecoder` in decoder.py.
 class Decoder {
   public:
-    Decoder(const std::string& kernel, std::size_t width, std::size_t inner, std::size_t kv_heads, std::size_t group,
-            std::size_t head_width, float epsilon, const Array<std::int32_t, 1>& axes,
-            const Array<float, 1>& last_norm)
-        : kernel_(named(kernel)), axes_(copied<std::int32_t>(axes)), last_norm_(copied<float>(last_norm)),
+    Decoder(const std::string& kernel, std::size_t width, std::size_t inner, std::size_t kv_heads,
+            std::size_t group, std::size_t head_width, float epsilon,
+            const Array<std::int32_t, 1>& axes, const Array<float, 1>& last_norm)
+        : kernel_(named(kernel)), axes_(copied<std::int32_t>(axes)),
+          last_norm_(copied<float>(last_norm)),
           model_{width,   inner, kv_heads, group,           head_width, 0,
                  epsilon, nullptr, last_norm_.get(), axes_.get()} {}
 
@@ -145,7 +148,7 @@ class Decoder {
         const std::size_t longest =
             *std::max_element(prefix_steps.data(), prefix_steps.data() + prefix_steps.size());
         const Rotary rotary{cosines.data(), sines.data()};
-        const Aligned<float> attended = aligned<float>(count * model_.queries());
+        const Aligned<float> attended = aligned<float>(count * query_width(model_));
         const std::size_t scratch_floats =
             kernel_.row_scratch(model_, std::max(most, kRowsAtOnce), longest);
         Pool::run(threads, count, [&](std::size_t index) {
@@ -159,13 +162,13 @@ class Decoder {
                           prefixes[at].shape(3)};
             kernel_.attend_row(model_, rotary, row, kept_floats(scratch_floats),
                                out.data() + index * model_.width,
-                               attended.get() + index * model_.queries(), nullptr);
+                               attended.get() + index * query_width(model_), nullptr);
         });
         const std::size_t groups = (count + kRowsAtOnce - 1) / kRowsAtOnce;
         Pool::run(threads, groups, [&](std::size_t group) {
             const std::size_t first = group * kRowsAtOnce;
             kernel_.finish_rows(model_, std::min(kRowsAtOnce, count - first),
-                                attended.get() + first * model_.queries(),
+                                attended.get() + first * query_width(model_),
                                 kept_floats(scratch_floats), out.data() + first * model_.width);
         });
     }
@@ -214,8 +217,8 @@ NB_MODULE(_decoder, module) {
         .def(nb::init<const std::string&, std::size_t, std::size_t, std::size_t, std::size_t,
                       std::size_t, float, const Array<std::int32_t, 1>&,
                       const Array<float, 1>&>(),
-             nb::arg("kernel"), nb::arg("width"), nb::arg("inner"), nb::arg("kv_heads"), nb::arg("group"),
-             nb::arg("head_width"), nb::arg("epsilon"), nb::arg("axes").noconvert(),
+             nb::arg("kernel"), nb::arg("width"), nb::arg("inner"), nb::arg("kv_heads"),
+             nb::arg("group"), nb::arg("head_width"), nb::arg("epsilon"), nb::arg("axes").noconvert(),
              nb::arg("last_norm").noconvert())
         .def("add_layer", &Decoder::add_layer, nb::arg("attention_norm").noconvert(),
              nb::arg("mlp_norm").noconvert(), nb::arg("query"), nb::arg("key"), nb::arg("value"),

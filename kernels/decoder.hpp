@@ -25,8 +25,6 @@ struct Linear {
     const std::int32_t* centre = nullptr;  // of bytes: sum that an input of zero gives
     float steps = 0;                       // of a rounded input: its steps to one
     float zero = 0;                        // of a rounded input: its zero point
-
-    bool rounds() const { return steps > 0; }
 };
 
 struct Layer {
@@ -41,10 +39,20 @@ struct Model {
     const Layer* layers;
     const float* last_norm;
     const std::int32_t* axes;  // which of the three positions turns a channel, (head_width / 2)
-
-    std::size_t queries() const { return kv_heads * group * head_width; }
-    std::size_t keys() const { return kv_heads * head_width; }
 };
+
+// Of each side its own, as nothing with code may be shared.
+namespace {
+
+inline bool rounds(const Linear& linear) { return linear.steps > 0; }
+
+inline std::size_t query_width(const Model& model) {
+    return model.kv_heads * model.group * model.head_width;
+}
+
+inline std::size_t key_width(const Model& model) { return model.kv_heads * model.head_width; }
+
+}  // namespace
 
 // One row: the tokens that continue a prefix.
 struct Row {

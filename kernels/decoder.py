@@ -167,8 +167,7 @@ class FusedDecoder:
     layers: Sequence[Mapping[str, Linear]]
     kernel: str = FASTEST
     _native: _decoder.Decoder = field(init=False, repr=False)
-    _cosines: Floats = field(init=False, repr=False)
-    _sines: Floats = field(init=False, repr=False)
+    _angles: tuple[Floats, Floats] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         s = self.shape
@@ -208,7 +207,7 @@ class FusedDecoder:
                 gate_up.stored(in_bytes),
                 linears["down_proj"].stored(in_bytes),
             )
-        self._turn(FIRST_POSITIONS)
+        self._angles = self._turned(FIRST_POSITIONS)
 
     def _extents(self, name: str) -> tuple[int, int]:
         """Inputs and outputs of a linear layer."""
@@ -224,11 +223,11 @@ class FusedDecoder:
             "down_proj": (s.inner, s.width),
         }[name]
 
-    def _turn(self, positions: int) -> None:
-        """Cosines and sines of the first positions, (positions, d / 2)."""
+    def _turned(self, positions: int) -> tuple[Floats, Floats]:
+        """Cosines and sines of the first positions, (positions, d / 2) each."""
         place = np.arange(positions, dtype=np.float32)[:, None]
         angles = place * self.frequencies.sum(axis=0)
-        self._cosines, self._sines = np.cos(angles), np.sin(angles)
+        return np.cos(angles), np.sin(angles)
 
     def last_hidden(
         self,
@@ -254,7 +253,7 @@ class FusedDecoder:
             ValueError: shapes do not agree.
         """
         s, rows = self.shape, len(embeds)
-        places = self._checked_rows(embeds, positions, steps)
+        places, angles = self._checked_rows(embeds, positions, steps)
         if len(prefixes) not in (1, rows) or len(prefixes) != len(prefix_steps):
             raise ValueError(f"{len(prefixes)} prefixes do not fit {rows} rows")
         for prefix, length in zip(prefixes, prefix_steps, strict=True):
@@ -269,8 +268,7 @@ class FusedDecoder:
                 steps,
                 [np.ascontiguousarray(prefix) for prefix in prefixes],
                 prefix_steps,
-                self._cosines,
-                self._sines,
+                *angles,
                 threads,
                 out,
             )
@@ -288,7 +286,7 @@ class FusedDecoder:
             ValueError: shapes do not agree.
         """
         s = self.shape
-        places = self._checked_rows(embeds, positions, steps)
+        places, angles = self._checked_rows(embeds, positions, steps)
         kept = [
             np.empty((len(self.layers), 2, s.kv_heads, count, s.head_width), np.float32)
             for count in steps.tolist()
@@ -298,8 +296,7 @@ class FusedDecoder:
                 np.ascontiguousarray(embeds),
                 places,
                 steps,
-                self._cosines,
-                self._sines,
+                *angles,
                 threads,
                 kept,
             )
@@ -307,8 +304,11 @@ class FusedDecoder:
 
     def _checked_rows(
         self, embeds: Floats, positions: Floats, steps: NDArray[np.int64]
-    ) -> NDArray[np.int32]:
-        """Whole positions of rows whose shapes agree, for all of which there are angles."""
+    ) -> tuple[NDArray[np.int32], tuple[Floats, Floats]]:
+        """Whole positions of rows whose shapes agree, with tables of angles that hold all of them.
+
+        Threads share the tables: they are replaced both at once, and used as they were got.
+        """
         rows, longest = embeds.shape[:2]
         checked(embeds, (rows, longest, self.shape.width))
         checked(positions, (3, rows, longest))
@@ -317,9 +317,10 @@ class FusedDecoder:
         places = positions.astype(np.int32)
         if places.min(initial=0) < 0:
             raise ValueError("positions begin at 0")
-        if (farthest := int(places.max(initial=0))) >= len(self._cosines):
-            self._turn(2 * farthest)
-        return places
+        angles = self._angles
+        if (farthest := int(places.max(initial=0))) >= len(angles[0]):
+            self._angles = angles = self._turned(2 * farthest)
+        return places, angles
 
 
 def require_one_range(readers: Sequence[Linear]) -> None:

@@ -67,7 +67,7 @@ void product_of(const Linear& w, const Value* a, std::size_t stride, std::size_t
 
 template <class Take>
 void product(const Linear& w, const Input& input, std::size_t rows, const Take& take) {
-    if (w.rounds()) product_of(w, input.codes, input.width, rows, take);
+    if (rounds(w)) product_of(w, input.codes, input.width, rows, take);
     else product_of(w, input.floats, input.width, rows, take);
 }
 
@@ -160,7 +160,8 @@ struct Seen {
     }
 };
 
-// Panels of 32 keys, channel after channel; the last key fills the last panel.
+// Panels of 32 keys, channel after channel. The last key fills its half of a panel; what lies behind
+// is not set, and its scores are not read.
 void pack_keys(const Seen& seen, std::size_t width, float* out) {
     for (std::size_t first = 0; first < seen.count(); first += kLanes) {
         const float* rows[kLanes];
@@ -248,13 +249,14 @@ struct Attending {
 
 // ---- a row -------------------------------------------------------------------------------------
 
-// Hands out parts of a scratch, each beginning on a cache line.
+// Hands out parts of a scratch, each beginning on a cache line; without one it only counts.
 struct Arena {
-    float* next;
+    float* base;
+    std::size_t used = 0;
 
     float* take(std::size_t floats) {
-        float* const part = next;
-        next += rounded_up(floats, kLanes);
+        float* const part = base ? base + used : nullptr;
+        used += rounded_up(floats, kLanes);
         return part;
     }
 };
@@ -269,19 +271,19 @@ struct Work {
         hidden = arena.take(steps * model.width);
         cosines = arena.take(steps * model.head_width / 2);
         sines = arena.take(steps * model.head_width / 2);
-        queries = arena.take(steps * model.queries());
-        keys = arena.take(steps * model.keys());
-        values = arena.take(steps * model.keys());
+        queries = arena.take(steps * query_width(model));
+        keys = arena.take(steps * key_width(model));
+        values = arena.take(steps * key_width(model));
         packed_keys = arena.take(seen * model.head_width);
         packed_values = arena.take(seen * model.head_width);
         scores = arena.take(kTile * seen);
         normed = input(arena, steps, model.width);
-        attended = input(arena, steps, model.queries());
+        attended = input(arena, steps, query_width(model));
         gated = input(arena, steps, model.inner);
-        end = arena.next;
+        floats = arena.used;
     }
 
-    float* end;
+    std::size_t floats;
 
   private:
     static Input input(Arena& arena, std::size_t rows, std::size_t width) {
@@ -293,7 +295,7 @@ struct Work {
 
 // Gives a linear layer its input rounded, where it wants that.
 void prepare(const Linear& reader, const Input& input, std::size_t rows) {
-    if (reader.rounds()) round_to_codes(input.floats, input.codes, rows * input.width, reader);
+    if (rounds(reader)) round_to_codes(input.floats, input.codes, rows * input.width, reader);
 }
 
 void mlp(const Model& model, const Layer& layer, std::size_t rows, const Work& work,
@@ -306,7 +308,7 @@ void mlp(const Model& model, const Layer& layer, std::size_t rows, const Work& w
             [&](std::size_t row, std::size_t panel, const Pair& made) {
                 const Lanes value = silu(made.low) * made.high;
                 const std::size_t at = row * gated.width + panel * kLanes;
-                if (down.rounds()) store_codes(gated.codes + at, value, down);
+                if (rounds(down)) store_codes(gated.codes + at, value, down);
                 else store(gated.floats + at, value);
             });
     added(down, gated, rows, hidden, model.width);
@@ -319,19 +321,19 @@ void attend(const Model& model, const Row& row, std::size_t layer, std::size_t f
     for (std::size_t head = 0; head < model.kv_heads; ++head) {
         const float* const prefix =
             row.prefix + (2 * layer * model.kv_heads + head) * head_floats;
-        const Seen keys{prefix, row.prefix_steps, work.keys + head * d, model.keys(), row.steps};
+        const Seen keys{prefix, row.prefix_steps, work.keys + head * d, key_width(model), row.steps};
         const Seen values{prefix + model.kv_heads * head_floats, row.prefix_steps,
-                          work.values + head * d, model.keys(), row.steps};
+                          work.values + head * d, key_width(model), row.steps};
         pack_keys(keys, d, work.packed_keys);
         pack_values(values, d, work.packed_values);
         for (std::size_t g = 0; g < model.group; ++g)
             for (std::size_t step = first; step < row.steps; step += kTile) {
                 const std::size_t at =
-                    step * model.queries() + (head * model.group + g) * d;
+                    step * query_width(model) + (head * model.group + g) * d;
                 with_rows(least(kTile, row.steps - step),
                           Attending{d, row.prefix_steps, keys.count(), work.packed_keys,
                                     work.packed_values, work.queries + at, step,
-                                    model.queries(), work.scores, work.attended.floats + at});
+                                    query_width(model), work.scores, work.attended.floats + at});
             }
     }
 }
@@ -341,7 +343,7 @@ float* keep(const Model& model, std::size_t steps, const float* made, float* out
     const std::size_t d = model.head_width;
     for (std::size_t head = 0; head < model.kv_heads; ++head)
         for (std::size_t step = 0; step < steps; ++step, out += d)
-            std::memcpy(out, made + step * model.keys() + head * d, d * sizeof(float));
+            std::memcpy(out, made + step * key_width(model) + head * d, d * sizeof(float));
     return out;
 }
 
@@ -356,12 +358,11 @@ void turn_tables(const Model& model, const Rotary& rotary, const Row& row, const
 }
 
 std::size_t row_scratch(const Model& model, std::size_t steps, std::size_t prefix_steps) {
-    float* const nothing = nullptr;
-    return static_cast<std::size_t>(Work(model, steps, prefix_steps, Arena{nothing}).end - nothing);
+    return Work(model, steps, prefix_steps, Arena{nullptr}).floats;
 }
 
 void attend_row(const Model& model, const Rotary& rotary, const Row& row, float* scratch,
-                   float* hidden, float* attended, float* kept) {
+                float* hidden, float* attended, float* kept) {
     const Work work(model, row.steps, row.prefix_steps, Arena{scratch});
     const std::size_t heads = model.kv_heads * model.group, half = model.head_width / 2;
     const float scale = 1.0f / root(static_cast<float>(model.head_width));
@@ -375,12 +376,12 @@ void attend_row(const Model& model, const Rotary& rotary, const Row& row, float*
         // Layers that want it rounded want it alike: an activation has one range.
         const Linear* const readers[] = {&layer.query, &layer.key, &layer.value};
         for (const Linear* const reader : readers)
-            if (reader->rounds()) {
+            if (rounds(*reader)) {
                 prepare(*reader, work.normed, row.steps);
                 break;
             }
-        stored(layer.key, work.normed, row.steps, work.keys, model.keys());
-        stored(layer.value, work.normed, row.steps, work.values, model.keys());
+        stored(layer.key, work.normed, row.steps, work.keys, key_width(model));
+        stored(layer.value, work.normed, row.steps, work.values, key_width(model));
         rotate(model, work.cosines, work.sines, row.steps, model.kv_heads, 1.0f, work.keys);
         if (kept) {
             kept = keep(model, row.steps, work.keys, kept);
@@ -388,9 +389,9 @@ void attend_row(const Model& model, const Rotary& rotary, const Row& row, float*
             if (last) return;
         }
         stored(layer.query, work.normed.from(first), wanted,
-               work.queries + first * model.queries(), model.queries());
+               work.queries + first * query_width(model), query_width(model));
         rotate(model, work.cosines + first * half, work.sines + first * half, wanted, heads, scale,
-               work.queries + first * model.queries());
+               work.queries + first * query_width(model));
         attend(model, row, index, first, work);
         if (last) break;
         prepare(layer.mix, work.attended, row.steps);
@@ -399,15 +400,15 @@ void attend_row(const Model& model, const Rotary& rotary, const Row& row, float*
     }
     const std::size_t end = row.steps - 1;
     std::memcpy(hidden, work.hidden + end * model.width, model.width * sizeof(float));
-    std::memcpy(attended, work.attended.floats + end * model.queries(),
-                model.queries() * sizeof(float));
+    std::memcpy(attended, work.attended.floats + end * query_width(model),
+                query_width(model) * sizeof(float));
 }
 
 void finish_rows(const Model& model, std::size_t rows, const float* attended, float* scratch,
-                   float* hidden) {
+                 float* hidden) {
     const Work work(model, rows, 0, Arena{scratch});
     const Layer& layer = model.layers[model.layer_count - 1];
-    std::memcpy(work.attended.floats, attended, rows * model.queries() * sizeof(float));
+    std::memcpy(work.attended.floats, attended, rows * query_width(model) * sizeof(float));
     prepare(layer.mix, work.attended, rows);
     added(layer.mix, work.attended, rows, hidden, model.width);
     mlp(model, layer, rows, work, hidden);

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from meiqa.kernels import _thurstone
+from meiqa.kernels.cores import usable_cores
 
 __all__ = ["thurstone_map"]
 
@@ -71,18 +70,11 @@ def thurstone_map(
     _check_shapes(priors, known, spreads, answers)
     _check_values(priors, known, spreads, answers)
     score, std = np.empty_like(priors), np.empty_like(priors)
-    shared_by = (threads or _cores()) if len(priors) >= _PARALLEL_FROM else 1
+    shared_by = (threads or usable_cores()) if len(priors) >= _PARALLEL_FROM else 1
     _thurstone.thurstone_map(
         priors, known, spreads, answers, float(sigma), float(lam), shared_by, score, std
     )
     return score, std
-
-
-def _cores() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _check_shapes(

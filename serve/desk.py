@@ -317,9 +317,8 @@ class Desk:
     def _finish(self, number: int, work: _Work, result: object) -> None:
         try:
             result = self._noted(number, work, result)
-        except (
-            Exception
-        ):  # whatever becomes of the books: who waits is answered, the engine goes on
+        # Whatever becomes of the books: who waits is answered, and the engine goes on.
+        except Exception:
             LOG.exception("an answer could not be entered into the books")
         work.settle(result)
 

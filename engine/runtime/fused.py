@@ -8,7 +8,6 @@ or older packages, the graph answers alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.errors import PackageCorrupted
+from meiqa.kernels.cores import usable_cores
 from meiqa.kernels.decoder import FASTEST, LAYER_LINEARS, FusedDecoder, FusedShape, Linear
 from meiqa.memory.segment import Segment
 
@@ -39,7 +39,7 @@ class FusedSession:
         self, graph: GraphSession, decoder: FusedDecoder, head: Floats, threads: int | None
     ) -> None:
         self._graph, self._decoder, self._head = graph, decoder, head
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or usable_cores()
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Floats]:
         """Execute the graph; see `GraphSession`."""

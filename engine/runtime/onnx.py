@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from meiqa.engine.package import EnginePackage, check_device
 from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.engine.runtime.fused import with_fused_layers
 from meiqa.engine.runtime.optimised import LARGEST_BYTES, KeptGraph, processor
-from meiqa.errors import DeviceUnavailable, PackageCorrupted
+from meiqa.errors import DeviceUnavailable, PackageCorrupted, one_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -112,8 +113,8 @@ def from_kept(kept: KeptGraph, threads: int | None) -> onnxruntime.InferenceSess
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(graph, options, providers=[PROVIDERS["cpu"]])
-    except UNLOADABLE as error:
-        LOG.warning("%s is optimised anew: %s", kept.path, str(error).splitlines()[0])
+    except Exception as error:  # whatever it is, the graph itself can still be opened
+        LOG.warning("%s is optimised anew: %s", kept.path, one_line(str(error)))
         return None
 
 
@@ -135,24 +136,31 @@ def optimised_and_kept(
             disabled_optimizers=UNWANTED_OPTIMIZERS,
         )
         kept.keep(unfinished)
-    except UNLOADABLE as error:  # the graph's own fault shows again without writing
+    except Exception as error:  # a fault of the graph's own shows again without writing
         LOG.debug("%s is not kept: %s", kept.path, error)
         return None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     return session
 
 
 def kept_graph(package: EnginePackage, name: str) -> KeptGraph | None:
-    """Where a package's graph is kept once it is optimised for this CPU; None if it is large."""
+    """Where a package's graph is kept once it is optimised for this CPU.
+
+    None if it is large, or the system does not tell what CPU this is.
+    """
     graph = package.path / package.manifest.graphs[name].file
     stored = [file.stat() for file in sorted(graph.parent.glob(f"{graph.name}*"))]
     if sum(each.st_size for each in stored) > LARGEST_BYTES:
         return None
     # Files that are not what the digest says, in a package that was not verified, are others.
     files = [f"{each.st_size} {each.st_mtime_ns}" for each in stored]
-    versions = (onnxruntime.__version__, *UNWANTED_OPTIMIZERS, processor())
-    return KeptGraph((package.digest, name, *files, *versions))
+    if (cpu := processor()) is None:
+        return None
+    return KeptGraph(
+        (package.digest, name, *files, onnxruntime.__version__, *UNWANTED_OPTIMIZERS, cpu)
+    )
 
 
 def open_sessions(

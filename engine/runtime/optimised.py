@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import platform
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ LOG = logging.getLogger(__name__)
 LARGEST_BYTES = 64 << 20
 """Larger graphs take longer to write than they do to optimise."""
 MOST_KEPT = 16
-"""Graphs in the cache; beyond that the oldest are removed."""
+"""Graphs in the cache; beyond that those are removed that were not used for longest."""
 SUFFIX = ".graph"
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -48,6 +48,7 @@ class KeptGraph:
         """The graph in ONNX Runtime's own format; None if it is not there or not as written."""
         try:
             kept = self.path.read_bytes()
+            os.utime(self.path)  # the oldest are those that were not used
         except OSError:  # also where a cache cannot be: nothing hangs on it
             return None
         digest, graph = kept[:DIGEST_BYTES], kept[DIGEST_BYTES:]
@@ -57,15 +58,15 @@ class KeptGraph:
         return graph
 
     def begin(self) -> Path | None:
-        """Make a file for ONNX Runtime to write to; None where nothing can be written."""
-        unfinished = self.path.with_suffix(f".{os.getpid()}")
+        """Make a file of one's own to write to; None where nothing can be written."""
         try:
-            unfinished.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.touch()
+            kept_graphs().mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(prefix="unfinished-", dir=kept_graphs())
         except OSError as error:
             LOG.debug("no optimised graphs are kept: %s", error)
             return None
-        return unfinished
+        os.close(descriptor)
+        return Path(name)
 
     def keep(self, unfinished: Path) -> None:
         """Give what was written its digest and its name."""
@@ -90,13 +91,16 @@ def remove_oldest() -> None:
         file.unlink(missing_ok=True)
 
 
-def processor() -> str:
-    """What a processor can do, in words that differ where its optimised graphs may."""
+def processor() -> str | None:
+    """What a processor can do, in words that differ where its optimised graphs may.
+
+    None where the system does not tell: there nothing should be kept.
+    """
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             # Of the first of its cores; the others are only written down when they are read.
             first = file.read(8192).split("\n\n")[0]
     except OSError:
-        return f"{platform.machine()} {platform.processor()}"
+        return None
     telling = ("model name", "flags", "CPU implementer", "CPU part", "Features")
     return "\n".join(line for line in first.splitlines() if line.startswith(telling))

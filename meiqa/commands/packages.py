@@ -31,7 +31,8 @@ def add_commands(commands: Commands) -> None:
 def _export(options: argparse.Namespace) -> int:
     with offline_packages("export"):
         from meiqa.export.hub import local_folder
-        from meiqa.export.package import ExportOptions, export_package, pictures_in
+        from meiqa.export.package import ExportOptions, export_package
+        from meiqa.export.pictures import pictures_in
     from meiqa.engine.prompts import prompt_family
 
     photographs = options.calibration

@@ -106,6 +106,43 @@ def test_another_machine_or_package_has_its_own(
     assert before.path != (kept_graph(package, "decoder") or before).path
 
 
+@pytest.mark.parametrize("name", ["vision", "decoder"])
+def test_what_is_kept_answers_as_a_graph_that_is_not(
+    int8_package: EnginePackage, created: list[bool], name: str
+) -> None:
+    from meiqa.export.verify import decoder_feeds, vision_feeds
+
+    manifest = int8_package.manifest
+    graph = manifest.graphs[name]
+    feeds = decoder_feeds(manifest.decoder) if name == "decoder" else vision_feeds(manifest.image)
+    kept = kept_graph(int8_package, name)
+    plain, _, from_kept = (
+        OnnxSession(int8_package.path, graph, "cpu", 1, place) for place in (None, kept, kept)
+    )
+    assert created == [True, True, False]
+    for each in feeds:
+        wanted, found = plain.run(each), from_kept.run(each)
+        for output, values in wanted.items():
+            np.testing.assert_array_equal(found[output], values)
+
+
+def test_two_writers_have_a_file_each(package: EnginePackage) -> None:
+    place = kept_graph(package, "vision")
+    assert place is not None
+    one, other = place.begin(), place.begin()
+    assert one is not None
+    assert other is not None
+    assert one != other
+
+
+def test_where_the_processor_is_not_known_nothing_is_kept(
+    package: EnginePackage, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx, "processor", lambda: None)
+    assert answered(vision_session(package), package).size
+    assert not cache.exists()
+
+
 def test_where_nothing_can_be_written_nothing_is_kept(
     package: EnginePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,16 +162,16 @@ def test_a_full_disk_leaves_nothing(
     assert list(cache.iterdir()) == []
 
 
-def test_the_oldest_are_removed(cache: Path) -> None:
+def test_those_not_used_for_longest_are_removed(cache: Path) -> None:
     for number in range(MOST_KEPT + 3):
         kept = KeptGraph((str(number),))
         unfinished = kept.begin()
         assert unfinished is not None
         unfinished.write_bytes(b"graph")
-        os.utime(unfinished, (number, number))
         kept.keep(unfinished)
         os.utime(kept.path, (number, number))
-    assert KeptGraph(("0",)).read() is None
+        assert KeptGraph(("0",)).read() == b"graph"
+    assert KeptGraph(("1",)).read() is None
     assert KeptGraph((str(MOST_KEPT + 2),)).read() == b"graph"
     assert len(list(kept_graphs().iterdir())) == MOST_KEPT
 

@@ -23,7 +23,8 @@ from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import MEIQA
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export import package as packaging
-from meiqa.export.package import Export, ExportOptions, export_package, pictures_in
+from meiqa.export.package import Export, ExportOptions, export_package
+from meiqa.export.pictures import pictures_in
 from meiqa.export.piecewise import PiecewiseSession
 from meiqa.export.temporary import temporary_folder
 from tests.engine.samples import open_vlm, picture, seen
