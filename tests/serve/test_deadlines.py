@@ -222,6 +222,8 @@ def test_two_engines_work_at_once() -> None:
     async def check() -> None:
         async with opened(engines=2) as (desk, sleeper):
             for _ in range(3):
+                while desk._idle < 2:  # answered, but not back yet
+                    await asyncio.sleep(0.001)
                 before = sum(sleeper.batches)
                 await asyncio.gather(*(desk.score(b"", budget_ms=5000) for _ in range(2)))
                 assert sum(sleeper.batches) == before + 1  # neither takes the other's
