@@ -22,14 +22,13 @@ import meiqa
 from meiqa.commands import (
     camera,
     checking,
-    culling,
     evaluating,
     judging,
     measuring,
     memories,
     packages,
-    ranking,
     serving,
+    sets,
 )
 from meiqa.commands.options import EXIT_FAILURES, say
 from meiqa.errors import ImageError, MeiqaError, UsageError, one_line
@@ -113,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for room in (
-        *(judging, ranking, culling, serving, camera, evaluating),
+        *(judging, sets, serving, camera, evaluating),
         *(packages, memories, measuring, checking),
     ):
         room.add_commands(commands)
