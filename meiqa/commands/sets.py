@@ -120,7 +120,7 @@ def _judged(
     if not photos:
         return replace(nothing, failures=tuple(failures))
     with engine_of(options) as engine, Progress(len(photos), sys.stderr) as progress:
-        found = judge(engine, photos, progress.advance)
+        found: Result = judge(engine, photos, progress.advance)
     return replace(found, failures=(*failures, *found.failures))
 
 
