@@ -203,6 +203,8 @@ class Decoder {
 }  // namespace
 
 NB_MODULE(_decoder, module) {
+    // A command's engine lives until its process ends, and is exempt from collection.
+    nb::set_leak_warnings(false);
     module.def("kernels", &kernels);
     nb::class_<StoredLinear>(module, "StoredLinear")
         .def(nb::init<const Array<float, 3>&, const Array<float, 1>&, float, float>(),

@@ -17,7 +17,7 @@ from meiqa.memory import Segment, write_segment
 from tests.engine.samples import picture
 from tests.memory.samples import build_anchors, make_case, make_cases
 
-PHOTOGRAPHS = 48
+PHOTOGRAPHS = 192
 
 
 @pytest.fixture
