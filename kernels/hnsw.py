@@ -22,13 +22,14 @@ from numba import config, get_num_threads, njit, prange, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-__all__ = ["Graph", "Workspace", "check_graph", "search_graph", "search_graph_many", "workspace"]
+from meiqa.kernels.graph import Graph
+
+__all__ = ["Workspace", "search_graph", "search_graph_many", "workspace"]
 
 Queries = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Rows = NDArray[np.int64]
 
-_LARGEST_WIDTH = 1 << 16
 _LARGEST_LEVEL = 1 << 15
 # Independent sums let the float64 dot product run in vector registers, in one fixed order.
 _LANES = 16
@@ -43,29 +44,6 @@ _WORK_DTYPES = (
     *(np.uint8, np.uint8, np.int64, np.int64, np.int32, np.int16),
     *(np.float64, np.float64, np.float64, np.float64, np.int64),
 )
-
-
-class Graph(NamedTuple):
-    """A graph over N rows of width D, all arrays C-contiguous.
-
-    Attributes:
-        keys: float16 keys as uint16 bit patterns, ``(N, D)``, finite.
-        levels: int8 rows for walking, ``(N, D)``; row ≈ levels × scale, up to its length.
-        scales: float32 ``(N,)``.
-        links: int32 neighbours at level 0, ``(N, M0)``; -1 where there is none.
-        upper_offsets: int32 ``(N + 1,)``; the upper levels 1, 2, … of row i are
-            ``upper_links[upper_offsets[i]:upper_offsets[i + 1]]``.
-        upper_links: int32 ``(U, M)``; -1 where there is none.
-        entry: int32 ``(1,)``: the row where the walk begins.
-    """
-
-    keys: NDArray[np.uint16]
-    levels: NDArray[np.int8]
-    scales: NDArray[np.float32]
-    links: NDArray[np.int32]
-    upper_offsets: NDArray[np.int32]
-    upper_links: NDArray[np.int32]
-    entry: NDArray[np.int32]
 
 
 class Workspace(NamedTuple):
@@ -494,34 +472,6 @@ def _search_many_nb(
         work = _lane_nb(stack, lane)
         for i in range(lane, queries.shape[0], lanes):
             _search_nb(graph, work, queries[i], eligible, effort, out[i])
-
-
-def check_graph(graph: Graph) -> None:
-    """Refuse arrays of the wrong dtype, shape or layout, without reading them.
-
-    Raises:
-        ValueError: names the array.
-    """
-    rows, width = graph.keys.shape if graph.keys.ndim == 2 else (-1, -1)
-    expected = {
-        "keys": (np.uint16, (rows, width)),
-        "levels": (np.int8, (rows, width)),
-        "scales": (np.float32, (rows,)),
-        "links": (np.int32, (rows, None)),
-        "upper_offsets": (np.int32, (rows + 1,)),
-        "upper_links": (np.int32, (None, None)),
-        "entry": (np.int32, (1,)),
-    }
-    for name, (dtype, shape) in expected.items():
-        array = getattr(graph, name)
-        fits = array.ndim == len(shape) and all(
-            extent is None or extent == seen
-            for extent, seen in zip(shape, array.shape, strict=True)
-        )
-        if array.dtype != dtype or not fits or not array.flags.c_contiguous:
-            raise ValueError(f"{name} must be a contiguous {np.dtype(dtype)} array of {shape}")
-    if not 1 <= width <= _LARGEST_WIDTH or rows >= 1 << 31:
-        raise ValueError(f"{rows} rows of width {width} are more than the kernel can number")
 
 
 def workspace(graph: Graph, count: int, effort: int, lanes: tuple[int, ...] = ()) -> Workspace:

@@ -2,7 +2,7 @@
 
 The arrays are named with the prefix "index_" and described in docs/memory-format.md;
 `meiqa.memory.index` makes them. The kernel comes with Numba, whose import takes longer than scoring
-a photo: only who has an index to search imports it.
+a photo: only who searches an index imports it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.errors import StoreCorrupted, StoreMismatch, UsageError
+from meiqa.kernels.graph import Graph, check_graph
 from meiqa.memory.cases import FloatArray
 
 if TYPE_CHECKING:
-    from meiqa.kernels.hnsw import Graph, Workspace
+    from meiqa.kernels.hnsw import Workspace
 
 __all__ = ["INDEX_PREFIX", "MEASURED_COUNT", "FrozenIndex"]
 
@@ -61,8 +62,6 @@ class FrozenIndex:
         Raises:
             StoreCorrupted: an array is missing, or has another dtype or shape.
         """
-        from meiqa.kernels.hnsw import Graph, check_graph
-
         named = {"keys": keys.view(np.uint16) if keys.dtype == np.float16 else keys}
         for name in (*Graph._fields[1:], "effort"):
             if INDEX_PREFIX + name not in arrays:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import erfcx, expit, log_ndtr, ndtri
 
-from meiqa.kernels.hnsw import Graph
+from meiqa.kernels.graph import Graph
 
 Floats = NDArray[np.float64]
 

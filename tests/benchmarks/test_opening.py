@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,14 @@ def test_a_whole_memory_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         0 <= row["resident_mb"] == pytest.approx(row["resident_share"] * row["files_mb"], abs=0.1)
     )
     assert 0 < row["retrieve_p50_ms"] <= row["retrieve_p95_ms"] <= row["retrieve_p99_ms"]
+    # Opening takes no kernel: Numba, whose import takes longer, is for who searches.
+    opened = (
+        "import sys; from pathlib import Path; from meiqa.memory import MemoryBank\n"
+        f"with MemoryBank.open(Path({str(tmp_path / '3500x16-0.memory')!r}), "
+        f"package_digest={PACKAGE_DIGEST!r}) as bank: bank.snapshot()\n"
+        "sys.exit('numba' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", opened], check=False).returncode == 0
     assert len(row["pss_mb"]) == 4
     for rss, pss in zip(row["rss_mb"], row["pss_mb"], strict=True):
         assert 0 < pss <= rss / 2

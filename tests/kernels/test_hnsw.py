@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numba import config
 from numpy.typing import NDArray
 
-from meiqa.kernels.hnsw import Graph, check_graph, search_graph, search_graph_many, workspace
+from meiqa.kernels.graph import Graph, check_graph
+from meiqa.kernels.hnsw import search_graph, search_graph_many, workspace
 from tests import naive
 
 Keys = NDArray[np.float16]

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from meiqa.errors import StoreCorrupted, StoreMismatch, UsageError
-from meiqa.kernels.hnsw import Graph
+from meiqa.kernels.graph import Graph
 from meiqa.memory.encoding import unit_rows
 from meiqa.memory.frozen import FrozenIndex
 from meiqa.memory.index import FLAT_BELOW, RECALL, build_graph, freeze, index_arrays
