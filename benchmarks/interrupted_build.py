@@ -226,6 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--interruptions", type=int, default=2, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, metavar="DIR", help="keeps both memories")
+    # A shell's background job ignores Ctrl-C, and so would the builds that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     given = parser.parse_args(arguments)
     options = [
         part
