@@ -1,7 +1,8 @@
 """What grows with the number of neighbours, of anchors and of photos in one run.
 
-Neighbours: the comparisons of one photo. Anchors: retrieval from memories of made keys. Photos:
-time for each photo of a run, and the peak memory of a process that scores few and many files.
+Neighbours: the comparisons of one photo. Anchors: retrieval from memories of made keys that have
+neighbours. Photos: time for each photo of a run, and the peak memory of a process that scores few
+and many files.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meiqa.benchmarks.machine import machine, versions
 from meiqa.benchmarks.photographs import made_jpeg, photographs_in
 from meiqa.benchmarks.timing import quantiles_ms
+from meiqa.benchmarks.vectors import clustered_vectors
 from meiqa.engine.pipeline import Engine
 from meiqa.memory import AnchorWriter, Case, MemoryBank, RetrievalPolicy
 
@@ -36,14 +39,15 @@ _KEY_WIDTH, _TOKEN_WIDTH = 384, 8
 _QUERIES = 200
 _NO_SITE = ("-S",) if sys.flags.no_site else ()  # a child starts as this interpreter did
 _PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
+from meiqa.benchmarks.processes import peak_kb
 from meiqa.engine.pipeline import (Engine)
 from meiqa.types import Assessment
 with Engine.open(memory=sys.argv[2], learn=False) as engine:
     photos = sorted(Path(sys.argv[1]).iterdir())[: int(sys.argv[3])]
     scored = sum(isinstance(each, Assessment) for each in engine.score_many(photos, learn=False))
-print(scored, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(scored, peak_kb())
 """
 
 
@@ -119,21 +123,21 @@ def _photo_row(engine: Engine, count: int, rounds: int) -> dict[str, Any]:
 
 
 def _anchor_row(count: int) -> dict[str, Any]:
-    """Write a memory of random keys and retrieve from it."""
+    """Write a memory of keys that have neighbours and retrieve from it."""
     random = np.random.default_rng(count)
+    keys, queries = clustered_vectors(count, _KEY_WIDTH, _QUERIES, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "memory"
         with AnchorWriter(path, "made", _KEY_WIDTH, _TOKEN_WIDTH) as writer:
-            for number in range(count):
-                writer.add(_made_case(number, random), provenance="made")
+            for number, key in enumerate(keys):
+                writer.add(_made_case(number, key, random), provenance="made")
             writer.finish()
         began = time.perf_counter()
         with MemoryBank.open(path, "r", package_digest="made") as bank:
             snapshot = bank.snapshot()
             open_ms = 1e3 * (time.perf_counter() - began)
             policy, times = RetrievalPolicy(), []
-            for turn in range(_QUERIES):
-                key = random.standard_normal(_KEY_WIDTH, np.float32)
+            for turn, key in enumerate(queries):
                 began = time.perf_counter()
                 snapshot.retrieve(key, policy, None)
                 if turn >= _QUERIES // 10:
@@ -141,7 +145,7 @@ def _anchor_row(count: int) -> dict[str, Any]:
     return {"anchors": count, "open_ms": round(open_ms, 3), **quantiles_ms(times)}
 
 
-def _made_case(number: int, random: np.random.Generator) -> Case:
+def _made_case(number: int, key: NDArray[np.float16], random: np.random.Generator) -> Case:
     return Case(
         id=f"made-{number:07d}",
         origin="anchor",
@@ -149,7 +153,7 @@ def _made_case(number: int, random: np.random.Generator) -> Case:
         score=float(random.uniform(1, 5)),
         std=0.2,
         summary="",
-        key=random.standard_normal(_KEY_WIDTH, np.float32),
+        key=key.astype(np.float32),
         tokens=random.standard_normal((1, _TOKEN_WIDTH), np.float32),
         grid=(1, 1),
     )
@@ -168,8 +172,8 @@ def _peaks(files: Sequence[int], memory: Path, images: Path | None) -> dict[str,
         run = partial(subprocess.run, capture_output=True, text=True, check=True)
         for count in files:
             command = [sys.executable, "-P", *_NO_SITE, "-c", _PEAK, folder, str(memory)]
-            scored, peak_kb = run([*command, str(count)]).stdout.split()
-            rows.append({"files": int(scored), "peak_mb": round(int(peak_kb) * 1024 / 1e6, 1)})
+            scored, peak = run([*command, str(count)]).stdout.split()
+            rows.append({"files": int(scored), "peak_mb": round(int(peak) * 1024 / 1e6, 1)})
     return {"rows": rows, "ratio": round(rows[-1]["peak_mb"] / rows[0]["peak_mb"], 3)}
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "asked_afresh",
     "memory_kb",
     "module_command",
+    "peak_kb",
     "reported_together",
     "resident_kb",
     "say",
@@ -72,6 +73,15 @@ def say(text: str) -> None:
 def resident_kb() -> int:
     """Give the resident memory of this process in KiB."""
     return memory_kb("/proc/self/smaps_rollup", "")["Rss"]
+
+
+def peak_kb() -> int:
+    """Give the most memory that was resident in this process, in KiB.
+
+    What `getrusage` says would be that of the process that started this one, where it was more.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def memory_kb(listing: str, mapping: str) -> dict[str, int]:

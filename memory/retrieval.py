@@ -126,17 +126,14 @@ class Sought:
         """Give these rows no longer."""
         self._left_out += rows
 
-    def nearest(self, count: int, among: Bin | None = None, without: Rows | None = None) -> Found:
+    def nearest(self, count: int, among: Bin | None = None) -> Found:
         """Give the most similar cases, nearest first, ties by id; fewer when fewer may be taken.
 
         Args:
             count: How many.
             among: The bin that they must be of.
-            without: Rows that they must not be.
         """
         left_out = np.array(self._left_out, np.intp)
-        if without is not None:
-            left_out = np.concatenate([left_out, without])
         split, parts = self._view.stored_count, []
         if self._stored is not None:
             eligible = self._view.visible
@@ -155,8 +152,7 @@ class Sought:
 def _permitted(probe: Probe, eligible: Mask | None, left_out: Rows, count: int) -> Found:
     """Search so much further that `count` remain when rows are left out."""
     found = probe.nearest(count + len(left_out) if count > 0 else 0, eligible)
-    kept = ~np.isin(found.rows, left_out, kind="table")
-    return Found(found.rows[kept], found.cosines[kept])
+    return found.where(~np.isin(found.rows, left_out, kind="table"))
 
 
 def _likeness(case: Case, own_layout: FloatArray) -> float:
@@ -179,7 +175,8 @@ def nearest_anchors(
 ) -> list[int]:
     """Take `count` anchors, stratified over their scores if the policy says so, nearest first.
 
-    `count // bins` come from each bin, the rest by similarity alone.
+    `count // bins` come from each bin, the rest by similarity alone. One search serves all bins
+    that have enough among the nearest `bins * count`; only the others are searched for themselves.
 
     Raises:
         StoreCorrupted: the order of the scores is damaged.
@@ -187,9 +184,14 @@ def nearest_anchors(
     if not policy.stratified or count < policy.bins:
         nearest: list[int] = sought.nearest(count).rows.tolist()
         return nearest
-    taken = [sought.nearest(count // policy.bins, each) for each in view.bins(policy.bins)]
+    around, from_each = sought.nearest(policy.bins * count), count // policy.bins
+    taken = []
+    for each in view.bins(policy.bins):
+        inside = around.where(each.holds(around.rows))
+        whole = len(inside.rows) >= from_each
+        taken.append(inside.first(from_each) if whole else sought.nearest(from_each, each))
     rows = np.concatenate([found.rows for found in taken])
-    rest = sought.nearest(count - len(rows), without=rows)
+    rest = around.where(~np.isin(around.rows, rows)).first(count - len(rows))
     rows = np.concatenate([rows, rest.rows])
     cosines = np.concatenate([*(found.cosines for found in taken), rest.cosines])
     in_order: list[int] = rows[view.order(rows, cosines)].tolist()

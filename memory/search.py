@@ -33,6 +33,14 @@ class Found:
     rows: Rows
     cosines: NDArray[np.float64]
 
+    def where(self, kept: Mask) -> Found:
+        """Give those for which `kept` (n,) is true."""
+        return Found(self.rows[kept], self.cosines[kept])
+
+    def first(self, count: int) -> Found:
+        """Give the `count` nearest."""
+        return Found(self.rows[:count], self.cosines[:count])
+
 
 class Probe(Protocol):
     """One query against one table."""

@@ -30,6 +30,13 @@ class Bin:
     stored: Mask
     recent: Mask
 
+    def holds(self, rows: Rows) -> Mask:
+        """Give which of these rows (n,) belong to it."""
+        stored, held = rows < len(self.stored), np.empty(len(rows), np.bool_)
+        held[stored] = self.stored[rows[stored]]
+        held[~stored] = self.recent[rows[~stored] - len(self.stored)]
+        return held
+
 
 @dataclass(frozen=True, eq=False)
 class CaseView:

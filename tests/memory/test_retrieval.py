@@ -115,6 +115,40 @@ def test_stratified_neighbours_span_the_scale(tmp_path: Path) -> None:
     assert min(case.score for case in spread) < 1.5
 
 
+def test_bins_with_none_near_the_query_are_searched_for_themselves(tmp_path: Path) -> None:
+    """Scores fall with the distance from the query: what is near holds the best bins alone."""
+    own = np.eye(KEY_WIDTH, dtype=np.float32)[0]
+    anchors = [
+        make_case(f"{n:02d}", "anchor", score=5 - n / 25, key=own + n * query(n) / 50)
+        for n in range(97)
+    ]
+    snapshot = snapshot_of(tmp_path / "m", anchors, [])
+    for bins in (2, 5, 9):
+        policy = RetrievalPolicy(k=10, bins=bins)
+        assert retrieve(snapshot, own, policy) == naive_retrieve(anchors, [], own, policy, None)
+
+
+def test_an_index_gives_the_bins_what_comparing_with_all_gives(tmp_path: Path) -> None:
+    pytest.importorskip("hnswlib", reason="building an index takes the extra `index`")
+    random = np.random.default_rng(8)
+    keys = random.standard_normal((3_100, KEY_WIDTH), np.float32)
+    scores = np.clip(3 + keys[:, 0] + random.standard_normal(len(keys)) / 2, 1, 5)
+    anchors = [
+        make_case(f"{n:04d}", "anchor", image_digest=f"{n}", score=float(score), key=key)
+        for n, (key, score) in enumerate(zip(keys, scores, strict=True))
+    ]
+    snapshot, policy = snapshot_of(tmp_path / "m", anchors, []), RetrievalPolicy()
+    shared = [
+        len(
+            {*retrieve(snapshot, query(n), policy)}.intersection(
+                naive_retrieve(anchors, [], query(n), policy, None)
+            )
+        )
+        for n in range(20)
+    ]
+    assert np.mean(shared) >= 0.97 * policy.k
+
+
 def test_the_querys_own_image_is_left_out_everywhere(tmp_path: Path) -> None:
     anchors = [make_case(f"a{n}", "anchor", image_digest="own") for n in range(3)]
     contrast = [make_case("c0", image_digest="own"), make_case("c1")]
