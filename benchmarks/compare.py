@@ -43,12 +43,13 @@ from tokenizers import Tokenizer
 from meiqa.benchmarks.machine import machine, versions
 from meiqa.benchmarks.timing import quantiles_ms, times_in_turns_ms
 from meiqa.engine.comparing import WAVE
+from meiqa.engine.local import LocalVlm, Row, padded
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import MEIQA, PromptFamily, layout
 from meiqa.engine.runtime.base import RowSession
 from meiqa.engine.runtime.fused import with_fused_layers
 from meiqa.engine.runtime.onnx import OnnxSession, open_sessions
-from meiqa.engine.vlm import ROWS_BY_THEMSELVES, LocalVlm, Prefix, Row, VisualTokens, padded
+from meiqa.engine.vlm import ROWS_BY_THEMSELVES, Prefix, VisualTokens
 from meiqa.errors import MeiqaError, UsageError
 from meiqa.kernels.cores import usable_cores
 from meiqa.kernels.decoder import FASTEST, KERNELS

@@ -23,11 +23,13 @@ import numpy as np
 from meiqa.benchmarks.machine import machine, versions
 from meiqa.engine.images import Pixels, load_pixels
 from meiqa.engine.judging import fitted_to, remembered_drafts
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.remembering import open_memory
 from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.engine.runtime.sessions import sessions_on
-from meiqa.engine.vlm import PROPOSED_TOKENS, Description, LocalVlm, Prefix
+from meiqa.engine.vlm import Description, Prefix
+from meiqa.engine.writing import PROPOSED_TOKENS
 from meiqa.errors import UsageError
 from meiqa.locations import embedded_assets
 from meiqa.memory import MemoryBank

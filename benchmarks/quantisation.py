@@ -23,12 +23,12 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from meiqa.benchmarks.accuracy import evaluate
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.manifest import Calibration
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.remembering import open_memory
 from meiqa.engine.runtime.sessions import sessions_on
-from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import MeiqaError, UsageError
 from meiqa.labels import LabelTable
 from meiqa.types import Assessment, Failure

@@ -15,12 +15,13 @@ from meiqa.engine.comparing import Comparer, all_in_order, preferences_of
 from meiqa.engine.fusing import Posterior, fuse
 from meiqa.engine.images import ImageSource, load_pixels
 from meiqa.engine.judging import ANCHOR_CACHE_BYTES, fitted_to, projected_key
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.remembering import open_memory
 from meiqa.engine.runtime.sessions import sessions_on
 from meiqa.engine.scoring import Opinion, first_opinion
-from meiqa.engine.vlm import Floats, LocalVlm, Prefix, VisualTokens
+from meiqa.engine.vlm import Floats, Prefix, VisualTokens
 from meiqa.errors import UsageError
 from meiqa.memory import (
     NEAR_DUPLICATE,

@@ -39,10 +39,11 @@ from meiqa.benchmarks.similarity import METRICS, similarities
 from meiqa.benchmarks.tables import Column, table_text
 from meiqa.engine.images import load_pixels
 from meiqa.engine.judging import fitted_to
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.patterns import PatternJudge, PatternOpinion, opened_patterns, required
 from meiqa.engine.runtime.sessions import sessions_on
-from meiqa.engine.vlm import LocalVlm, VisualTokens
+from meiqa.engine.vlm import VisualTokens
 from meiqa.locations import embedded_assets
 
 __all__ = ["bench_reference", "main", "reference_text"]

@@ -28,11 +28,11 @@ from meiqa.benchmarks.machine import machine, versions
 from meiqa.engine.culling import grouped
 from meiqa.engine.images import IMAGE_SUFFIXES, load_pixels
 from meiqa.engine.judging import fitted_to
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.runtime.sessions import sessions_on
 from meiqa.engine.views import SIDE, likenesses, view_of
-from meiqa.engine.vlm import LocalVlm
 from meiqa.locations import embedded_assets
 from meiqa.memory import layout
 from meiqa.progress import Progress

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from meiqa.engine.fusing import Observation, Posterior, joined
 from meiqa.engine.manifest import PatternCalibration, PatternGraph
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.runtime.base import GraphSession
-from meiqa.engine.vlm import Floats, VisualTokens, require_finite
+from meiqa.engine.runtime.base import GraphSession, require_finite
+from meiqa.engine.vlm import Floats, VisualTokens
 from meiqa.errors import UsageError
 from meiqa.types import Distortion
 

@@ -26,6 +26,7 @@ from meiqa.engine.judging import (
     degradations,
     fitted_to,
 )
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.patterns import (
     PatternJudge,
@@ -49,7 +50,7 @@ from meiqa.engine.reflecting import gate_opens, learned_case, reflect
 from meiqa.engine.remembering import open_memory
 from meiqa.engine.runtime.sessions import sessions_on
 from meiqa.engine.scoring import Opinion
-from meiqa.engine.vlm import Floats, LocalVlm, Vlm
+from meiqa.engine.vlm import Floats, Vlm
 from meiqa.errors import ImageError, StoreError, UsageError
 from meiqa.locations import embedded_assets
 from meiqa.memory import (

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from meiqa.engine.images import ImageSource, load_pixels
 from meiqa.engine.judging import fitted_to
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.manifest import (
     NEUTRAL_GRADED,
     PRECISIONS,
@@ -34,7 +35,6 @@ from meiqa.engine.prompts import PromptFamily, Prompts, prompt_family
 from meiqa.engine.runtime.base import GraphSession
 from meiqa.engine.runtime.fused import LAYERS_FILE
 from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export import patterns
 from meiqa.export.checkpoint import Checkpoint

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from PIL import Image, ImageEnhance, ImageFilter
 
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.manifest import Graph
 from meiqa.engine.runtime.onnx import OnnxSession
-from meiqa.engine.vlm import LocalVlm
 
 Feeds = dict[str, NDArray[np.float32]]
 Pictures = Sequence[NDArray[np.uint8]]

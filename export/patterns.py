@@ -27,10 +27,10 @@ from torch.nn import functional
 
 from meiqa.engine.images import load_pixels
 from meiqa.engine.judging import fitted_to
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.manifest import PATTERNS, Graph, PatternCalibration, PatternGraph
 from meiqa.engine.package import EnginePackage, file_digest
 from meiqa.engine.runtime.onnx import OnnxSession, open_sessions
-from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import PackageCorrupted, PackageNotFound, UsageError
 from meiqa.export.commands import run_command
 from meiqa.export.graphs import EXAMPLE_SIZES, LARGEST_GRID, Interface, traced

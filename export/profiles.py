@@ -9,13 +9,8 @@ from math import isqrt
 from meiqa.engine.images import MAX_ASPECT
 from meiqa.engine.manifest import PATTERNS, Graph, Profile
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.vlm import (
-    ANSWER_TOKENS,
-    PAST_STEP,
-    PROPOSED_TOKENS,
-    RATING_TOKENS,
-    ROWS_PER_CALL,
-)
+from meiqa.engine.vlm import ANSWER_TOKENS, RATING_TOKENS, ROWS_PER_CALL
+from meiqa.engine.writing import PAST_STEP, PROPOSED_TOKENS
 from meiqa.errors import PackageCorrupted, UsageError
 
 USUAL_SIDE = 512

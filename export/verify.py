@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from meiqa.engine.grading import expected_grade
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.manifest import DecoderShape, ImageProcessing
 from meiqa.engine.runtime.base import Array, GraphSession
-from meiqa.engine.vlm import LocalVlm, Vlm
+from meiqa.engine.vlm import Vlm
 from meiqa.export.graphs import Interface
 
 GRIDS = ((1, 1), (1, 7), (9, 2), (4, 4), (5, 6))

@@ -15,8 +15,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 import meiqa
 from meiqa.engine.anchoring import ANCHOR_STD, anchor_case
 from meiqa.engine.images import NamedBytes, load_pixels
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.pipeline import Engine
-from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import AccessDenied, UsageError
 from meiqa.serve.access import Key, Keys, Scope
 from meiqa.serve.answers import json_answer

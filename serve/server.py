@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.runtime.sessions import sessions_on
-from meiqa.engine.vlm import LocalVlm, Vlm
+from meiqa.engine.vlm import Vlm
 from meiqa.errors import UsageError
 from meiqa.serve.access import is_loopback
 from meiqa.serve.app import create_app

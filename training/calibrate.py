@@ -28,12 +28,13 @@ from meiqa.engine.fusing import Observation, joined
 from meiqa.engine.grading import expected_grade, graded_response
 from meiqa.engine.images import load_pixels
 from meiqa.engine.judging import ANCHOR_CACHE_BYTES, fitted_to
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.manifest import Calibration, ScoreHead
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.remote import RemoteSettings, connected
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.scoring import weighted
-from meiqa.engine.vlm import LocalVlm, Prefix, Vlm
+from meiqa.engine.vlm import Prefix, Vlm
 from meiqa.errors import PackageCorrupted, UsageError
 from meiqa.export.commands import run_command
 from meiqa.kernels.thurstone import thurstone_map

@@ -25,10 +25,10 @@ from meiqa.benchmarks.metrics import srcc
 from meiqa.engine.grading import GRADES, centred_levels, graded_response
 from meiqa.engine.images import load_pixels
 from meiqa.engine.judging import fitted_to
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.manifest import GradedHead
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import UsageError
 from meiqa.export.commands import run_command
 from meiqa.kernels.graded import (

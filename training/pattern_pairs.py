@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from meiqa.engine.images import load_pixels
 from meiqa.engine.judging import fitted_to
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.sessions import sessions_on
-from meiqa.engine.vlm import LocalVlm
 from meiqa.export.commands import run_command
 from meiqa.training.data import PRISTINE_SCORE, name_hash, pristine_names
 from meiqa.training.distortions import KINDS, LEVELS, distort, kadid_scores

@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from meiqa.errors import AnswerNotFinite
+
 Array = NDArray[np.float32] | NDArray[np.int64]
 
 
@@ -57,3 +59,16 @@ class RowSession(GraphSession, Protocol):
             wanted: ids of the tokens.
         """
         ...
+
+
+def require_finite(values: NDArray[np.float32]) -> None:
+    """Refuse what overflowed on its way through the model.
+
+    Raises:
+        AnswerNotFinite: a value is not a number, or infinite.
+    """
+    if not np.isfinite(values).all():
+        raise AnswerNotFinite(
+            "the model's answer is not a number",
+            hint="export the model with --precision fp32, whose range is wider",
+        )

@@ -26,7 +26,7 @@ from meiqa.errors import StoreMismatch, StoreNotFound, UsageError, one_line
 if TYPE_CHECKING:
     from meiqa.commands.options import Commands
     from meiqa.engine.anchoring import Describer
-    from meiqa.engine.vlm import LocalVlm
+    from meiqa.engine.local import LocalVlm
     from meiqa.memory import MemoryBank
     from meiqa.types import KeyKind
 
@@ -229,9 +229,9 @@ def _keep_settings(vlm: Describer, memory: Path) -> None:
 
 
 def _open_vlm(options: argparse.Namespace) -> LocalVlm:
+    from meiqa.engine.local import LocalVlm
     from meiqa.engine.package import EnginePackage
     from meiqa.engine.runtime.sessions import sessions_on
-    from meiqa.engine.vlm import LocalVlm
     from meiqa.locations import embedded_assets
 
     package = EnginePackage.open(options.package or embedded_assets() / "package")

@@ -14,8 +14,9 @@ from meiqa.benchmarks.ablation import ablate, ablation_text
 from meiqa.benchmarks.accuracy import evaluate
 from meiqa.benchmarks.hurry import budgets_text, sweep_budgets
 from meiqa.benchmarks.recording import Parts, Recorder, anchors_of, random_key
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.vlm import LocalVlm, Prefix, VisualTokens
+from meiqa.engine.vlm import Prefix, VisualTokens
 from meiqa.errors import UsageError
 from meiqa.labels import LabelTable
 from tests.engine.samples import ANCHORS, PHOTOS, K, calibrated_copy

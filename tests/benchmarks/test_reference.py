@@ -21,10 +21,11 @@ from meiqa.benchmarks.similarity import METRICS
 from meiqa.demo import demo_photos
 from meiqa.engine.images import load_pixels
 from meiqa.engine.judging import fitted_to
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.patterns import PatternJudge, opened_patterns
 from meiqa.engine.runtime.sessions import sessions_on
-from meiqa.engine.vlm import LocalVlm, VisualTokens
+from meiqa.engine.vlm import VisualTokens
 from meiqa.training.distortions import KINDS, distort
 
 ROOT = Path(__file__).parents[2]

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from meiqa.engine.images import load_pixels
+from meiqa.engine.local import LocalVlm, Row
 from meiqa.engine.prompts import layout
-from meiqa.engine.vlm import LocalVlm, Prefix, Row, VisualTokens, Writing
+from meiqa.engine.vlm import Prefix, VisualTokens
+from meiqa.engine.writing import Writing
 
 MODEL = "meiqa-default"
 

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.images import fit_to_grid, load_pixels
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.vlm import LocalVlm, VisualTokens
+from meiqa.engine.vlm import VisualTokens
 from meiqa.memory import AnchorWriter, Case, MemoryBank
 from meiqa.types import Assessment, Failure
 

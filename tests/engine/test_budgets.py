@@ -11,10 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from meiqa.engine.drafting import Draft
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.vlm import Description, LocalVlm, Prefix, VisualTokens
+from meiqa.engine.vlm import Description, Prefix, VisualTokens
 from meiqa.types import Budget
 from tests.engine.samples import ANCHORS, PHOTOS, read_memory
 

@@ -13,11 +13,12 @@ import pytest
 from meiqa.engine import judging
 from meiqa.engine.drafting import LONGEST_GAP, LONGEST_SUFFIX, Draft, Proposer
 from meiqa.engine.judging import projected_key, remembered_drafts
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.planning import SHORT_SUMMARY_TOKENS
 from meiqa.engine.prompts import MEIQA, Prompts
-from meiqa.engine.vlm import NO_EFFORT, Description, LocalVlm, Prefix
+from meiqa.engine.vlm import NO_EFFORT, Description, Prefix
 from meiqa.locations import embedded_assets
 from meiqa.memory import Case
 from tests.engine.samples import PHOTOS, SIZES, open_vlm, picture, read_memory, seen

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from meiqa.engine import judging
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.planning import Plan
 from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import AnswerNotFinite, ImageError, UsageError
 from meiqa.types import Assessment, Failure
 from tests.engine.samples import (

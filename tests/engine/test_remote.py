@@ -15,11 +15,11 @@ from PIL import Image
 
 from meiqa import cli
 from meiqa.engine.anchoring import build_anchors
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.prompts import MEIQA
 from meiqa.engine.remote import RemoteSettings, RemoteVlm, connected, open_remote
-from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import AnswerUnreadable, ServiceError, StoreMismatch, StoreNotFound, UsageError
 from meiqa.labels import LabelTable
 from meiqa.locations import embedded_assets

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import layout
 from meiqa.engine.runtime.base import Array
 from meiqa.engine.runtime.onnx import OnnxSession, open_sessions
-from meiqa.engine.vlm import Floats, LocalVlm, Prefix, VisualTokens, Writing
+from meiqa.engine.vlm import Floats, Prefix, VisualTokens
+from meiqa.engine.writing import Writing
 from tests.engine.samples import picture, seen
 
 TOLERANCE = 1e-4

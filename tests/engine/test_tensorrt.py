@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.manifest import Profile, TensorRtEngine
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime import tensorrt
@@ -35,7 +36,6 @@ from meiqa.engine.runtime.tensorrt import (
     open_tensorrt_sessions,
     without_empty_axes,
 )
-from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, UsageError
 from meiqa.export import engines
 from meiqa.export.profiles import Limits, decoder_profiles, vision_profiles

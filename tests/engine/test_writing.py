@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from meiqa.engine.drafting import Draft
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.manifest import DecoderShape
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import FAMILIES, MEIQA, PromptFamily, Prompts, layout
@@ -20,16 +21,14 @@ from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.vlm import (
     ANSWER_TOKENS,
     NO_EFFORT,
-    PAST_STEP,
     RATING_TOKENS,
     Description,
     Effort,
     Floats,
-    LocalVlm,
     Prefix,
     VisualTokens,
-    Writing,
 )
+from meiqa.engine.writing import PAST_STEP, Writing
 from tests.engine.samples import PHOTOS, seen
 
 LIMIT = 40

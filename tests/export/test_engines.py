@@ -23,11 +23,11 @@ from onnx import TensorProto, helper, save
 
 from meiqa.engine.grading import expected_grade
 from meiqa.engine.images import _grid
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.manifest import GRAPHS, PATTERNS, TensorRtEngine
 from meiqa.engine.package import EnginePackage, file_digest, write_manifest
 from meiqa.engine.runtime.onnx import open_sessions
 from meiqa.engine.runtime.tensorrt import TensorRt, hull, load_tensorrt, loaded_engine, open_gpu
-from meiqa.engine.vlm import LocalVlm
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, PackageError, UsageError
 from meiqa.export import engines as building
 from meiqa.export.engines import (

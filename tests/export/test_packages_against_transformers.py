@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import Prompts
 from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.vlm import LocalVlm, VisualTokens
+from meiqa.engine.vlm import VisualTokens
 from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.package import ExportOptions, export_package
 from meiqa.export.tasks import TASK

@@ -11,9 +11,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.base import GraphSession
-from meiqa.engine.vlm import LocalVlm
 from meiqa.export import int4, int8
 from meiqa.export.graphs import save_graph
 from meiqa.export.half import halved

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.base import GraphSession
-from meiqa.engine.vlm import LocalVlm
 from meiqa.export import sensitivity
 from meiqa.export.quantise import Quantisation
 from meiqa.export.sensitivity import Answers, Group, SensitivityStudy, groups_of

@@ -16,9 +16,9 @@ from PIL import Image
 from meiqa import cli
 from meiqa.engine import anchoring
 from meiqa.engine.anchoring import build_anchors
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.vlm import LocalVlm
 from meiqa.labels import LabelTable
 from meiqa.memory import MemoryBank, RetrievalPolicy
 from tests.engine.samples import picture

@@ -37,6 +37,13 @@ def cosine(unit: Sequence[float], case: Case) -> float:
     return round(sum(a * b for a, b in products), 12)
 
 
+def tokens_as_stored(tokens: NDArray[Any]) -> NDArray[Any]:
+    """Round each token to 127 steps of its largest magnitude, either way."""
+    steps = [max(abs(token)) / np.float32(127) or np.float32(1) for token in tokens]
+    rounded = [np.rint(token / step) * step for token, step in zip(tokens, steps, strict=True)]
+    return np.array(rounded)
+
+
 def naive_layout(tokens: NDArray[Any], grid: tuple[int, int]) -> NDArray[Any]:
     """Average a fine enough copy of the grid in 4 x 4 blocks, take the mean off, scale."""
     rows, columns = grid
@@ -68,7 +75,7 @@ def naive_retrieve(
             return False
         if layout is None or policy.exclude_above == 1:
             return True
-        likeness = float(naive_layout(case.tokens, case.grid) @ layout)
+        likeness = float(naive_layout(tokens_as_stored(case.tokens), case.grid) @ layout)
         return likeness <= policy.exclude_above
 
     anchors = [case for case in anchors if may_be_taken(case)]

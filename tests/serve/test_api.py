@@ -234,7 +234,7 @@ def test_requests_are_logged_as_json_and_without_secrets(
 
 
 def test_several_engines_share_the_work(serve: Serve, engine: Engine) -> None:
-    from meiqa.engine.vlm import LocalVlm
+    from meiqa.engine.local import LocalVlm
     from meiqa.serve.app import create_app
     from tests.engine.samples import open_vlm
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from meiqa.engine.local import LocalVlm
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.base import Array, GraphSession
 from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.vlm import LocalVlm, Prefix, VisualTokens
+from meiqa.engine.vlm import Prefix, VisualTokens
 from meiqa.training.checkpoint import load_checkpoint
 from meiqa.training.finetune import Reader, ReadPictures
 from meiqa.training.towers import MEAN, STD, normalised
