@@ -409,7 +409,7 @@ function neighbourRow(one) {
   const name = made("span", "name", one.id);
   name.title = one.id;
   name.append(made("span", "quiet", `  ${one.score.toFixed(2)}`));
-  row.append(name, made("span", "quiet", `looks ${wins ? "better" : "worse"}, ${percent(wins ? one.preference : 1 - one.preference)}`));
+  row.append(name, made("span", "quiet", `yours is ${wins ? "better" : "worse"}, ${percent(wins ? one.preference : 1 - one.preference)}`));
   const half = 100 * Math.abs(one.preference - 0.5);
   row.append(bar("", { "--from": `${wins ? 50 : 50 - half}%`, "--width": `${half}%` }));
   return row;
