@@ -149,7 +149,8 @@ def srcc_against_neighbours(rows: Sequence[Mapping[str, Any]]) -> Figure:
     places = range(len(chosen))
     axes.plot(places, [row["srcc"] for row in chosen], "o-", color=_FUSED, markersize=6)
     axes.set_xticks(places, [row["setting"] for row in chosen])
-    axes.set(xlabel="neighbours compared with, K (without the memory's regression)", ylabel="SRCC with people")
+    axes.set_xlabel("neighbours compared with, K (without the memory's regression)")
+    axes.set_ylabel("SRCC with people")
     axes.set_title("agreement by the number of neighbours")
     _mark(axes, _srcc_of(rows, "initial score"), "initial score")
     return figure
