@@ -14,6 +14,7 @@ from meiqa.engine.drafting import Draft, Proposer
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import layout
+from meiqa.engine.rating import printed_rating
 from meiqa.engine.runtime.base import Array, GraphSession, RowSession, require_finite
 from meiqa.engine.vlm import (
     ANSWER_TOKENS,
@@ -25,10 +26,10 @@ from meiqa.engine.vlm import (
     Prefix,
     VisualTokens,
 )
-from meiqa.engine.writing import Writing, Written, printed_rating
+from meiqa.engine.writing import Writing, Written
 from meiqa.kernels.patches import pixels_to_patches
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,7 @@ class LocalVlm:
     def read(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:
         """Read pictures, a few in each call; see `Vlm.read`."""
         most = ROWS_PER_CALL if self._by_rows is None else ROWS_BY_THEMSELVES
-        return [prefix for part in chunks(pictures, most) for prefix in self._read(part)]
+        return [prefix for part in _chunks(pictures, most) for prefix in self._read(part)]
 
     def _read(self, pictures: Sequence[VisualTokens]) -> Iterator[Prefix]:
         p = self.prompts
@@ -219,7 +220,7 @@ class LocalVlm:
         if len(firsts) == 1:
             return self._prefer_shared(firsts[0], seconds)
         pairs = list(zip(firsts, seconds, strict=True))
-        return joined(self._prefer_paired(part) for part in chunks(pairs, ROWS_PER_CALL))
+        return _joined(self._prefer_paired(part) for part in _chunks(pairs, ROWS_PER_CALL))
 
     def _prefer_by_rows(
         self, decoder: RowSession, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]
@@ -239,14 +240,14 @@ class LocalVlm:
             ahead: NDArray[np.float64] = logits[:, 0].astype(np.float64) - logits[:, 1]
             return ahead
 
-        return joined(answers(part) for part in chunks(list(pairs), ROWS_BY_THEMSELVES))
+        return _joined(answers(part) for part in _chunks(list(pairs), ROWS_BY_THEMSELVES))
 
     def _prefer_shared(self, first: Prefix, seconds: Sequence[VisualTokens]) -> NDArray[np.float64]:
         """One prefix read by all rows."""
         stacked = self._stacked([first])
-        return joined(
+        return _joined(
             self._verdicts([self._second_row(first, second) for second in part], stacked)
-            for part in chunks(seconds, ROWS_PER_CALL)
+            for part in _chunks(seconds, ROWS_PER_CALL)
         )
 
     def _prefer_paired(self, pairs: Sequence[tuple[Prefix, VisualTokens]]) -> NDArray[np.float64]:
@@ -270,7 +271,7 @@ class LocalVlm:
         start = first.next_position
         if first.before_second is not None:
             start, before = start + len(before), before[:0]
-        positions = positions_around(second.grid, len(before), len(after), start)
+        positions = _positions_around(second.grid, len(before), len(after), start)
         return Row(np.concatenate([before, second.values, after]), positions)
 
     @cached_property
@@ -337,8 +338,7 @@ class LocalVlm:
     def continue_writing(
         self, prefix: Prefix, past: Floats, past_length: int, ids: Sequence[int], wanted: int = 1
     ) -> dict[str, Floats]:
-        """Feed tokens after a prefix and a past (L, 2, 1, H, 1, capacity, d), of which
-        `past_length` tokens are real; logits of the last `wanted` tokens, finite or not."""
+        """Feed tokens after a prefix and a past; see `meiqa.engine.writing.Continued`."""
         start = prefix.next_position + past_length
         positions = np.empty((3, 1, 1, len(ids)), np.float32)
         positions[:] = np.arange(start, start + len(ids))
@@ -355,7 +355,7 @@ class LocalVlm:
 
 
 @lru_cache(maxsize=1024)
-def positions_around(grid: tuple[int, int], before: int, after: int, start: int) -> Floats:
+def _positions_around(grid: tuple[int, int], before: int, after: int, start: int) -> Floats:
     """Positions (3, n) of a picture between texts; most pictures have one of few grids."""
     positions: Floats = layout([before, grid, after], start)[0]
     positions.setflags(write=False)
@@ -373,12 +373,12 @@ def padded(rows: Sequence[Row]) -> tuple[Floats, Floats, NDArray[np.int64]]:
     return embeds, positions, steps
 
 
-def joined(parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+def _joined(parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Parts one after the other; empty if there are none."""
     return np.concatenate([np.zeros(0), *parts])
 
 
-def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+def _chunks(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
     """Consecutive parts of at most `size` items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

@@ -31,11 +31,11 @@ from meiqa.engine.manifest import UNCALIBRATED, Calibration, DecoderShape, Image
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.pipeline import Engine
 from meiqa.engine.prompts import VISUALQUALITY_R1, PromptFamily, fault_of
+from meiqa.engine.rating import printed_rating
 from meiqa.engine.remembering import open_memory
 from meiqa.engine.text_keys import TEXT_KEY, TEXT_KEY_WIDTH, text_key
 from meiqa.engine.tiles import picture_of, tile_side, tile_width, tiles_of
 from meiqa.engine.vlm import ANSWER_TOKENS, RATING_TOKENS, Description, Prefix, VisualTokens
-from meiqa.engine.writing import printed_rating
 from meiqa.errors import AnswerUnreadable, MeiqaError, StoreNotFound, UsageError
 from meiqa.memory import NEAR_DUPLICATE, Admission, MemoryBank
 from meiqa.types import Assessment, Failure

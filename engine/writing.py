@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.drafting import Proposer
-from meiqa.engine.prompts import PromptFamily
+from meiqa.engine.manifest import DecoderShape
+from meiqa.engine.prompts import Prompts
 from meiqa.engine.runtime.base import require_finite
 from meiqa.engine.vlm import Description, Effort, Floats, Prefix
-
-if TYPE_CHECKING:
-    from meiqa.engine.local import LocalVlm
 
 PAST_STEP = 32
 """Tokens by which a writing's past grows when there is no room left."""
@@ -24,9 +21,27 @@ PROPOSED_TOKENS = 48
 """Most tokens of a draft that one call checks: a usual description with its answer."""
 FEWEST_PROPOSED = 4
 """Tokens checked by the call after one in which no token was right; each that was adds two."""
-LOWEST, HIGHEST = 1.0, 5.0
-"""The scale of ratings, for all families."""
-NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+class Continued(Protocol):
+    """A model that reads a writing on, as `meiqa.engine.local.LocalVlm` does."""
+
+    @property
+    def prompts(self) -> Prompts:
+        """Its questions and tokens."""
+        ...
+
+    @property
+    def shape(self) -> DecoderShape:
+        """Of its decoder."""
+        ...
+
+    def continue_writing(
+        self, prefix: Prefix, past: Floats, past_length: int, ids: Sequence[int], wanted: int = 1
+    ) -> dict[str, Floats]:
+        """Feed tokens after a prefix and a past (L, 2, 1, H, 1, capacity, d), of which
+        `past_length` tokens are real; logits of the last `wanted` tokens, finite or not."""
+        ...
 
 
 class Writing:
@@ -42,7 +57,7 @@ class Writing:
 
     def __init__(
         self,
-        vlm: LocalVlm,
+        vlm: Continued,
         prefix: Prefix,
         question: NDArray[np.int64],
         capacity: int,
@@ -110,7 +125,7 @@ class Writing:
             if marker in tail:
                 return True
             full = len(self.tokens) >= limit or enough()
-            if full and not ends_in_beginning(tail, marker):
+            if full and not _ends_in_beginning(tail, marker):
                 return False
             self.accept()
         return False
@@ -137,7 +152,7 @@ class Writing:
             self._prefix, self._past, self._length, ids + proposed, wanted=1 + len(proposed)
         )
         choices = made["logits"][0, 0].argmax(axis=1).tolist()
-        agreed = agreeing(choices, proposed)
+        agreed = _agreeing(choices, proposed)
         require_finite(made["logits"][0, 0, : agreed + 1])
 
         kept = self._length + fed + agreed
@@ -196,23 +211,7 @@ class Written:
         )
 
 
-def printed_rating(text: str, family: PromptFamily, *, cut: bool) -> float | None:
-    """The first number of the last answer in a text; None if there is none on the scale.
-
-    A number at the very end of a text that was `cut` does not count: it may lack digits.
-    """
-    _, opened, answer = text.rpartition(family.answer_open)
-    if not opened:
-        return None
-    answer, closed, _ = answer.partition(family.answer_close)
-    if cut and not closed:
-        answer = answer.rstrip("0123456789.")
-    number = NUMBER.search(answer)
-    rating = float(number.group()) if number else np.nan
-    return rating if LOWEST <= rating <= HIGHEST else None
-
-
-def agreeing(choices: Sequence[int], proposed: Sequence[int]) -> int:
+def _agreeing(choices: Sequence[int], proposed: Sequence[int]) -> int:
     """How many proposed tokens in a row the model chose itself, before it chose another."""
     pairs = zip(choices, proposed, strict=False)  # the last choice follows all that was proposed
     return next(
@@ -220,6 +219,6 @@ def agreeing(choices: Sequence[int], proposed: Sequence[int]) -> int:
     )
 
 
-def ends_in_beginning(text: str, marker: str) -> bool:
+def _ends_in_beginning(text: str, marker: str) -> bool:
     """Whether a text ends in some, but not all, of a marker's characters."""
     return any(text.endswith(marker[:count]) for count in range(1, len(marker)))

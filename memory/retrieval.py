@@ -22,6 +22,8 @@ from meiqa.memory.view import Bin, CaseView
 
 __all__ = ["RetrievalPolicy", "Sought", "nearest_anchors", "shares"]
 
+_TIMES_AS_FAR = 5  # a search for all bins together; more would cost more than it saves
+
 
 @dataclass(frozen=True)
 class RetrievalPolicy:
@@ -152,7 +154,11 @@ class Sought:
 def _permitted(probe: Probe, eligible: Mask | None, left_out: Rows, count: int) -> Found:
     """Search so much further that `count` remain when rows are left out."""
     found = probe.nearest(count + len(left_out) if count > 0 else 0, eligible)
-    return found.where(~np.isin(found.rows, left_out, kind="table"))
+    return _without(found, left_out)
+
+
+def _without(found: Found, rows: Rows) -> Found:
+    return found.where(~np.isin(found.rows, rows, kind="table"))  # sorting imports numpy.ma
 
 
 def _likeness(case: Case, own_layout: FloatArray) -> float:
@@ -175,8 +181,8 @@ def nearest_anchors(
 ) -> list[int]:
     """Take `count` anchors, stratified over their scores if the policy says so, nearest first.
 
-    `count // bins` come from each bin, the rest by similarity alone. One search serves all bins
-    that have enough among the nearest `bins * count`; only the others are searched for themselves.
+    `count // bins` come from each bin, the rest by similarity alone. One search, some times as far
+    as without bins, serves all that have enough there; only the others are searched for themselves.
 
     Raises:
         StoreCorrupted: the order of the scores is damaged.
@@ -184,14 +190,15 @@ def nearest_anchors(
     if not policy.stratified or count < policy.bins:
         nearest: list[int] = sought.nearest(count).rows.tolist()
         return nearest
-    around, from_each = sought.nearest(policy.bins * count), count // policy.bins
+    around = sought.nearest(min(policy.bins, _TIMES_AS_FAR) * count)
+    from_each = count // policy.bins
     taken = []
     for each in view.bins(policy.bins):
         inside = around.where(each.holds(around.rows))
-        whole = len(inside.rows) >= from_each
-        taken.append(inside.first(from_each) if whole else sought.nearest(from_each, each))
+        enough = len(inside.rows) >= from_each
+        taken.append(inside.first(from_each) if enough else sought.nearest(from_each, each))
     rows = np.concatenate([found.rows for found in taken])
-    rest = around.where(~np.isin(around.rows, rows)).first(count - len(rows))
+    rest = _without(around, rows).first(count - len(rows))
     rows = np.concatenate([rows, rest.rows])
     cosines = np.concatenate([*(found.cosines for found in taken), rest.cosines])
     in_order: list[int] = rows[view.order(rows, cosines)].tolist()

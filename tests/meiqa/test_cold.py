@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from meiqa.benchmarks.photographs import made_jpeg
 
 NOT_NEEDED = {
@@ -25,12 +27,13 @@ sys.exit(code)
 """
 
 
-def test_a_cold_score_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
+@pytest.mark.parametrize("k", ["8", "32"])
+def test_a_cold_score_imports_nothing_that_it_does_not_need(tmp_path: Path, k: str) -> None:
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(made_jpeg(0))
     probe = PROBE.format(names=sorted(NOT_NEEDED))
     run = subprocess.run(
-        [sys.executable, "-P", "-c", probe, "score", str(photo), "--no-learn"],
+        [sys.executable, "-P", "-c", probe, "score", str(photo), "--no-learn", "--k", k],
         env={**os.environ, "MEIQA_MEMORY": str(tmp_path / "memory")},
         capture_output=True,
         text=True,

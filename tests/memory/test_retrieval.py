@@ -116,36 +116,48 @@ def test_stratified_neighbours_span_the_scale(tmp_path: Path) -> None:
 
 
 def test_bins_with_none_near_the_query_are_searched_for_themselves(tmp_path: Path) -> None:
-    """Scores fall with the distance from the query: what is near holds the best bins alone."""
-    own = np.eye(KEY_WIDTH, dtype=np.float32)[0]
+    """Scores fall with the distance from the query: the nearest are of the best bins alone."""
+    own, other = np.eye(KEY_WIDTH, dtype=np.float32)[:2]
+    angles = np.linspace(0.01, 1.5, 97, dtype=np.float32)
     anchors = [
-        make_case(f"{n:02d}", "anchor", score=5 - n / 25, key=own + n * query(n) / 50)
-        for n in range(97)
+        make_case(
+            f"{n:02d}", "anchor", score=5 - n / 25, key=np.cos(angle) * own + np.sin(angle) * other
+        )
+        for n, angle in enumerate(angles)
     ]
     snapshot = snapshot_of(tmp_path / "m", anchors, [])
     for bins in (2, 5, 9):
         policy = RetrievalPolicy(k=10, bins=bins)
-        assert retrieve(snapshot, own, policy) == naive_retrieve(anchors, [], own, policy, None)
+        found = retrieve(snapshot, own, policy)
+        assert found == naive_retrieve(anchors, [], own, policy, None)
+        assert int(found[-1]) >= 97 - 97 // bins - 1  # the farthest is the worst bin's nearest
 
 
-def test_an_index_gives_the_bins_what_comparing_with_all_gives(tmp_path: Path) -> None:
+def test_an_index_gives_the_bins_what_comparing_with_all_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("hnswlib", reason="building an index takes the extra `index`")
+    monkeypatch.setattr("meiqa.memory.index.FLAT_BELOW", 1)
     random = np.random.default_rng(8)
-    keys = random.standard_normal((3_100, KEY_WIDTH), np.float32)
+    keys = random.standard_normal((2_000, KEY_WIDTH), np.float32)
     scores = np.clip(3 + keys[:, 0] + random.standard_normal(len(keys)) / 2, 1, 5)
     anchors = [
         make_case(f"{n:04d}", "anchor", image_digest=f"{n}", score=float(score), key=key)
         for n, (key, score) in enumerate(zip(keys, scores, strict=True))
     ]
-    snapshot, policy = snapshot_of(tmp_path / "m", anchors, []), RetrievalPolicy()
-    shared = [
-        len(
-            {*retrieve(snapshot, query(n), policy)}.intersection(
-                naive_retrieve(anchors, [], query(n), policy, None)
+    build_anchors(tmp_path / "m", anchors)
+    with MemoryBank.open(tmp_path / "m", "r", package_digest=DIGEST) as bank:
+        assert bank.statistics().origins["anchor"].index == "frozen"
+        snapshot, policy = bank.snapshot(), RetrievalPolicy()
+        shared = []
+        for seed in range(20):
+            found = snapshot.retrieve(query(seed), policy, None)
+            bins = np.searchsorted(
+                np.quantile(scores, [0.2, 0.4, 0.6, 0.8]), [c.score for c in found]
             )
-        )
-        for n in range(20)
-    ]
+            assert np.bincount(bins, minlength=5).min() >= policy.k // 5
+            expected = naive_retrieve(anchors, [], query(seed), policy, None)
+            shared.append(len({case.id for case in found}.intersection(expected)))
     assert np.mean(shared) >= 0.97 * policy.k
 
 
