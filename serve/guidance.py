@@ -182,7 +182,7 @@ RULES = (
         Instruction("side-light", "Let light come from the side", "there is little contrast"),
         _light_from_the_side,
     ),
-    Rule(Instruction("take-it", "Take it now", "nothing is wrong with it", good=True), _take_it),
+    Rule(Instruction("take-it", "Take it now", "no clear flaw", good=True), _take_it),
 )
 """What comes first is to be done first."""
 

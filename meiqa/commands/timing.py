@@ -212,7 +212,7 @@ def _add_scenarios(subjects: Commands) -> None:
         "--server-rate",
         type=float,
         metavar="N",
-        help="photos a second that arrive in Server (default: 60 %% of what was seen)",
+        help="photos a second that arrive in Server (default: 40 %% of what was seen)",
     )
     scenarios.add_argument(
         "--server-latency-ms",
