@@ -36,7 +36,7 @@ def open_memory(
         admission: Which photos are remembered, when learning.
 
     Raises:
-        StoreNotFound: there is no directory `path` to read.
+        StoreNotFound: there is no directory `path` to read, or what it holds is no memory.
         StoreUnwritable: `path` cannot be written, and `learn` asks for it.
         StoreError: the memory cannot be used.
         UsageError: no such admission.

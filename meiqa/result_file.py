@@ -292,6 +292,8 @@ def _as_written(path: str) -> str:
 
 
 def _shown(value: object) -> str:
+    if value is None:
+        return "the default"
     if isinstance(value, str) and len(value) == 64:
         return value[:16]
     return one_line(str(value))

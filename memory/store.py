@@ -15,7 +15,7 @@ from meiqa.errors import StoreError, StoreMismatch, StoreNotFound
 from meiqa.memory.database import REBUILD, Identity, check_identity
 from meiqa.memory.disk import disk_errors
 from meiqa.memory.generation import Generation, left_over, segment_path
-from meiqa.memory.journal import Journal, Mode, Uses
+from meiqa.memory.journal import JOURNAL_NAME, Journal, Mode, Uses
 from meiqa.memory.lock import WriterLock
 from meiqa.memory.records import Entry
 from meiqa.memory.segment import file_identity
@@ -81,6 +81,7 @@ class CaseStore:
         self.identity = self._identify(package_digest, verify)
         try:
             _refuse_old_format(cases_path)
+            _refuse_other_files(cases_path)
             if mode == "rw":
                 with disk_errors(cases_path):
                     cases_path.mkdir(parents=True, exist_ok=True)
@@ -337,6 +338,26 @@ def _hidden_rows(
     located = [generation.locate(case_id) for case_id in ids]
     # np.unique would import numpy.ma, which takes longer than the rest of opening a memory.
     return np.array(sorted({row for row, present in located if present}), np.intp)
+
+
+def _refuse_other_files(directory: Path) -> None:
+    """Refuse to read or make a memory among files of another kind.
+
+    Raises:
+        StoreNotFound: there are some, and nothing of a memory.
+    """
+    segments = (segment_path(directory, "anchor").name, segment_path(directory, "contrast").name)
+    own = {JOURNAL_NAME, _LOCK_NAME, _OLD_DATABASE_NAME, *segments}
+    try:
+        names = os.listdir(directory)
+    except OSError:  # there is none yet, or opening says why not
+        return
+    if names and own.isdisjoint(names):
+        raise StoreNotFound(
+            f"{directory} holds no memory, but something else",
+            seen=min(names),
+            hint="name a memory, or an empty or new directory to learn into",
+        )
 
 
 def _refuse_old_format(directory: Path) -> None:

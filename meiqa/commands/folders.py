@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from meiqa.commands.options import budget_of, engine_of, report_failures, say
+from meiqa.commands.options import budget_of, engine_of, file_to_write, report_failures, say
 from meiqa.errors import UsageError
 from meiqa.types import Failure
 
@@ -31,6 +31,7 @@ def add_output(command: argparse.ArgumentParser) -> None:
     """Add the options that name the file."""
     command.add_argument(
         "--output",
+        type=file_to_write,
         metavar="FILE",
         help="write the rows (csv or jsonl) to a file, and leave the memory as it is",
     )

@@ -118,7 +118,13 @@ def _list(options: argparse.Namespace) -> int:
 def _remove(options: argparse.Namespace) -> int:
     with _bank(options.memory, "rw") as bank:
         removed = bank.remove(options.ids or None, origin=options.origin, since=options.since)
-    say(f"{options.memory}: {removed} cases removed")
+    if options.ids and not removed:
+        raise UsageError(
+            f"{options.memory} has no such case",
+            seen=", ".join(options.ids),
+            hint=f"ids are as `meiqa memory list {options.memory}` prints them",
+        )
+    say(f"{options.memory}: {removed} {'case' if removed == 1 else 'cases'} removed")
     return 0
 
 

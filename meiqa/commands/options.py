@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meiqa.errors import UsageError, one_line
@@ -113,7 +114,10 @@ def add_format(command: argparse.ArgumentParser, *formats: str) -> None:
 
 def add_html(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--html", metavar="FILE", help="write a page with thumbnails, scores and intervals, too"
+        "--html",
+        type=file_to_write,
+        metavar="FILE",
+        help="write a page with thumbnails, scores and intervals, too",
     )
 
 
@@ -190,12 +194,24 @@ def positive_count(text: str) -> int:
     return whole_number(text, lowest=1)
 
 
-def whole_number(text: str, *, lowest: int) -> int:
-    complaint = f"{text!r} is not a whole number from {lowest} up"
+def port_number(text: str) -> int:
+    return whole_number(text, lowest=0, highest=65_535)
+
+
+def whole_number(text: str, *, lowest: int, highest: int | None = None) -> int:
+    upwards = "up" if highest is None else f"to {highest}"
+    complaint = f"{text!r} is not a whole number from {lowest} {upwards}"
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(complaint) from None
-    if value < lowest:
+    if value < lowest or (highest is not None and value > highest):
         raise argparse.ArgumentTypeError(complaint)
     return value
+
+
+def file_to_write(text: str) -> str:
+    """Refuse a file that could not be made only after all the work."""
+    if not (directory := Path(text).parent).is_dir():
+        raise argparse.ArgumentTypeError(f"the directory {directory} does not exist: make it")
+    return text

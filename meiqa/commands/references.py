@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from meiqa.commands.options import file_to_write
 from meiqa.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def add_reference(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--map",
+        type=file_to_write,
         metavar="FILE",
         help="write the photo with a heat map of its distortions over it, as PNG; of one photo",
     )

@@ -11,6 +11,7 @@ from meiqa.commands.options import (
     milliseconds,
     offline_packages,
     open_engine,
+    port_number,
     positive_count,
     say,
 )
@@ -88,7 +89,9 @@ def _add_serve(commands: Commands) -> None:
     command.add_argument(
         "--host", default="127.0.0.1", help="other than loopback needs keys (default: 127.0.0.1)"
     )
-    command.add_argument("--port", type=int, default=8000, metavar="N", help="0 for any (8000)")
+    command.add_argument(
+        "--port", type=port_number, default=8000, metavar="N", help="0 for any (8000)"
+    )
     command.add_argument(
         "--api-key-file", metavar="FILE", help="who may ask; `meiqa api-key` adds to it"
     )

@@ -242,6 +242,11 @@ def test_a_number_that_is_none_is_told_what_it_should_be(
     assert f"argument {option}: {wanted};" in errors_of(capsys)[0]
 
 
+def test_a_port_is_one_there_is(capsys: Output) -> None:
+    assert cli.main(["serve", "--port", "99999"]) == 2
+    assert "argument --port: '99999' is not a whole number from 0 to 65535;" in errors_of(capsys)[0]
+
+
 def test_compare(engine: Any, grey: Grey, capsys: Output) -> None:
     dark, bright = str(grey("dark.png", 20)), str(grey("bright.png", 200))
     assert cli.main(["compare", dark, bright]) == 0

@@ -146,7 +146,7 @@ def test_what_was_added_is_listed_compacted_and_removed(
     assert json.loads(extended("stats", "--format", "json"))["origins"]["anchor"]["recent"] == 0
     assert "0 findings" in extended("verify")
 
-    assert "1 cases removed" in extended("remove", added)
+    assert "1 case removed" in extended("remove", added)
     assert added not in extended("list")
     assert "0 contrast cases evicted" in extended("evict", "--keep", "3")
 

@@ -225,7 +225,7 @@ def test_html_beside_the_usual_output(
     assert capsys.readouterr().out.count(".png") == 3
     assert len(Page(page).all("img")) == 3
     assert cli.main([command, str(folder), "--html", str(tmp_path / "no" / "page.html")]) == 2
-    assert "cannot write" in capsys.readouterr().err
+    assert "does not exist: make it" in capsys.readouterr().err
 
 
 def test_what_is_no_likeness_is_refused(engine: Any, capsys: Output) -> None:

@@ -126,7 +126,7 @@ def test_other_terms_are_refused_in_one_line(tmp_path: Path) -> None:
         written(file, "csv", package="b" * 64, k=8)
     with pytest.raises(UsageError, match="another format"):
         written(file, "jsonl", package="a" * 64, k=8)
-    with pytest.raises(UsageError, match="another budget ms; got 300; allowed: None"):
+    with pytest.raises(UsageError, match="another budget ms; got 300; allowed: the default"):
         written(file, "csv", package="a" * 64, k=8, budget_ms=300)
     assert file.read_bytes() == before
 
@@ -264,7 +264,7 @@ def test_score_goes_on_and_lists_what_failed_before(
     assert len(engine.calls) == calls
     assert out.read_bytes() == whole
     assert scored(folder, out, "--resume", "--k", "2") == 2
-    assert "another k; got 2; allowed: None" in capsys.readouterr().err
+    assert "another k; got 2; allowed: the default" in capsys.readouterr().err
 
 
 def test_new_photos_are_added(

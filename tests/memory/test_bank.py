@@ -21,9 +21,11 @@ from meiqa.errors import (
     StoreError,
     StoreLocked,
     StoreMismatch,
+    StoreNotFound,
     UsageError,
 )
 from meiqa.memory import AnchorWriter, Case, MemoryBank, RetrievalPolicy, Snapshot
+from meiqa.memory.journal import Mode
 from tests.memory.samples import (
     DIGEST,
     KEY_WIDTH,
@@ -414,3 +416,13 @@ def test_errors_are_one_line(path: Path) -> None:
     with pytest.raises(MeiqaError) as refusal:
         open_bank(path, digest="other")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("mode", ["r", "rw"])
+def test_a_directory_of_other_files_is_no_memory(
+    three_anchors: Path, tmp_path: Path, mode: Mode
+) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    with pytest.raises(StoreNotFound, match="holds no memory, but something else; got photo"):
+        MemoryBank.compose(three_anchors, tmp_path, mode, package_digest=DIGEST)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
