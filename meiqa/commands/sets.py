@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeAlias, TypeVar
 
 from meiqa.commands.judging import photos_of
 from meiqa.commands.options import (
@@ -26,9 +26,12 @@ from meiqa.commands.options import (
 if TYPE_CHECKING:
     from meiqa.commands.options import Commands
     from meiqa.engine.pipeline import Engine
+    from meiqa.formats import Format
+    from meiqa.report import Report
     from meiqa.types import Culling, Failure, Ranking
 
 Result = TypeVar("Result", "Culling", "Ranking")
+Judge: TypeAlias = "Callable[[Engine, Sequence[str], Callable[[], None]], Result]"
 
 
 def add_commands(commands: Commands) -> None:
@@ -62,7 +65,7 @@ def add_commands(commands: Commands) -> None:
 
 def _rank(options: argparse.Namespace) -> int:
     from meiqa.formats import write_ranking
-    from meiqa.report import open_report
+    from meiqa.report import Report
     from meiqa.types import Ranking
 
     def ranked(engine: Engine, photos: Sequence[str], on_photo: Callable[[], None]) -> Ranking:
@@ -74,19 +77,13 @@ def _rank(options: argparse.Namespace) -> int:
             on_photo=on_photo,
         )
 
-    photos, failures = photos_of(options.paths)
-    with open_report(options.html) if options.html else nullcontext() as report:
-        ranking = _judged(options, photos, failures, Ranking((), ()), ranked)
-        write_ranking(ranking, options.format, sys.stdout)
-        if report is not None:
-            report.write_ranking(ranking)
-    return _reported(ranking.failures, len(photos) + len(failures))
+    return _run(options, Ranking((), ()), ranked, write_ranking, Report.write_ranking)
 
 
 def _cull(options: argparse.Namespace) -> int:
     from meiqa.engine.culling import ALIKE, require_cosine
     from meiqa.formats import write_culling
-    from meiqa.report import open_report
+    from meiqa.report import Report
     from meiqa.types import Culling
 
     alike = ALIKE if options.alike is None else options.alike
@@ -97,14 +94,28 @@ def _cull(options: argparse.Namespace) -> int:
             photos, budget=budget_of(options), k=options.k, alike=alike, on_photo=on_photo
         )
 
+    return _run(options, Culling((), ()), culled, write_culling, Report.write_culling)
+
+
+def _run(
+    options: argparse.Namespace,
+    nothing: Result,
+    judge: Judge[Result],
+    write: Callable[[Result, Format, TextIO], None],
+    draw: Callable[[Report, Result], None],
+) -> int:
+    """Judge the photos that were named, each once, and report them."""
+    from meiqa.report import open_report
+
     photos, failures = photos_of(options.paths)
-    photos = list(dict.fromkeys(photos))  # no shot is to be its own rival
+    photos = list(dict.fromkeys(photos))  # no photo is to be its own rival
     with open_report(options.html) if options.html else nullcontext() as report:
-        culling = _judged(options, photos, failures, Culling((), ()), culled)
-        write_culling(culling, options.format, sys.stdout)
+        result = _judged(options, photos, failures, nothing, judge)
+        write(result, options.format, sys.stdout)
         if report is not None:
-            report.write_culling(culling)
-    return _reported(culling.failures, len(photos) + len(failures))
+            draw(report, result)
+    reasons = [failure.to_dict() for failure in result.failures]
+    return report_failures(reasons, len(photos) + len(failures))
 
 
 def _judged(
@@ -112,7 +123,7 @@ def _judged(
     photos: Sequence[str],
     failures: Sequence[Failure],
     nothing: Result,
-    judge: Callable[[Engine, Sequence[str], Callable[[], None]], Result],
+    judge: Judge[Result],
 ) -> Result:
     """What the engine makes of a set, with the photos that could not even be found."""
     from meiqa.progress import Progress
@@ -122,7 +133,3 @@ def _judged(
     with engine_of(options) as engine, Progress(len(photos), sys.stderr) as progress:
         found: Result = judge(engine, photos, progress.advance)
     return replace(found, failures=(*failures, *found.failures))
-
-
-def _reported(failures: Sequence[Failure], attempted: int) -> int:
-    return report_failures([failure.to_dict() for failure in failures], attempted)

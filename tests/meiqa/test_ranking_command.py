@@ -51,6 +51,14 @@ def test_json_and_csv_hold_failures_behind_the_photos(
     assert not rows[2]["score"]
 
 
+def test_a_photo_named_twice_is_ranked_once(engine: Any, folder: Path, capsys: Output) -> None:
+    assert cli.main(["rank", str(folder), str(folder), "--format", "json"]) == 1
+    entries = json.loads(capsys.readouterr().out)
+    assert [Path(entry["path"]).name for entry in entries] == [
+        *("light.png", "dark.png", "broken.jpg")
+    ]
+
+
 def test_options_are_handed_on(engine: Any, grey: Grey, capsys: Output) -> None:
     photo = str(grey("a.png"))
     assert cli.main(["rank", photo, "--rivals", "6", "--k", "2", "--budget-ms", "90"]) == 0
