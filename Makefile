@@ -30,7 +30,7 @@ lint: $(TEST_INSTALLED) rooms
 rooms:
 	rm -rf build/rooms
 	mkdir -p build/rooms/meiqa
-	ln -s $(CURDIR)/meiqa/* $(addprefix $(CURDIR)/,$(ROOMS)) build/rooms/meiqa/
+	ln -s $(CURDIR)/src/meiqa/* $(addprefix $(CURDIR)/,$(ROOMS)) build/rooms/meiqa/
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

@@ -19,8 +19,12 @@ OFFLINE_ONLY = {"torch", "transformers", "meiqa.export", "meiqa.training"}
 IMPORT_NAMES = {"pillow": "PIL", "scikit-image": "skimage"}
 
 
+def folder_of(room: str) -> Path:
+    return ROOT / "src" / "meiqa" if room == "meiqa" else ROOT / room
+
+
 def import_name(room: str, file: Path) -> str:
-    inside = file.relative_to(ROOT / room).with_suffix("").parts
+    inside = file.relative_to(folder_of(room)).with_suffix("").parts
     parts = ("meiqa",) if room == "meiqa" else ("meiqa", room)
     return ".".join([*parts, *(part for part in inside if part != "__init__")])
 
@@ -30,7 +34,7 @@ def online_modules() -> dict[str, Path]:
     return {
         import_name(room, file): file
         for room in ONLINE
-        for file in sorted((ROOT / room).rglob("*.py"))
+        for file in sorted(folder_of(room).rglob("*.py"))
         if file.name != "__main__.py"
     }
 
@@ -74,14 +78,14 @@ EXTRAS_OF = {
 
 def test_every_room_is_packaged() -> None:
     rooms = {init.parent.name for init in ROOT.glob("*/__init__.py")} - {"tests"}
-    assert set(PACKAGES.values()) == rooms
-    assert all(target.split("/")[-1] == folder for target, folder in PACKAGES.items())
+    assert set(PACKAGES.values()) == rooms | {"src/meiqa"}
+    assert all(target.split("/")[-1] == Path(folder).name for target, folder in PACKAGES.items())
 
 
 def test_the_makefile_knows_every_room() -> None:
     listed = re.search(r"^ROOMS\s*:=(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert listed is not None
-    assert {*listed[1].split(), "meiqa"} == set(PACKAGES.values())
+    assert {*listed[1].split(), "src/meiqa"} == set(PACKAGES.values())
 
 
 def test_the_online_rooms_load_without_the_offline_ones() -> None:
