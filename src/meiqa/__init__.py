@@ -10,7 +10,11 @@ The public names are loaded on first use, so that `import meiqa` costs next to n
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime reports to its maker from the moment it is loaded, unless it finds this.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 if TYPE_CHECKING:
     from meiqa.engine.pipeline import Engine

@@ -60,8 +60,36 @@ __all__ = [
     "StoreUnwritable",
     "UploadTooLarge",
     "UsageError",
+    "install_hint",
     "one_line",
 ]
+
+
+def install_hint(extra: str) -> str:
+    """Give the command that installs an extra of this very installation.
+
+    A wheel from an index is named; one that was installed from a folder or a file, such as a
+    checkout, is no index's to serve and is named by its place.
+
+    >>> install_hint("index").startswith("pip install ")
+    True
+    """
+    # What few errors need would be a tenth of what `meiqa --help` imports.
+    import json
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import unquote, urlsplit
+
+    try:
+        record = json.loads(distribution("meiqa").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:  # a source tree on the path, not an installation
+        record = {}
+    url = record.get("url")
+    if url is None:
+        return f"pip install 'meiqa[{extra}]'"
+    if "dir_info" in record:
+        editable = "-e " if record["dir_info"].get("editable") else ""
+        return f"pip install {editable}'{unquote(urlsplit(url).path)}[{extra}]'"
+    return f"pip install 'meiqa[{extra}] @ {url}'"
 
 
 def one_line(text: str) -> str:
