@@ -14,4 +14,16 @@ def thurstone_map(
     score: Floats,
     std: Floats,
 ) -> None: ...
+def thurstone_joint(
+    prior: Floats,
+    weights: Floats,
+    stds: Floats,
+    pairs: NDArray[np.int64],
+    preferences: Floats,
+    sigma: float,
+    exact_up_to: int,
+    score: Floats,
+    std: Floats,
+) -> None: ...
+def inverse_mills_ratios(z: float) -> list[float]: ...
 def which_is_out_of_range(known: Floats, stds: Floats, preferences: Floats) -> int: ...

@@ -12,23 +12,27 @@ damaged graph makes for missed neighbours, never for a read outside the arrays.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import config, get_num_threads, njit, prange, types
+from numba import config, njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from meiqa.kernels.graph import Graph
 
-__all__ = ["Workspace", "search_graph", "search_graph_many", "workspace"]
+__all__ = ["Workspace", "search_graph", "workspace"]
 
 Queries = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Rows = NDArray[np.int64]
+Marks = NDArray[np.uint8]
+Links = NDArray[np.int32]
+Halves = NDArray[np.uint16]
+Coarse = NDArray[np.int16]
+Fine = NDArray[np.float64]
 
 _LARGEST_LEVEL = 1 << 15
 # Independent sums let the float64 dot product run in vector registers, in one fixed order.
@@ -40,10 +44,22 @@ _STEP_COST = 8
 _LAST_MARK = 255
 _LINE_BYTES = 64
 _FETCH_AHEAD = 4
-_WORK_DTYPES = (
-    *(np.uint8, np.uint8, np.int64, np.int64, np.int32, np.int16),
-    *(np.float64, np.float64, np.float64, np.float64, np.int64),
-)
+
+
+def _machine_code_can_be_kept() -> bool:
+    """Say if Numba finds a writable place for it: NUMBA_CACHE_DIR, beside this file or at home.
+
+    Asked to keep machine code where there is none, it refuses to compile at all.
+    """
+    try:
+        njit(cache=True)(_machine_code_can_be_kept)
+    except RuntimeError:
+        return False
+    return True
+
+
+_KEPT = _machine_code_can_be_kept()
+_kernel = njit(cache=_KEPT, nogil=True, error_model="numpy")
 
 
 class Workspace(NamedTuple):
@@ -53,24 +69,11 @@ class Workspace(NamedTuple):
         marks: uint8 ``(N,)``: rows met by the search with the current mark.
         mark: uint8 ``(1,)``: the current mark.
         frontier: int64 ``(N + 1,)``: heap of rows to be expanded, best first.
-        found: int64 ``(effort,)``: heap of the best eligible rows, worst first.
-        fresh: int32 ``(M0,)``: links not met before.
-        coarse: int16 ``(D,)`` and fine: float64 ``(D,)``: the query.
-        products: float64 ``(16,)`` and squares: float64 ``(16,)``: sums of a dot product.
-        cosines: float64 ``(count,)`` and rows: int64 ``(count,)``: heap of the answer, worst first.
     """
 
-    marks: NDArray[np.uint8]
-    mark: NDArray[np.uint8]
-    frontier: NDArray[np.int64]
-    found: NDArray[np.int64]
-    fresh: NDArray[np.int32]
-    coarse: NDArray[np.int16]
-    fine: NDArray[np.float64]
-    products: NDArray[np.float64]
-    squares: NDArray[np.float64]
-    cosines: NDArray[np.float64]
-    rows: NDArray[np.int64]
+    marks: Marks
+    mark: Marks
+    frontier: Rows
 
 
 def _fetch(address: int) -> None:
@@ -97,7 +100,7 @@ def _typed_fetch(context: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
 _fetch_nb: Any = _fetch if vars(config)["DISABLE_JIT"] else intrinsic(_typed_fetch)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
 def _fetch_row_nb(start: int, row: int, row_bytes: int) -> None:
     """Bring a row of an array that starts at an address near."""
     first = start + row * row_bytes
@@ -105,7 +108,7 @@ def _fetch_row_nb(start: int, row: int, row_bytes: int) -> None:
         _fetch_nb(first + offset)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
 def _ordered_nb(score: np.float32, row: int) -> int:
     """Pack score and row into an integer that is larger for a better score or, tied, smaller row.
 
@@ -117,13 +120,13 @@ def _ordered_nb(score: np.float32, row: int) -> int:
     return bits * (1 << 32) + (0x7FFFFFFF - row)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
 def _row_nb(ordered: int) -> int:
     return 0x7FFFFFFF - (ordered & 0xFFFFFFFF)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _push_nb(heap: NDArray[np.int64], size: int, value: int) -> None:
+@_kernel
+def _push_nb(heap: Rows, size: int, value: int) -> None:
     """Add to a heap of ``size`` values whose smallest is first."""
     at = size
     while at > 0:
@@ -135,8 +138,8 @@ def _push_nb(heap: NDArray[np.int64], size: int, value: int) -> None:
     heap[at] = value
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _replace_first_nb(heap: NDArray[np.int64], size: int, value: int) -> None:
+@_kernel
+def _replace_first_nb(heap: Rows, size: int, value: int) -> None:
     """Put a value in place of the smallest."""
     at = 0
     child = 1
@@ -151,9 +154,9 @@ def _replace_first_nb(heap: NDArray[np.int64], size: int, value: int) -> None:
     heap[at] = value
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
 def _score_nb(
-    levels: NDArray[np.int8], scales: NDArray[np.float32], coarse: NDArray[np.int16], row: int
+    levels: NDArray[np.int8], scales: NDArray[np.float32], coarse: Coarse, row: int
 ) -> int:
     """Give a row's place in the walk's order."""
     product = np.int32(0)
@@ -162,14 +165,8 @@ def _score_nb(
     return _ordered_nb(np.float32(product) * scales[row], row)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _cosine_nb(
-    keys: NDArray[np.uint16],
-    fine: NDArray[np.float64],
-    products: NDArray[np.float64],
-    squares: NDArray[np.float64],
-    row: int,
-) -> float:
+@_kernel
+def _cosine_nb(keys: Halves, fine: Fine, products: Fine, squares: Fine, row: int) -> float:
     """Give the cosine between query and row, times the query's length; 0 for a row of zeros."""
     products[:] = 0.0
     squares[:] = 0.0
@@ -192,7 +189,7 @@ def _cosine_nb(
     return product / math.sqrt(square) if square > 0.0 else 0.0
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
 def _half_nb(pattern: int) -> float:
     """Decode a finite float16: its bits, moved into a float32, lack the difference in bias."""
     bits = np.int32(pattern)
@@ -202,27 +199,23 @@ def _half_nb(pattern: int) -> float:
     return np.float64(np.int32(moved).view(np.float32)) * _HALF_BIAS
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _prepare_nb(query: Queries, coarse: NDArray[np.int16], fine: NDArray[np.float64]) -> bool:
+@_kernel
+def _prepare_nb(query: Queries, coarse: Coarse, fine: Fine) -> bool:
     """Round the query for walking and scale it to peak 1 for scoring; say if it is not zero."""
-    width = query.shape[0]
-    peak = 0.0
-    for i in range(width):
-        peak = max(peak, abs(np.float64(query[i])))
+    peak = np.float64(np.abs(query).max())
     if peak == 0.0:
         fine[:] = 0.0
         return False
-    # Sums of `width` products with int8 stay within int32.
-    steps = min(32767, (2**31 - 1) // (128 * width))
-    for i in range(width):
-        share = np.float64(query[i]) / peak
-        coarse[i] = np.int16(np.rint(share * steps))
-        fine[i] = share
+    # Sums of as many products with int8 stay within int32.
+    steps = min(32767, (2**31 - 1) // (128 * query.shape[0]))
+    for i in range(query.shape[0]):
+        fine[i] = np.float64(query[i]) / peak
+        coarse[i] = np.int16(np.rint(fine[i] * steps))
     return True
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _descend_nb(graph: Graph, coarse: NDArray[np.int16]) -> int:
+@_kernel
+def _descend_nb(graph: Graph, coarse: Coarse) -> int:
     """Follow the upper levels towards the query; give the place in order of the row reached.
 
     Links that lead outside are not followed. Each step improves on the last, so that no circle
@@ -256,24 +249,8 @@ def _descend_nb(graph: Graph, coarse: NDArray[np.int16]) -> int:
     return best
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _next_mark_nb(marks: NDArray[np.uint8], mark: NDArray[np.uint8]) -> int:
-    """Give a mark that no row bears."""
-    if mark[0] == _LAST_MARK:
-        marks[:] = 0
-        mark[0] = 0
-    mark[0] += np.uint8(1)
-    return int(mark[0])
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _fresh_links_nb(
-    links: NDArray[np.int32],
-    marks: NDArray[np.uint8],
-    fresh: NDArray[np.int32],
-    row: int,
-    mark: int,
-) -> int:
+@_kernel
+def _fresh_links_nb(links: Links, marks: Marks, fresh: Links, row: int, mark: int) -> int:
     """Collect the row's neighbours that were not met before and mark them."""
     rows = links.shape[0]
     count = 0
@@ -286,20 +263,25 @@ def _fresh_links_nb(
     return count
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _walk_nb(graph: Graph, work: Workspace, start: int, eligible: Mask, effort: int) -> int:
+@_kernel
+def _walk_nb(graph: Graph, work: Workspace, coarse: Coarse, eligible: Mask, effort: int) -> Rows:
     """Expand rows best first until ``effort`` eligible ones are better than all that is left.
 
-    Leaves their order in ``work.found`` and gives their number. The heap of the frontier, largest
-    first, holds negated values; each row enters it once.
+    Gives the eligible rows, at most ``effort``. Each row enters the frontier once, a heap of
+    negated places in the order.
     """
     # Each use of a tuple's array would count its references: they are taken out once.
     levels, scales, links = graph.levels, graph.scales, graph.links
-    marks, frontier, found = work.marks, work.frontier, work.found
-    fresh, coarse = work.fresh, work.coarse
+    marks, frontier = work.marks, work.frontier
+    found, fresh = np.empty(effort, np.int64), np.empty(links.shape[1], np.int32)
     levels_at, links_at = levels.ctypes.data, links.ctypes.data
     everything = eligible.shape[0] == 0
-    mark = _next_mark_nb(marks, work.mark)
+    if work.mark[0] == _LAST_MARK:
+        marks[:] = 0
+        work.mark[0] = 0
+    work.mark[0] += np.uint8(1)
+    mark = int(work.mark[0])
+    start = _descend_nb(graph, coarse)
     first = _row_nb(start)
     marks[first] = mark
     frontier[0] = -start
@@ -333,170 +315,71 @@ def _walk_nb(graph: Graph, work: Workspace, start: int, eligible: Mask, effort: 
                 kept += 1
             else:
                 _replace_first_nb(found, kept, score)
-    return kept
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _worse_nb(cosine: float, row: int, other_cosine: float, other_row: int) -> bool:
-    return cosine < other_cosine or (cosine == other_cosine and row > other_row)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _sink_nb(
-    cosines: NDArray[np.float64], rows: NDArray[np.int64], size: int, cosine: float, row: int
-) -> None:
-    """Put a row in place of the answer's worst."""
-    at = 0
-    child = 1
-    while child < size:
-        if child + 1 < size and _worse_nb(
-            cosines[child + 1], rows[child + 1], cosines[child], rows[child]
-        ):
-            child += 1
-        if not _worse_nb(cosines[child], rows[child], cosine, row):
-            break
-        cosines[at] = cosines[child]
-        rows[at] = rows[child]
-        at = child
-        child = 2 * at + 1
-    cosines[at] = cosine
-    rows[at] = row
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _offer_nb(
-    cosines: NDArray[np.float64],
-    rows: NDArray[np.int64],
-    size: int,
-    count: int,
-    cosine: float,
-    row: int,
-) -> int:
-    """Take a row into the answer of at most ``count`` if it is good enough; give the new size."""
-    if size == count:
-        if _worse_nb(cosines[0], rows[0], cosine, row):
-            _sink_nb(cosines, rows, size, cosine, row)
-        return size
-    at = size
-    while at > 0:
-        parent = (at - 1) >> 1
-        if not _worse_nb(cosine, row, cosines[parent], rows[parent]):
-            break
-        cosines[at] = cosines[parent]
-        rows[at] = rows[parent]
-        at = parent
-    cosines[at] = cosine
-    rows[at] = row
-    return size + 1
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _rescore_nb(graph: Graph, work: Workspace, kept: int, count: int) -> int:
-    """Make the answer from what the walk found."""
-    keys, found = graph.keys, work.found
-    fine, products, squares = work.fine, work.products, work.squares
-    cosines, rows = work.cosines, work.rows
-    keys_at = keys.ctypes.data
-    for j in range(min(kept, _FETCH_AHEAD)):
-        _fetch_row_nb(keys_at, _row_nb(found[j]), 2 * keys.shape[1])
-    size = 0
     for j in range(kept):
-        if j + _FETCH_AHEAD < kept:
-            _fetch_row_nb(keys_at, _row_nb(found[j + _FETCH_AHEAD]), 2 * keys.shape[1])
-        row = _row_nb(found[j])
-        cosine = _cosine_nb(keys, fine, products, squares, row)
-        size = _offer_nb(cosines, rows, size, count, cosine, row)
-    return size
+        found[j] = _row_nb(found[j])
+    return found[:kept]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _exact_nb(graph: Graph, work: Workspace, eligible: Mask, count: int) -> int:
-    """Make the answer from every eligible row."""
-    keys = graph.keys
-    fine, products, squares = work.fine, work.products, work.squares
-    cosines, rows = work.cosines, work.rows
-    everything = eligible.shape[0] == 0
+@_kernel
+def _nearest_nb(keys: Halves, fine: Fine, candidates: Rows, out: Rows) -> None:
+    """Fill ``out`` with the candidates nearest by cosine, nearest first, equal ones by row."""
+    products, squares = np.empty(_LANES), np.empty(_LANES)
+    cosines = np.empty(out.shape[0])
+    keys_at = keys.ctypes.data
     size = 0
-    for row in range(keys.shape[0]):
-        if everything or eligible[row]:
+    for j in range(candidates.shape[0] + _FETCH_AHEAD):
+        if j < candidates.shape[0]:
+            _fetch_row_nb(keys_at, candidates[j], 2 * keys.shape[1])
+        if j >= _FETCH_AHEAD:
+            row = candidates[j - _FETCH_AHEAD]
             cosine = _cosine_nb(keys, fine, products, squares, row)
-            size = _offer_nb(cosines, rows, size, count, cosine, row)
-    return size
+            size = _insert_nb(cosines, out, size, cosine, row)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
+def _insert_nb(cosines: Fine, rows: Rows, size: int, cosine: float, row: int) -> int:
+    """Put a row in its place among the nearest, of which the last may fall out; give their number.
+
+    Of many candidates few come so far as to move others: that costs less than a heap of them.
+    """
+    at = size
+    while at > 0 and (
+        cosine > cosines[at - 1] or (cosine == cosines[at - 1] and row < rows[at - 1])
+    ):
+        at -= 1
+        if at + 1 < rows.shape[0]:
+            cosines[at + 1] = cosines[at]
+            rows[at + 1] = rows[at]
+    if at < rows.shape[0]:
+        cosines[at] = cosine
+        rows[at] = row
+    return size + 1 if size < rows.shape[0] else size
+
+
+@_kernel
 def _search_nb(
     graph: Graph, work: Workspace, query: Queries, eligible: Mask, effort: int, out: Rows
 ) -> None:
     """Fill ``out`` with the nearest eligible rows, by a walk unless ``effort`` is 0."""
-    count = out.shape[0]
-    kept = 0
-    directed = _prepare_nb(query, work.coarse, work.fine)
-    if directed and effort > 0:
-        start = _descend_nb(graph, work.coarse)
-        kept = _walk_nb(graph, work, start, eligible, effort)
-    if kept >= count:
-        _rescore_nb(graph, work, kept, count)
-    else:
-        _exact_nb(graph, work, eligible, count)
-    cosines, rows = work.cosines, work.rows
-    for left in range(count - 1, -1, -1):
-        out[left] = rows[0]
-        _sink_nb(cosines, rows, left, cosines[left], rows[left])
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _lane_nb(work: Workspace, lane: int) -> Workspace:
-    """Give the part of a stack of workspaces that belongs to one thread."""
-    return Workspace(
-        work.marks[lane],
-        work.mark[lane],
-        work.frontier[lane],
-        work.found[lane],
-        work.fresh[lane],
-        work.coarse[lane],
-        work.fine[lane],
-        work.products[lane],
-        work.squares[lane],
-        work.cosines[lane],
-        work.rows[lane],
-    )
-
-
-@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-def _search_many_nb(
-    graph: Graph, stack: Workspace, queries: Queries, eligible: Mask, effort: int, out: Rows
-) -> None:
-    lanes = stack.mark.shape[0]
-    for lane in prange(lanes):
-        work = _lane_nb(stack, lane)
-        for i in range(lane, queries.shape[0], lanes):
-            _search_nb(graph, work, queries[i], eligible, effort, out[i])
-
-
-def workspace(graph: Graph, count: int, effort: int, lanes: tuple[int, ...] = ()) -> Workspace:
-    """Allocate what a search for ``count`` rows with at most ``effort`` writes to.
-
-    Args:
-        graph: The graph; only its size matters.
-        count: Rows asked for.
-        effort: The largest effort.
-        lanes: ``(T,)`` for `search_graph_many` with T threads.
-    """
-    marks, mark, *rest = (
-        np.empty((*lanes, size), dtype)
-        for size, dtype in zip(_work_sizes(graph, count, effort), _WORK_DTYPES, strict=True)
-    )
-    marks[:] = 0
-    mark[:] = 0
-    return Workspace(marks, mark, *rest)
-
-
-def _work_sizes(graph: Graph, count: int, effort: int) -> tuple[int, ...]:
     rows, width = graph.levels.shape
-    kept = max(count, effort)
-    neighbours = graph.links.shape[1]
-    return rows, 1, rows + 1, kept, neighbours, width, width, _LANES, _LANES, count, count
+    coarse, fine = np.empty(width, np.int16), np.empty(width, np.float64)
+    directed = _prepare_nb(query, coarse, fine)
+    candidates = np.empty(0, np.int64)
+    if directed and effort > 0:
+        candidates = _walk_nb(graph, work, coarse, eligible, effort)
+    if candidates.shape[0] < out.shape[0]:
+        candidates = np.flatnonzero(eligible) if eligible.shape[0] else np.arange(rows)
+    _nearest_nb(graph.keys, fine, candidates, out)
+
+
+def workspace(graph: Graph) -> Workspace:
+    """Allocate what a search writes to."""
+    rows = len(graph.levels)
+    return Workspace(
+        np.zeros(rows, np.uint8),
+        np.zeros(1, np.uint8),
+        np.empty(rows + 1, np.int64),
+    )
 
 
 def search_graph(
@@ -521,8 +404,8 @@ def search_graph(
         count: Rows wanted, not negative.
         eligible: bool ``(N,)``: which rows may be returned; None for all.
         effort: How many candidates the walk keeps (ef); at least ``count`` are kept.
-        work: Made by `workspace` for this graph, ``count`` and effort, or larger ones; no other
-            search may use it at the same time. None allocates.
+        work: Made by `workspace` for this graph or a larger one; no other search may use it at
+            the same time. None allocates.
 
     Returns:
         int64 ``(min(count, eligible rows),)``.
@@ -530,39 +413,18 @@ def search_graph(
     Raises:
         ValueError: a dtype, a shape or a value is outside what is allowed above.
     """
-    _check_queries(graph, query, 1)
-    mask, count, effort = _checked(graph, count, eligible, effort)
+    _check_query(graph, query)
+    mask, count, effort = _limited(graph, count, eligible, effort)
     out = np.empty(count, np.int64)
     if count:
-        if work is None:
-            work = workspace(graph, count, effort)
-        _check_workspace(graph, work, count, effort)
+        work = work or workspace(graph)
+        if min(len(work.marks), len(work.frontier) - 1) < len(graph.levels):
+            raise ValueError("the workspace was made for a smaller graph")
         _search_nb(graph, work, query, mask, effort, out)
     return out
 
 
-def search_graph_many(
-    graph: Graph, queries: Queries, count: int, eligible: Mask | None, effort: int
-) -> Rows:
-    """Find the rows nearest to each of ``(B, D)`` queries, in parallel; each as `search_graph`.
-
-    Returns:
-        int64 ``(B, min(count, eligible rows))``.
-
-    Raises:
-        ValueError: as `search_graph`.
-    """
-    _check_queries(graph, queries, 2)
-    mask, count, effort = _checked(graph, count, eligible, effort)
-    out = np.empty((len(queries), count), np.int64)
-    if out.size:
-        lanes = min(get_num_threads(), len(queries))
-        stack = workspace(graph, count, effort, (lanes,))
-        _search_many_nb(graph, stack, queries, mask, effort, out)
-    return out
-
-
-def _checked(graph: Graph, count: int, eligible: Mask | None, effort: int) -> tuple[Mask, int, int]:
+def _limited(graph: Graph, count: int, eligible: Mask | None, effort: int) -> tuple[Mask, int, int]:
     """Give mask (empty for all rows), count and effort (0 to compare every row) of the search."""
     rows = len(graph.levels)
     mask, available = np.empty(0, np.bool_), rows
@@ -578,17 +440,11 @@ def _checked(graph: Graph, count: int, eligible: Mask | None, effort: int) -> tu
     return mask, count, effort if walks else 0
 
 
-def _check_queries(graph: Graph, queries: Queries, dimensions: int) -> None:
+def _check_query(graph: Graph, query: Queries) -> None:
     width = graph.levels.shape[1]
-    if queries.ndim != dimensions or queries.shape[-1] != width or queries.dtype != np.float32:
-        raise ValueError(f"queries must be float32 of width {width}, not {queries.shape}")
-    if not queries.flags.c_contiguous:
-        raise ValueError("queries must be contiguous")
-    if not np.isfinite(queries).all():
-        raise ValueError("queries must be finite")
-
-
-def _check_workspace(graph: Graph, work: Workspace, count: int, effort: int) -> None:
-    arrays: tuple[NDArray[Any], ...] = work
-    if any(map(operator.lt, map(len, arrays), _work_sizes(graph, count, effort))):
-        raise ValueError("the workspace was made for a smaller search")
+    if query.shape != (width,) or query.dtype != np.float32:
+        raise ValueError(f"query must be float32 of width {width}, not {query.shape}")
+    if not query.flags.c_contiguous:
+        raise ValueError("query must be contiguous")
+    if not np.isfinite(query).all():
+        raise ValueError("query must be finite")
