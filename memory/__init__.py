@@ -6,17 +6,19 @@
 """
 
 from meiqa.memory.anchor_writer import AnchorWriter
-from meiqa.memory.bank import Case, MemoryBank, Snapshot
-from meiqa.memory.generation import holds_anchors, package_digest_of
-from meiqa.memory.keys import key_widths, retrieval_key
-from meiqa.memory.likeness import NEAR_DUPLICATE, layout
-from meiqa.memory.policies import Admission, ContrastPolicy
-from meiqa.memory.records import Record
-from meiqa.memory.regression import FEWEST_PHOTOS, Regression, token_features
-from meiqa.memory.retrieval import RetrievalPolicy
+from meiqa.memory.bank import Admission, ContrastPolicy, MemoryBank, create_memory, open_memory
+from meiqa.memory.cases import FEWEST_PHOTOS, Case, Record, Regression, token_features
+from meiqa.memory.maintenance import Finding, MemoryStatistics, verify_memory
+from meiqa.memory.retrieval import (
+    NEAR_DUPLICATE,
+    RetrievalPolicy,
+    Snapshot,
+    key_widths,
+    retrieval_key,
+    spatial_descriptor,
+)
 from meiqa.memory.segment import Segment, write_segment
-from meiqa.memory.statistics import MemoryStatistics
-from meiqa.memory.verification import Finding, verify_memory
+from meiqa.memory.versions import holds_anchors, package_digest_of
 
 __all__ = [
     "FEWEST_PHOTOS",
@@ -33,11 +35,13 @@ __all__ = [
     "RetrievalPolicy",
     "Segment",
     "Snapshot",
+    "create_memory",
     "holds_anchors",
     "key_widths",
-    "layout",
+    "open_memory",
     "package_digest_of",
     "retrieval_key",
+    "spatial_descriptor",
     "token_features",
     "verify_memory",
     "write_segment",

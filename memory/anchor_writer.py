@@ -1,4 +1,4 @@
-"""Building an anchor memory: each anchor is spooled, the finished memory appears whole."""
+"""Building an anchor memory: each anchor is staged, the finished memory appears whole."""
 
 from __future__ import annotations
 
@@ -6,29 +6,18 @@ import shutil
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 from meiqa.errors import StoreError, StoreMismatch, UsageError
-from meiqa.memory.cases import Case, Widths, check_case
-from meiqa.memory.database import (
-    Identity,
-    check_identity,
-    connect,
-    create_database,
-    read_identity,
-    sqlite_errors,
-)
-from meiqa.memory.disk import disk_errors, publish, refuse_taken, sync
-from meiqa.memory.generation_writer import written_generation
-from meiqa.memory.lock import WriterLock
-from meiqa.memory.records import Entry, encode_case, insert_entry, read_entry
+from meiqa.memory import database
+from meiqa.memory.cases import Case, check_case, encode_case
+from meiqa.memory.database import Identity, Widths
+from meiqa.memory.segment import disk_errors, publish, refuse_taken, sync
+from meiqa.memory.versions import write_version
+from meiqa.memory.wal import WriterLock, insert_entry, read_entries
 from meiqa.types import KeyKind
 
-__all__ = ["AnchorWriter"]
-
-_SPOOL_NAME = "spool.sqlite3"
+_STAGING_NAME = "spool.sqlite3"
 _LOCK_NAME = "spool.lock"
 _DURABLE_EVERY = 64
 _THUMBNAILS = "thumbnails"
@@ -91,7 +80,7 @@ class AnchorWriter:
         self.known_ids: set[str] = set()
         name = "resumable" if resume else uuid.uuid4().hex
         self._partial = self._path.with_name(f".{self._path.name}.{name}.partial")
-        self._spool_path = self._partial / _SPOOL_NAME
+        self._staging_path = self._partial / _STAGING_NAME
         self._connection: sqlite3.Connection | None = None
         self._lock: WriterLock | None = None
         refuse_taken(self._path)
@@ -99,7 +88,7 @@ class AnchorWriter:
             self._partial.mkdir(parents=True, exist_ok=resume)
         try:
             self._lock = WriterLock(self._partial / _LOCK_NAME)
-            self._connection = self._open_spool()
+            self._connection = self._open_staging()
         except BaseException:
             self._let_go()
             raise
@@ -107,12 +96,7 @@ class AnchorWriter:
     def __enter__(self) -> AnchorWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._resume:
             self.suspend()
         else:
@@ -124,11 +108,10 @@ class AnchorWriter:
         Args:
             case: Its origin must be "anchor".
             provenance: Where its score comes from.
-            thumbnail: A small JPEG of it, if the writer keeps them.
+            thumbnail: A small JPEG of it, if and only if the writer keeps them.
 
         Raises:
-            UsageError: the case cannot be stored, its id is taken, or it has a thumbnail where
-                none is kept, or none where they are.
+            UsageError: the case cannot be stored, or its id is taken.
             StoreError: the disk is full.
         """
         check_case(case, "anchor", self._identity.widths)
@@ -138,10 +121,15 @@ class AnchorWriter:
             raise UsageError("all anchors have a thumbnail, or none has", seen=case.id)
         digest = self._identity.package_digest
         entry = encode_case(case, digest, provenance, time.time(), thumbnail)
-        connection = self._spool()
+        connection = self._staging()
         try:
-            with sqlite_errors(self._spool_path):
-                self._insert(connection, entry)
+            with database.sqlite_errors(self._staging_path):
+                if not connection.in_transaction:
+                    connection.execute("BEGIN IMMEDIATE")
+                insert_entry(connection, entry)
+                self._unsaved += 1
+                if self._unsaved == _DURABLE_EVERY:
+                    self._save(connection)
         except BaseException:
             self._let_go()  # SQLite may have undone more than this anchor
             raise
@@ -156,17 +144,19 @@ class AnchorWriter:
 
         Raises:
             StoreError: the disk is full, or the directory has been taken meanwhile.
+            UsageError: so many anchors take an index, which cannot be built here.
         """
         refuse_taken(self._path)
-        connection = self._spool()
-        with sqlite_errors(self._spool_path):
+        connection = self._staging()
+        with database.sqlite_errors(self._staging_path):
             self._save(connection)
         with disk_errors(self._path):
             whole = self._partial / "memory"
             shutil.rmtree(whole, ignore_errors=True)
             whole.mkdir()
-            entries = self._by_id(connection)
-            with written_generation(
+            staged = read_entries(self._staging_path, connection, self._identity.widths)
+            entries = (entry for _, entry in staged)
+            with write_version(
                 whole, "anchor", self._identity, 1, entries, threads=threads
             ) as publish_files:
                 publish_files()
@@ -176,10 +166,9 @@ class AnchorWriter:
 
     def suspend(self) -> None:
         """Keep what was added, for a writer that resumes."""
-        connection = self._connection
-        if connection is not None:
-            with sqlite_errors(self._spool_path):
-                self._save(connection)
+        if self._connection is not None:
+            with database.sqlite_errors(self._staging_path):
+                self._save(self._connection)
         self._let_go()
 
     def discard(self) -> None:
@@ -187,31 +176,27 @@ class AnchorWriter:
         self._let_go()
         shutil.rmtree(self._partial, ignore_errors=True)
 
-    def _open_spool(self) -> sqlite3.Connection:
-        """Go on with the spool of an interrupted writer, or begin one."""
-        if not self._spool_path.exists():
-            labels = {_THUMBNAILS: _answer(self._keep_thumbnails)}
-            create_database(self._spool_path, self._identity, labels)
-        connection = connect(self._spool_path, "rw")
+    def _open_staging(self) -> sqlite3.Connection:
+        """Go on where an interrupted writer was, or begin."""
+        keeps = "yes" if self._keep_thumbnails else "no"
+        if not self._staging_path.exists():
+            database.create_database(self._staging_path, self._identity, {_THUMBNAILS: keeps})
+        connection = database.connect(self._staging_path, "rw")
         try:
-            found, labels = read_identity(self._spool_path, connection)
+            found, labels = database.read_identity(self._staging_path, connection)
             begin = f"or begin again: rm -r {self._partial}"
-            check_identity(
-                self._spool_path,
+            database.check_identity(
+                self._staging_path,
                 found,
                 self._identity,
                 hint=f"finish it with that package, {begin}",
                 kind_hint=f"finish it with --key {found.key_kind}, {begin}",
             )
-            kept = labels.get(_THUMBNAILS, _answer(False))
-            if kept != _answer(self._keep_thumbnails):
-                raise StoreMismatch(
-                    f"{self._spool_path} was begun with another answer to --keep-thumbnails",
-                    seen=kept,
-                    allowed=_answer(self._keep_thumbnails),
-                    hint=f"finish it as it was begun, {begin}",
-                )
-            with sqlite_errors(self._spool_path):
+            if labels.get(_THUMBNAILS, "no") != keeps:
+                what = f"{self._staging_path} was begun with another answer to --keep-thumbnails"
+                seen, hint = labels.get(_THUMBNAILS, "no"), f"finish it as it was begun, {begin}"
+                raise StoreMismatch(what, seen=seen, allowed=keeps, hint=hint)
+            with database.sqlite_errors(self._staging_path):
                 rows = connection.execute("SELECT id FROM records")
                 self.known_ids.update(case_id for (case_id,) in rows)
         except BaseException:
@@ -219,29 +204,15 @@ class AnchorWriter:
             raise
         return connection
 
-    def _spool(self) -> sqlite3.Connection:
+    def _staging(self) -> sqlite3.Connection:
         if self._connection is None:
             raise StoreError(f"the writer of {self._path} is closed")
         return self._connection
-
-    def _insert(self, connection: sqlite3.Connection, entry: Entry) -> None:
-        if not connection.in_transaction:
-            connection.execute("BEGIN IMMEDIATE")
-        insert_entry(connection, entry)
-        self._unsaved += 1
-        if self._unsaved == _DURABLE_EVERY:
-            self._save(connection)
 
     def _save(self, connection: sqlite3.Connection) -> None:
         if connection.in_transaction:
             connection.execute("COMMIT")
         self._unsaved = 0
-
-    def _by_id(self, connection: sqlite3.Connection) -> Iterator[Entry]:
-        with sqlite_errors(self._spool_path):
-            rows = connection.execute("SELECT revision FROM records ORDER BY id").fetchall()
-        for (revision,) in rows:
-            yield read_entry(self._spool_path, connection, revision, self._identity.widths)
 
     def _let_go(self) -> None:
         connection, lock = self._connection, self._lock
@@ -250,7 +221,3 @@ class AnchorWriter:
             connection.close()
         if lock is not None:
             lock.release()
-
-
-def _answer(keep: bool) -> str:
-    return "yes" if keep else "no"

@@ -1,143 +1,175 @@
-"""The memory of an engine: anchors and contrast cases behind one face."""
+"""The memory of an engine: anchors and contrast cases, what is learned, and how it is kept small.
+
+What a reader sees of an origin is (version − tombstones − ids in the WAL) + WAL: an id in the WAL
+wins over the same id in a version. A compaction merges them into the next version while readers go
+on.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import sqlite3
+import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
+from typing import Literal, get_args
 
-from meiqa.errors import UsageError
-from meiqa.memory.cases import Case, FloatArray, check_case
-from meiqa.memory.compaction import Compactor
-from meiqa.memory.encoding import dequantise_tokens
-from meiqa.memory.exporting import ExportFormat, export_cases
-from meiqa.memory.journal import Mode
-from meiqa.memory.policies import Admission, ContrastPolicy, near_duplicates, worth
-from meiqa.memory.records import Record, encode_case
-from meiqa.memory.regression import Regression, Sample
-from meiqa.memory.rekeying import rekey_store
-from meiqa.memory.retrieval import RetrievalPolicy, Sought, nearest_anchors, shares
-from meiqa.memory.statistics import MemoryStatistics, take_statistics
-from meiqa.memory.store import CaseStore
-from meiqa.memory.view import CaseView
+from meiqa.errors import (
+    MeiqaError,
+    StoreError,
+    StoreLocked,
+    StoreNotFound,
+    StoreUnwritable,
+    UsageError,
+)
+from meiqa.locations import embedded_assets, package_memory
+from meiqa.memory.cases import ORIGINS, Case, Record, Version, check_case, encode_case
+from meiqa.memory.database import REBUILD, Identity, check_identity, store_error
+from meiqa.memory.maintenance import (
+    ExportFormat,
+    MemoryStatistics,
+    export_cases,
+    rekey_cases,
+    take_statistics,
+)
+from meiqa.memory.retrieval import NEAR_DUPLICATE, Snapshot, View, near_duplicates
+from meiqa.memory.segment import disk_errors, refuse_taken
+from meiqa.memory.versions import (
+    holds_anchors,
+    left_over,
+    no_version,
+    open_version,
+    segment_path,
+    write_version,
+)
+from meiqa.memory.wal import LOCK_NAME, WAL_NAME, Mode, Uses, Wal, WriterLock
 from meiqa.types import KeyKind, Origin
 
-__all__ = ["Case", "MemoryBank", "Snapshot"]
+LOG = logging.getLogger(__name__)
 
-_ORIGINS: tuple[Origin, ...] = ("anchor", "contrast")
+Admission = Literal["gated", "all"]
+
+_SECONDS_A_DAY = 86_400.0
+_DOUBTFUL_STD = 0.5
+_MOST_DUPLICATES = 16
 _KEPT_ON_EVICTION = 0.95
 
 
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """The memory as it was at one moment; safe to share between threads."""
+@dataclass(frozen=True)
+class ContrastPolicy:
+    """What becomes of the cases that are learned.
 
-    _anchors: CaseView
-    _contrast: CaseView
-    _note_retrieved: Callable[[Sequence[str]], None]
+    Attributes:
+        admission: "gated" stores the cases whose score the comparisons moved by more than the
+            reflection's gate allows; "all" stores every case.
+        capacity: Most contrast cases; beyond it a twentieth of them is evicted, the least worth
+            first. So many are searched fast without an index.
+        merge_above: Cosine of spatial descriptors above which two cases are near-duplicates; the
+            newer is kept. 1 merges the same image only.
+        half_life_days: Time without a retrieval that halves what a case is worth.
+        compact_after: Cases that wait before they are compacted in the background.
 
-    @property
-    def count_anchors(self) -> int:
-        """Number of anchors."""
-        return len(self._anchors)
+    >>> ContrastPolicy().admission
+    'gated'
+    """
 
-    @property
-    def count_contrast(self) -> int:
-        """Number of contrast cases."""
-        return len(self._contrast)
+    admission: Admission = "gated"
+    capacity: int = 4_000
+    merge_above: float = NEAR_DUPLICATE
+    half_life_days: float = 30.0
+    compact_after: int = 256
 
-    def retrieve(
-        self,
-        key: FloatArray,
-        policy: RetrievalPolicy,
-        exclude_digest: str | None,
-        layout: FloatArray | None = None,
-    ) -> tuple[Case, ...]:
-        """Give the neighbours of a photo: anchors, then contrast cases, each nearest first.
+    def __post_init__(self) -> None:
+        if self.admission not in get_args(Admission):
+            raise UsageError("unknown admission", seen=self.admission, allowed="gated, all")
+        for name, value in (("capacity", self.capacity), ("compact_after", self.compact_after)):
+            if value < 1:
+                raise UsageError(f"{name} must be positive", seen=value, allowed="1 or more")
+        if not 0.0 <= self.merge_above <= 1.0:
+            raise UsageError("merge_above is a cosine", seen=self.merge_above, allowed="0 to 1")
+        if not self.half_life_days > 0.0:
+            raise UsageError("half_life_days must be positive", seen=self.half_life_days)
 
-        The result depends on the query, the policy and the stored cases only; equal similarities
-        are ordered by id. All cases are given when there are fewer than `policy.k`.
+    def worth(self, retrieved: int, idle_seconds: float, std: float) -> float:
+        """Tell what a case is worth: more for use, less for age and for an uncertain score.
 
-        Args:
-            key: float32 (D_key,), of any length, made by `retrieval_key`.
-            policy: How many, and from where.
-            exclude_digest: Digest of the query's own image, whose cases are left out.
-            layout: Of the query's own tokens, from `meiqa.memory.layout`; near-duplicates of it
-                are left out. None for a query that is no photo.
+        worth = (1 + retrieved) · 2^(−idle / half-life) / (1 + (std / 0.5)²), idle since it was last
+        retrieved, or stored; a clock set back counts as 0.
 
-        Raises:
-            StoreMismatch: the key has another width than the stored ones.
-            StoreCorrupted: a stored case is damaged.
-            UsageError: the key is not finite.
+        >>> ContrastPolicy(half_life_days=30).worth(3, 30 * 86_400, 0.5)
+        1.0
         """
-        anchors = Sought(self._anchors, key, policy.effort, exclude_digest)
-        contrast = Sought(self._contrast, key, policy.effort, exclude_digest)
-        while True:
-            from_anchors, from_contrast = shares(policy, anchors.available, contrast.available)
-            chosen = (
-                (anchors, nearest_anchors(anchors, self._anchors, from_anchors, policy)),
-                (contrast, contrast.nearest(from_contrast).rows.tolist()),
-            )
-            if layout is None or not _leave_out_alike(chosen, layout, policy.exclude_above):
-                break
-        given = [[sought.case(row) for row in rows] for sought, rows in chosen]
-        self._note_retrieved([case.id for case in given[1]])
-        return (*given[0], *given[1])
-
-    @property
-    def regression(self) -> Regression | None:
-        """From visual tokens to human scores, as the anchors were when last compacted.
-
-        None when they were too few; see `meiqa.memory.regression`.
-
-        Raises:
-            StoreCorrupted: it is not what was written.
-        """
-        return self._anchors.regression
-
-    def scores_left_out(self) -> dict[str, float]:
-        """Give what a regression on all other anchors says of each, by image digest; reads all.
-
-        Empty when there are too few for a regression.
-
-        Raises:
-            StoreCorrupted: an anchor is damaged.
-        """
-        sample = Sample()
-        for entry in self._anchors.whole_entries():
-            tokens = dequantise_tokens(entry.features.tokens)
-            sample.show(entry.record.image_digest, tokens, entry.record.score)
-        fitted = sample.fitted()
-        return {} if fitted is None else fitted[1]
-
-    def percentile(self, score: float) -> float:
-        """Give the share of anchors that score below, 0–100; NaN when there are no anchors."""
-        return self._anchors.percentile(score)
+        halvings = max(idle_seconds, 0.0) / (_SECONDS_A_DAY * self.half_life_days)
+        return float((1 + retrieved) * 0.5**halvings / (1.0 + (std / _DOUBTFUL_STD) ** 2))
 
 
-def _leave_out_alike(
-    chosen: Iterable[tuple[Sought, list[int]]], layout: FloatArray, above: float
-) -> bool:
-    """Leave out those of the chosen that are near-duplicates; tell whether there were any."""
-    found = False
-    for sought, rows in chosen:
-        alike = sought.alike(rows, layout, above) if above < 1.0 else []
-        sought.leave_out(alike)
-        found = found or bool(alike)
-    return found
+def open_memory(
+    path: str | Path | None, package_digest: str, *, learn: bool | Admission = True
+) -> MemoryBank:
+    """Open the memory of a package; see `Engine.open`.
+
+    While another process writes to it, the memory is opened read-only, with one warning. So is the
+    user's own where it cannot be written; one that was asked for by its path is refused then.
+
+    Args:
+        path: Directory of the memory, which must exist; None for the user's own, which is created
+            to learn into. One without anchors of its own gets the embedded ones.
+        package_digest: Digest of the engine package, hexadecimal.
+        learn: Open it for writing, to remember photos that pass the reflection's gate (True or
+            "gated"), or every photo ("all"); False to only read.
+
+    Raises:
+        StoreNotFound: there is no directory `path`, or what it holds is no memory.
+        StoreUnwritable: `path` cannot be written, and `learn` asks for it.
+        StoreError: the memory cannot be used; see `MemoryBank.compose`.
+    """
+    policy = ContrastPolicy("gated" if isinstance(learn, bool) else learn)
+    cases = package_memory(package_digest) if path is None else Path(path)
+    if path is not None and not os.path.isdir(cases):
+        hint = "check the path, or make one: meiqa memory create PATH, meiqa memory build"
+        raise StoreNotFound(f"there is no memory {cases}", hint=hint)
+    anchors = cases if holds_anchors(cases) else embedded_assets() / "memory"
+    if learn:
+        try:
+            return MemoryBank(anchors, cases, "rw", package_digest, policy=policy)
+        except StoreLocked as error:
+            LOG.warning("nothing will be remembered: %s", error)
+        except StoreUnwritable as error:
+            if path is not None:
+                hint = "name a writable directory, or only read it: --no-learn (learn=False)"
+                raise StoreUnwritable(error.what, seen=error.seen, hint=hint) from error
+            LOG.warning("nothing will be remembered: %s (%s)", error.what, error.seen)
+    # The policy goes along, so that what it would have admitted is said not to be remembered.
+    return MemoryBank(anchors, cases, "r", package_digest, policy=policy)
+
+
+def create_memory(path: str | Path, package_digest: str) -> None:
+    """Make a memory that learns beside the embedded anchors, with nothing learned yet.
+
+    Raises:
+        StoreMismatch: the embedded anchors are not of this package; the hint says what to run.
+        StoreError: the directory is neither absent nor empty, or cannot be written.
+    """
+    refuse_taken(Path(path))
+    MemoryBank(embedded_assets() / "memory", Path(path), "rw", package_digest).close()
 
 
 class MemoryBank:
     """Anchors and contrast cases of one directory, or of two; a context manager.
 
-    Safe to share between threads. One process may write; any number may read.
+    Safe to share between threads. One process may write; any number may read. What changes the
+    memory raises StoreError where it is read-only or closed, or the disk is full, when nothing is
+    lost; and UsageError where a case cannot be stored or an argument makes no sense.
 
     >>> import tempfile
     >>> import numpy as np
-    >>> from meiqa.memory import AnchorWriter
+    >>> from meiqa.memory import AnchorWriter, RetrievalPolicy
     >>> path = Path(tempfile.mkdtemp()) / "memory"
     >>> with AnchorWriter(path, "ab12", key_width=2, token_width=3) as writer:
     ...     writer.finish()
@@ -151,10 +183,46 @@ class MemoryBank:
     ['photo']
     """
 
-    def __init__(self, store: CaseStore, policy: ContrastPolicy) -> None:
-        self._store = store
-        self._policy = policy
-        self._compactor = Compactor(store)
+    def __init__(
+        self,
+        anchors_path: Path,
+        cases_path: Path,
+        mode: Mode,
+        package_digest: str,
+        *,
+        verify: bool = False,
+        policy: ContrastPolicy | None = None,
+    ) -> None:
+        if mode not in ("r", "rw"):
+            raise UsageError("unknown mode for a memory", seen=mode, allowed="r, rw")
+        self._policy = policy or ContrastPolicy()
+        self._path = cases_path
+        self._directories: dict[Origin, Path] = {"anchor": anchors_path, "contrast": cases_path}
+        self._segments = {each: segment_path(self._directories[each], each) for each in ORIGINS}
+        self._mutex = threading.RLock()
+        self._pid = os.getpid()
+        self._lock: WriterLock | None = None
+        self._wal: Wal | None = None
+        self._merging: set[Origin] = set()
+        self._one_compaction = threading.Lock()
+        self._background: threading.Thread | None = None
+        self._background_failed = False
+        self._retrieved: Counter[str] = Counter()
+        self._versions: dict[Origin, Version]
+        self._snapshot: Snapshot
+        self._identity = self._open_anchors(package_digest, verify)
+        try:
+            _refuse_other_files(cases_path)
+            if mode == "rw":
+                with disk_errors(cases_path):
+                    cases_path.mkdir(parents=True, exist_ok=True)
+                self._lock = WriterLock(cases_path / LOCK_NAME)
+                self._sweep()
+            self._wal = Wal(cases_path, mode, self._identity)
+            self._refresh(self._wal, verify)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def open(
@@ -166,13 +234,8 @@ class MemoryBank:
         verify: bool = False,
         policy: ContrastPolicy | None = None,
     ) -> MemoryBank:
-        """Open a directory that holds both the anchors and the contrast cases.
-
-        Args and errors are those of `compose`.
-        """
-        return cls.compose(
-            path, path, mode, package_digest=package_digest, verify=verify, policy=policy
-        )
+        """Open a directory that holds both the anchors and the contrast cases; see `compose`."""
+        return cls(Path(path), Path(path), mode, package_digest, verify=verify, policy=policy)
 
     @classmethod
     def compose(
@@ -197,44 +260,119 @@ class MemoryBank:
             policy: What becomes of contrast cases.
 
         Raises:
-            StoreNotFound: there are no anchors.
+            StoreNotFound: there are no anchors, or `cases_path` holds something else.
             StoreCorrupted: a file is damaged.
-            StoreMismatch: a part was encoded by another package or has an older format, or the
-                contrast cases have another kind of key than the anchors; the hint says what to run.
-            StoreLocked: mode "rw", and another process is writing.
-            StoreUnwritable: mode "rw", and `cases_path` cannot be written.
-            UsageError: unknown mode.
+            StoreMismatch: a part belongs to another package or format, or has another kind of key
+                than the anchors; the hint says what to run.
+            StoreLocked, StoreUnwritable: mode "rw", and another process writes, or none can.
         """
-        if mode not in ("r", "rw"):
-            raise UsageError("unknown mode for a memory", seen=mode, allowed="r, rw")
-        store = CaseStore(Path(anchors_path), Path(cases_path), mode, package_digest, verify)
-        return cls(store, policy or ContrastPolicy())
+        anchors, cases = Path(anchors_path), Path(cases_path)
+        return cls(anchors, cases, mode, package_digest, verify=verify, policy=policy)
 
     def __enter__(self) -> MemoryBank:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
     def key_kind(self) -> KeyKind:
         """What the keys are made of; see `retrieval_key`."""
-        return self._store.identity.key_kind
+        return self._identity.key_kind
 
     @property
     def admission(self) -> Admission:
         """Which cases `remember` stores."""
         return self._policy.admission
 
+    @property
+    def writable(self) -> bool:
+        """Whether the memory was opened to be changed, so that it can learn."""
+        return self._lock is not None
+
     def snapshot(self) -> Snapshot:
-        """Freeze what is stored now; what is changed later does not change it."""
-        views = self._store.views()
-        return Snapshot(views["anchor"], views["contrast"], self._store.note_retrieved)
+        """Freeze what is stored now; what is changed later does not change it.
+
+        Never waits: while another thread writes or looks, what was committed before is given.
+        """
+        wal = self._opened()
+        if self._mutex.acquire(blocking=False):
+            try:
+                if not self._is_current(wal):
+                    self._refresh(wal)
+            finally:
+                self._mutex.release()
+        return self._snapshot
+
+    def _is_current(self, wal: Wal) -> bool:
+        """Whether nothing has been committed or compacted since the last snapshot."""
+        if wal.connection is None:
+            committed = os.path.exists(wal.path)
+        else:
+            try:
+                (version,) = wal.connection.execute("PRAGMA data_version").fetchone()
+            except sqlite3.Error as error:
+                raise store_error(wal.path, error) from error
+            committed = version != wal.seen
+        return not committed and all(map(self._is_latest, ORIGINS, self._versions.values()))
+
+    def _is_latest(self, origin: Origin, version: Version) -> bool:
+        """Whether there is no other version to be read; one that was unlinked still can be."""
+        try:
+            status = os.stat(self._segments[origin])
+        except OSError:
+            return True
+        return version.segment.file == (status.st_dev, status.st_ino)
+
+    def _refresh(self, wal: Wal, verify: bool = False) -> None:
+        while True:
+            versions = {origin: self._latest(origin, verify) for origin in ORIGINS}
+            wal.refresh()
+            # A compaction first swaps the version, then takes its cases from the WAL: if none was
+            # swapped since, none that was taken is missing.
+            if all(map(self._is_latest, ORIGINS, versions.values())):
+                break
+        self._versions, views = versions, self._snapshot.views
+        for origin, old in self._snapshot.views.items():
+            seen = versions[origin], wal.tombstones[origin], wal.entries[origin]
+            if seen != (old.version, old.tombstones, old.entries):
+                views[origin] = View(*seen)
+        self._snapshot = Snapshot(views["anchor"], views["contrast"], self._retrieved.update)
+
+    def _latest(self, origin: Origin, verify: bool = False) -> Version:
+        known = self._versions[origin]
+        if self._is_latest(origin, known):
+            return known
+        version = open_version(self._directories[origin], origin, verify=verify)
+        check_identity(version.segment.path, version.identity, self._identity, REBUILD)
+        return version
+
+    def _open_anchors(self, package_digest: str, verify: bool) -> Identity:
+        """Open the anchors, and give what everything else must have been written for."""
+        directory = self._directories["anchor"]
+        if not holds_anchors(directory):
+            raise StoreNotFound(f"there is no anchor memory in {directory}", hint=REBUILD)
+        anchors = open_version(directory, "anchor", verify=verify)
+        identity = Identity(package_digest, anchors.identity.widths, anchors.identity.key_kind)
+        check_identity(directory, anchors.identity, identity, REBUILD)
+        contrast = no_version(self._path, "contrast", identity)
+        self._versions = {"anchor": anchors, "contrast": contrast}
+        self._snapshot = Snapshot(View(anchors), View(contrast), self._retrieved.update)
+        return identity
+
+    def _sweep(self) -> None:
+        """Remove what a killed writer left unfinished."""
+        for origin in ORIGINS:
+            if self._is_written(origin):
+                # The last writer may have compacted before this one held the lock.
+                kept = self._versions[origin] = self._latest(origin)
+                with disk_errors(self._path):
+                    for file in left_over(self._path, origin, kept.records_path.name):
+                        file.unlink(missing_ok=True)
+
+    def _is_written(self, origin: Origin) -> bool:
+        """Whether the versions of an origin are in the directory that is written."""
+        return self._directories[origin].resolve() == self._path.resolve()
 
     def remember(self, case: Case, *, provenance: str, gated: bool = True) -> bool:
         """Store a contrast case; when the call returns, neither a kill nor a power cut undoes it.
@@ -249,19 +387,15 @@ class MemoryBank:
 
         Returns:
             Whether the policy admitted it.
-
-        Raises:
-            UsageError: the case cannot be stored.
-            StoreError: the bank is read-only or closed, or the disk is full.
         """
         if not gated and self._policy.admission == "gated":
             return False
         self._put(case, "contrast", provenance, self._policy.merge_above)
-        contrast = self._store.views()["contrast"]
+        contrast = self.snapshot().contrast
         if len(contrast) > self._policy.capacity:
             self.evict(keep=max(1, int(self._policy.capacity * _KEPT_ON_EVICTION)))
-        if len(contrast.recent) + len(contrast.hidden) >= self._policy.compact_after:
-            self._compactor.begin("contrast")
+        if len(contrast.recent) + len(contrast.dead) >= self._policy.compact_after:
+            self._compact_in_background()
         return True
 
     def add_anchor(self, case: Case, *, provenance: str, thumbnail: bytes | None = None) -> None:
@@ -273,10 +407,6 @@ class MemoryBank:
             case: Its origin must be "anchor": a human gave its score.
             provenance: Who did, in a few words.
             thumbnail: A small JPEG of it, if one is to be kept.
-
-        Raises:
-            UsageError: the case cannot be stored, or is a predicted one.
-            StoreError: the bank is read-only or closed, or the disk is full.
         """
         self._put(case, "anchor", provenance, merge_above=1.0, thumbnail=thumbnail)
 
@@ -288,14 +418,43 @@ class MemoryBank:
         merge_above: float,
         thumbnail: bytes | None = None,
     ) -> None:
-        check_case(case, origin, self._store.identity.widths)
-        digest = self._store.identity.package_digest
+        check_case(case, origin, self._identity.widths)
+        digest = self._identity.package_digest
         entry = encode_case(case, digest, provenance, time.time(), thumbnail)
-        with self._store.changing() as change:
-            view = change.views[origin]
-            replaced = {case.id, *near_duplicates(view, case, merge_above)}
-            replaced |= {view.record(row).id for row in view.rows_of_image(case.image_digest)}
-            change.insert(entry, change.drop(origin, replaced))
+        with self._changing() as (wal, views):
+            view = views[origin]
+            alike = near_duplicates(view, case, merge_above, _MOST_DUPLICATES)
+            of_image = view.entries_in(view.rows_of_image(case.image_digest))
+            replaced = {case.id, *alike, *(each.record.id for each in of_image)}
+            self._drop(wal, view, origin, replaced, heir=case.id)
+            wal.insert(entry)
+
+    @contextmanager
+    def _changing(self) -> Iterator[tuple[Wal, Mapping[Origin, View]]]:
+        """Hold others off and do what is inside as one, durably when it ends."""
+        with self._mutex:
+            wal, views = self._written(), self.snapshot().views
+            with wal.writing():
+                self._write_retrieved(wal)
+                yield wal, views
+            self._refresh(wal)
+
+    def _write_retrieved(self, wal: Wal) -> None:
+        counts = dict(self._retrieved)
+        self._retrieved.clear()  # what another thread counts meanwhile may be lost
+        wal.count_uses(counts)
+
+    def _drop(
+        self, wal: Wal, view: View, origin: Origin, ids: Collection[str], heir: str | None = None
+    ) -> None:
+        """Remove cases; their counters of use go to an heir."""
+        wal.delete(origin, ids)
+        if origin in self._merging:
+            wal.bury(origin, ids)  # what is being merged is in no version yet
+        else:
+            wal.bury(origin, [case_id for case_id in ids if view.version.locate(case_id)[1]])
+        if origin == "contrast":
+            wal.drop_uses(ids, heir)
 
     def cases(
         self, origin: Origin | None = None, since: datetime | None = None
@@ -304,18 +463,15 @@ class MemoryBank:
 
         Args:
             origin: Of this origin only.
-            since: Stored then or later only.
-
-        Raises:
-            UsageError: unknown origin, or `since` has no time zone.
+            since: Stored then or later only, with a time zone.
         """
         chosen, earliest = _chosen_origins(origin), _timestamp(since)
-        views = self._store.views()
+        views = self.snapshot().views
         return (record for each in chosen for record in views[each].records(earliest))
 
     def thumbnail_bytes(self) -> dict[str, int]:
         """Give the sizes of the thumbnails that are kept, by the ids of their anchors."""
-        return self._store.views()["anchor"].thumbnail_bytes()
+        return self.snapshot().anchors.thumbnail_bytes()
 
     def remove(
         self,
@@ -332,56 +488,45 @@ class MemoryBank:
         Args:
             ids: With these ids.
             origin: Of this origin.
-            since: Stored then or later.
-
-        Raises:
-            UsageError: no condition, unknown origin, or `since` has no time zone.
-            StoreError: the bank is read-only or closed, or the disk is full.
+            since: Stored then or later; it needs a time zone.
         """
         if ids is None and origin is None and since is None:
             raise UsageError("say what is to be removed", allowed="ids, origin, since")
         chosen, earliest = _chosen_origins(origin), _timestamp(since)
         count = 0
-        with self._store.changing() as change:
+        with self._changing() as (wal, views):
             for each in chosen:
-                records = change.views[each].records(earliest, ids)
-                change.drop(each, [record.id for record in records])
-                count += len(records)
-        self._erase()
+                removed = [record.id for record in views[each].records(earliest, ids)]
+                self._drop(wal, views[each], each, removed)
+                count += len(removed)
+        with self._mutex:
+            self._written().shrink()
+        if self.snapshot().contrast.dead:
+            self._compact("contrast")
         return count
 
     def forget(self, since: datetime | None = None) -> int:
-        """Remove the contrast cases stored at `since` or later, or all; give how many.
-
-        Raises:
-            UsageError: `since` has no time zone.
-            StoreError: the bank is read-only or closed, or the disk is full.
-        """
+        """Remove the contrast cases stored at `since` or later, or all; see `remove`."""
         return self.remove(origin="contrast", since=since)
 
     def evict(self, keep: int) -> int:
         """Remove the contrast cases that are worth least until `keep` are left; give how many.
 
-        What a case is worth is in `meiqa.memory.policies.worth`.
-
-        Raises:
-            UsageError: `keep` is negative.
-            StoreError: the bank is read-only or closed, or the disk is full.
+        What a case is worth is in `ContrastPolicy.worth`.
         """
         if keep < 0:
             raise UsageError("keep must not be negative", seen=keep, allowed="0 or more")
-        now, uses = time.time(), self._store.uses()
+        now, uses = time.time(), self._uses()
 
         def value(record: Record) -> tuple[float, float, str]:
             retrieved, last = uses.get(record.id, (0, 0.0))
             idle = now - max(record.created, last)
-            half_life = self._policy.half_life_days
-            return worth(retrieved, idle, record.std, half_life), record.created, record.id
+            return self._policy.worth(retrieved, idle, record.std), record.created, record.id
 
-        with self._store.changing() as change:
-            records = sorted(change.views["contrast"].records(), key=value)
+        with self._changing() as (wal, views):
+            records = sorted(views["contrast"].records(), key=value)
             evicted = [record.id for record in records[: max(len(records) - keep, 0)]]
-            change.drop("contrast", evicted)
+            self._drop(wal, views["contrast"], "contrast", evicted)
         return len(evicted)
 
     def compact(self) -> bool:
@@ -389,65 +534,116 @@ class MemoryBank:
 
         Snapshots and other processes keep what they have, and notice the new segments with their
         next snapshot. A kill at any instant leaves the old or the new ones. Anchors in another
-        directory than the one that is written stay as they are.
-
-        Raises:
-            StoreCorrupted: a stored case is damaged.
-            StoreError: the bank is read-only or closed, or the disk is full; nothing is lost.
+        directory than the one that is written stay as they are. UsageError if so many anchors take
+        an index, which cannot be built here.
         """
-        merged = [
-            self._compactor.compact(origin)
-            for origin in _ORIGINS
-            if origin == "contrast" or self._store.may_compact(origin)
-        ]
-        return any(merged)
+        self._written()
+        return any([self._compact(origin) for origin in ORIGINS if self._is_written(origin)])
+
+    def _compact(self, origin: Origin) -> bool:
+        with self._one_compaction:
+            with self._mutex:
+                self._written()
+                view = self.snapshot().views[origin]
+                # What is removed meanwhile gets a tombstone against the result.
+                self._merging.add(origin)
+            try:
+                if not view.recent and not view.dead:
+                    return False
+                directory, number = self._directories[origin], view.version.number + 1
+                entries = view.all_entries()
+                written = write_version(directory, origin, self._identity, number, entries)
+                with written as publish, self._mutex:
+                    wal = self._written()
+                    publish()
+                    self._take_merged(wal, origin, view)
+                return True
+            finally:
+                with self._mutex:
+                    self._merging.discard(origin)
+
+    def _take_merged(self, wal: Wal, origin: Origin, view: View) -> None:
+        """Take from the WAL what the new version holds, and remove the old one's records."""
+        with wal.writing():
+            stamp = max(view.tombstones.values(), default=0)
+            wal.forget_merged(origin, view.entries, stamp)
+        self._refresh(wal)
+        wal.shrink()
+        with disk_errors(self._path):
+            view.version.records_path.unlink(missing_ok=True)
+
+    def _compact_in_background(self) -> None:
+        """Compact contrast cases, unless that goes on already or has failed before."""
+
+        def compact() -> None:
+            try:
+                self._compact("contrast")
+            except MeiqaError as error:
+                self._background_failed = True  # a full disk is not asked again with every case
+                LOG.warning("the memory was not compacted: %s", error)
+
+        goes_on = self._background is not None and self._background.is_alive()
+        if not self._background_failed and not goes_on:
+            self._background = threading.Thread(target=compact, name="memory compaction")
+            self._background.start()
+
+    def _uses(self) -> dict[str, Uses]:
+        with self._mutex:
+            return self._opened().uses()
 
     def statistics(self, *, sample: int = 64) -> MemoryStatistics:
         """Count, weigh and measure the memory; the recall of an index takes `sample` searches."""
-        return take_statistics(self._store, sample)
+        return take_statistics(self.snapshot().views, self.key_kind, self._path, sample)
 
     def export(self, path: str | Path, format: ExportFormat = "jsonl") -> int:
-        """Write all records and keys to a file; give how many.
-
-        Raises:
-            UsageError: unknown format, or pyarrow is not installed.
-            StoreUnwritable: the file cannot be written.
-        """
-        return export_cases(self._store, Path(path), format)
+        """Write all records and keys to a file; give how many; see `export_cases`."""
+        return export_cases(self.snapshot().views, self._uses(), self.key_kind, Path(path), format)
 
     def rekey(self, kind: KeyKind, path: str | Path) -> int:
-        """Write the cases with keys of another kind into a new memory; give how many.
-
-        The photographs are not needed. Keys of kind "image" can be made of any memory; the others
-        need one that holds summary keys.
-
-        Args:
-            kind: "summary", "image" or "both".
-            path: The directory to be; it must not exist, or be empty.
-
-        Raises:
-            UsageError: the memory has keys of this kind, or there is no such kind.
-            StoreMismatch: the memory holds no summary keys.
-            StoreError: the directory is taken or cannot be written.
-        """
-        return rekey_store(self._store, kind, Path(path))
+        """Write the cases with keys of another kind into a new memory; see `rekey_cases`."""
+        return rekey_cases(self.snapshot().views, self._uses(), self._identity, kind, Path(path))
 
     def close(self) -> None:
         """Let go of the files, once a compaction has ended; snapshots stay valid."""
-        self._compactor.wait()
-        self._store.close()
+        if self._background is not None:
+            self._background.join()
+        with self._mutex:
+            wal, lock = self._wal, self._lock
+            self._wal, self._lock = None, None
+            try:
+                # A connection inherited through a fork belongs to the parent.
+                if wal is not None and os.getpid() == self._pid:
+                    try:
+                        if lock is not None and self._retrieved:
+                            with wal.writing():
+                                self._write_retrieved(wal)
+                    finally:
+                        wal.close()
+            finally:
+                if lock is not None:
+                    lock.release()
 
-    def _erase(self) -> None:
-        self._store.shrink()
-        if len(self._store.views()["contrast"].hidden):
-            self._compactor.compact("contrast")
+    def _written(self) -> Wal:
+        wal = self._opened()
+        if not self.writable:
+            what, hint = f"{self._path} was opened read-only", "open it with mode 'rw' to change it"
+            raise StoreError(what, seen="mode 'r'", allowed="mode 'rw'", hint=hint)
+        return wal
+
+    def _opened(self) -> Wal:
+        if self._wal is None:
+            raise StoreError(f"{self._path} is closed", hint="open the memory again")
+        if os.getpid() != self._pid:
+            what = f"{self._path} was opened by process {self._pid}"
+            raise StoreError(what, hint="open the memory after the fork")
+        return self._wal
 
 
 def _chosen_origins(origin: Origin | None) -> tuple[Origin, ...]:
     if origin is None:
-        return _ORIGINS
-    if origin not in _ORIGINS:
-        raise UsageError("unknown origin", seen=origin, allowed=", ".join(_ORIGINS))
+        return ORIGINS
+    if origin not in ORIGINS:
+        raise UsageError("unknown origin", seen=origin, allowed=", ".join(ORIGINS))
     return (origin,)
 
 
@@ -457,3 +653,16 @@ def _timestamp(since: datetime | None) -> float:
     if since.tzinfo is None:
         raise UsageError("`since` needs a time zone", seen=since.isoformat())
     return since.timestamp()
+
+
+def _refuse_other_files(directory: Path) -> None:
+    """Refuse with StoreNotFound to read or make a memory among files of another kind."""
+    own = {WAL_NAME, LOCK_NAME, *(segment_path(directory, origin).name for origin in ORIGINS)}
+    try:
+        names = os.listdir(directory)
+    except OSError:  # there is none yet, or opening says why not
+        return
+    if names and own.isdisjoint(names):
+        what = f"{directory} holds no memory, but something else"
+        hint = "name a memory, or an empty directory to learn into"
+        raise StoreNotFound(what, seen=min(names), hint=hint)

@@ -1,4 +1,4 @@
-"""The SQLite side of a memory: how its databases are created, opened, checked and written.
+"""The SQLite side of a memory: how its databases are created, opened, checked and named in errors.
 
 Databases that nobody writes any more are read with `immutable=1`, so that they can lie on a
 read-only file system. The one that is written uses a write-ahead log with synchronous=FULL: what is
@@ -7,13 +7,15 @@ committed survives a killed process and a power cut. The log needs a local file 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from meiqa.errors import (
     MeiqaError,
@@ -23,37 +25,21 @@ from meiqa.errors import (
     StoreMismatch,
     StoreNotFound,
     StoreUnwritable,
+    UsageError,
 )
-from meiqa.memory.cases import Widths
-from meiqa.memory.disk import disk_errors, publish
+from meiqa.memory.segment import disk_errors, publish, sync
 from meiqa.types import KeyKind
 
-__all__ = [
-    "ONE_KIND",
-    "REBUILD",
-    "Identity",
-    "check_identity",
-    "connect",
-    "create_database",
-    "damage_named",
-    "key_kind_of",
-    "read_identity",
-    "remove_database",
-    "sqlite_errors",
-    "transaction",
-]
-
 REBUILD = "build it again: meiqa memory build LABELS.csv --images DIR --package P --out MEMORY"
-ONE_KIND = (
+_ONE_KIND = (
     "use another directory for what is learned, or anchors of its kind:"
     " meiqa memory rekey ANCHORS --key KIND --out NEW"
 )
 
 _APPLICATION_ID = 0x4D454951  # "MEIQ"
 _SCHEMA_VERSION = 2
-_KEY_KINDS: tuple[KeyKind, ...] = get_args(KeyKind)
 
-_SCHEMA = f"""
+SCHEMA = f"""
 PRAGMA application_id = {_APPLICATION_ID};
 PRAGMA user_version = {_SCHEMA_VERSION};
 CREATE TABLE store (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -72,14 +58,10 @@ CREATE TABLE records (
 );
 CREATE TABLE features (
     revision INTEGER PRIMARY KEY REFERENCES records ON DELETE CASCADE,
-    key_dtype TEXT NOT NULL,
-    key BLOB NOT NULL,
-    token_dtype TEXT NOT NULL,
-    tokens BLOB NOT NULL,
-    scale_dtype TEXT NOT NULL,
-    scales BLOB NOT NULL,
-    grid_rows INTEGER NOT NULL,
-    grid_columns INTEGER NOT NULL,
+    key_dtype TEXT NOT NULL, key BLOB NOT NULL,
+    token_dtype TEXT NOT NULL, tokens BLOB NOT NULL,
+    scale_dtype TEXT NOT NULL, scales BLOB NOT NULL,
+    grid_rows INTEGER NOT NULL, grid_columns INTEGER NOT NULL,
     sha256 BLOB NOT NULL
 );
 CREATE TABLE hidden (
@@ -95,6 +77,18 @@ CREATE TABLE uses (
 ) WITHOUT ROWID;
 """
 
+_THUMBNAILS = """
+CREATE TABLE IF NOT EXISTS thumbnails (
+    revision INTEGER PRIMARY KEY REFERENCES records ON DELETE CASCADE,
+    jpeg BLOB NOT NULL,
+    sha256 BLOB NOT NULL
+)
+"""
+"""Only a database that keeps any has this table."""
+
+AMONG = "revision IN (SELECT value FROM json_each(?))"
+"""An SQL condition on rows: their revisions, as many as there are, are one JSON list."""
+
 _WRITE_FAILURES = (
     sqlite3.SQLITE_IOERR_WRITE,
     sqlite3.SQLITE_IOERR_FSYNC,
@@ -106,24 +100,48 @@ _WRITE_FAILURES = (
 
 
 @dataclass(frozen=True)
+class Widths:
+    """Widths of the vectors that one memory holds: (D_key,) keys and (T, D) tokens."""
+
+    key: int
+    token: int
+
+    def __post_init__(self) -> None:
+        if min(self.key, self.token) < 1:
+            raise UsageError("the widths must be positive", seen=self, allowed=">= 1")
+
+
+@dataclass(frozen=True)
 class Identity:
-    """What a database was written for: the package, the widths of its vectors, the kind of key."""
+    """What a part of a memory was written for: the package, the widths, the kind of key."""
 
     package_digest: str
     widths: Widths
     key_kind: KeyKind = "summary"
 
+    @property
+    def values(self) -> dict[str, str | int]:
+        """As the files record it."""
+        return {
+            "package_digest": self.package_digest,
+            "key_width": self.widths.key,
+            "token_width": self.widths.token,
+            "key_kind": self.key_kind,
+        }
 
-@contextmanager
-def sqlite_errors(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours, naming the file."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise _store_error(path, error) from error
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Identity:
+        """Read what was recorded; ValueError or KeyError if it makes no sense."""
+        # Before there were other kinds, none was recorded.
+        kind = values.get("key_kind", "summary")
+        if kind not in get_args(KeyKind):
+            raise ValueError(f"{kind!r} is no kind of key")
+        widths = Widths(int(values["key_width"]), int(values["token_width"]))
+        return cls(str(values["package_digest"]), widths, kind)
 
 
-def _store_error(path: Path, error: sqlite3.Error) -> MeiqaError:
+def store_error(path: Path, error: sqlite3.Error) -> MeiqaError:
+    """Give the error of ours that an error of SQLite means."""
     extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     code = extended & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -133,22 +151,33 @@ def _store_error(path: Path, error: sqlite3.Error) -> MeiqaError:
         return StoreUnwritable(f"cannot write {path}", seen=error, hint=hint)
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return StoreError(f"cannot use {path}", seen=error, hint=hint)
-    return _corrupted(path, error)
+    return corrupted(path, error)
 
 
-def _corrupted(path: Path, what: object) -> StoreCorrupted:
+def corrupted(path: Path, what: object) -> StoreCorrupted:
+    """Give the error for a file that is not what was written."""
     return StoreCorrupted(
         f"{path} is damaged: {what}", hint=f"restore {path.parent} from a copy or remove it"
     )
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Turn what a damaged file makes of its contents into StoreCorrupted, naming the file."""
+def sqlite_errors(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into ours, naming the file."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
-        raise _corrupted(path, error) from error
+    except sqlite3.Error as error:
+        raise store_error(path, error) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Also turn what a damaged file makes of its contents into StoreCorrupted."""
+    with sqlite_errors(path):
+        try:
+            yield
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+            raise corrupted(path, error) from error
 
 
 def create_database(
@@ -156,13 +185,7 @@ def create_database(
 ) -> None:
     """Create an empty database so that its name appears only when it is whole and on the disk.
 
-    Args:
-        path: The file; an older one is replaced.
-        identity: What it is written for.
-        labels: More that it says about itself.
-
-    Raises:
-        StoreUnwritable: the file cannot be written.
+    `labels` are more that it says about itself. An older one is replaced.
     """
     unfinished = path.with_name(f".{path.name}.partial")
     remove_database(unfinished)
@@ -172,11 +195,10 @@ def create_database(
         try:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            connection.executescript(f"BEGIN;{_SCHEMA}")
-            connection.executemany(
-                "INSERT INTO store VALUES (?, ?)",
-                {**_identity_values(identity), **(labels or {})}.items(),
-            )
+            connection.executescript(f"BEGIN;{SCHEMA}")
+            said = {name: str(value) for name, value in identity.values.items()}
+            rows = (said | dict(labels or {})).items()
+            connection.executemany("INSERT INTO store VALUES (?, ?)", rows)
             connection.execute("COMMIT")
         finally:
             connection.close()
@@ -185,11 +207,7 @@ def create_database(
 
 
 def remove_database(path: Path) -> None:
-    """Remove a database with its logs, which would be taken for those of the next one so named.
-
-    Raises:
-        StoreUnwritable: a file cannot be removed.
-    """
+    """Remove a database with its logs, which would be taken for those of the next one so named."""
     with disk_errors(path):
         for suffix in ("", "-wal", "-shm", "-journal"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
@@ -201,43 +219,45 @@ def connect(path: Path, mode: str, *, check: bool = True) -> sqlite3.Connection:
     Args:
         path: The file.
         mode: "rw" to write; "r" to follow a database that others write; "immutable" for one that
-            nobody writes, which leaves no file beside it; "alone" to fill one that nobody else
-            knows of yet, which is not durable before the file is.
+            nobody writes, which leaves no file beside it; "alone" is for `filling`.
         check: Check it from end to end.
 
     Raises:
-        StoreNotFound: there is no such file.
+        StoreNotFound: there is no such file, or no longer.
         StoreCorrupted: the file is not a memory's database, or it is damaged.
         StoreMismatch: it has a schema version that this meiqa does not read.
     """
-    if not path.exists():
-        raise StoreNotFound(f"there is no memory database {path}")
-    with sqlite_errors(path), damage_named(path):
-        connection = _open_connection(path, mode)
-        try:
+    try:
+        connection = _opened(path, mode)
+    except sqlite3.Error as error:
+        # A compaction removes records that a reader is about to open.
+        if not path.exists():
+            raise StoreNotFound(f"there is no memory database {path}") from error
+        raise store_error(path, error) from error
+    try:
+        with reading(path):
             if mode == "rw":
-                _make_durable(connection)
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute("PRAGMA foreign_keys = ON")
+                # A forgotten photo leaves no trace.
+                connection.execute("PRAGMA secure_delete = ON")
             if mode == "alone":
                 connection.execute("PRAGMA journal_mode = OFF")
                 connection.execute("PRAGMA synchronous = OFF")
-            if check:
-                _check_pages(path, connection)
-            _check_schema(path, connection)
-        except BaseException:
-            connection.close()
-            raise
+            _check(path, connection, whole=check)
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
-def _open_connection(path: Path, mode: str) -> sqlite3.Connection:
-    if mode == "r" and _must_be_immutable(path):
+def _opened(path: Path, mode: str) -> sqlite3.Connection:
+    # A reader that could not create the log's files, and has none to follow.
+    log = path.with_name(path.name + "-wal")
+    if mode == "r" and not os.access(path.parent, os.W_OK) and not log.exists():
         mode = "immutable"
-    options = {
-        "rw": "mode=rw",
-        "alone": "mode=rw",
-        "r": "mode=ro",
-        "immutable": "mode=ro&immutable=1",
-    }[mode]
+    options = {"r": "mode=ro", "immutable": "mode=ro&immutable=1"}.get(mode, "mode=rw")
     return sqlite3.connect(
         f"{path.resolve().as_uri()}?{options}",
         uri=True,
@@ -246,35 +266,18 @@ def _open_connection(path: Path, mode: str) -> sqlite3.Connection:
     )
 
 
-def _make_durable(connection: sqlite3.Connection) -> None:
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA secure_delete = ON")  # a forgotten photo leaves no trace
+def _check(path: Path, connection: sqlite3.Connection, *, whole: bool) -> None:
+    def value(pragma: str) -> Any:
+        return connection.execute(f"PRAGMA {pragma}").fetchone()[0]
 
-
-def _must_be_immutable(path: Path) -> bool:
-    """Tell whether a reader could not create the log's files and has none to follow."""
-    return not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists()
-
-
-def _check_pages(path: Path, connection: sqlite3.Connection) -> None:
-    problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if problem != "ok":
-        raise _corrupted(path, problem)
-
-
-def _check_schema(path: Path, connection: sqlite3.Connection) -> None:
-    if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
-        raise _corrupted(path, "it is not a memory's database")
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version != _SCHEMA_VERSION:
-        raise StoreMismatch(
-            f"{path} has another schema",
-            seen=f"version {version}",
-            allowed=f"version {_SCHEMA_VERSION}",
-            hint=f"use the meiqa that wrote it or {REBUILD}",
-        )
+    if whole and (problem := value("quick_check(1)")) != "ok":
+        raise corrupted(path, problem)
+    if value("application_id") != _APPLICATION_ID:
+        raise corrupted(path, "it is not a memory's database")
+    if (version := value("user_version")) != _SCHEMA_VERSION:
+        seen, allowed = f"version {version}", f"version {_SCHEMA_VERSION}"
+        hint = f"use the meiqa that wrote it or {REBUILD}"
+        raise StoreMismatch(f"{path} has another schema", seen=seen, allowed=allowed, hint=hint)
 
 
 @contextmanager
@@ -290,69 +293,66 @@ def transaction(connection: sqlite3.Connection, kind: str) -> Iterator[None]:
         raise
 
 
-def _identity_values(identity: Identity) -> dict[str, str]:
-    return {
-        "package_digest": identity.package_digest,
-        "key_width": str(identity.widths.key),
-        "token_width": str(identity.widths.token),
-        "key_kind": identity.key_kind,
-    }
+@contextmanager
+def filling(path: Path) -> Iterator[sqlite3.Connection]:
+    """Fill a database that nobody else knows of yet, as one; it is durable when this ends."""
+    with (
+        sqlite_errors(path),
+        closing(connect(path, "alone", check=False)) as connection,
+        transaction(connection, "IMMEDIATE"),
+    ):
+        yield connection
+    with disk_errors(path):
+        sync(path)
 
 
 def read_identity(path: Path, connection: sqlite3.Connection) -> tuple[Identity, dict[str, str]]:
-    """Read what a database was written for, and its labels.
-
-    Raises:
-        StoreCorrupted: the database does not say.
-    """
-    with sqlite_errors(path), damage_named(path):
+    """Read what a database was written for, and all that it says of itself."""
+    with reading(path):
         values = dict(connection.execute("SELECT name, value FROM store").fetchall())
-        widths = Widths(int(values.pop("key_width")), int(values.pop("token_width")))
-        # Before there were other kinds, none was recorded.
-        kind = key_kind_of(values.pop("key_kind", "summary"))
-        return Identity(str(values.pop("package_digest")), widths, kind), values
-
-
-def key_kind_of(value: object) -> KeyKind:
-    """Give a recorded kind of key.
-
-    Raises:
-        ValueError: there is no such kind.
-    """
-    for kind in _KEY_KINDS:
-        if value == kind:
-            return kind
-    raise ValueError(f"{value!r} is no kind of key")
+        return Identity.of(values), values
 
 
 def check_identity(
-    path: Path, found: Identity, wanted: Identity, hint: str, kind_hint: str = ONE_KIND
+    path: Path, found: Identity, wanted: Identity, hint: str, kind_hint: str = _ONE_KIND
 ) -> None:
-    """Refuse a database that was written for another package, or with keys of another kind.
+    """Refuse with StoreMismatch what was written for another package, or another kind of key.
 
-    Args:
-        path: What is refused.
-        found: What it was written for.
-        wanted: What it should have been written for.
-        hint: What to do where the package is another.
-        kind_hint: What to do where only the kind of key is.
-
-    Raises:
-        StoreMismatch: the digests, the kinds of key or the widths differ.
+    `hint` says what to do where the package is another, `kind_hint` where only the kind of key is.
     """
-    found_values, wanted_values = _identity_values(found), _identity_values(wanted)
     if found.package_digest == wanted.package_digest and found.key_kind != wanted.key_kind:
-        raise StoreMismatch(
-            f"{path} has keys of another kind",
-            seen=found.key_kind,
-            allowed=wanted.key_kind,
-            hint=kind_hint,
-        )
-    for name, value in wanted_values.items():
-        if found_values[name] != value:
-            raise StoreMismatch(
-                f"{path} was written for another engine package",
-                seen=f"{name} {found_values[name]}",
-                allowed=value,
-                hint=hint,
-            )
+        what, kind = f"{path} has keys of another kind", found.key_kind
+        raise StoreMismatch(what, seen=kind, allowed=wanted.key_kind, hint=kind_hint)
+    for name, value in wanted.values.items():
+        if (seen := found.values[name]) != value:
+            what = f"{path} was written for another engine package"
+            raise StoreMismatch(what, seen=f"{name} {seen}", allowed=value, hint=hint)
+
+
+def insert_thumbnail(connection: sqlite3.Connection, revision: int, thumbnail: bytes) -> None:
+    """Add the JPEG of a row."""
+    connection.execute(_THUMBNAILS)
+    digest = hashlib.sha256(thumbnail).digest()
+    connection.execute("INSERT INTO thumbnails VALUES (?, ?, ?)", (revision, thumbnail, digest))
+
+
+def read_thumbnails(
+    path: Path, connection: sqlite3.Connection, revisions: Iterable[int]
+) -> dict[int, bytes]:
+    """Read the JPEGs that are kept of some rows; StoreCorrupted if one was altered."""
+    found: dict[int, bytes] = {}
+    with reading(path):
+        if not keeps_thumbnails(connection):
+            return found
+        query = f"SELECT revision, jpeg, sha256 FROM thumbnails WHERE {AMONG}"
+        for revision, jpeg, digest in connection.execute(query, (json.dumps([*revisions]),)):
+            if hashlib.sha256(jpeg).digest() != digest:
+                raise corrupted(path, f"the thumbnail of revision {revision} was altered")
+            found[revision] = jpeg
+    return found
+
+
+def keeps_thumbnails(connection: sqlite3.Connection) -> bool:
+    """Tell whether a database keeps any thumbnail."""
+    query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'thumbnails'"
+    return connection.execute(query).fetchone() is not None

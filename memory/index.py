@@ -1,33 +1,40 @@
-"""Making the index of many keys: hnswlib builds a graph, which is frozen into arrays of a segment.
+"""The index of many keys: hnswlib builds a graph, which is frozen into arrays and searched there.
 
 hnswlib cannot search its graph where it lies on the disk; `meiqa.kernels.hnsw` can. How many
 candidates a search of it must keep depends on the keys and on their number; it is measured on the
-keys themselves, once, and becomes a part of the index.
+keys themselves, once, and becomes a part of the index (docs/memory-format.md). hnswlib and Numba
+come with the extra `index`, and are loaded where an index is built or searched only.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.errors import UsageError
-from meiqa.memory.encoding import decode_keys, quantise_tokens
-from meiqa.memory.frozen import INDEX_PREFIX, MEASURED_COUNT, FrozenIndex
-from meiqa.memory.recall import RecallTrial
+from meiqa.errors import StoreCorrupted, UsageError, install_hint
+from meiqa.kernels.graph import Graph, check_graph
+from meiqa.memory.cases import FloatArray, Mask, decode_keys, exact_cosines, quantise_tokens
+from meiqa.memory.segment import Array
 
-__all__ = ["FLAT_BELOW", "RECALL", "build_graph", "freeze", "index_arrays"]
+Keys: TypeAlias = NDArray[np.float16]
+Found: TypeAlias = NDArray[np.int64]
 
-Array = NDArray[Any]
-Keys = NDArray[np.float16]
+INDEX_PREFIX = "index_"
 
 FLAT_BELOW = 3000
-"""Fewer keys than this are searched faster without an index (`meiqa bench memory`)."""
+"""Fewer keys than this are searched faster without an index (`python -m benchmarks.memory`)."""
 
 RECALL = 0.97
 """Share of the true neighbours that the measured effort finds."""
+
+_MEASURED_COUNT = 32
+"""For how many nearest keys the effort of an index is measured."""
 
 _NEIGHBOURS = 16
 _BUILD_EFFORT = 200
@@ -35,37 +42,35 @@ _SEED = 20260320
 _CHUNK_ROWS = 1 << 16
 _SAMPLE = 512
 _LEAST_EFFORT = 32
+_SPARE = 8
+"""More candidates than are wanted, since float32 orders close ones wrongly."""
+
+
+def can_be_built() -> bool:
+    """Tell whether hnswlib is installed."""
+    return importlib.util.find_spec("hnswlib") is not None
 
 
 def index_arrays(keys: Keys, threads: int = 1) -> dict[str, Array]:
-    """Build the graph of stored keys and freeze it; give nothing where flat search is faster.
+    """Give the arrays of an index for a segment; {} below `FLAT_BELOW` keys.
 
     Args:
         keys: float16 (N, D), rows of length 1 (or 0).
         threads: With one thread the same keys give the same arrays. More are faster and differ
             from run to run.
 
-    Returns:
-        Arrays for a segment, as `FrozenIndex.of` takes them; {} below `FLAT_BELOW` keys.
-
     Raises:
-        UsageError: hnswlib is not installed, or the keys are not finite.
+        UsageError: hnswlib or Numba is not installed, or the keys are not finite.
     """
     return freeze(build_graph(keys, threads), keys) if len(keys) >= FLAT_BELOW else {}
 
 
 def build_graph(keys: Keys, threads: int = 1) -> Any:
-    """Let hnswlib build the graph of stored keys; arguments and errors are `index_arrays`'s.
-
-    Returns:
-        The hnswlib.Index, with the keys' rows as labels.
-    """
+    """Let hnswlib build the graph of stored keys, with their rows as labels; see `index_arrays`."""
     try:
         import hnswlib
     except ImportError as error:
-        raise UsageError(
-            "indexing a memory needs hnswlib", hint="run `pip install 'meiqa[index]'`"
-        ) from error
+        raise UsageError("indexing a memory needs hnswlib", hint=install_hint("index")) from error
     if not all(np.isfinite(part).all() for part in _parts(keys)):
         raise UsageError("the keys to be indexed are not finite")
     graph = hnswlib.Index("ip", keys.shape[1])
@@ -78,13 +83,16 @@ def build_graph(keys: Keys, threads: int = 1) -> Any:
 def freeze(graph: Any, keys: Keys) -> dict[str, Array]:
     """Take the graph that `build_graph` made of these keys apart into arrays for a segment.
 
-    Also measures the effort with which a search finds `RECALL` of the true neighbours: see
-    `_least_effort`.
+    Also measures the effort with which a search finds `RECALL` of the true neighbours.
     """
-    links = _links(graph.__getstate__()[0]) if len(keys) else _no_links()
-    named = {**_walked(keys), **links, "effort": np.full(1, _LEAST_EFFORT, np.int32)}
+    levels, scales = np.empty(keys.shape, np.int8), np.empty(len(keys), np.float32)
+    for rows in _parts(np.arange(len(keys))):
+        levels[rows], scales[rows] = quantise_tokens(decode_keys(keys[rows]))
+    effort = np.full(1, _LEAST_EFFORT, np.int32)
+    named = _links(graph.__getstate__()[0])
+    named |= {"levels": levels, "scales": scales, "effort": effort}
     arrays = {INDEX_PREFIX + name: array for name, array in named.items()}
-    named["effort"][0] = _least_effort(FrozenIndex.of(arrays, keys), keys)
+    effort[0] = _least_effort(FrozenIndex.of(arrays, keys), keys)
     return arrays
 
 
@@ -95,7 +103,7 @@ def _least_effort(index: FrozenIndex, keys: Keys) -> int:
     mean over them less two standard errors has to reach `RECALL`. With an effort of an eighth of
     the keys the search is exact, so that one is always found.
     """
-    trial = RecallTrial.of(index, keys, _SAMPLE, MEASURED_COUNT)
+    trial = RecallTrial.of(index, keys, _SAMPLE, _MEASURED_COUNT)
     effort = _LEAST_EFFORT
     while len(trial) and effort < len(keys):
         shares = trial.shares(effort)
@@ -106,31 +114,10 @@ def _least_effort(index: FrozenIndex, keys: Keys) -> int:
     return effort
 
 
-def _walked(keys: Keys) -> dict[str, Array]:
-    """Round the keys for walking."""
-    levels = np.empty(keys.shape, np.int8)
-    scales = np.empty(len(keys), np.float32)
-    for number, part in enumerate(_parts(keys)):
-        encoded = quantise_tokens(decode_keys(part))
-        rows = slice(number * _CHUNK_ROWS, number * _CHUNK_ROWS + len(part))
-        levels[rows], scales[rows] = encoded.levels, encoded.scales
-    return {"levels": levels, "scales": scales}
-
-
-def _parts(keys: Keys) -> Iterator[Keys]:
-    """Divide keys so that the decoded ones need little memory."""
-    for start in range(0, len(keys), _CHUNK_ROWS):
-        yield keys[start : start + _CHUNK_ROWS]
-
-
-def _no_links() -> dict[str, Array]:
-    """Give the links of an index of no rows."""
-    return {
-        "links": np.empty((0, 2 * _NEIGHBOURS), np.int32),
-        "upper_offsets": np.zeros(1, np.int32),
-        "upper_links": np.empty((0, _NEIGHBOURS), np.int32),
-        "entry": np.full(1, -1, np.int32),
-    }
+def _parts(rows: Array) -> Iterator[Array]:
+    """Divide rows so that decoded ones need little memory."""
+    for start in range(0, len(rows), _CHUNK_ROWS):
+        yield rows[start : start + _CHUNK_ROWS]
 
 
 def _links(state: Mapping[str, Any]) -> dict[str, Array]:
@@ -138,8 +125,10 @@ def _links(state: Mapping[str, Any]) -> dict[str, Array]:
 
     With several threads a row's place depends on who came first.
     """
-    count = state["cur_element_count"]
-    places = _level_zero(state)
+    count, record_bytes = state["cur_element_count"], state["size_data_per_element"]
+    # hnswlib's records of level 0: count, neighbours, vector, label; all of 4-byte words.
+    content = state["data_level0"].view(np.uint8)[: count * record_bytes]
+    places = content.view(np.uint32).reshape(count, record_bytes // 4)
     row_at = places[:, state["label_offset"] // 4].astype(np.int64)
     order = np.argsort(row_at)
     to_row = np.append(row_at, -1).astype(np.int32)  # -1 stays -1
@@ -155,13 +144,6 @@ def _links(state: Mapping[str, Any]) -> dict[str, Array]:
         "upper_links": _without_header(upper, to_row)[upper_order],
         "entry": to_row[state["enterpoint_node"]].reshape(1),
     }
-
-
-def _level_zero(state: Mapping[str, Any]) -> NDArray[np.uint32]:
-    """View hnswlib's records of level 0: count, neighbours, vector, label; all of 4-byte words."""
-    count, record_bytes = state["cur_element_count"], state["size_data_per_element"]
-    content: NDArray[np.uint8] = state["data_level0"].view(np.uint8)[: count * record_bytes]
-    return content.view(np.uint32).reshape(count, record_bytes // 4)
 
 
 def _without_header(lists: NDArray[np.uint32], to_row: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -185,3 +167,222 @@ def _runs(
     positions: NDArray[np.int64] = np.repeat(starts[order] - before, ordered)
     positions += np.arange(len(positions))
     return positions
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenIndex:
+    """A graph searched where it lies; safe to share between threads.
+
+    >>> keys = np.eye(4, dtype=np.float16)
+    >>> index = FrozenIndex.of(freeze(build_graph(keys), keys), keys)
+    >>> index.search(np.float32([0.1, 0.9, 0.3, 0.2]), 2, None).tolist()
+    [1, 2]
+    """
+
+    _graph: Graph
+    _measured: Array
+    _workspaces: deque[Any] = field(default_factory=deque)
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Array], keys: Array) -> FrozenIndex:
+        """View the arrays of `index_arrays` over the keys (N, D) that were indexed.
+
+        None is read or copied. StoreCorrupted if one is missing, or has another dtype or shape.
+        """
+        named = {"keys": keys.view(np.uint16) if keys.dtype == np.float16 else keys}
+        for name in (*Graph._fields[1:], "effort"):
+            if INDEX_PREFIX + name not in arrays:
+                raise StoreCorrupted("the index lacks an array", seen=f"no {INDEX_PREFIX + name}")
+            named[name] = arrays[INDEX_PREFIX + name]
+        measured = named.pop("effort")
+        graph = Graph(**{name: _read_only(array) for name, array in named.items()})
+        try:
+            check_graph(graph)
+        except ValueError as error:
+            raise StoreCorrupted(f"the index does not fit its keys: {error}") from error
+        if measured.dtype != np.int32 or measured.shape != (1,):
+            raise StoreCorrupted("the index's effort does not fit: it must be one int32")
+        return cls(graph, measured)
+
+    def __len__(self) -> int:
+        return len(self._graph.keys)
+
+    def effort(self, count: int) -> int:
+        """Give the effort that finds at least 97 % of the nearest `count` keys of most queries.
+
+        It was measured on these keys for the nearest 32 when the index was made, and grows in
+        proportion where more are wanted.
+        """
+        measured = int(self._measured[0])
+        if measured < 1:
+            what = "the index's effort is damaged"
+            raise StoreCorrupted(what, seen=measured, allowed="1 or more")
+        return -(-measured * max(count, _MEASURED_COUNT) // _MEASURED_COUNT)
+
+    def without(self, rows: Found) -> FrozenIndex:
+        """Give a copy whose walks end at these rows, as if the graph had been built without them.
+
+        Links to them remain, so that a search must say that they are not eligible. The entry must
+        not be among them.
+        """
+        graph = self._graph
+        links, upper, offsets = graph.links.copy(), graph.upper_links.copy(), graph.upper_offsets
+        links[rows] = -1
+        for row in rows.tolist():
+            upper[offsets[row] : offsets[row + 1]] = -1
+        cut = graph._replace(links=_read_only(links), upper_links=_read_only(upper))
+        return replace(self, _graph=cut, _workspaces=deque())
+
+    @property
+    def entry(self) -> int:
+        """The row where every walk begins."""
+        return int(self._graph.entry[0])
+
+    def verify(self) -> None:
+        """Read all links; StoreCorrupted if one of them, the entry or the effort is out of range.
+
+        Searching does not depend on it: damaged links are never followed outside the arrays.
+        """
+        graph, count = self._graph, len(self)
+        self.effort(_MEASURED_COUNT)
+        for name in ("links", "upper_links"):
+            for part in _parts(getattr(graph, name)):
+                if part.size and not (part.min() >= -1 and part.max() < count):
+                    what = f"{INDEX_PREFIX}{name} has a link to no row"
+                    seen = f"{part.min()} to {part.max()}"
+                    raise StoreCorrupted(what, seen=seen, allowed=f"-1 to {count - 1}")
+        if not 0 <= self.entry < count:
+            raise StoreCorrupted("the index's entry is no row", seen=self.entry)
+        offsets = graph.upper_offsets
+        ends = int(offsets[0]), int(offsets[-1])
+        if ends != (0, len(graph.upper_links)) or (offsets[1:] < offsets[:-1]).any():
+            raise StoreCorrupted(f"{INDEX_PREFIX}upper_offsets do not rise over the upper levels")
+
+    def search(
+        self, query: FloatArray, count: int, eligible: Mask | None, effort: int | None = None
+    ) -> Found:
+        """Find the nearest keys by cosine in float64, nearest first, equal ones by row.
+
+        Candidates come from the graph; where few keys are eligible all of those are compared.
+
+        Args:
+            query: float32 (D,), finite, of any length.
+            count: Keys wanted.
+            eligible: bool (N,), which keys may be returned; None for all.
+            effort: Candidates that the search keeps, at least `count` (hnswlib's ef): more finds
+                more of the true neighbours and takes longer. None for `self.effort(count)`.
+        """
+        kernel, graph = _kernel(), self._graph
+        query, count = np.ascontiguousarray(query, dtype=np.float32), min(count, len(self))
+        effort = min(self.effort(count) if effort is None else effort, max(len(self), 1))
+        try:
+            work = self._workspaces.pop()  # one that no other thread uses
+        except IndexError:
+            work = kernel.workspace(graph)
+        try:
+            found: Found = kernel.search_graph(graph, query, count, eligible, effort, work)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        finally:
+            self._workspaces.append(work)
+        return found
+
+
+def _kernel() -> Any:
+    """Load the module that searches, and Numba with it."""
+    try:
+        from meiqa.kernels import hnsw
+    except ImportError as error:
+        what = "searching the index of a memory needs numba"
+        raise UsageError(what, hint=install_hint("index")) from error
+    return hnsw
+
+
+def _read_only(array: Array) -> Array:
+    """View an array read-only, as a memory map is, so that the kernel is compiled once."""
+    view = array.view()
+    view.setflags(write=False)
+    return view
+
+
+@dataclass(frozen=True, eq=False)
+class RecallTrial:
+    """Keys taken out of an index as queries, whose true neighbours are known.
+
+    A key that is in the graph is found with less effort than any other query, and so are its
+    neighbours, to which it is linked. So `index` is as if it had been built without the queries
+    (Q, D), `eligible` (N,) is false for them; `cosines` (Q, count) are of their true neighbours.
+    """
+
+    index: FrozenIndex
+    keys: Keys
+    eligible: Mask
+    queries: FloatArray
+    cosines: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls, index: FrozenIndex, keys: Keys, size: int, count: int = _MEASURED_COUNT
+    ) -> RecallTrial:
+        """Take out `size` keys, or an eighth of all, and find the nearest `count` of each.
+
+        They are evenly spread; fewer are taken than asked for where that meets the entry.
+        """
+        size = min(size, len(keys) // 8)
+        rows = np.unique(np.linspace(0, len(keys) - 1, size).astype(np.int64))
+        rows = rows[rows != index.entry]
+        eligible = np.ones(len(keys), np.bool_)
+        eligible[rows] = False
+        queries = decode_keys(keys[rows])
+        count = min(count, len(keys) - len(rows))
+        _, cosines = true_neighbours(keys, queries, count, eligible)
+        return cls(index.without(rows), keys, eligible, queries, cosines)
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def shares(self, effort: int | None) -> NDArray[np.float64]:
+        """Give what share of its true neighbours a search finds for each query (Q,).
+
+        Of equally near keys one is as good as another.
+        """
+        count = self.cosines.shape[1]
+        shares = np.empty(len(self), np.float64)
+        for number, (query, true) in enumerate(zip(self.queries, self.cosines, strict=True)):
+            rows = self.index.search(query, count, self.eligible, effort)
+            shares[number] = (exact_cosines(decode_keys(self.keys[rows]), query) >= true[-1]).sum()
+        shares /= count
+        return shares
+
+
+def true_neighbours(
+    keys: Keys, queries: FloatArray, count: int, eligible: Mask | None = None
+) -> tuple[Found, NDArray[np.float64]]:
+    """Compare every unit query (Q, D) with every stored key (N, D) that is eligible (N,).
+
+    Returns:
+        Rows and cosines (Q, count), nearest first, equal ones by row.
+    """
+    kept = np.empty((len(queries), 0), np.int64)
+    near = np.empty((len(queries), 0), np.float32)
+    for rows in _parts(np.arange(len(keys)) if eligible is None else np.flatnonzero(eligible)):
+        part = queries @ decode_keys(keys[rows]).T
+        best = _largest(part, count + _SPARE)
+        near = np.hstack([near, np.take_along_axis(part, best, axis=1)])
+        kept = np.hstack([kept, rows[best]])
+    best = _largest(near, count + _SPARE)
+    kept = np.take_along_axis(kept, best, axis=1)
+    found = np.empty((len(queries), count), np.int64)
+    cosines = np.empty((len(queries), count), np.float64)
+    for number, (query, rows) in enumerate(zip(queries, kept, strict=True)):
+        exact = exact_cosines(decode_keys(keys[rows]), query)
+        order = np.lexsort((rows, -exact))[:count]
+        found[number], cosines[number] = rows[order], exact[order]
+    return found, cosines
+
+
+def _largest(values: FloatArray, count: int) -> Found:
+    """Give the columns of the largest values of each row, in no order."""
+    if values.shape[1] <= count:
+        return np.broadcast_to(np.arange(values.shape[1]), values.shape)
+    return np.argpartition(values, values.shape[1] - count, axis=1)[:, -count:]

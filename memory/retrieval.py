@@ -1,28 +1,138 @@
-"""Which remembered photos a query is compared with.
+"""Which remembered photos a query is compared with, and by what they are found.
 
-The share of anchors is taken from bins of equal population over their scores, so that the
-neighbours span the scale; contrast cases are taken nearest first (arXiv 2603.20785, section 3).
-Neither the order in which cases were stored nor whether they have been compacted changes what is
-retrieved, as long as the search is exact.
+A memory holds keys of one kind: of what was written, of what is seen, or of both; the key of a
+query is made by the same function as theirs. The share of anchors is taken from bins of equal
+population over their scores, so that the neighbours span the scale; contrast cases are taken
+nearest first (arXiv 2603.20785, section 3). Neither the order in which cases were stored nor
+whether they have been compacted changes what is retrieved, as long as the search is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meiqa.errors import StoreMismatch, UsageError
-from meiqa.memory.cases import Case, FloatArray
-from meiqa.memory.encoding import unit_rows
-from meiqa.memory.likeness import NEAR_DUPLICATE, layout
-from meiqa.memory.search import Found, Mask, Probe, Rows
-from meiqa.memory.view import Bin, CaseView
+from meiqa.memory.cases import (
+    Case,
+    Entry,
+    FloatArray,
+    Mask,
+    Record,
+    Regression,
+    Rows,
+    Sample,
+    Version,
+    decode_keys,
+    exact_cosines,
+    unit_rows,
+)
+from meiqa.memory.database import Widths
+from meiqa.types import KeyKind, Origin
 
-__all__ = ["RetrievalPolicy", "Sought", "nearest_anchors", "shares"]
+NEAR_DUPLICATE = 0.97
+"""Cosine of spatial descriptors above which photos are near-duplicates.
 
+What is caught is the same picture again, not another shot of the same thing: see the figures in
+docs/memory-format.md.
+"""
+
+_SIDE = 4
+_EVEN = 1e-5
 _TIMES_AS_FAR = 5  # a search for all bins together; more would cost more than it saves
+_ROWS_AT_ONCE = 256
+
+
+def retrieval_key(kind: KeyKind, summary: FloatArray, tokens: FloatArray) -> FloatArray:
+    """Make the key of a photo, stored or sought.
+
+    "summary" takes the summary's key as it is, "image" the direction of the mean visual token, and
+    "both" the two unit vectors one behind the other, over √2, so that a cosine is the mean of
+    theirs.
+
+    Args:
+        kind: Of the memory's keys.
+        summary: Key of what was written, or what is projected in its place (D_summary,).
+        tokens: Visual tokens (T, D), T of at least 1.
+
+    >>> retrieval_key("both", np.float32([3, 0]), np.float32([[0, 2], [0, 4]])).round(3).tolist()
+    [0.7070000171661377, 0.0, 0.0, 0.7070000171661377]
+    """
+    if kind == "summary":
+        return summary
+    mean = tokens.mean(axis=0, dtype=np.float64).astype(np.float32)
+    image: FloatArray = unit_rows(mean[None])[0]
+    if kind == "image":
+        return image
+    parts = np.concatenate([unit_rows(summary[None])[0], image])
+    both: FloatArray = parts * np.float32(np.sqrt(0.5))
+    return both
+
+
+def summary_of_key(key: FloatArray, width: int) -> FloatArray:
+    """Give the direction of the summary's key, with which a "summary" or "both" key begins."""
+    part: FloatArray = unit_rows(key[None, :width])[0]
+    return part
+
+
+def key_widths(kind: KeyKind, summary: int, token: int) -> Widths:
+    """Give the widths of keys and tokens, for summary keys and visual tokens of these widths.
+
+    >>> key_widths("both", 256, 512)
+    Widths(key=768, token=512)
+    """
+    keys: dict[KeyKind, int] = {"summary": summary, "image": token, "both": summary + token}
+    if kind not in keys:
+        raise UsageError("unknown kind of key", seen=kind, allowed=", ".join(keys))
+    return Widths(keys[kind], token)
+
+
+def spatial_descriptor(tokens: FloatArray, grid: tuple[int, int]) -> FloatArray:
+    """Describe where a photo's tokens differ from their mean: a unit vector (16 · D,).
+
+    No key tells near-duplicates: photos that are good or bad in the same way are described alike,
+    and their mean tokens point the same way. What photos of one scene share is this. The grid is
+    averaged to 4 × 4 fields, so that photos of other sizes compare, and the mean is
+    taken off. Of a photo that is the same all over, as one of a single token is, nothing is left: a
+    zero vector, which is like no other.
+
+    Args:
+        tokens: Visual tokens (T, D), row by row; a case may have none.
+        grid: Rows and columns of tokens, T in all.
+    """
+    if not len(tokens):
+        return np.zeros(_SIDE * _SIDE * tokens.shape[1], np.float32)
+    fields = _shares_of_grid(grid) @ tokens
+    centred = fields - fields.mean(axis=0)
+    # Rounding leaves something of fields that are all the same; it points nowhere.
+    if np.abs(centred).max() <= _EVEN * np.abs(tokens).max():
+        centred = np.zeros_like(centred)
+    unit: FloatArray = unit_rows(centred.reshape(1, -1))[0]
+    return unit
+
+
+@lru_cache(maxsize=256)
+def _shares_of_grid(grid: tuple[int, int]) -> FloatArray:
+    """Give what each token contributes to each field (16, T); rows add up to 1."""
+    shares: FloatArray = np.kron(*map(_shares_of_line, grid)).astype(np.float32)
+    return shares
+
+
+def _shares_of_line(tokens: int) -> NDArray[np.float64]:
+    """Give what each token of a line contributes to each field (4, tokens); rows add up to 1."""
+    edges = np.linspace(0.0, tokens, _SIDE + 1)
+    begins, ends = edges[:-1, None], edges[1:, None]
+    numbers = np.arange(tokens)
+    covered = np.minimum(ends, numbers + 1) - np.maximum(begins, numbers)
+    shares: NDArray[np.float64] = np.maximum(covered, 0.0) * (_SIDE / tokens)
+    return shares
 
 
 @dataclass(frozen=True)
@@ -34,16 +144,13 @@ class RetrievalPolicy:
         anchor_share: Share of anchors among them, 0–1, rounded to the nearest count, halves up.
         bins: Bins of equal population over the anchors' scores.
         stratified: Take the same number from each bin, then the most similar of the rest.
-        exclude_above: Leave out near-duplicates of the query: cases whose layout has a higher
-            cosine with its own (`meiqa.memory.likeness`); 1 leaves out none.
+        exclude_above: Leave out near-duplicates of the query: cases whose spatial descriptor has a
+            higher cosine with its own; 1 leaves out none.
         effort: Candidates that a search keeps where there is an index; more find better. None for
             as many as the index needs, which was measured when it was made.
 
     >>> RetrievalPolicy(k=8).anchor_share
     0.5
-
-    Raises:
-        UsageError: a value out of range.
     """
 
     k: int = 32
@@ -54,121 +161,324 @@ class RetrievalPolicy:
     effort: int | None = None
 
     def __post_init__(self) -> None:
-        if self.k < 0:
-            raise UsageError("k must not be negative", seen=self.k, allowed="0 or more")
-        if not 0.0 <= self.anchor_share <= 1.0:
-            raise UsageError("anchor_share is a share", seen=self.anchor_share, allowed="0 to 1")
-        if self.bins < 1:
-            raise UsageError("there must be at least one bin", seen=self.bins, allowed="1 or more")
-        if not -1.0 <= self.exclude_above <= 1.0:
-            raise UsageError(
-                "exclude_above is a cosine", seen=self.exclude_above, allowed="-1 to 1"
+        share, cosine, effort = self.anchor_share, self.exclude_above, self.effort
+        for what, seen, fits, allowed in (
+            ("k must not be negative", self.k, self.k >= 0, "0 or more"),
+            ("anchor_share is a share", share, 0.0 <= share <= 1.0, "0 to 1"),
+            ("there must be at least one bin", self.bins, self.bins >= 1, "1 or more"),
+            ("exclude_above is a cosine", cosine, -1.0 <= cosine <= 1.0, "-1 to 1"),
+            ("effort must be positive", effort, effort is None or effort >= 1, "1 or more"),
+        ):
+            if not fits:
+                raise UsageError(what, seen=seen, allowed=allowed)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The cases of one origin as they were at one moment; later writes do not change it.
+
+    Rows count through the version and go on through the recent cases, which are in the order of
+    their ids too.
+
+    Attributes:
+        version: The stored cases.
+        tombstones: Ids that count no longer in the version, with the moment of each.
+        entries: Cases that are in no version yet, by their revision.
+    """
+
+    version: Version
+    tombstones: Mapping[str, int] = field(default_factory=dict)
+    entries: Mapping[int, Entry] = field(default_factory=dict)
+    _bins: dict[int, list[Mask]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.version) - len(self.dead) + len(self.recent)
+
+    @property
+    def key_width(self) -> int:
+        """D_key."""
+        return self.version.identity.widths.key
+
+    @cached_property
+    def recent(self) -> list[Entry]:
+        """The cases that are in no version yet, by id."""
+        return sorted(self.entries.values(), key=lambda entry: entry.record.id)
+
+    @cached_property
+    def dead(self) -> list[int]:
+        """Rows of the version that have been removed or replaced, ascending."""
+        replaced = (entry.record.id for entry in self.recent)
+        located = [self.version.locate(case_id) for case_id in (*self.tombstones, *replaced)]
+        return sorted({row for row, present in located if present})
+
+    @cached_property
+    def visible(self) -> Mask | None:
+        """Which rows are not dead; None if all."""
+        if not self.dead:
+            return None
+        visible = np.ones(len(self.version) + len(self.recent), np.bool_)
+        visible[self.dead] = False
+        return visible
+
+    @cached_property
+    def rows(self) -> Rows:
+        """All rows that are not dead, by id."""
+        every = np.arange(len(self.version) + len(self.recent))
+        every = every if self.visible is None else every[self.visible]
+        return every[np.lexsort((every, self._id_order(every)))]
+
+    @cached_property
+    def recent_keys(self) -> FloatArray:
+        """Unit keys of the recent cases."""
+        keys = [entry.features.key for entry in self.recent]
+        return decode_keys(np.array(keys, np.float16).reshape(-1, self.key_width))
+
+    @cached_property
+    def id_positions(self) -> Rows:
+        """How many ids of the version come before each recent case's."""
+        return np.array([self.version.locate(each.record.id)[0] for each in self.recent], np.intp)
+
+    def unit_keys(self, rows: Rows) -> FloatArray:
+        """Give the unit keys of rows (n, D_key)."""
+        keys, stored = np.empty((len(rows), self.key_width), np.float32), rows < len(self.version)
+        keys[stored] = self.version.keys_of(rows[stored])
+        keys[~stored] = self.recent_keys[rows[~stored] - len(self.version)]
+        return keys
+
+    def entries_in(self, rows: Iterable[int], *, thumbnails: bool = False) -> list[Entry]:
+        """Give the cases in rows; those of the version take one statement, however many they are.
+
+        Raises:
+            StoreCorrupted: a case is not what was written.
+        """
+        split, rows = len(self.version), list(rows)
+        stored = [row for row in rows if row < split]
+        read = self.version.entries(stored, thumbnails=thumbnails)
+        found = dict(zip(stored, read, strict=True))
+        return [found[row] if row < split else self.recent[row - split] for row in rows]
+
+    def all_entries(self) -> Iterator[Entry]:
+        """Read all cases with their vectors and thumbnails, by id."""
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            rows = self.rows[start : start + _ROWS_AT_ONCE].tolist()
+            yield from self.entries_in(rows, thumbnails=True)
+
+    def near_duplicates(
+        self, rows: Iterable[int], descriptor: FloatArray, above: float
+    ) -> list[int]:
+        """Give those of the rows whose spatial descriptor has a higher cosine with this one."""
+
+        def cosine(row: int) -> float:
+            fresh = row - len(self.version)
+            features = self.version.features(row) if fresh < 0 else self.recent[fresh].features
+            return float(spatial_descriptor(features.tokens, features.grid) @ descriptor)
+
+        return [row for row in rows if cosine(row) > above]
+
+    def rows_of_image(self, image_digest: str) -> list[int]:
+        """Give the rows of the cases that were made from an image."""
+        stored = self.version.rows_of_image(image_digest)
+        recent = [
+            row
+            for row, entry in enumerate(self.recent, len(self.version))
+            if entry.record.image_digest == image_digest
+        ]
+        return [row for row in stored if self.visible is None or self.visible[row]] + recent
+
+    def order(self, rows: Rows, cosines: NDArray[np.float64]) -> Rows:
+        """Give what sorts rows by their cosines, highest first, ties by id."""
+        return np.lexsort((rows, self._id_order(rows), -cosines))
+
+    def _id_order(self, rows: Rows) -> Rows:
+        """Give numbers that grow with the ids; recent cases between two stored ones tie."""
+        order = 2 * rows + 1
+        recent = rows >= len(self.version)
+        order[recent] = 2 * self.id_positions[rows[recent] - len(self.version)]
+        return order
+
+    @cached_property
+    def _by_score(self) -> tuple[NDArray[np.float64], Rows]:
+        """Scores and rows of all cases, by score, ties by id."""
+        scores, rows = self.version.segment.arrays["sorted_scores"], self.version.by_score
+        if self.visible is not None:
+            kept = self.visible[rows]
+            scores, rows = scores[kept], rows[kept]
+        if not self.recent:
+            return scores, rows
+        recent_scores = np.array([entry.record.score for entry in self.recent], np.float64)
+        order = np.argsort(recent_scores, kind="stable")
+        before = []
+        for number in order.tolist():
+            first, last = (
+                int(np.searchsorted(scores, recent_scores[number], side))
+                for side in ("left", "right")
             )
-        if self.effort is not None and self.effort < 1:
-            raise UsageError("effort must be positive", seen=self.effort, allowed="1 or more")
+            tied = np.searchsorted(rows[first:last], self.id_positions[number])
+            before.append(first + int(tied))
+        merged = np.insert(rows, before, len(self.version) + order)
+        return np.insert(scores, before, recent_scores[order]), merged
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """Scores of all cases (N,), ascending."""
+        return self._by_score[0]
+
+    def bins(self, count: int) -> list[Mask]:
+        """Divide all cases into bins of equal population over their scores; masks over the rows."""
+        if count not in self._bins:
+            limits = [-(-len(self) * each // count) for each in range(count + 1)]
+            masks = np.zeros((count, len(self.version) + len(self.recent)), np.bool_)
+            for mask, (first, last) in zip(masks, pairwise(limits), strict=True):
+                mask[self._by_score[1][first:last]] = True
+            self._bins[count] = list(masks)
+        return self._bins[count]
+
+    def percentile(self, score: float) -> float:
+        """Give the share of cases that score below, 0–100; NaN when there are none."""
+        if not len(self):
+            return float("nan")
+        return 100.0 * int(np.searchsorted(self.scores, score, "left")) / len(self)
+
+    def records(
+        self, since: float = float("-inf"), ids: Collection[str] | None = None
+    ) -> list[Record]:
+        """List records of cases stored at `since` (seconds since 1970) or later, by id."""
+        found = [entry.record for entry in self.recent if entry.record.created >= since]
+        condition = "created >= ?"
+        values: tuple[Any, ...] = (since,)
+        if ids is not None:
+            condition += " AND id IN (SELECT value FROM json_each(?))"
+            values += (json.dumps([*ids]),)
+        dead, stored = set(self.dead), self.version.records(condition, values)
+        found += [record for row, record in stored if row not in dead]
+        chosen = found if ids is None else [record for record in found if record.id in ids]
+        return sorted(chosen, key=lambda record: record.id)
+
+    def thumbnail_bytes(self) -> dict[str, int]:
+        """Give the sizes of the thumbnails that are kept, by the ids of their cases."""
+        dead = set(self.dead)
+        stored = self.version.thumbnail_bytes()
+        sizes = {case_id: size for row, case_id, size in stored if row not in dead}
+        recent = {entry.record.id: entry.thumbnail for entry in self.recent}
+        return sizes | {case_id: len(jpeg) for case_id, jpeg in recent.items() if jpeg is not None}
 
 
-class Sought:
+class _Search:
     """One query against the cases of one origin.
 
-    Args:
-        view: The cases.
-        key: float32 (D_key,), of any length.
-        effort: `RetrievalPolicy.effort`.
-        exclude_digest: Digest of the query's own image, whose cases are left out.
-
-    Raises:
-        StoreMismatch: the key has another width than the stored ones.
-        UsageError: the key is not finite.
+    The order is exact and repeatable: candidates are ranked by their cosine in float64, summed the
+    same way for every row, and equal cosines by id. Neither the number of threads nor the way in
+    which the candidates were found changes what is nearer.
     """
 
     def __init__(
-        self, view: CaseView, key: FloatArray, effort: int | None, exclude_digest: str | None
+        self,
+        view: View,
+        key: FloatArray,
+        effort: int | None = None,
+        exclude_digest: str | None = None,
     ) -> None:
         if key.shape != (view.key_width,):
-            raise StoreMismatch(
-                "the key does not fit the memory", seen=f"shape {key.shape}", allowed=view.key_width
-            )
+            what = "the key does not fit the memory"
+            raise StoreMismatch(what, seen=f"shape {key.shape}", allowed=view.key_width)
         if not np.isfinite(key).all():
             raise UsageError("the key is not finite")
-        query = unit_rows(key[None])[0]
-        self._view = view
+        self._view, self._effort = view, effort
+        self._query = unit_rows(key[None])[0]
         self._left_out = [] if exclude_digest is None else view.rows_of_image(exclude_digest)
-        self._cases: dict[int, Case] = {}
-        self._recent = view.recent_table.probe(query, effort)
-        self._stored: Probe | None = None
-        if view.generation is not None:
-            self._stored = view.generation.table.probe(query, effort)
+        self._unlike: set[int] = set()
+        self._recent_cosines = view.recent_keys @ self._query
+        self._stored_cosines = np.empty(0, np.float32)
+        if view.version.index is None:
+            self._stored_cosines = view.version.unit_keys @ self._query
 
     @property
     def available(self) -> int:
         """How many cases may be taken."""
         return len(self._view) - len(self._left_out)
 
-    def case(self, row: int) -> Case:
-        """Give the case in a row, which is read once.
+    def leave_out_alike(self, rows: list[int], descriptor: FloatArray, above: float) -> bool:
+        """Give the near-duplicates among these rows no longer; tell whether there are any."""
+        fresh = [row for row in rows if row not in self._unlike]
+        alike = self._view.near_duplicates(fresh, descriptor, above)
+        self._unlike.update(fresh)
+        self._left_out += alike
+        return bool(alike)
 
-        Raises:
-            StoreCorrupted: it is not what was written.
+    def nearest(self, count: int, eligible: Mask | None = None) -> Rows:
+        """Give the `count` nearest rows of those that are eligible, or all if they are fewer."""
+        if count <= 0:
+            return np.empty(0, np.intp)
+        mask = self._view.visible if eligible is None else eligible
+        rows = self._candidates(count + len(self._left_out), mask)
+        return self._in_order(_without(rows, np.array(self._left_out, np.intp)))[:count]
+
+    def _in_order(self, rows: Rows) -> Rows:
+        """Sort by exact cosine, highest first, ties by id."""
+        cosines = exact_cosines(self._view.unit_keys(rows), self._query)
+        return rows[self._view.order(rows, cosines)]
+
+    def _candidates(self, count: int, eligible: Mask | None) -> Rows:
+        """Give rows among which the nearest are."""
+        split, index = len(self._view.version), self._view.version.index
+        stored, recent = (None, None) if eligible is None else np.split(eligible, [split])
+        if index is not None:
+            rows = index.search(self._query, count, stored, self._effort)
+            first = rows.astype(np.intp, copy=False)
+        else:
+            first = self._close(self._stored_cosines, count, stored)
+        return np.concatenate([first, split + self._close(self._recent_cosines, count, recent)])
+
+    def _close(self, cosines: FloatArray, count: int, eligible: Mask | None) -> Rows:
+        """Give all rows that may be among the nearest, where float32 leaves a doubt."""
+        rows = np.arange(len(cosines)) if eligible is None else np.flatnonzero(eligible)
+        if count >= len(rows):
+            return rows
+        # Twice the largest error of a float32 dot product of two unit vectors, in any order.
+        margin = 2.0 * (len(self._query) + 4) * 2.0**-24
+        among = cosines[rows]
+        cutoff = np.partition(among, len(rows) - count)[len(rows) - count]
+        close: Rows = rows[among >= cutoff - margin]
+        return close
+
+    def stratified(self, count: int, policy: RetrievalPolicy) -> Rows:
+        """Take `count` cases, from bins of their scores if the policy says so, nearest first.
+
+        `count // bins` come from each bin, the rest by similarity alone. One search, some times as
+        far as without bins, serves all that have enough there; only the others are searched for
+        themselves.
         """
-        if row not in self._cases:
-            self._cases[row] = self._view.case(row)
-        return self._cases[row]
-
-    def alike(self, rows: Iterable[int], own_layout: FloatArray, above: float) -> list[int]:
-        """Give the rows of the cases that are near-duplicates of what has this layout.
-
-        Raises:
-            StoreCorrupted: a case is not what was written.
-        """
-        cases = [(row, self.case(row)) for row in rows]
-        return [row for row, case in cases if _likeness(case, own_layout) > above]
-
-    def leave_out(self, rows: Iterable[int]) -> None:
-        """Give these rows no longer."""
-        self._left_out += rows
-
-    def nearest(self, count: int, among: Bin | None = None) -> Found:
-        """Give the most similar cases, nearest first, ties by id; fewer when fewer may be taken.
-
-        Args:
-            count: How many.
-            among: The bin that they must be of.
-        """
-        left_out = np.array(self._left_out, np.intp)
-        split, parts = self._view.stored_count, []
-        if self._stored is not None:
-            eligible = self._view.visible
-            if among is not None:
-                eligible = among.stored  # bins have no hidden rows
-            parts.append(_permitted(self._stored, eligible, left_out, count))
-        eligible = None if among is None else among.recent
-        recent = _permitted(self._recent, eligible, left_out - split, count)
-        parts.append(Found(recent.rows + split, recent.cosines))
-        rows = np.concatenate([part.rows for part in parts])
-        cosines = np.concatenate([part.cosines for part in parts])
-        order = self._view.order(rows, cosines)[:count]
-        return Found(rows[order], cosines[order])
+        if not policy.stratified or count < policy.bins:
+            return self.nearest(count)
+        around = self.nearest(min(policy.bins, _TIMES_AS_FAR) * count)
+        from_each = count // policy.bins
+        taken = []
+        for mask in self._view.bins(policy.bins):
+            inside = around[mask[around]][:from_each]
+            taken.append(inside if len(inside) == from_each else self.nearest(from_each, mask))
+        rows = np.concatenate(taken)
+        rest = _without(around, rows)[: count - len(rows)]
+        return self._in_order(np.concatenate([rows, rest]))
 
 
-def _permitted(probe: Probe, eligible: Mask | None, left_out: Rows, count: int) -> Found:
-    """Search so much further that `count` remain when rows are left out."""
-    found = probe.nearest(count + len(left_out) if count > 0 else 0, eligible)
-    return _without(found, left_out)
+def _without(rows: Rows, left_out: Rows) -> Rows:
+    kept: Rows = rows[~np.isin(rows, left_out, kind="table")]  # sorting imports numpy.ma
+    return kept
 
 
-def _without(found: Found, rows: Rows) -> Found:
-    return found.where(~np.isin(found.rows, rows, kind="table"))  # sorting imports numpy.ma
+def near_duplicates(view: View, case: Case, above: float, among: int) -> list[str]:
+    """Give the ids of the near-duplicates of a case among as many cases with the nearest keys."""
+    if above >= 1.0:
+        return []
+    rows = _Search(view, case.key).nearest(among).tolist()
+    alike = view.near_duplicates(rows, spatial_descriptor(case.tokens, case.grid), above)
+    return [entry.record.id for entry in view.entries_in(alike)]
 
 
-def _likeness(case: Case, own_layout: FloatArray) -> float:
-    return float(layout(case.tokens, case.grid) @ own_layout)
-
-
-def shares(policy: RetrievalPolicy, anchors: int, contrast: int) -> tuple[int, int]:
+def _shares(policy: RetrievalPolicy, anchors: int, contrast: int) -> tuple[int, int]:
     """Split k between the available anchors and contrast cases; each fills what the other lacks.
 
-    >>> shares(RetrievalPolicy(k=32), anchors=1000, contrast=3)
+    >>> _shares(RetrievalPolicy(k=32), anchors=1000, contrast=3)
     (29, 3)
     """
     wanted = int(policy.k * policy.anchor_share + 0.5)
@@ -176,30 +486,91 @@ def shares(policy: RetrievalPolicy, anchors: int, contrast: int) -> tuple[int, i
     return min(policy.k - from_contrast, anchors), from_contrast
 
 
-def nearest_anchors(
-    sought: Sought, view: CaseView, count: int, policy: RetrievalPolicy
-) -> list[int]:
-    """Take `count` anchors, stratified over their scores if the policy says so, nearest first.
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The memory as it was at one moment; safe to share between threads."""
 
-    `count // bins` come from each bin, the rest by similarity alone. One search, some times as far
-    as without bins, serves all that have enough there; only the others are searched for themselves.
+    anchors: View
+    contrast: View
+    _note_retrieved: Callable[[Sequence[str]], None]
 
-    Raises:
-        StoreCorrupted: the order of the scores is damaged.
-    """
-    if not policy.stratified or count < policy.bins:
-        nearest: list[int] = sought.nearest(count).rows.tolist()
-        return nearest
-    around = sought.nearest(min(policy.bins, _TIMES_AS_FAR) * count)
-    from_each = count // policy.bins
-    taken = []
-    for each in view.bins(policy.bins):
-        inside = around.where(each.holds(around.rows))
-        enough = len(inside.rows) >= from_each
-        taken.append(inside.first(from_each) if enough else sought.nearest(from_each, each))
-    rows = np.concatenate([found.rows for found in taken])
-    rest = _without(around, rows).first(count - len(rows))
-    rows = np.concatenate([rows, rest.rows])
-    cosines = np.concatenate([*(found.cosines for found in taken), rest.cosines])
-    in_order: list[int] = rows[view.order(rows, cosines)].tolist()
-    return in_order
+    @property
+    def views(self) -> dict[Origin, View]:
+        """The cases by origin."""
+        return {"anchor": self.anchors, "contrast": self.contrast}
+
+    @property
+    def count_anchors(self) -> int:
+        """Number of anchors."""
+        return len(self.anchors)
+
+    @property
+    def count_contrast(self) -> int:
+        """Number of contrast cases."""
+        return len(self.contrast)
+
+    def retrieve(
+        self,
+        key: FloatArray,
+        policy: RetrievalPolicy,
+        exclude_digest: str | None,
+        descriptor: FloatArray | None = None,
+    ) -> tuple[Case, ...]:
+        """Give the neighbours of a photo: anchors, then contrast cases, each nearest first.
+
+        The result depends on the query, the policy and the stored cases only; equal similarities
+        are ordered by id. All cases are given when there are fewer than `policy.k`.
+
+        Args:
+            key: float32 (D_key,), of any length, made by `retrieval_key`.
+            policy: How many, and from where.
+            exclude_digest: Digest of the query's own image, whose cases are left out.
+            descriptor: Of the query's own tokens, by `spatial_descriptor`; near-duplicates of it
+                are left out. None for a query that is no photo.
+
+        Raises:
+            StoreMismatch: the key has another width than the stored ones.
+            StoreCorrupted: a stored case is damaged.
+            UsageError: the key is not finite, or the memory has an index that cannot be searched
+                here.
+        """
+        anchors = _Search(self.anchors, key, policy.effort, exclude_digest)
+        contrast = _Search(self.contrast, key, policy.effort, exclude_digest)
+        while True:
+            counts = _shares(policy, anchors.available, contrast.available)
+            from_anchors: list[int] = anchors.stratified(counts[0], policy).tolist()
+            from_contrast: list[int] = contrast.nearest(counts[1]).tolist()
+            if descriptor is None or policy.exclude_above >= 1.0:
+                break
+            found = [
+                anchors.leave_out_alike(from_anchors, descriptor, policy.exclude_above),
+                contrast.leave_out_alike(from_contrast, descriptor, policy.exclude_above),
+            ]
+            if not any(found):
+                break
+        learned = self.contrast.entries_in(from_contrast)
+        self._note_retrieved([entry.record.id for entry in learned])
+        return tuple(entry.case for entry in self.anchors.entries_in(from_anchors) + learned)
+
+    @property
+    def regression(self) -> Regression | None:
+        """From visual tokens to human scores, as the anchors were when last compacted.
+
+        None when they were too few; StoreCorrupted if it is not what was written.
+        """
+        return self.anchors.version.regression
+
+    def scores_left_out(self) -> dict[str, float]:
+        """Give what a regression on all other anchors says of each, by image digest; reads all.
+
+        Empty when there are too few for a regression.
+        """
+        sample = Sample()
+        for entry in self.anchors.all_entries():
+            sample.show(entry.record.image_digest, entry.features.tokens, entry.record.score)
+        fitted = sample.fitted()
+        return {} if fitted is None else fitted[1]
+
+    def percentile(self, score: float) -> float:
+        """Give the share of anchors that score below, 0–100; NaN when there are no anchors."""
+        return self.anchors.percentile(score)

@@ -1,0 +1,311 @@
+"""The cases that no version holds yet: one database with a write-ahead log, and the right to write.
+
+One process writes, many read. `AnchorWriter` stages its anchors in a database of the same tables.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from meiqa.errors import StoreLocked
+from meiqa.memory import database
+from meiqa.memory.cases import (
+    KEY_DTYPE,
+    ORIGINS,
+    RECORD_COLUMNS,
+    SCALE_DTYPE,
+    TOKEN_DTYPE,
+    Entry,
+    Features,
+    Record,
+    record_of,
+    record_values,
+)
+from meiqa.memory.database import AMONG, Identity, Widths
+from meiqa.memory.segment import disk_errors, sync
+from meiqa.types import Origin
+
+Mode = Literal["r", "rw"]
+Uses = tuple[int, float]
+"""How often a case was retrieved, and when last, in seconds since 1970."""
+
+WAL_NAME = "cases.sqlite3"
+LOCK_NAME = "cases.lock"
+
+_FEATURE_COLUMNS = (
+    "key_dtype, token_dtype, scale_dtype, key, tokens, scales, grid_rows, grid_columns, sha256"
+)
+_DESCRIBED = len(Record.__slots__)
+
+
+def insert_record(connection: sqlite3.Connection, entry: Entry) -> int:
+    """Add a row, and its thumbnail if it has one; give its revision, which is never used again."""
+    query = f"INSERT INTO records ({RECORD_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)"
+    revision = connection.execute(query, record_values(entry.record)).lastrowid
+    assert revision is not None
+    if entry.thumbnail is not None:
+        database.insert_thumbnail(connection, revision, entry.thumbnail)
+    return revision
+
+
+def insert_entry(connection: sqlite3.Connection, entry: Entry) -> None:
+    """Add a row with its vectors and a digest over the row and them."""
+    revision, features = insert_record(connection, entry), entry.features
+    query = f"INSERT INTO features (revision, {_FEATURE_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)"
+    stored = KEY_DTYPE, TOKEN_DTYPE, SCALE_DTYPE, *features.blobs, *features.grid
+    connection.execute(query, (revision, *stored, _row_sha256(entry)))
+
+
+def _row_sha256(entry: Entry) -> bytes:
+    created = json.dumps(entry.record.created).encode()
+    return hashlib.sha256(entry.digest + created).digest()
+
+
+def read_entries(
+    path: Path,
+    connection: sqlite3.Connection,
+    widths: Widths,
+    revisions: Sequence[int] | None = None,
+) -> Iterator[tuple[int, Entry]]:
+    """Read some rows, or all, with their vectors and thumbnails, by id.
+
+    Raises:
+        StoreCorrupted: a row, its vectors or its thumbnail are not what was written.
+    """
+    condition, values = ("TRUE", ()) if revisions is None else (AMONG, (json.dumps(revisions),))
+    query = (
+        f"SELECT revision, {RECORD_COLUMNS}, {_FEATURE_COLUMNS}"
+        f" FROM records LEFT JOIN features USING (revision) WHERE {condition} ORDER BY id"
+    )
+    with database.reading(path):
+        for revision, *row in connection.execute(query, values):
+            if row[_DESCRIBED] is None:
+                raise ValueError(f"revision {revision} has no vectors")
+            record = record_of(path, row[:_DESCRIBED])
+            features = _features_of(row[_DESCRIBED:-1], widths)
+            thumbnail = database.read_thumbnails(path, connection, [revision]).get(revision)
+            entry = Entry(record, features, thumbnail)
+            if _row_sha256(entry) != row[-1]:
+                raise ValueError(f"case {record.id!r} was altered")
+            yield revision, entry
+
+
+def _features_of(stored: list[Any], widths: Widths) -> Features:
+    *dtypes, key, tokens, scales, rows, columns = stored
+    if dtypes != [KEY_DTYPE, TOKEN_DTYPE, SCALE_DTYPE]:
+        raise ValueError(f"unknown dtypes {', '.join(map(str, dtypes))}")
+    if type(rows) is not int or type(columns) is not int:
+        raise TypeError(f"{rows!r} by {columns!r} is not a grid")
+    levels = np.frombuffer(tokens, np.dtype(TOKEN_DTYPE)).reshape(-1, widths.token)
+    stored_scales = np.frombuffer(scales, np.dtype(SCALE_DTYPE))
+    stored_key = np.frombuffer(key, np.dtype(KEY_DTYPE))
+    if stored_key.shape != (widths.key,) or len(stored_scales) != len(levels):
+        raise ValueError("vectors of the wrong length")
+    return Features(stored_key, levels, stored_scales, (rows, columns))
+
+
+class Wal:
+    """Cases, tombstones of what versions hold, and how often contrast cases were retrieved.
+
+    Encoded cases are kept in memory; a refresh reads only what was committed since the last one.
+    Not safe to share between threads. In mode "r" an absent database is empty, and is noticed when
+    it appears; in mode "rw" it is created. `identity` is what its cases must have been written for.
+
+    Attributes:
+        path: The database.
+        connection: To it, while it is open and there.
+        seen: The commit up to which it was read, as SQLite's `data_version` counts; None for none.
+        entries: The cases by revision, ascending, by origin.
+        tombstones: Ids that count no longer, with the moment of each, by origin.
+    """
+
+    def __init__(self, directory: Path, mode: Mode, identity: Identity) -> None:
+        self.path = directory / WAL_NAME
+        self.connection: sqlite3.Connection | None = None
+        self.seen: int | None = None
+        self.entries: Mapping[Origin, Mapping[int, Entry]] = {origin: {} for origin in ORIGINS}
+        self.tombstones: Mapping[Origin, Mapping[str, int]] = {origin: {} for origin in ORIGINS}
+        self._mode = mode
+        self._identity = identity
+        if mode == "rw" and not self.path.exists():
+            database.create_database(self.path, identity)
+            with disk_errors(directory):
+                sync(directory.parent)
+        self._connect_if_there()
+
+    def refresh(self) -> None:
+        """Read what has been committed; StoreCorrupted if a case is not what was written."""
+        self._connect_if_there()
+        if self.connection is None:
+            return
+        with database.reading(self.path):
+            # The version comes first: a commit between the two reads is read again, not lost.
+            (version,) = self.connection.execute("PRAGMA data_version").fetchone()
+            if version != self.seen:
+                with database.transaction(self.connection, "DEFERRED"):
+                    self._read(self.connection)
+                self.seen = version
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Do what is inside as one; when it ends, neither a kill nor a power cut undoes it.
+
+        Where the disk is full, StoreUnwritable is raised and nothing was done.
+        """
+        with database.sqlite_errors(self.path):
+            with database.transaction(self._database, "IMMEDIATE"):
+                yield
+            self.seen = None
+
+    def insert(self, entry: Entry) -> None:
+        """Add a case, whose id must not be here."""
+        insert_entry(self._database, entry)
+
+    def delete(self, origin: Origin, ids: Iterable[str]) -> None:
+        """Remove the cases that are here."""
+        wanted, entries = set(ids), self.entries[origin]
+        self._delete(rev for rev, each in entries.items() if each.record.id in wanted)
+
+    def _delete(self, revisions: Iterable[int]) -> None:
+        query = f"DELETE FROM records WHERE {AMONG}"
+        self._database.execute(query, (json.dumps([*revisions]),))
+
+    def bury(self, origin: Origin, ids: Iterable[str]) -> None:
+        """Let cases of the version, or of one being written, count no longer."""
+        query = "INSERT OR REPLACE INTO hidden (id, origin) VALUES (?, ?)"
+        self._database.executemany(query, [(case_id, origin) for case_id in ids])
+
+    def forget_merged(self, origin: Origin, revisions: Iterable[int], stamp: int) -> None:
+        """Remove the cases that a version holds now, and the tombstones until `stamp`."""
+        self._delete(revisions)
+        query = "DELETE FROM hidden WHERE origin = ? AND stamp <= ?"
+        self._database.execute(query, (origin, stamp))
+
+    def uses(self) -> dict[str, Uses]:
+        """Give how often contrast cases were retrieved, and when last, as far as it is written."""
+        if self.connection is None:
+            return {}
+        with database.sqlite_errors(self.path):
+            rows = self.connection.execute("SELECT id, retrieved, last_retrieved FROM uses")
+            return {case_id: (retrieved, last) for case_id, retrieved, last in rows}
+
+    def count_uses(self, counts: Mapping[str, int]) -> None:
+        """Add retrievals to the counters."""
+        now = time.time()
+        self._database.executemany(
+            "INSERT INTO uses VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
+            " retrieved = retrieved + excluded.retrieved, last_retrieved = excluded.last_retrieved",
+            [(case_id, count, now) for case_id, count in counts.items()],
+        )
+
+    def drop_uses(self, ids: Iterable[str], heir: str | None) -> None:
+        """Remove the counters of cases; their sum, and the latest moment, go to an heir."""
+        query = "DELETE FROM uses WHERE id IN (SELECT value FROM json_each(?)) RETURNING *"
+        rows = self._database.execute(query, (json.dumps([*ids]),)).fetchall()
+        if heir is not None and rows:
+            uses = sum(row[1] for row in rows), max(row[2] for row in rows)
+            self._database.execute("INSERT INTO uses VALUES (?, ?, ?)", (heir, *uses))
+
+    def shrink(self) -> None:
+        """Leave no trace of removed cases in the files, and give their room back."""
+        with database.sqlite_errors(self.path):
+            self._database.execute("PRAGMA incremental_vacuum").fetchall()
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            with database.sqlite_errors(self.path):
+                connection.close()
+
+    @property
+    def _database(self) -> sqlite3.Connection:
+        assert self.connection is not None
+        return self.connection
+
+    def _connect_if_there(self) -> None:
+        # Unlike Path.exists, this takes a directory that may not be searched for an empty one.
+        if self.connection is not None or not os.path.exists(self.path):
+            return
+        connection = database.connect(self.path, self._mode)
+        try:
+            found, _ = database.read_identity(self.path, connection)
+            hint = "open it with the package that wrote it, or choose another directory"
+            database.check_identity(self.path, found, self._identity, hint)
+        except BaseException:
+            connection.close()
+            raise
+        self.connection = connection
+
+    def _read(self, connection: sqlite3.Connection) -> None:
+        rows = connection.execute("SELECT revision FROM records ORDER BY revision").fetchall()
+        known = {rev: each for entries in self.entries.values() for rev, each in entries.items()}
+        fresh = [revision for (revision,) in rows if revision not in known]
+        known |= dict(read_entries(self.path, connection, self._identity.widths, fresh))
+        here = {revision: known[revision] for (revision,) in rows}
+        self.entries = {
+            origin: {rev: each for rev, each in here.items() if each.record.origin == origin}
+            for origin in ORIGINS
+        }
+        query = "SELECT id, stamp FROM hidden WHERE origin = ?"
+        self.tombstones = {
+            origin: dict(connection.execute(query, (origin,)).fetchall()) for origin in ORIGINS
+        }
+
+
+class WriterLock:
+    """The right to write to a directory: an exclusive lock on a file with the pid of its owner.
+
+    The kernel drops the lock when its owner ends, however it ends, so a stale lock cannot be.
+    The file stays: removing it would let two processes lock two files of one name.
+
+    Raises:
+        StoreLocked: another owner has it; the error names the pid.
+        StoreUnwritable: the lock file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with disk_errors(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._close = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+            self._close()
+            what = f"{path.parent} is being written by process {holder or 'unknown'}"
+            hint = "wait for it to end, or open the memory with mode 'r'"
+            raise StoreLocked(what, hint=hint) from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        _held.add(self)
+
+    def release(self) -> None:
+        """Let the next writer in."""
+        _held.discard(self)
+        self._close()
+
+
+_held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
+
+
+def _release_inherited() -> None:
+    # A forked child shares the lock and would keep it alive after its owner has ended.
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_release_inherited)
