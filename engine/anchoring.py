@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image
 
-from meiqa.engine.images import Pixels, load_pixels
-from meiqa.engine.judging import fitted_to
-from meiqa.engine.package import EnginePackage
-from meiqa.engine.vlm import Vlm
+from meiqa.engine.images import Pixels, fit_to_grid, load_pixels
+from meiqa.engine.model import Model
 from meiqa.errors import ImageError, PackageCorrupted
 from meiqa.labels import LabelTable
 from meiqa.memory import AnchorWriter, Case, key_widths, retrieval_key
 from meiqa.types import Failure, KeyKind
-
-__all__ = ["ANCHOR_STD", "anchor_case", "build_anchors", "thumbnail_of"]
 
 ANCHOR_STD = 0.2
 """Standard error of a mean of 30 opinions that differ by about one point, on the 1-5 scale."""
@@ -26,37 +22,27 @@ THUMBNAIL_SIDE = 160
 THUMBNAIL_QUALITY = 80
 
 
-class Describer(Vlm, Protocol):
-    """A model that says what it is a model of."""
+@dataclass(frozen=True)
+class AnchorOptions:
+    """What is kept of anchors.
 
-    @property
-    def package(self) -> EnginePackage:
-        """Its package."""
-        ...
+    Attributes:
+        provenance: where the scores come from, in a few words; std: their standard error.
+        keep_thumbnails: keep a small JPEG of each; otherwise no image bytes are kept.
+    """
+
+    provenance: str = ""
+    std: float = ANCHOR_STD
+    key_kind: KeyKind = "summary"
+    keep_thumbnails: bool = False
 
 
 def anchor_case(
-    vlm: Describer,
-    pixels: Pixels,
-    name: str,
-    score: float,
-    std: float = ANCHOR_STD,
-    *,
-    key_kind: KeyKind = "summary",
+    model: Model, pixels: Pixels, name: str, score: float, options: AnchorOptions
 ) -> Case:
-    """See, read and describe one photograph.
-
-    Args:
-        name: id of the anchor.
-        score: mean opinion score on 1-5; std: its standard error.
-        key_kind: of the memory that it is for.
-
-    Raises:
-        ImageError: the photograph cannot be judged.
-        PackageCorrupted: the model writes nothing about it.
-    """
-    prefix = vlm.read([vlm.encode(fitted_to(pixels, vlm.image))])[0]
-    description = vlm.describe(prefix, vlm.package.manifest.prompt.summary_tokens)
+    """See, read and describe one photograph with a mean opinion score on 1-5."""
+    (prefix,) = model.prefill([model.encode(fit_to_grid(pixels, model.image))])
+    description = model.describe(prefix, model.summary_tokens)
     if description.key is None:
         raise PackageCorrupted("the model writes nothing about an anchor", seen=name)
     return Case(
@@ -64,16 +50,16 @@ def anchor_case(
         origin="anchor",
         image_digest=pixels.digest,
         score=score,
-        std=std,
+        std=options.std,
         summary=description.text,
-        key=retrieval_key(key_kind, description.key, prefix.tokens.values),
+        key=retrieval_key(options.key_kind, description.key, prefix.tokens.values),
         tokens=prefix.tokens.values,
         grid=prefix.tokens.grid,
     )
 
 
 def thumbnail_of(pixels: Pixels) -> bytes:
-    """A JPEG of a photograph whose longer side has at most 160 pixels, without metadata."""
+    """Make a JPEG of a photograph whose longer side has at most 160 pixels, without metadata."""
     small = Image.fromarray(pixels.array)
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     file = io.BytesIO()
@@ -82,45 +68,31 @@ def thumbnail_of(pixels: Pixels) -> bytes:
 
 
 def build_anchors(
-    vlm: Describer,
+    model: Model,
     labels: LabelTable,
     images: Path,
     out: Path,
-    *,
-    provenance: str = "",
-    std: float = ANCHOR_STD,
-    key_kind: KeyKind = "summary",
-    keep_thumbnails: bool = False,
+    options: AnchorOptions = AnchorOptions(),
     on_photo: Callable[[Failure | None], None] = lambda failure: None,
 ) -> list[Failure]:
     """Write a memory of the photographs of a label table; an interrupted build is gone on with.
 
-    Photographs that cannot be judged are left out.
+    Photographs that cannot be judged are left out, and given.
 
     Args:
         labels: files below `images`, which become the anchors' ids, and their scores.
         out: directory of the memory; must not exist.
-        provenance: where the scores come from, in a few words.
-        key_kind: what the anchors are found by.
-        keep_thumbnails: keep a small JPEG of each; otherwise no image bytes are kept.
         on_photo: told after each photograph, with its failure if it is left out.
-
-    Returns:
-        What was left out.
-
-    Raises:
-        StoreError: the memory cannot be written.
-        PackageCorrupted: the model writes nothing about a photograph.
     """
-    widths = key_widths(key_kind, *vlm.package.widths)
+    widths = key_widths(options.key_kind, *model.widths)
     failures: list[Failure] = []
     writer = AnchorWriter(
         out,
-        vlm.package.digest,
+        model.digest,
         widths.key,
         widths.token,
-        key_kind=key_kind,
-        keep_thumbnails=keep_thumbnails,
+        key_kind=options.key_kind,
+        keep_thumbnails=options.keep_thumbnails,
         resume=True,
     )
     with writer:
@@ -129,9 +101,9 @@ def build_anchors(
             if file not in writer.known_ids:
                 try:
                     pixels = load_pixels(images / file)
-                    case = anchor_case(vlm, pixels, file, score, std, key_kind=key_kind)
-                    thumbnail = thumbnail_of(pixels) if keep_thumbnails else None
-                    writer.add(case, provenance=provenance, thumbnail=thumbnail)
+                    case = anchor_case(model, pixels, file, score, options)
+                    thumbnail = thumbnail_of(pixels) if options.keep_thumbnails else None
+                    writer.add(case, provenance=options.provenance, thumbnail=thumbnail)
                 except ImageError as error:
                     failure = Failure(str(images / file), error)
                     failures.append(failure)

@@ -1,149 +1,139 @@
-"""Comparisons of a photo with its neighbours, in waves, in both orders."""
+"""Which of two pictures looks better: asked in both orders, over prefixes that are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Literal, Protocol
 
 import numpy as np
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
-from meiqa.engine.caches import ByteLru, ContentKey
-from meiqa.engine.vlm import ROWS_BY_THEMSELVES, ROWS_PER_CALL, Prefix, VisualTokens, Vlm
-from meiqa.memory import Case
+from meiqa.engine.estimates import preferences_of
+from meiqa.engine.model import Model, Prefix, VisualTokens
 
-WAVE = ROWS_PER_CALL
-"""Neighbours asked about before the budget is looked at again."""
+PHOTO_CACHE_BYTES = 12 << 20
+NEIGHBOUR_CACHE_BYTES = 80 << 20
+MOST_AT_ONCE = 64
+"""Pictures whose prefixes are held for one round of questions."""
+
+Role = Literal["photos", "neighbours"]
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """How a part of the cache stands."""
+
+    limit_bytes: int
+    used_bytes: int
+    hits: int
+    misses: int
+
+
+class PrefixCache:
+    """Prefixes by the digest of the pixels and the grid; safe to share between threads.
+
+    Photos and neighbours have a limit each, so that neither crowds the other out, and are found in
+    both parts. The least recently used go first.
+    """
+
+    def __init__(
+        self, photo_bytes: int = PHOTO_CACHE_BYTES, neighbour_bytes: int = NEIGHBOUR_CACHE_BYTES
+    ) -> None:
+        self._parts: dict[Role, LRUCache[tuple[str, tuple[int, int]], Prefix]] = {
+            "photos": LRUCache(photo_bytes, getsizeof=held_bytes),
+            "neighbours": LRUCache(neighbour_bytes, getsizeof=held_bytes),
+        }
+        self._lookups: dict[Role, list[int]] = {"photos": [0, 0], "neighbours": [0, 0]}
+        self._lock = Lock()
+
+    def get(self, role: Role, image_digest: str, grid: tuple[int, int]) -> Prefix | None:
+        """Give the prefix of a picture, made the most recent; None if it is not kept."""
+        key = image_digest, grid
+        with self._lock:
+            found = next((part[key] for part in self._parts.values() if key in part), None)
+            self._lookups[role][found is None] += 1
+            return found
+
+    def put(self, role: Role, image_digest: str, prefix: Prefix) -> None:
+        """Keep a prefix, dropping the least recent ones; one above the limit is not kept."""
+        part = self._parts[role]
+        with self._lock:
+            if held_bytes(prefix) <= part.maxsize:
+                part[image_digest, prefix.tokens.grid] = prefix
+
+    def forget(self, role: Role) -> None:
+        """Drop what is kept in one part."""
+        with self._lock:
+            self._parts[role].clear()
+
+    def state(self) -> dict[Role, CacheState]:
+        """Give how each part stands."""
+        with self._lock:
+            return {
+                role: CacheState(int(part.maxsize), int(part.currsize), *self._lookups[role])
+                for role, part in self._parts.items()
+            }
+
+
+def held_bytes(prefix: Prefix) -> int:
+    return int(prefix.key_values.array.nbytes + prefix.tokens.values.nbytes)
 
 
 class Pictured(Protocol):
     """What can be compared: a remembered case, or another photo of the same set."""
 
     @property
-    def image_digest(self) -> str:
-        """Digest of the pixels."""
-        ...
+    def image_digest(self) -> str: ...
 
     @property
-    def tokens(self) -> NDArray[np.float32]:
-        """Visual tokens (T, D)."""
-        ...
+    def tokens(self) -> NDArray[np.float32]: ...  # (T, D)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        ...
+    def grid(self) -> tuple[int, int]: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Verdicts:
-    """Answers of "does the photo look better?" for K neighbours.
-
-    Attributes:
-        logits: (K, 2) logit of "the photo looks better" with the photo shown first and with it
-            shown second; NaN where it was not asked.
-        preferences: (K,) the same as one probability, NaN where it was not asked.
-        asked: neighbours asked about; reused_tokens: prefix tokens that were not read again.
-    """
-
-    logits: NDArray[np.float64]
-    preferences: NDArray[np.float64]
-    asked: int
-    reused_tokens: int
-
-
-@dataclass
+@dataclass(frozen=True)
 class Comparer:
-    """Asks one photo's comparisons; anchors' prefixes are kept between photos.
+    """Asks a model for comparisons, and keeps the prefixes of whom it compares with."""
 
-    Attributes:
-        vlm: who answers.
-        package_digest: part of the cache keys.
-        anchor_prefixes: prefixes of remembered photos.
-    """
+    model: Model
+    prefixes: PrefixCache
 
-    vlm: Vlm
-    package_digest: str
-    anchor_prefixes: ByteLru[Prefix] = field(repr=False)
-
-    def compare(
-        self,
-        photo: Prefix,
-        neighbours: Sequence[Case],
-        *,
-        both_orders: bool,
-        temperature: float,
-        next_wave: Callable[[NDArray[np.float64]], NDArray[np.intp]],
-    ) -> Verdicts:
-        """Ask about neighbours, a wave at a time.
-
-        Args:
-            next_wave: given the preferences so far, (K,) with NaN where nothing was asked, says
-                whom to ask about next, none to stop.
-        """
-        logits = np.full((len(neighbours), 2), np.nan)
-        asked = reused = 0
-        while len(wave := next_wave(preferences_of(logits, temperature))):
-            cases = [neighbours[index] for index in wave]
-            logits[wave], saved = self._ask(photo, cases, both_orders)
-            asked += len(wave)
-            reused += saved
-        return Verdicts(logits, preferences_of(logits, temperature), asked, reused)
-
-    def preferences(
-        self, first: Pictured, others: Sequence[Pictured], temperature: float
-    ) -> NDArray[np.float64]:
-        """Probability (n,) that one looks better than each of the others, asked in both orders."""
-        (prefix,), _ = self._prefixes([first], [VisualTokens(first.tokens, first.grid)])
-        logits, _ = self._ask(prefix, others, both_orders=True)
-        return preferences_of(logits, temperature)
-
-    def _ask(
-        self, photo: Prefix, cases: Sequence[Pictured], both_orders: bool
+    def ask(
+        self, photo: Prefix, others: Sequence[Pictured], *, both_orders: bool
     ) -> tuple[NDArray[np.float64], int]:
-        """Logits (n, 2) of one wave and the prefix tokens that were not read again."""
-        pictures = [VisualTokens(case.tokens, case.grid) for case in cases]
-        logits = np.full((len(cases), 2), np.nan)
-        logits[:, 0] = self.vlm.prefer_first([photo], pictures)
-        reused = photo.length * len(cases)
+        """Ask whether a photo looks better than each of n others.
+
+        Gives logits (n, 2) of "it does" with the photo shown first and with it shown second, NaN
+        where that was not asked; and how many tokens of prefixes were not read again.
+        """
+        pictures = [VisualTokens(other.tokens, other.grid) for other in others]
+        logits = np.full((len(others), 2), np.nan)
+        logits[:, 0] = self.model.prefer_first([photo], pictures)
+        reused = photo.opening.length * len(others)
         if both_orders:
-            firsts, kept = self._prefixes(cases, pictures)
-            logits[:, 1] = -self.vlm.prefer_first(firsts, [photo.tokens] * len(cases))
+            firsts, kept = self._prefilled(others, pictures)
+            logits[:, 1] = -self.model.prefer_first(firsts, [photo.tokens] * len(others))
             reused += kept
         return logits, reused
 
-    def _prefixes(
-        self, cases: Sequence[Pictured], pictures: Sequence[VisualTokens]
+    def preferences(self, first: Pictured, others: Sequence[Pictured]) -> NDArray[np.float64]:
+        """Give the probability (n,) that one looks better than each of the others."""
+        (prefix,), _ = self._prefilled([first], [VisualTokens(first.tokens, first.grid)])
+        logits, _ = self.ask(prefix, others, both_orders=True)
+        return preferences_of(logits, self.model.calibration.temperature)
+
+    def _prefilled(
+        self, others: Sequence[Pictured], pictures: Sequence[VisualTokens]
     ) -> tuple[list[Prefix], int]:
-        """The cases' prefixes, read only where they are not kept, and the tokens kept."""
-        keys = [ContentKey(c.image_digest, c.grid, self.package_digest) for c in cases]
-        found = [self.anchor_prefixes.get(key) for key in keys]
-        kept = sum(prefix.length for prefix in found if prefix is not None)
+        found = [self.prefixes.get("neighbours", o.image_digest, o.grid) for o in others]
+        kept = sum(prefix.opening.length for prefix in found if prefix is not None)
         missing = [index for index, prefix in enumerate(found) if prefix is None]
-        read = self.vlm.read([pictures[index] for index in missing])
+        read = self.model.prefill([pictures[index] for index in missing])
         for index, prefix in zip(missing, read, strict=True):
             found[index] = prefix
-            self.anchor_prefixes.put(keys[index], prefix)
+            self.prefixes.put("neighbours", others[index].image_digest, prefix)
         return [prefix for prefix in found if prefix is not None], kept
-
-
-def all_in_order(preferences: NDArray[np.float64]) -> NDArray[np.intp]:
-    """The next wave where everybody is asked about, as they come: as many as a call takes."""
-    return np.flatnonzero(np.isnan(preferences))[:ROWS_BY_THEMSELVES]
-
-
-def preferences_of(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-    """Probability (K,) that the photo looks better, from logits (K, 2).
-
-    The mean of the two orders where both were asked, which cancels a bias for either place.
-    """
-    asked = ~np.isnan(logits)
-    chances = np.where(asked, sigmoid(np.where(asked, logits, 0.0) / temperature), 0.0)
-    answers = asked.sum(axis=1)
-    return np.where(answers > 0, chances.sum(axis=1) / np.maximum(answers, 1), np.nan)
-
-
-def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Logistic function, without overflow."""
-    return np.exp(-np.logaddexp(0.0, -x))

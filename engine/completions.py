@@ -1,24 +1,43 @@
-"""Asking a server that speaks OpenAI's chat completions: timeouts, retries, answers checked."""
+"""A model behind a server that speaks OpenAI's chat completions: messages, requests, answers.
+
+Prompt families are written as the model reads them, in the turns of ChatML with vision markers
+(Qwen). A server puts these marks around messages itself; so the texts are taken apart into
+messages. The beginning of the reply, with which most questions end, is sent as an unfinished turn
+of the assistant (`continue_final_message`, in vLLM and SGLang).
+"""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import logging
 import math
 import os
 import random
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from meiqa.errors import AccessDenied, Overloaded, ServiceError, ServiceUnreachable, UsageError
+import numpy as np
+from numpy.typing import NDArray
+
+from meiqa.engine.prompts import PromptFamily
+from meiqa.errors import (
+    AccessDenied,
+    Overloaded,
+    ServiceError,
+    ServiceUnreachable,
+    UsageError,
+    install_hint,
+)
 
 if TYPE_CHECKING:
     import httpx
-
-__all__ = ["API_KEY", "Completion", "Completions"]
 
 LOG = logging.getLogger(__name__)
 
@@ -30,18 +49,111 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 CONCURRENT = 8
 TOP_LOGPROBS = 20
 """The most that OpenAI's protocol, and vLLM unless told otherwise, give."""
+TEXT_KEY = "hashed-words-1"
+"""Name of the method of `text_key`: another would make another memory."""
+TEXT_KEY_WIDTH = 512
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
+_TURN = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)(<\|im_end\|>\n?|\Z)", re.DOTALL)
+_PICTURE = re.compile(r"<\|vision_start\|>\0(\d)\0<\|vision_end\|>")
+_MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "\0")
+_FIRST, _SECOND = "\x000\x00", "\x001\x00"
+_WORD = re.compile(r"\w+")
+
+
+def about_one(family: PromptFamily, question: str) -> str:
+    """Give what a model reads that is asked about one picture, which stands as a mark."""
+    return f"{family.opening}{_FIRST}{family.closing}{question}"
+
+
+def about_two(family: PromptFamily) -> str:
+    """Give what a model reads that is asked which of two pictures looks better."""
+    return about_one(family, f"{family.second_opening}{_SECOND}{family.closing}{family.compare}")
+
+
+def chat(text: str, pictures: Sequence[str], written: str = "") -> dict[str, Any]:
+    """Give the messages of a text, with what says how its last turn is to be gone on with.
+
+    Args:
+        text: of `about_one` or `about_two`; UsageError if it is not ChatML up to the reply.
+        pictures: data URIs of its pictures.
+        written: what of the reply is there already.
+    """
+    turns = list(_TURN.finditer(text))
+    whole = "".join(turn[0] for turn in turns) == text
+    if not whole or not turns or turns[-1][1] != "assistant" or turns[-1][3]:
+        raise UsageError(
+            "the prompt family cannot be asked of a server",
+            seen=repr(text[:60]),
+            allowed="turns in ChatML, <|im_start|>role … <|im_end|>, the assistant's last",
+        )
+    messages = [{"role": t[1], "content": _content(t[2], pictures)} for t in turns[:-1]]
+    reply = turns[-1][2] + written
+    if not reply:
+        return {"messages": messages, "add_generation_prompt": True}
+    messages.append({"role": "assistant", "content": _plain(reply)})
+    unfinished = {"add_generation_prompt": False, "continue_final_message": True}
+    return {"messages": messages, **unfinished}
+
+
+def _content(text: str, pictures: Sequence[str]) -> str | list[dict[str, Any]]:
+    pieces = _PICTURE.split(text)  # text and numbers of pictures by turns
+    if len(pieces) == 1:
+        return _plain(text)
+    content: list[dict[str, Any]] = []
+    for place, piece in enumerate(pieces):
+        if place % 2:
+            content.append({"type": "image_url", "image_url": {"url": pictures[int(piece)]}})
+        elif piece:
+            content.append({"type": "text", "text": _plain(piece)})
+    return content
+
+
+def _plain(text: str) -> str:
+    """Refuse marks, which only a server may set."""
+    if found := [mark for mark in _MARKS if mark in text]:
+        raise UsageError(
+            "the prompt family cannot be asked of a server",
+            seen=f"{found[0]!r} within a message",
+            allowed="vision markers directly around pictures, and no others",
+        )
+    return text
+
+
+def unmarked(text: str) -> str:
+    """Take out marks that a model should not have written."""
+    for mark in _MARKS:
+        text = text.replace(mark, "")
+    return text
+
+
+def text_key(text: str) -> NDArray[np.float32] | None:
+    """Give the direction of a text (512,), the same everywhere; None where it has no words.
+
+    Each word, in lower case, and each pair of words in a row adds 1 + ln(times it occurs) to the
+    element that its BLAKE2b hash names, or takes as much away, as the hash's next bit says: so the
+    words that share an element cancel on average (Weinberger et al., "Feature Hashing for Large
+    Scale Multitask Learning", 2009).
+
+    >>> text_key("Sharp. Well exposed.") @ text_key("sharp, well EXPOSED")
+    1.0
+    """
+    words = _WORD.findall(text.lower())
+    terms = Counter(words) + Counter(map(" ".join, itertools.pairwise(words)))
+    key = np.zeros(TEXT_KEY_WIDTH, np.float64)
+    for term, times in terms.items():
+        number = int.from_bytes(hashlib.blake2b(term.encode(), digest_size=8).digest(), "little")
+        number, index = divmod(number, TEXT_KEY_WIDTH)
+        key[index] += (1.0 if number % 2 else -1.0) * (1.0 + math.log(times))
+    length = float(np.linalg.norm(key))
+    # Terms that cancel each other wholly would leave nothing to search by.
+    return (key / length).astype(np.float32) if length else None
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server wrote.
+    """What a server wrote; `cut` where the limit of tokens ended it.
 
-    Attributes:
-        text: of the reply.
-        cut: the limit of tokens ended it.
-        tokens: written.
-        logprobs: of the likeliest first tokens by their text; empty where none were asked for.
+    `logprobs` are those of the likeliest first tokens by their text, if they were asked for.
     """
 
     text: str
@@ -55,11 +167,8 @@ class Completions:
 
     Args:
         url: of the API, as `http://host:8000/v1`; `/v1` may be left out.
-        model: what the server calls it.
-        concurrent: most requests at once.
-        attempts: most times that one is sent.
-        answer_s: seconds to wait for an answer.
-        pause: what is called to wait so many seconds.
+        concurrent: most requests at once; attempts: most times that one is sent.
+        answer_s: seconds to wait for an answer; pause: called to wait so many seconds.
 
     Raises:
         UsageError: the address is none, or holds a password; or httpx is not installed.
@@ -81,7 +190,6 @@ class Completions:
         self._pool = ThreadPoolExecutor(concurrent, thread_name_prefix="remote")
 
     def close(self) -> None:
-        """Let go of connections."""
         self._pool.shutdown(cancel_futures=True)
         self._client.close()
 
@@ -98,12 +206,7 @@ class Completions:
             raise
 
     def ask(self, question: Mapping[str, Any], max_tokens: int, *, logprobs: bool) -> Completion:
-        """Send one request, again while the server is busy, and read the answer.
-
-        Args:
-            question: of `meiqa.engine.chat.chat`.
-            max_tokens: most that may be written.
-            logprobs: ask for those of the first token.
+        """Send a question of `chat`, again while the server is busy, and read the answer.
 
         Raises:
             ServiceUnreachable: no answer came, or only that of a server that is not ready.
@@ -121,74 +224,68 @@ class Completions:
         }
         if logprobs:
             body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        return self._completion(self._posted(body), logprobs)
-
-    def _posted(self, body: Mapping[str, Any]) -> httpx.Response:
-        import httpx
-
-        for attempt in range(1, self._attempts + 1):
-            last = attempt == self._attempts
-            try:
-                response = self._client.post(f"{self.url}/chat/completions", json=body)
-            except httpx.TransportError as error:
-                if last:
-                    raise ServiceUnreachable(
-                        f"no answer from {self.url}",
-                        seen=type(error).__name__,
-                        hint="see whether the server runs",
-                    ) from None
-                wait_s = _pause_s(attempt)
-            except httpx.HTTPError as error:
-                raise ServiceError(f"{self.url} cannot be asked", seen=error) from None
-            else:
-                if response.status_code not in _BUSY or last:
-                    self._refuse(response)
-                    return response
-                wait_s = max(_pause_s(attempt), _retry_after_s(response))
+        for attempt in range(1, self._attempts):
+            # Longer from attempt to attempt, and never as long as all others wait.
+            longest_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (attempt - 1))
+            response, wait_s = self._posted(body), longest_s * random.uniform(0.5, 1.0)
+            if response is not None:
+                if response.status_code not in _BUSY:
+                    return self._completion(response, logprobs)
+                wait_s = max(wait_s, _retry_after_s(response))
             LOG.info("%s is asked again in %.1f s", self.url, wait_s)
             self._pause(wait_s)
-        raise AssertionError("the last attempt returns or raises")
+        return self._completion(self._posted(body, last=True), logprobs)
 
-    def _refuse(self, response: httpx.Response) -> None:
-        """Raise what a status other than success means."""
-        status = response.status_code
-        if status == 200:
-            return
-        said = _said(response)
-        if status in (401, 403):
-            raise AccessDenied(
-                f"{self.url} denies access", seen=status, hint=f"put the key into {API_KEY}"
-            )
-        if status == 429:
-            raise Overloaded(f"{self.url} is overloaded", seen=said)
-        if status in _BUSY:
-            raise ServiceUnreachable(f"{self.url} is not ready", seen=said)
-        if status == 404:
-            hint = f"see whether it serves a model called {self.model}"
-            raise ServiceError(f"{self.url} has no such model or address", seen=said, hint=hint)
-        raise ServiceError(f"{self.url} refuses the request", seen=said)
+    def _posted(self, body: Mapping[str, Any], *, last: bool = False) -> httpx.Response | None:
+        """Send a request; None where no answer came and another attempt is left."""
+        import httpx
 
-    def _completion(self, response: httpx.Response, logprobs: bool) -> Completion:
+        try:
+            return self._client.post(f"{self.url}/chat/completions", json=body)
+        except httpx.TransportError as error:
+            if not last:
+                return None
+            seen, hint = type(error).__name__, "see whether the server runs"
+            raise ServiceUnreachable(f"no answer from {self.url}", seen=seen, hint=hint) from None
+        except httpx.HTTPError as error:
+            raise ServiceError(f"{self.url} cannot be asked", seen=error) from None
+
+    def _completion(self, response: httpx.Response | None, logprobs: bool) -> Completion:
+        assert response is not None
+        if response.status_code != 200:
+            raise self._refusal(response.status_code, response.text)
         try:
             answer = response.json()
             choice = answer["choices"][0]
             text, reason = choice["message"]["content"] or "", choice["finish_reason"]
-            usage = answer.get("usage") or {}
-            tokens = int(usage.get("completion_tokens", 0))
+            tokens = int((answer.get("usage") or {}).get("completion_tokens", 0))
             found = _first_logprobs(choice) if logprobs else {}
             if not isinstance(text, str):
                 raise TypeError("the content is no text")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ServiceError(
-                f"{self.url} answers in another form than chat completions",
-                seen=f"{type(error).__name__}: {error}"[:200],
-            ) from None
+            what = f"{self.url} answers in another form than chat completions"
+            raise ServiceError(what, seen=f"{type(error).__name__}: {error}"[:200]) from None
         if logprobs and not found:
-            raise ServiceError(
-                f"{self.url} gives no log-probabilities",
-                hint="serve the model with vLLM or SGLang, which give them",
-            )
+            hint = "serve the model with vLLM or SGLang, which give them"
+            raise ServiceError(f"{self.url} gives no log-probabilities", hint=hint)
         return Completion(text, reason == "length", tokens, found)
+
+    def _refusal(self, status: int, said: str) -> ServiceError:
+        """Make the error that a status other than success means."""
+        if key := os.environ.get(API_KEY):
+            said = said.replace(key, "…")  # a server may repeat it
+        said = f"{status} {said[:200]}".strip()
+        if status in (401, 403):
+            hint = f"put the key into {API_KEY}"
+            return AccessDenied(f"{self.url} denies access", seen=status, hint=hint)
+        if status == 429:
+            return Overloaded(f"{self.url} is overloaded", seen=said)
+        if status in _BUSY:
+            return ServiceUnreachable(f"{self.url} is not ready", seen=said)
+        if status == 404:
+            hint = f"see whether it serves a model called {self.model}"
+            return ServiceError(f"{self.url} has no such model or address", seen=said, hint=hint)
+        return ServiceError(f"{self.url} refuses the request", seen=said)
 
 
 def _api_address(url: str) -> str:
@@ -199,9 +296,8 @@ def _api_address(url: str) -> str:
             hint=f"put a key into the environment: {API_KEY}",
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(
-            "a remote model has an address", seen=url, allowed="http(s)://host:port/v1"
-        )
+        allowed = "http(s)://host:port/v1"
+        raise UsageError("a remote model has an address", seen=url, allowed=allowed)
     return url.rstrip("/") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
 
 
@@ -209,11 +305,8 @@ def _client(concurrent: int, answer_s: float) -> httpx.Client:
     try:
         import httpx
     except ModuleNotFoundError as error:
-        raise UsageError(
-            "a remote model needs a package that is not installed",
-            seen=f"no {error.name}",
-            hint="pip install 'meiqa[serve]'",
-        ) from error
+        what, seen = "a remote model needs a package that is not installed", f"no {error.name}"
+        raise UsageError(what, seen=seen, hint=install_hint("serve")) from error
     key = os.environ.get(API_KEY, "")
     if not key.isascii() or not key.isprintable() or key != key.strip():
         raise UsageError(f"{API_KEY} holds something else than a key")  # and is not shown
@@ -226,7 +319,7 @@ def _client(concurrent: int, answer_s: float) -> httpx.Client:
 
 
 def _first_logprobs(choice: Mapping[str, Any]) -> dict[str, float]:
-    """Log-probabilities of the likeliest first tokens; of tokens with one text the largest."""
+    """Read those of the likeliest first tokens; of tokens with one text the largest."""
     content = (choice.get("logprobs") or {}).get("content") or []
     found: dict[str, float] = {}
     for entry in content[0]["top_logprobs"] if content else ():
@@ -236,22 +329,8 @@ def _first_logprobs(choice: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _said(response: httpx.Response) -> str:
-    """Status and the beginning of what a server says, without a key that it repeats."""
-    said = response.text
-    if key := os.environ.get(API_KEY):
-        said = said.replace(key, "…")
-    return f"{response.status_code} {said[:200]}".strip()
-
-
-def _pause_s(attempt: int) -> float:
-    """Longer from attempt to attempt, and never the same for all who wait."""
-    longest: float = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (attempt - 1))
-    return longest * random.uniform(0.5, 1.0)
-
-
 def _retry_after_s(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait, as far as one is willing to."""
+    """Read for how long the server asks to wait, as far as one is willing to."""
     try:
         asked = float(response.headers.get("retry-after", "0"))
     except ValueError:  # a date

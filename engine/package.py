@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,17 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from meiqa.engine.manifest import (
-    DEVICES,
-    MANIFEST,
-    PATTERNS,
-    Calibration,
-    Manifest,
-    PatternGraph,
-    ScoreHead,
-    TensorRtEngine,
-    check_score_head,
-)
+from meiqa.engine.calibration import Calibration, ScoreHead, check_score_head
+from meiqa.engine.manifest import MANIFEST, PATTERNS, Manifest, PatternGraph, TensorRtEngine
 from meiqa.engine.prompts import Prompts
 from meiqa.errors import PackageCorrupted, PackageNotFound, UsageError
 
@@ -40,17 +32,18 @@ class EnginePackage:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = True) -> EnginePackage:
+    def open(
+        cls, path: str | Path, *, verify: bool = True, head: str | None = None
+    ) -> EnginePackage:
         """Open a package.
 
         Args:
-            path: its directory.
             verify: compare the SHA-256 of every file with the manifest's.
+            head: what makes the first score in this process; the package's own by default.
 
         Raises:
             PackageNotFound: there is no manifest.
-            PackageCorrupted: a file is missing or was changed.
-            SchemaUnsupported: written for another version.
+            PackageCorrupted, SchemaUnsupported: this version can't use it.
         """
         path = Path(path)
         try:
@@ -64,11 +57,14 @@ class EnginePackage:
         except UnicodeDecodeError as error:
             raise PackageCorrupted(f"{path / MANIFEST} is not text") from error
         package = cls(path, Manifest.from_json(text))
-        for name, digest in package.manifest.files.items():
-            package.check(name, digest if verify else None)
+        listed = dict(package.manifest.files)
         if patterns := package.manifest.patterns:
-            package.check(patterns.graph.file, patterns.sha256 if verify else None)
-        return package
+            listed[patterns.graph.file] = patterns.sha256
+        digests = listed.values() if verify else [None] * len(listed)
+        with ThreadPoolExecutor() as beside:
+            for _ in beside.map(package.check, listed, digests):
+                pass
+        return package if head is None else package.headed(check_score_head(head))
 
     def check(self, name: str, digest: str | None) -> None:
         """Refuse a file that is missing or, given a digest, was changed."""
@@ -84,7 +80,6 @@ class EnginePackage:
 
     @property
     def digest(self) -> str:
-        """Identity of the package, hex."""
         return self.manifest.digest
 
     @property
@@ -94,7 +89,6 @@ class EnginePackage:
 
     @cached_property
     def prompts(self) -> Prompts:
-        """The prompt family in this package's tokens."""
         tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
         return Prompts(self.manifest.prompt, tokenizer)
 
@@ -108,47 +102,36 @@ class EnginePackage:
         mapped: NDArray[Any] = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
         return mapped
 
-    def with_calibration(self, calibration: Calibration) -> EnginePackage:
-        """Rewrite the manifest with another calibration; the digest stays."""
-        return self._rewritten(calibration=calibration)
-
-    def with_score_head(self, head: ScoreHead) -> EnginePackage:
-        """Rewrite the manifest with another score head; the digest stays."""
-        return self._rewritten(score_head=head)
-
-    def headed(self, head: str | None) -> EnginePackage:
-        """The package with another score head, in this process alone; None leaves it as it is.
-
-        Raises:
-            UsageError: there is no such head, or the package has no graded response.
-        """
-        if head is not None:
-            wanted = check_score_head(head)
-            return replace(self, manifest=replace(self.manifest, score_head=wanted)).headed(None)
-        if self.manifest.score_head == "grm" and self.manifest.calibration.graded is None:
+    def headed(self, head: ScoreHead) -> EnginePackage:
+        """Give the package another score head, in this process alone."""
+        if head == "grm" and self.manifest.calibration.graded is None:
             raise UsageError(
                 f"the package at {self.path} has no graded response",
-                hint="fit one: python -m meiqa.training.graded LABELS.csv --images DIR "
-                f"--package {self.path}",
+                hint="fit one on its anchors: meiqa calibrate LABELS.csv --images DIR "
+                f"--package {self.path} --memory DIR",
             )
-        return self
+        return replace(self, manifest=replace(self.manifest, score_head=head))
 
-    def with_engines(self, engines: Sequence[TensorRtEngine]) -> EnginePackage:
-        """Rewrite the manifest with other engines; the digest stays."""
-        return self._rewritten(engines=tuple(engines))
+    def rewritten(
+        self,
+        *,
+        calibration: Calibration | None = None,
+        score_head: ScoreHead | None = None,
+        engines: Sequence[TensorRtEngine] | None = None,
+        patterns: PatternGraph | None = None,
+    ) -> EnginePackage:
+        """Rewrite the manifest, as it is on the disk now, with other parts; the digest stays.
 
-    def with_patterns(self, patterns: PatternGraph) -> EnginePackage:
-        """Rewrite the manifest with other distortion patterns; the digest stays.
-
-        Their file must be there. Engines of the patterns before them are dropped.
+        Args:
+            patterns: their file must be there; engines of those before them are dropped.
         """
-        kept = [e for e in self.manifest.engines if e.graph != PATTERNS]
-        return self._rewritten(patterns=patterns, engines=tuple(kept))
-
-    def _rewritten(self, **changes: Any) -> EnginePackage:
-        """Change the manifest as it is on the disk now, where others may have changed it too."""
+        given = {"calibration": calibration, "score_head": score_head, "patterns": patterns}
+        changes: dict[str, Any] = {name: part for name, part in given.items() if part is not None}
         present = EnginePackage.open(self.path, verify=False).manifest
-        changed = replace(present, **changes)
+        kept = present.engines if engines is None else engines
+        if patterns is not None:
+            kept = [engine for engine in kept if engine.graph != PATTERNS]
+        changed = replace(present, engines=tuple(kept), **changes)
         write_manifest(self.path, changed)
         return EnginePackage(self.path, changed)
 
@@ -164,9 +147,3 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_device(device: str) -> None:
-    """Refuse a device name that does not exist."""
-    if device not in DEVICES:
-        raise UsageError("unknown device", seen=device, allowed=", ".join(DEVICES))

@@ -1,25 +1,29 @@
 """Distortion patterns: a codebook over the visual tokens that judges with or without a reference.
 
-After MQAF (arXiv 2602.18000): what a photo's cells match in a trained codebook gives a score
-without a reference; how far that differs from what the reference's cells match gives one with it; a
-learned gate weighs the two. The patterns that are nearest name the distortion.
-docs/reference-mode.md has what is the paper's and what is not.
+After MQAF (arXiv 2602.18000; docs/reference-mode.md has what is the paper's): what a photo's tokens
+match in a trained codebook gives a score without a reference; how far that differs from what the
+reference's match gives one with it; a learned gate weighs the two. The nearest patterns name the
+distortion. Patterns are compared token by token, so a reference is resized to the very pixels that
+the tower sees of the photo, and refused if its sides are in another proportion.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.fusing import Observation, Posterior, joined
-from meiqa.engine.manifest import PatternCalibration, PatternGraph
+from meiqa.engine.calibration import PatternCalibration
+from meiqa.engine.estimates import mapped, softmax
+from meiqa.engine.images import Pixels, grid_of, resized
+from meiqa.engine.manifest import ImageProcessing, PatternGraph
+from meiqa.engine.model import Floats, VisualTokens
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.runtime.base import GraphSession, require_finite
-from meiqa.engine.vlm import Floats, VisualTokens
-from meiqa.errors import UsageError
+from meiqa.engine.runtime.decoder import GraphSession, require_finite
+from meiqa.errors import ImageError, UsageError
 from meiqa.types import Distortion
 
 NAMED_ABOVE = 0.25
@@ -28,20 +32,24 @@ MOST_NAMED = 3
 STRONGEST = 5.0
 """The scale of strength: KADID-10k's levels, 0 where there is nothing."""
 TOP = 5.0
+LARGEST_DIFFERENCE = 0.01
+"""Of the logarithms of two aspect ratios."""
+OPAQUE = 0.7
+"""How much of the photo the map hides where the distortion is strongest."""
+_COLOURS = np.array([[255, 235, 90], [250, 140, 30], [200, 20, 30]], np.float32)
+"""Of the map: weak, middling, strong."""
 
 
 @dataclass(frozen=True, eq=False)
-class PatternOpinion:
+class PatternScore:
     """What the patterns say of a photo.
 
     Attributes:
         score, std: the hybrid score with a reference, that of the patterns alone without one, and
             its deviation from people's.
-        no_reference, full_reference: the two scores that the gate weighs; the second is None
-            without a reference.
-        weight: the gate, the share of `full_reference`; 0 without one.
+        weight: the gate, the share of `full_reference` beside `no_reference`.
         distortions: the likeliest first.
-        map: (h, w) how strongly each cell of the photo is distorted, 0-1.
+        map: (h, w) how strongly each visual token of the photo is distorted, 0-1.
     """
 
     score: float
@@ -53,17 +61,15 @@ class PatternOpinion:
     map: Floats
 
     def over(self, height: int, width: int) -> Floats:
-        """The map at a photo's own size (height, width): each pixel between the nearest cells."""
+        """Give the map at a photo's own size, linear between the middles of the tokens."""
         rows, columns = (
-            np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)
-            for size, cells in zip((height, width), self.map.shape, strict=True)
+            np.clip((np.arange(size) + 0.5) * tokens / size - 0.5, 0, tokens - 1)
+            for size, tokens in zip((height, width), self.map.shape, strict=True)
         )
-        along = interpolated(self.map, rows)
-        wide: Floats = interpolated(along.T, columns).T.astype(np.float32)
-        return wide
+        return interpolated(interpolated(self.map, rows).T, columns).T.astype(np.float32)
 
 
-class PatternJudge:
+class PatternScorer:
     """The patterns of a package, run by a graph session."""
 
     def __init__(self, patterns: PatternGraph, session: GraphSession) -> None:
@@ -71,23 +77,37 @@ class PatternJudge:
 
     @property
     def calibration(self) -> PatternCalibration:
-        """How its scores go with people's."""
         return self._patterns.calibration
 
-    def judge(self, photo: VisualTokens, reference: VisualTokens | None = None) -> PatternOpinion:
-        """Judge a photo: with a reference, of the same grid, if there is one; alone otherwise.
-
-        Raises:
-            AnswerNotFinite: what the graph gives is not a number.
-        """
-        beside = photo if reference is None else reference
+    def judge(self, photo: VisualTokens, reference: VisualTokens | None = None) -> PatternScore:
+        """Judge a photo: with a reference, of the same grid, if there is one; alone otherwise."""
+        c, beside = self.calibration, photo if reference is None else reference
         made = self._session.run({"tokens": photo.values, "reference": beside.values})
         for values in made.values():
             require_finite(values)
-        alone = self._alone(photo, made)
-        return alone if reference is None else self._beside(alone, made)
+        no_reference, full_reference, weight = map(float, made["scores"])
+        own = mapped(c.alone, no_reference)
+        alone = PatternScore(
+            score=own,
+            std=c.alone_std,
+            no_reference=own,
+            full_reference=None,
+            weight=0.0,
+            distortions=self._named(made["kinds"], float(made["strength"][0])),
+            map=_on_map(made["cells"], photo.grid),
+        )
+        if reference is None:
+            return alone
+        return replace(
+            alone,
+            score=mapped(c.hybrid, weight * full_reference + (1.0 - weight) * no_reference),
+            std=math.sqrt(weight * c.trusted_std**2 + (1.0 - weight) * c.doubted_std**2),
+            full_reference=min(TOP, max(1.0, full_reference)),
+            weight=weight,
+            map=_on_map(made["changes"], photo.grid),
+        )
 
-    def identical(self, photo: VisualTokens) -> PatternOpinion:
+    def identical(self, photo: VisualTokens) -> PatternScore:
         """Judge a photo that is its reference, pixel for pixel: the top of the scale."""
         alone = self.judge(photo)
         return replace(
@@ -100,41 +120,24 @@ class PatternJudge:
             map=np.zeros_like(alone.map),
         )
 
-    def _alone(self, photo: VisualTokens, made: dict[str, Floats]) -> PatternOpinion:
-        score = float(self.calibration.alone(float(made["scores"][0])))
-        return PatternOpinion(
-            score=score,
-            std=self.calibration.alone_std,
-            no_reference=score,
-            full_reference=None,
-            weight=0.0,
-            distortions=self._named(made["kinds"], float(made["strength"][0])),
-            map=on_map(made["cells"], photo.grid),
-        )
-
-    def _beside(self, alone: PatternOpinion, made: dict[str, Floats]) -> PatternOpinion:
-        c = self.calibration
-        no_reference, full_reference, weight = map(float, made["scores"])
-        hybrid = weight * full_reference + (1.0 - weight) * no_reference
-        return replace(
-            alone,
-            score=float(c.hybrid(hybrid)),
-            std=math.sqrt(weight * c.trusted_std**2 + (1.0 - weight) * c.doubted_std**2),
-            full_reference=min(TOP, max(1.0, full_reference)),
-            weight=weight,
-            map=on_map(made["changes"], alone.map.shape),
-        )
+    def seen(
+        self, pixels: Pixels, tokens: VisualTokens, reference: ReferencePhoto | None
+    ) -> PatternScore:
+        """Judge a photo with a reference, which may be the photo itself, or without one."""
+        if reference is None:
+            return self.judge(tokens)
+        if reference.is_same(pixels):
+            return self.identical(tokens)
+        return self.judge(tokens, reference.tokens_beside(pixels))
 
     def likeliest(self, photo: VisualTokens) -> int:
-        """Which of the package's kinds a photo's distortion is most likely of; 0 for none."""
+        """Tell which of the package's kinds a photo's distortion most likely is; 0 for none."""
         made = self._session.run({"tokens": photo.values, "reference": photo.values})
         return int(made["kinds"].argmax())
 
     def _named(self, logits: Floats, strength: float) -> tuple[Distortion, ...]:
-        """The likeliest distortions; the first of the kinds stands for none."""
-        spread = logits.astype(np.float64) / self.calibration.temperature
-        weights = np.exp(spread - spread.max())
-        probabilities = weights / weights.sum()
+        """List the likeliest distortions; the first of the kinds stands for none."""
+        probabilities = softmax(logits.astype(np.float64) / self.calibration.temperature)
         likeliest = [int(i) for i in np.argsort(-probabilities, kind="stable") if i > 0]
         level = float(np.clip(strength, 0.0, STRONGEST))
         return tuple(
@@ -144,73 +147,71 @@ class PatternJudge:
         )
 
 
-def opened_patterns(
-    package: EnginePackage, device: str, threads: int | None, *, verify: bool = True
-) -> PatternJudge | None:
-    """The patterns of a package on a device; None where it has none.
-
-    Raises:
-        DeviceUnavailable: the device is not there, or has no engine for them.
-        PackageCorrupted: the graph can't be loaded.
-    """
+def opened_patterns(package: EnginePackage, session: GraphSession | None) -> PatternScorer | None:
+    """Give the patterns of a package, whose graph was opened; None where it has none."""
     patterns = package.manifest.patterns
-    if patterns is None:
-        return None
-    session: GraphSession
-    if device == "tensorrt":
-        from meiqa.engine.runtime.tensorrt import open_tensorrt_patterns
-
-        session = open_tensorrt_patterns(package, verify=verify)
-    else:
-        from meiqa.engine.runtime.onnx import OnnxSession
-
-        session = OnnxSession(package.path, patterns.graph, device, threads)
-    return PatternJudge(patterns, session)
+    return None if patterns is None or session is None else PatternScorer(patterns, session)
 
 
-def required(patterns: PatternJudge | None, package: EnginePackage) -> PatternJudge:
-    """The patterns of a package, refused in one line where it has none.
-
-    Raises:
-        UsageError: it has none.
-    """
+def required(patterns: PatternScorer | None) -> PatternScorer:
     if patterns is None:
         raise UsageError(
             "this engine package has no distortion patterns, so it can't use a reference",
-            seen=package.path,
-            hint="python -m meiqa.export.patterns adds those that were trained for its tower",
+            hint="meiqa export --patterns adds those that were trained for its tower",
         )
     return patterns
 
 
-def with_reference(
-    posterior: Posterior, opinion: PatternOpinion, correlation: float, *, identical: bool
-) -> Posterior:
-    """A photo's posterior with the hybrid score as one more observation of it.
+@dataclass(frozen=True, eq=False)
+class ReferencePhoto:
+    """A reference, with its visual tokens on the grids of the photos it was compared with."""
 
-    The patterns' deviation is the one observed, as the posterior's is, so they are joined after the
-    comparisons. A photo that is its reference has the top of the scale, whatever it looks like.
-    """
-    if identical:
-        return Posterior(TOP, opinion.std)
-    both = joined(
-        Observation(posterior.score, posterior.std),
-        Observation(opinion.score, opinion.std),
-        correlation,
-    )
-    return Posterior(both.score, both.std)
+    pixels: Pixels
+    image: ImageProcessing
+    encode: Callable[[NDArray[np.uint8]], VisualTokens]
+    _tokens: dict[tuple[int, ...], VisualTokens] = field(default_factory=dict)
+
+    def is_same(self, photo: Pixels) -> bool:
+        return photo.digest == self.pixels.digest
+
+    def tokens_beside(self, photo: Pixels) -> VisualTokens:
+        """Give its tokens on a photo's grid; ImageError for one of another proportion."""
+        (height, width), (rows, columns) = (p.array.shape[:2] for p in (photo, self.pixels))
+        if abs(math.log(width * rows / (height * columns))) > LARGEST_DIFFERENCE:
+            raise ImageError(
+                f"{photo.name}: the reference {self.pixels.name} is of another shape",
+                seen=f"{width} x {height} beside {columns} x {rows} pixels",
+                allowed="sides in the same proportion, within 1 %",
+                hint="crop or pad the reference to what the photo shows",
+            )
+        grid = grid_of(height, width, self.image)
+        if grid not in self._tokens:
+            side = self.image.cell_pixels
+            self._tokens[grid] = self.encode(
+                resized(self.pixels.array, grid[0] * side, grid[1] * side)
+            )
+        return self._tokens[grid]
 
 
-def on_map(strengths: Floats, grid: tuple[int, ...]) -> Floats:
-    """Strengths of cells (T,) as shares (h, w) of the strongest."""
+def painted(pixels: NDArray[np.uint8], strengths: Floats) -> NDArray[np.uint8]:
+    """Lay a map of distortion (H, W), 0-1, over a photo (H, W, 3)."""
+    shares = np.clip(strengths, 0.0, 1.0)
+    colours = interpolated(_COLOURS, shares.ravel() * (len(_COLOURS) - 1))
+    cover = OPAQUE * shares[..., None]
+    laid = (1 - cover) * pixels + cover * colours.reshape(pixels.shape)
+    rounded: NDArray[np.uint8] = np.rint(laid).astype(np.uint8)
+    return rounded
+
+
+def _on_map(strengths: Floats, grid: tuple[int, ...]) -> Floats:
+    """Give strengths of tokens (T,) as shares (h, w) of the strongest."""
     shares: Floats = np.clip(strengths.reshape(grid) / np.float32(STRONGEST), 0.0, 1.0)
     return shares
 
 
-def interpolated(values: Floats, at: NDArray[np.float64]) -> Floats:
-    """Rows of (n, m) at places between them, linearly."""
+def interpolated(values: Floats, at: NDArray[np.floating]) -> Floats:
+    """Give rows of (n, m) at places between them, linearly."""
     below = np.floor(at).astype(np.intp)
     above = np.minimum(below + 1, len(values) - 1)
     share = (at - below).astype(np.float32)[:, None]
-    between: Floats = (1 - share) * values[below] + share * values[above]
-    return between
+    return np.asarray((1 - share) * values[below] + share * values[above])

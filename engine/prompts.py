@@ -1,4 +1,4 @@
-"""What the model is asked, as tokens with 3-D positions.
+"""What a model is asked, as texts and as tokens with 3-D positions, and what its reply says.
 
 Every prompt begins with the same turn opening and the first picture (the *prefix*) and differs
 only in what follows (the *suffix*): so one prefix serves scoring, comparing and reflecting.
@@ -10,14 +10,19 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from numpy.typing import NDArray
 
 from meiqa.errors import PackageCorrupted, UsageError
+
+if TYPE_CHECKING:  # who decodes photos needs none
+    from tokenizers import Tokenizer
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
 
 LEVEL_WORDS = ("bad", "poor", "fair", "good", "excellent")
 """The five grades, worth 1 to 5."""
@@ -28,6 +33,8 @@ PLACEHOLDERS = ("summary", "initial", "score")
 ANSWERS = {"level_words": 5, "verdicts": 2}
 """The fields that list answers, with their number."""
 MAY_BE_EMPTY = ("second_opening", "answer_open", "answer_close")
+LOWEST, HIGHEST = 1.0, 5.0  # the scale of printed ratings, for all families
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -35,17 +42,14 @@ class PromptFamily:
     """The texts around the pictures of one family of models.
 
     Attributes:
-        name: what the family is called in the manifest.
-        opening: turn opening up to the first picture.
+        opening: turn opening up to the first picture; closing: what closes a picture.
         second_opening: from the end of the first picture to the second.
-        closing: what closes a picture.
         score: asks for description and rating; ends inside the description.
         levels: asks for a grade word; the next token is one of `level_words`.
         compare: asks which picture looks better; the next token is one of `verdicts`.
         reflect: asks for a corrected description; has {summary}, {initial}, {score}.
         description_end: ends the description; one token or several.
-        answer_open, answer_close: around the printed rating, tokens likewise; both empty where
-            none is printed.
+        answer_open, answer_close: around the printed rating; both empty where none is printed.
         stop: the token that ends the turn.
         level_words: tokens of the grades, from 1 to 5.
         verdicts: tokens for "the first" and "the second".
@@ -69,16 +73,12 @@ class PromptFamily:
     summary_tokens: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as they stand in the manifest."""
+        """Give the fields as they stand in the manifest."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PromptFamily:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            PackageCorrupted: the fields are not those of a prompt family.
-        """
+        """Read what `to_dict` wrote; PackageCorrupted if it is no prompt family."""
         if fault := fault_of(values):
             raise PackageCorrupted(
                 f"the manifest's prompt family {fault[0]}",
@@ -88,66 +88,51 @@ class PromptFamily:
         return cls(**{**values, **{name: tuple(values[name]) for name in ANSWERS}})
 
     def reflection(self, summary: str, initial: float, score: float) -> str:
-        """Text that asks for a corrected description."""
-        return filled(self.reflect, {"summary": summary, "initial": initial, "score": score})
+        return _filled(self.reflect, {"summary": summary, "initial": initial, "score": score})
 
 
-def filled(text: str, values: dict[str, Any]) -> str:
-    """A text with its placeholders filled in one pass, so that values may hold braces too.
-
-    Raises:
-        KeyError: a placeholder has no value.
-        ValueError: its format does not suit its value.
-    """
+def _filled(text: str, values: dict[str, Any]) -> str:
+    """Fill a text's placeholders in one pass, so that values may hold braces too."""
     return PLACEHOLDER.sub(lambda found: format(values[found[1]], found[2] or ""), text)
 
 
 def fault_of(values: dict[str, Any]) -> tuple[str, str] | None:
-    """What keeps values from being a prompt family, and the value seen; None if nothing does."""
+    """Tell what keeps values from being a prompt family, and what was seen; None if nothing."""
     names = {field.name for field in fields(PromptFamily)}
-    if unknown := sorted(values.keys() - names):
-        return "has other fields than this version reads", f"unknown {', '.join(unknown)}"
-    if missing := sorted(names - values.keys()):
-        return "has other fields than this version reads", f"no {', '.join(missing)}"
+    for word, wrong in ("unknown", values.keys() - names), ("no", names - values.keys()):
+        if wrong:
+            return "has other fields than this version reads", f"{word} {', '.join(sorted(wrong))}"
     limit = values["summary_tokens"]
     if type(limit) is not int or limit < 1:
         return "needs a whole number from 1 up as summary_tokens", repr(limit)
     for name in sorted(names - ANSWERS.keys() - {"summary_tokens"}):
-        if not is_text(values[name]):
+        if not _is_text(values[name]):
             return f"needs a text as {name}", repr(values[name])
         if not values[name] and name not in MAY_BE_EMPTY:
             return f"has an empty {name}", "''"
     for name, count in ANSWERS.items():
-        if not are_answers(values[name], count):
+        given = values[name] if isinstance(values[name], list | tuple) else ()
+        texts = {each for each in given if _is_text(each) and each}
+        if not len(given) == len(texts) == count:
             return f"needs {count} different texts as {name}", repr(values[name])
     if bool(values["answer_open"]) != bool(values["answer_close"]):
         return "needs both answer_open and answer_close, or neither", "one of them"
-    return reflection_fault(values["reflect"])
+    return _reflection_fault(values["reflect"])
 
 
-def is_text(value: object) -> bool:
-    """Whether a value is a text that can be written as UTF-8."""
+def _is_text(value: object) -> bool:
+    """Say whether a value is a text that can be written as UTF-8."""
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
-def are_answers(value: object, count: int) -> bool:
-    """Whether a value is a list of so many different texts."""
-    return (
-        isinstance(value, (list, tuple))
-        and all(is_text(answer) and answer for answer in value)
-        and len(value) == len(set(value)) == count
-    )
-
-
-def reflection_fault(text: str) -> tuple[str, str] | None:
-    """What is wrong with the placeholders of a `reflect` text; None if nothing is."""
+def _reflection_fault(text: str) -> tuple[str, str] | None:
     used = {found[1] for found in PLACEHOLDER.finditer(text)}
     if unknown := sorted(used - set(PLACEHOLDERS)):
         return f"has no placeholder {{{unknown[0]}}} in reflect", f"{{{unknown[0]}}}"
     if missing := [name for name in PLACEHOLDERS if name not in used]:
         return "needs {summary}, {initial} and {score} in reflect", f"no {{{missing[0]}}}"
     try:
-        filled(text, {"summary": "", "initial": 1.5, "score": 4.25})
+        _filled(text, {"summary": "", "initial": 1.5, "score": 4.25})
     except ValueError as error:
         return "has a placeholder of a wrong format in reflect", str(error)
     return None
@@ -185,11 +170,10 @@ REPLY = "<|im_end|>\n<|im_start|>assistant\n"
 GRADE_QUESTION = "Which word fits the quality of this picture: bad, poor, fair, good or excellent?"
 GRADE_REPLY = f"{REPLY}The quality of this picture is"
 
-VISUALQUALITY_R1 = PromptFamily(
+VISUALQUALITY_R1 = replace(
+    MEIQA,
     name="visualquality-r1",
     opening=QWEN_OPENING,
-    second_opening="Picture 2: <|vision_start|>",
-    closing="<|vision_end|>",
     score=(
         "How good is this picture's quality overall? Rate it with a float from 1 to 5 that has two "
         "decimals; 1 stands for very poor and 5 for excellent quality. Think about it within "
@@ -207,12 +191,6 @@ VISUALQUALITY_R1 = PromptFamily(
         "(excellent). Describe its quality again, in agreement with that, within <think> </think> "
         f"tags.{REPLY}<think>"
     ),
-    description_end="</think>",
-    answer_open="<answer>",
-    answer_close="</answer>",
-    stop="<|im_end|>",
-    level_words=MEIQA.level_words,
-    verdicts=("1", "2"),
     summary_tokens=384,
 )
 """For VisualQuality-R1: a description in think tags, then a rating with two decimals.
@@ -267,86 +245,103 @@ LEVELS = replace(
 )
 """For level-token heads: the word that ends a fixed phrase is the grade; no rating is printed."""
 
-FAMILIES = {
-    family.name: family for family in (MEIQA, VISUALQUALITY_R1, Q_INSIGHT, EVOQUALITY, LEVELS)
-}
+_ALL = (MEIQA, VISUALQUALITY_R1, Q_INSIGHT, EVOQUALITY, LEVELS)
+FAMILIES = {family.name: family for family in _ALL}
 
 
 def prompt_family(name_or_path: str) -> PromptFamily:
-    """Give a family by its name, or one read from a JSON file with the fields of `PromptFamily`.
-
-    Raises:
-        UsageError: there is no such family, or the file is not one.
-    """
+    """Give a family by its name, or one read from a JSON file; UsageError without either."""
     if name_or_path in FAMILIES:
         return FAMILIES[name_or_path]
     if not name_or_path.endswith(".json"):
-        raise UsageError(
-            "unknown prompt family",
-            seen=name_or_path,
-            allowed=f"{', '.join(FAMILIES)}, or the path of a .json file",
-        )
-    values = read_object(name_or_path)
+        allowed = f"{', '.join(FAMILIES)}, or the path of a .json file"
+        raise UsageError("unknown prompt family", seen=name_or_path, allowed=allowed)
+    try:
+        values = json.loads(Path(name_or_path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{name_or_path} cannot be read", seen=error.strerror) from error
+    except ValueError as error:
+        raise UsageError(f"{name_or_path} is not JSON", seen=error) from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{name_or_path} is not a JSON object", seen=type(values).__name__)
     if fault := fault_of(values):
         raise UsageError(f"{name_or_path} {fault[0]}", seen=fault[1])
     return PromptFamily.from_dict(values)
 
 
-def read_object(path: str) -> dict[str, Any]:
-    """The object in a JSON file.
+@dataclass(frozen=True)
+class Reply:
+    """What a model wrote when it was asked to describe a picture and to rate it.
 
-    Raises:
-        UsageError: the file cannot be read or holds something else.
+    The description's end may be marked; it is complete if it ended by itself, and not at a limit.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read", seen=error.strerror) from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON", seen=error) from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} is not a JSON object", seen=type(values).__name__)
-    return values
+
+    description: str
+    rating: float | None
+    marked: bool
+    complete: bool
+
+
+def parse_reply(text: str, family: PromptFamily, *, cut: bool) -> Reply:
+    """Take a reply apart.
+
+    An answer without the end marker before it ends the description as well, unless the reply was
+    `cut` at a limit: then nobody knows whether the description had ended.
+    """
+    described, marked, after = text.partition(family.description_end)
+    answers = bool(family.answer_open) and (bool(marked) or not cut)
+    if answers and not marked:
+        described, after = text.rpartition(family.answer_open)[0] or text, text
+    rating = printed_rating(after, family, cut=cut) if answers else None
+    return Reply(described.strip(), rating, bool(marked), bool(marked) or not cut)
+
+
+def printed_rating(text: str, family: PromptFamily, *, cut: bool) -> float | None:
+    """Read the first number of the last answer in a text; None if there is none on the scale.
+
+    A number at the very end of a text that was `cut` does not count: it may lack digits.
+    """
+    _, opened, answer = text.rpartition(family.answer_open)
+    if not opened:
+        return None
+    answer, closed, _ = answer.partition(family.answer_close)
+    if cut and not closed:
+        answer = answer.rstrip("0123456789.")
+    number = _NUMBER.search(answer)
+    rating = float(number.group()) if number else LOWEST - 1.0
+    return rating if LOWEST <= rating <= HIGHEST else None
 
 
 class Prompts:
     """A prompt family in the tokens of one tokenizer.
 
     Attributes:
+        opening, second_opening, closing, score, levels, compare: the family's texts, int64 (n,).
         stop: the token that ends a turn.
         level_ids: tokens of the five grades, from 1 to 5, int64 (5,).
         verdict_ids: tokens for "the first looks better" and "the second looks better".
-
-    Raises:
-        PackageCorrupted: an answer is not one token of its own after its question.
     """
 
     def __init__(self, family: PromptFamily, tokenizer: Tokenizer) -> None:
-        self.family = family
-        self.tokenizer = tokenizer
+        self.family, self.tokenizer = family, tokenizer
+        self.opening, self.second_opening = map(self.ids, (family.opening, family.second_opening))
+        self.closing, self.score = map(self.ids, (family.closing, family.score))
+        self.levels, self.compare = map(self.ids, (family.levels, family.compare))
         self.stop = self.single(family.stop)
         words = [self._answer(family.levels, word) for word in family.level_words]
         self.level_ids = np.array(words, np.int64)
-        first, second = family.verdicts
-        self.verdict_ids = (
-            self._answer(family.compare, first),
-            self._answer(family.compare, second),
-        )
+        self.verdict_ids = [self._answer(family.compare, verdict) for verdict in family.verdicts]
 
-    def ids(self, text: str) -> np.ndarray:
-        """Tokens of a text, int64 (n,)."""
+    def ids(self, text: str) -> Ids:
+        """Give the tokens of a text, int64 (n,)."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
     def text(self, ids: Sequence[int]) -> str:
-        """Text of tokens, special ones included."""
+        """Give the text of tokens, special ones included."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def single(self, text: str) -> int:
-        """The one token a text must be.
-
-        Raises:
-            PackageCorrupted: the tokenizer splits it.
-        """
+        """Give the one token that a text must be; PackageCorrupted if it is split."""
         ids = self.ids(text)
         if len(ids) != 1:
             raise PackageCorrupted(
@@ -357,7 +352,6 @@ class Prompts:
         return int(ids[0])
 
     def _answer(self, question: str, answer: str) -> int:
-        """The one token that an answer must be where its question ends."""
         token = self.single(answer)
         if self.ids(question + answer).tolist() != [*self.ids(question).tolist(), token]:
             raise PackageCorrupted(
@@ -368,7 +362,7 @@ class Prompts:
         return token
 
     def before(self, ids: Sequence[int], marker: str) -> tuple[str, int]:
-        """Text before the last place of a marker, and the number of tokens that are wholly so.
+        """Give the text before the last place of a marker, and how many tokens are wholly so.
 
         Where the marker is empty or missing, that is everything.
         """
@@ -381,65 +375,24 @@ class Prompts:
         last = self.text(ids[begins:]).partition(marker)[0]
         return self.tokenizer.decode(ids[:begins]) + last, begins
 
-    @cached_property
-    def opening(self) -> np.ndarray:
-        """Tokens up to the first picture."""
-        return self.ids(self.family.opening)
-
-    @cached_property
-    def second_opening(self) -> np.ndarray:
-        """Tokens from the first picture to the second."""
-        return self.ids(self.family.second_opening)
-
-    @cached_property
-    def closing(self) -> np.ndarray:
-        """Tokens that close a picture."""
-        return self.ids(self.family.closing)
-
-    @cached_property
-    def score(self) -> np.ndarray:
-        """Tokens that ask for description and rating."""
-        return self.ids(self.family.score)
-
-    @cached_property
-    def levels(self) -> np.ndarray:
-        """Tokens that ask for a grade word."""
-        return self.ids(self.family.levels)
-
-    @cached_property
-    def compare(self) -> np.ndarray:
-        """Tokens that ask which of two pictures looks better."""
-        return self.ids(self.family.compare)
-
-    def reflect(self, summary: str, initial: float, score: float) -> np.ndarray:
-        """Tokens that ask for a corrected description."""
+    def reflect(self, summary: str, initial: float, score: float) -> Ids:
         return self.ids(self.family.reflection(summary, initial, score))
 
 
-def text_positions(start: int, count: int) -> np.ndarray:
-    """Positions (3, count) of text: the three axes move together."""
-    return np.broadcast_to(np.arange(start, start + count, dtype=np.float32), (3, count))
+def positions_of(pieces: Sequence[int | tuple[int, int]], start: int = 0) -> tuple[Floats, int]:
+    """Lay out text pieces (their token counts) and pictures (their grids) in a row.
 
-
-def picture_positions(start: int, grid: tuple[int, int]) -> np.ndarray:
-    """Positions (3, h * w) of a picture: one moment, its rows, its columns."""
-    rows, columns = np.mgrid[: grid[0], : grid[1]].reshape(2, -1)
-    return (start + np.stack([np.zeros_like(rows), rows, columns])).astype(np.float32)
-
-
-def layout(pieces: Sequence[int | tuple[int, int]], start: int = 0) -> tuple[np.ndarray, int]:
-    """Positions of text pieces (their token counts) and pictures (their grids) in a row.
-
-    Returns:
-        Positions (3, n) and the position of whatever comes next. As in Qwen2.5-VL, text after a
-        picture goes on behind the picture's longer side.
+    Gives positions (3, n) and the position of whatever comes next. The three axes of text move
+    together; a picture is one moment, its rows, its columns; and as in Qwen2.5-VL, text after it
+    goes on behind its longer side.
     """
     parts = []
     for piece in pieces:
         if isinstance(piece, tuple):
-            parts.append(picture_positions(start, piece))
+            rows, columns = np.mgrid[: piece[0], : piece[1]].reshape(2, -1)
+            parts.append(start + np.stack([np.zeros_like(rows), rows, columns]))
             start += max(piece)
         else:
-            parts.append(text_positions(start, piece))
+            parts.append(np.broadcast_to(np.arange(start, start + piece), (3, piece)))
             start += piece
-    return np.concatenate(parts, axis=1), start
+    return np.concatenate(parts, axis=1).astype(np.float32), start

@@ -1,8 +1,9 @@
-"""A model behind an OpenAI-compatible server in place of a package: the `remote` VLM role.
+"""A model behind an OpenAI-compatible server.
 
-Its visual tokens stay with it. So a photo goes to the server with every question, a memory keeps
-its cases' pictures (see `meiqa.engine.tiles`), and keys are made from what is written
-(`meiqa.engine.text_keys`). Everything else is as with a local model.
+Its visual tokens stay with it. So a photo is sent with every question, keys are made from what is
+written (`text_key`), and a memory keeps the pictures of its cases instead of tokens. It stores rows
+of int8 with a scale each: a row holds the pixels of a tile around mid-grey, and one element more
+that is always the largest. So the scale is 1, and the pixels come back as they were.
 """
 
 from __future__ import annotations
@@ -12,44 +13,53 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cachetools import LRUCache
 from numpy.typing import NDArray
 from PIL import Image
 
-from meiqa.engine.caches import ByteLru, ContentKey
-from meiqa.engine.chat import about_one, about_two, chat, unmarked
-from meiqa.engine.completions import Completion, Completions
-from meiqa.engine.drafting import Draft
-from meiqa.engine.images import ImageSource
-from meiqa.engine.manifest import UNCALIBRATED, Calibration, DecoderShape, ImageProcessing, Manifest
-from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import Engine
-from meiqa.engine.prompts import VISUALQUALITY_R1, PromptFamily, fault_of
-from meiqa.engine.rating import printed_rating
-from meiqa.engine.remembering import open_memory
-from meiqa.engine.text_keys import TEXT_KEY, TEXT_KEY_WIDTH, text_key
-from meiqa.engine.tiles import picture_of, tile_side, tile_width, tiles_of
-from meiqa.engine.vlm import ANSWER_TOKENS, RATING_TOKENS, Description, Prefix, VisualTokens
+from meiqa.engine.calibration import UNCALIBRATED, Calibration, ScoreHead, check_score_head
+from meiqa.engine.completions import (
+    TEXT_KEY,
+    TEXT_KEY_WIDTH,
+    Completion,
+    Completions,
+    about_one,
+    about_two,
+    chat,
+    text_key,
+    unmarked,
+)
+from meiqa.engine.estimates import softmax
+from meiqa.engine.manifest import ImageProcessing
+from meiqa.engine.model import (
+    ANSWER_TOKENS,
+    NEVER,
+    RATING_TOKENS,
+    Description,
+    Draft,
+    Floats,
+    GenerationStats,
+    Prefix,
+    StopRule,
+    VisualTokens,
+)
+from meiqa.engine.prompts import (
+    VISUALQUALITY_R1,
+    PromptFamily,
+    Reply,
+    fault_of,
+    parse_reply,
+    printed_rating,
+)
+from meiqa.engine.runtime.decoder import KeyValues
 from meiqa.errors import AnswerUnreadable, MeiqaError, StoreNotFound, UsageError
-from meiqa.memory import NEAR_DUPLICATE, Admission, MemoryBank
-from meiqa.types import Assessment, Failure
-
-__all__ = [
-    "CELL_PIXELS",
-    "MAX_PIXELS",
-    "RemoteEngine",
-    "RemotePackage",
-    "RemoteSettings",
-    "RemoteVlm",
-    "connected",
-    "open_remote",
-]
 
 SETTINGS = "remote.json"
 SCHEMA = 1
@@ -58,18 +68,16 @@ CELL_PIXELS = 28
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 448 * 448
 PICTURE_BYTES = 256 << 20
 """Encoded pictures that are kept to be sent again."""
+_MIDDLE, _REACH = 128, 127
+_UNREAD = KeyValues(np.zeros((0, 2, 0, 0, 0), np.float32), 0)
+"""The server keeps keys and values to itself."""
 
 
 @dataclass(frozen=True)
 class RemoteSettings:
     """How a remote model is asked, which lies beside the memory that was made so.
 
-    Attributes:
-        model: what the server calls it.
-        prompt: what it is asked.
-        cell_pixels: sides of the pictures it is sent are multiples of this.
-        max_pixels: largest area of these pictures.
-        calibration: as in a package.
+    The pictures it is sent have sides of whole cells, and at most so many pixels.
     """
 
     model: str
@@ -91,31 +99,24 @@ class RemoteSettings:
         for text in (about, about_one(self.prompt, self.prompt.levels), about_two(self.prompt)):
             chat(text, ["", ""])  # refuses a family that no messages stand for
 
-    def to_json(self) -> str:
-        """The text of remote.json."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n"
-
     def write(self, memory: Path) -> None:
         """Lay them into a memory's directory, whole."""
         unfinished = memory / f".{SETTINGS}.tmp"
-        unfinished.write_text(self.to_json(), encoding="utf-8")
+        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n"
+        unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(memory / SETTINGS)
 
     @classmethod
     def read(cls, memory: Path) -> RemoteSettings | None:
-        """Those of a memory; None if it has none.
-
-        Raises:
-            UsageError: they are not what this version writes.
-        """
+        """Read those of a memory, None if it has none; UsageError if they are another version's."""
         file = memory / SETTINGS
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             if values.pop("schema") != SCHEMA or fault_of(values["prompt"]):
                 raise ValueError("another schema or prompt family")
-            prompt = PromptFamily.from_dict(values.pop("prompt"))
-            calibration = Calibration.from_dict(values.pop("calibration"))
-            return cls(prompt=prompt, calibration=calibration, **values)
+            values["prompt"] = PromptFamily.from_dict(values["prompt"])
+            values["calibration"] = Calibration.from_dict(values["calibration"])
+            return cls(**values)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, MeiqaError) as error:
@@ -127,230 +128,182 @@ class RemoteSettings:
 
     @classmethod
     def of_memory(cls, memory: str | Path) -> RemoteSettings:
-        """Those of a memory.
-
-        Raises:
-            StoreNotFound: there is no memory.
-            UsageError: it has none, or they are not what this version writes.
-        """
+        """Read those of a memory; StoreNotFound or UsageError where it has none."""
         if not Path(memory).is_dir():
             raise StoreNotFound(f"there is no memory directory {memory}", hint="check the path")
         settings = cls.read(Path(memory))
         if settings is None:
-            raise UsageError(
-                f"the memory {memory} was not made with a remote model",
-                hint="name one that was: meiqa memory build --remote URL makes it",
-            )
+            hint = "name one that was: meiqa memory build --remote URL makes it"
+            raise UsageError(f"the memory {memory} was not made with a remote model", hint=hint)
         return settings
-
-
-class RemotePackage(EnginePackage):
-    """What the engine asks of a package, for a model that has none.
-
-    Its digest covers the model's name and how it is asked; that the server serves the same weights
-    under that name tomorrow is for its owner to know.
-    """
-
-    @classmethod
-    def of(cls, settings: RemoteSettings, memory: Path) -> RemotePackage:
-        """The package of a model that is asked so; its path is the memory's."""
-        name = hashlib.sha256(settings.model.encode()).hexdigest()
-        made_by = {"remote model": name, "tiles": str(tile_side(settings.cell_pixels))}
-        manifest = Manifest(
-            architecture="remote",
-            source={"name": settings.model, "sha256": ""},
-            precision="remote",
-            graphs={},
-            image=ImageProcessing(
-                patch_size=settings.cell_pixels,
-                merge_size=1,
-                min_pixels=min(MIN_PIXELS, settings.max_pixels),
-                max_pixels=settings.max_pixels,
-                mean=(0.5, 0.5, 0.5),
-                std=(0.5, 0.5, 0.5),
-            ),
-            decoder=DecoderShape(1, 1, 1, TEXT_KEY_WIDTH, 1, 0),
-            prompt=settings.prompt,
-            calibration=settings.calibration,
-            report={},
-            files={**made_by, "key": TEXT_KEY},
-        )
-        return cls(memory, manifest)
-
-    @property
-    def settings(self) -> RemoteSettings:
-        """How the model is asked."""
-        manifest = self.manifest
-        return RemoteSettings(
-            manifest.source["name"],
-            manifest.prompt,
-            manifest.image.cell_pixels,
-            manifest.image.max_pixels,
-            manifest.calibration,
-        )
-
-    @property
-    def tile_side(self) -> int:
-        """Side of the tiles that stand for visual tokens."""
-        return tile_side(self.manifest.image.cell_pixels)
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Widths of keys and of tokens."""
-        return TEXT_KEY_WIDTH, tile_width(self.tile_side)
-
-    def with_calibration(self, calibration: Calibration) -> RemotePackage:
-        """Rewrite the settings beside the memory with another calibration; the digest stays."""
-        settings = replace(self.settings, calibration=calibration)
-        settings.write(self.path)
-        return RemotePackage.of(settings, self.path)
-
-    def array(self, name: str) -> NDArray[Any]:
-        """The only array that is asked for: the key of unwritten text, which there is not."""
-        key, token = self.widths
-        return np.zeros((token + 1, key), np.float32)
-
-
-@dataclass(frozen=True, eq=False)
-class RemotePrefix(Prefix):
-    """A picture as it is sent; the server keeps keys and values to itself."""
-
-    picture: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.tokens.nbytes + len(self.picture)
-
-
-class RemoteVlm:
-    """A model behind a server, in the role of `meiqa.engine.vlm.Vlm`."""
-
-    def __init__(self, package: RemotePackage, completions: Completions) -> None:
-        self.package = package
-        self._family = package.manifest.prompt
-        self._completions = completions
-        self._pictures: ByteLru[_Encoded] = ByteLru(PICTURE_BYTES)
 
     @property
     def image(self) -> ImageProcessing:
-        """How it wants its pixels."""
-        return self.package.manifest.image
+        least, half = min(MIN_PIXELS, self.max_pixels), (0.5, 0.5, 0.5)
+        return ImageProcessing(self.cell_pixels, 1, least, self.max_pixels, mean=half, std=half)
+
+    @property
+    def digest(self) -> str:
+        """Identity of the model: its name and how it is asked; of its weights nothing is known."""
+        name = hashlib.sha256(self.model.encode()).hexdigest()
+        tiles = str(tile_side(self.cell_pixels))
+        # The shape says nothing of this model, but memories are known by it since 0.1.
+        shape = {"layers": 1, "kv_heads": 1, "head_dim": 1, "vocab_size": 1, "deepstack": 0}
+        made_by = {
+            "files": {"remote model": name, "tiles": tiles, "key": TEXT_KEY},
+            "image": asdict(self.image),
+            "decoder": {**shape, "hidden_size": TEXT_KEY_WIDTH},
+            "prompt": asdict(self.prompt),
+        }
+        return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+
+
+class RemoteModel:
+    """A model behind a server, in the role of `meiqa.engine.model.Model`."""
+
+    def __init__(
+        self,
+        settings: RemoteSettings,
+        memory: Path,
+        completions: Completions,
+        head: ScoreHead = "text",
+    ) -> None:
+        self.settings, self.head = settings, head
+        self.digest = settings.digest
+        self.image = settings.image
+        self.calibration = settings.calibration
+        self.summary_tokens = settings.prompt.summary_tokens
+        self.token_pixels = tile_side(settings.cell_pixels)
+        # Three colours of each pixel of a tile, and the largest.
+        self.widths = TEXT_KEY_WIDTH, 3 * self.token_pixels**2 + 1
+        self._memory = memory
+        self._family = settings.prompt
+        self._completions = completions
+        self._pictures: LRUCache[str, str] = LRUCache(PICTURE_BYTES, getsizeof=len)
+
+    @classmethod
+    def connect(
+        cls,
+        url: str,
+        memory: str | Path,
+        *,
+        model: str | None = None,
+        head: str | None = None,
+        settings: RemoteSettings | None = None,
+        **limits: Any,
+    ) -> RemoteModel:
+        """Give the model that a memory was made with; nothing is sent yet.
+
+        Args:
+            model: what the server calls it, if that is to be checked.
+            settings: of a memory that is yet to be made.
+            limits: of `Completions`: concurrent requests, attempts, seconds to wait for an answer.
+        """
+        settings = settings or RemoteSettings.of_memory(memory)
+        if model is not None and model != settings.model:
+            raise UsageError(
+                f"the memory {memory} was made with another model",
+                seen=model,
+                allowed=settings.model,
+                hint="name that model, or build a memory with this one",
+            )
+        wanted = check_score_head(head or "text")
+        if wanted == "grm" and settings.calibration.graded is None:
+            raise UsageError("the remote model has no graded response", hint="meiqa calibrate")
+        return cls(settings, Path(memory), Completions(url, settings.model, **limits), wanted)
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """Write the settings beside the memory with another calibration; the digest stays."""
+        self.settings = replace(self.settings, calibration=calibration)
+        self.settings.write(self._memory)
+        self.calibration = calibration
 
     def encode(self, pixels: NDArray[np.uint8]) -> VisualTokens:
         """Take a picture apart into tiles; nothing is sent."""
-        return tiles_of(pixels, self.package.tile_side)
+        return tiles_of(pixels, self.token_pixels)
 
-    def read(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:
-        """Make pictures ready to be sent; nothing is sent."""
-        nothing = np.zeros((0, 2, 0, 0, 0), np.float32)
-        return [RemotePrefix(nothing, tokens, 0, self._sent(tokens)) for tokens in pictures]
+    def prefill(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:
+        """Take pictures as they are; nothing is sent."""
+        return [Prefix(picture, _UNREAD, _UNREAD, 0) for picture in pictures]
+
+    def unwritten_key(self, tokens: VisualTokens) -> Floats:
+        """Give no direction: what is not written has no key."""
+        return np.zeros(TEXT_KEY_WIDTH, np.float32)
 
     def describe(
-        self,
-        prefix: Prefix,
-        max_tokens: int,
-        drafts: Sequence[Draft] = (),
-        enough: Callable[[], bool] = lambda: False,
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = NEVER
     ) -> Description:
-        """Ask for a description and a rating; see `Vlm.describe`.
-
-        Neither drafts nor `enough` have a use: a server writes by itself.
-        """
+        """Ask for a description and a rating, undrafted and unstopped; see `Model.describe`."""
         family = self._family
         # One request is enough, if the answer is written behind the description as usual.
         room = ANSWER_TOKENS if max_tokens >= family.summary_tokens and family.answer_open else 0
         first = self._written(prefix, family.score, max_tokens + room)
-        text, tokens = first.text, first.tokens
-        described, marked, _ = text.partition(family.description_end)
-        if not marked and not first.cut and family.answer_open:
-            # An answer without the end marker before it ends the description as well.
-            described = text.rpartition(family.answer_open)[0] or text
-        rating = None
-        if family.answer_open:
-            rating, more = self._rating(prefix, text, marked=bool(marked), cut=first.cut)
+        reply = parse_reply(first.text, family, cut=first.cut)
+        asked, rating, tokens = bool(family.answer_open), reply.rating, first.tokens
+        if asked and rating is None:
+            rating, more = self._rating(prefix, first, reply)
             tokens += more
-        text = described.strip()
+        stats, unreadable = GenerationStats(tokens, reply.complete), asked and rating is None
         return Description(
-            text=text,
-            key=text_key(text),
-            rating=rating,
-            unreadable=bool(family.answer_open) and rating is None,
-            complete=bool(marked) or not first.cut,
-            tokens=tokens,
+            reply.description, text_key(reply.description), rating, unreadable, stats
         )
 
-    def _rating(
-        self, prefix: Prefix, text: str, *, marked: bool, cut: bool
-    ) -> tuple[float | None, int]:
-        """The number that is printed as the answer, and the tokens that further asking took."""
-        family, tokens = self._family, 0
-        after = text.partition(family.description_end)[2] if marked else text
-        rating = printed_rating(after, family, cut=cut) if marked or not cut else None
-        if rating is None and marked and cut:
+    def _rating(self, prefix: Prefix, first: Completion, reply: Reply) -> tuple[float | None, int]:
+        """Ask on for a number: what is printed then, and the tokens that it took."""
+        family, text, rating, tokens = self._family, first.text, None, 0
+        if reply.marked and first.cut:
             more = self._written(prefix, family.score, ANSWER_TOKENS, text)
-            text, after, tokens = text + more.text, after + more.text, more.tokens
-            rating = printed_rating(after, family, cut=more.cut)
+            text, tokens = text + more.text, more.tokens
+            rating = parse_reply(text, family, cut=more.cut).rating
         if rating is None:
-            ended = ("" if marked else family.description_end) + family.answer_open
+            ended = ("" if reply.marked else family.description_end) + family.answer_open
             forced = self._written(prefix, family.score, RATING_TOKENS, text + ended)
             tokens += forced.tokens
             rating = printed_rating(family.answer_open + forced.text, family, cut=forced.cut)
         return rating, tokens
 
     def reflect(self, prefix: Prefix, summary: str, initial: float, score: float) -> Description:
-        """Ask for a corrected description; see `Vlm.reflect`."""
+        """Ask for a corrected description; see `Model.reflect`."""
         family = self._family
         question = family.reflection(unmarked(summary), initial, score)
         answer = self._written(prefix, question, family.summary_tokens + RATING_TOKENS)
-        described, marked, _ = answer.text.partition(family.description_end)
-        text = described.strip()
-        complete = bool(marked) or not answer.cut
-        return Description(text, text_key(text), None, False, complete, answer.tokens)
+        reply = parse_reply(answer.text, family, cut=answer.cut)
+        stats = GenerationStats(answer.tokens, complete=reply.complete)
+        return Description(reply.description, text_key(reply.description), stats=stats)
 
     def grade(self, prefix: Prefix) -> NDArray[np.float64]:
-        """Probabilities (5,) of the grade words; see `Vlm.grade`."""
+        """Ask for a grade word; see `Model.grade`."""
         text = about_one(self._family, self._family.levels)
-        answer = self._completions.ask(
-            chat(text, [self._sent(prefix.tokens)]), max_tokens=1, logprobs=True
-        )
+        question = chat(text, [self._sent(prefix.tokens)])
+        answer = self._completions.ask(question, max_tokens=1, logprobs=True)
         chosen = _logprobs_of(self._family.level_words, answer.logprobs)
-        weights = np.exp(chosen - chosen.max())
-        probabilities: NDArray[np.float64] = weights / weights.sum()
-        return probabilities
+        return softmax(chosen)
 
     def prefer_first(
         self, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]
     ) -> NDArray[np.float64]:
-        """Logits (K,) that the first looks better, several asked at once; see `Vlm`."""
+        """Give logits (K,), several asked at once; see `Model.prefer_first`."""
         many = list(firsts) * len(seconds) if len(firsts) == 1 else firsts
-        text = about_two(self._family)
+        text, ask = about_two(self._family), self._completions.ask
         asked = [
-            partial(
-                self._completions.ask,
-                chat(text, [self._sent(first.tokens), self._sent(second)]),
-                max_tokens=1,
-                logprobs=True,
-            )
-            for first, second in zip(many, seconds, strict=True)
+            partial(ask, chat(text, list(map(self._sent, pair))), max_tokens=1, logprobs=True)
+            for pair in zip((first.tokens for first in many), seconds, strict=True)
         ]
         logits = np.zeros(len(asked))
-        for index, answer in enumerate(self._completions.ask_all(asked) if asked else ()):
+        for index, answer in enumerate(self._completions.ask_all(asked)):
             one, other = _logprobs_of(self._family.verdicts, answer.logprobs)
             logits[index] = one - other
         return logits
 
     def close(self) -> None:
-        """Let go of connections."""
+        """See `Model.close`."""
         self._completions.close()
 
     def _written(
         self, prefix: Prefix, question: str, max_tokens: int, written: str = ""
     ) -> Completion:
-        """What is written behind a question and what there is of the reply."""
-        messages = chat(
-            about_one(self._family, question), [self._sent(prefix.tokens)], unmarked(written)
-        )
+        text, picture = about_one(self._family, question), self._sent(prefix.tokens)
+        messages = chat(text, [picture], unmarked(written))
         answer = self._completions.ask(messages, max_tokens, logprobs=False)
         text, stopped, _ = answer.text.partition(self._family.stop)
         return replace(answer, text=text, cut=answer.cut and not stopped)
@@ -358,27 +311,15 @@ class RemoteVlm:
     def _sent(self, tokens: VisualTokens) -> str:
         """A picture as a data URI: PNG, for nothing to be lost."""
         pixels = picture_of(tokens)
-        digest = hashlib.blake2b(pixels.data, digest_size=16)
-        key = ContentKey(digest.hexdigest(), tokens.grid, self.package.digest)
+        key = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
         if known := self._pictures.get(key):
-            return known.uri
+            return str(known)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG", compress_level=1)
-        encoded = base64.b64encode(file.getvalue()).decode("ascii")
-        made = _Encoded(f"data:image/png;base64,{encoded}")
-        self._pictures.put(key, made)
-        return made.uri
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """A picture as it is sent."""
-
-    uri: str
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.uri)
+        uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+        if len(uri) <= PICTURE_BYTES:
+            self._pictures[key] = uri
+        return uri
 
 
 def _logprobs_of(answers: Sequence[str], found: Mapping[str, float]) -> NDArray[np.float64]:
@@ -387,9 +328,6 @@ def _logprobs_of(answers: Sequence[str], found: Mapping[str, float]) -> NDArray[
     A token that differs by spaces alone counts where the very answer is not among them: some
     servers cut them off at the end of the reply's beginning. An answer of which nothing is said
     cannot be likelier than the least of those that are named, and gets that.
-
-    Raises:
-        AnswerUnreadable: none of the answers is named.
     """
     spelled: dict[str, float] = {}
     for token, logprob in found.items():
@@ -406,79 +344,31 @@ def _logprobs_of(answers: Sequence[str], found: Mapping[str, float]) -> NDArray[
     return np.array([least if logprob is None else logprob for logprob in known])
 
 
-class RemoteEngine(Engine):
-    """An engine whose model is behind a server."""
+def tile_side(cell_pixels: int) -> int:
+    """Give the largest side of a tile, up to 8 pixels, that divides a model's cells.
 
-    def __init__(
-        self, vlm: RemoteVlm, memory: MemoryBank, *, learn: bool, exclude_above: float
-    ) -> None:
-        # A server writes by itself: there is nothing to draft.
-        super().__init__(vlm, vlm.package, memory, exclude_above=exclude_above, drafting=False)
-        self._remote, self._learns = vlm, learn
-
-    def score_many(
-        self, images: Iterable[ImageSource], *, learn: bool = True, **options: Any
-    ) -> Iterator[Assessment | Failure]:
-        """Assess photos; see `Engine.score_many`. None is learned unless pictures may be kept."""
-        return super().score_many(images, learn=learn and self._learns, **options)
-
-    def close(self) -> None:
-        """Let go of the memory and of connections."""
-        super().close()
-        self._remote.close()
-
-
-def open_remote(
-    url: str,
-    model: str | None,
-    memory: str | Path | None,
-    *,
-    learn: bool = False,
-    admission: Admission = "gated",
-    exclude_above: float = NEAR_DUPLICATE,
-    head: str | None = None,
-    **limits: Any,
-) -> RemoteEngine:
-    """Open an engine with a model behind a server.
-
-    Args:
-        url: of the API, as `http://host:8000/v1`.
-        model: what the server calls it; by default that which the memory was made with.
-        memory: its directory, which `meiqa memory build --remote` made.
-        learn: open the memory for writing: learned cases **keep their pictures**, scaled down.
-        admission, exclude_above, head: see `Engine.open`.
-        limits: of `Completions`: concurrent requests, attempts, seconds to wait for an answer.
-
-    Raises:
-        StoreError: the memory cannot be used, or was made with another model.
-        UsageError: there is no memory, or an option makes no sense.
+    >>> tile_side(28), tile_side(32)
+    (7, 8)
     """
-    if memory is None:
-        raise UsageError(
-            "a remote model needs a memory that was made with it",
-            hint="name it, or build one: meiqa memory build LABELS.csv --remote URL --model NAME …",
-        )
-    settings = RemoteSettings.of_memory(memory)
-    if model is not None and model != settings.model:
-        raise UsageError(
-            f"the memory {memory} was made with another model",
-            seen=model,
-            allowed=settings.model,
-            hint="name that model, or build a memory with this one",
-        )
-    vlm = connected(url, settings, Path(memory), head=head, **limits)
-    try:
-        bank = open_memory(memory, vlm.package.digest, learn=learn, admission=admission)
-    except BaseException:
-        vlm.close()
-        raise
-    return RemoteEngine(vlm, bank, learn=learn, exclude_above=exclude_above)
+    return max(side for side in range(1, 9) if cell_pixels % side == 0)
 
 
-def connected(
-    url: str, settings: RemoteSettings, memory: Path, *, head: str | None = None, **limits: Any
-) -> RemoteVlm:
-    """A model that is asked so; nothing is sent yet. `limits` are those of `Completions`."""
-    package = RemotePackage.of(settings, memory).headed(head)
-    assert isinstance(package, RemotePackage)
-    return RemoteVlm(package, Completions(url, settings.model, **limits))
+def tiles_of(pixels: NDArray[np.uint8], side: int) -> VisualTokens:
+    """A picture (H, W, 3), both multiples of `side`, as tokens (H · W / side², 3 · side² + 1).
+
+    Black becomes the darkest grey but one, for all values to lie as far from the middle as 127.
+    """
+    rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
+    around = np.maximum(pixels, 1).astype(np.float32) - _MIDDLE
+    tiles = around.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(rows * columns, -1)
+    values = np.pad(tiles, ((0, 0), (0, 1)), constant_values=_REACH)
+    return VisualTokens(values, (rows, columns))
+
+
+def picture_of(tokens: VisualTokens) -> NDArray[np.uint8]:
+    """The picture (H, W, 3) that `tiles_of` made the tokens of, black apart."""
+    rows, columns = tokens.grid
+    values: Floats = np.rint(tokens.values[:, :-1]) + _MIDDLE
+    side = round((values.shape[1] / 3) ** 0.5)
+    tiles = values.clip(0, 255).astype(np.uint8).reshape(rows, columns, side, side, 3)
+    return np.ascontiguousarray(tiles.swapaxes(1, 2).reshape(rows * side, columns * side, 3))

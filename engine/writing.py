@@ -1,19 +1,24 @@
-"""What a local model writes: greedily, several tokens a call where drafts guess right."""
+"""Greedy decoding, several tokens a call where remembered descriptions guess right.
+
+A decoder takes several tokens in about the time of one, so a guess that is right saves calls; it
+never changes the text. The lookup of the longest suffix is that of prompt lookup decoding (Saxena
+2023) with the descriptions of similar photos in the prompt's place; checking is greedy speculative
+decoding (arXiv 2211.17192).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.drafting import Proposer
-from meiqa.engine.manifest import DecoderShape
+from meiqa.engine.model import NEVER, Description, Floats, GenerationStats, Prefix, StopRule
 from meiqa.engine.prompts import Prompts
-from meiqa.engine.runtime.base import require_finite
-from meiqa.engine.vlm import Description, Effort, Floats, Prefix
+from meiqa.engine.runtime.decoder import Decoder, KeyValues, Row, require_finite
 
 PAST_STEP = 32
 """Tokens by which a writing's past grows when there is no room left."""
@@ -21,27 +26,78 @@ PROPOSED_TOKENS = 48
 """Most tokens of a draft that one call checks: a usual description with its answer."""
 FEWEST_PROPOSED = 4
 """Tokens checked by the call after one in which no token was right; each that was adds two."""
+LONGEST_SUFFIX = 4
+"""Tokens, the beginning of the text counting as one, by which a place in a draft is found."""
+LONGEST_GAP = 8
+"""Tokens in a row that no draft knows, over which a place in a draft is kept."""
+_EDGE = -1
+"""Stands for the edge of a text among its tokens."""
 
 
-class Continued(Protocol):
-    """A model that reads a writing on, as `meiqa.engine.local.LocalVlm` does."""
+class Writer(Protocol):
+    """A model that reads a writing on, as `meiqa.engine.local.LocalModel` does."""
 
-    @property
-    def prompts(self) -> Prompts:
-        """Its questions and tokens."""
-        ...
+    decoder: Decoder
+    prompts: Prompts
 
-    @property
-    def shape(self) -> DecoderShape:
-        """Of its decoder."""
-        ...
+    def embed(self, ids: NDArray[np.int64] | Sequence[int]) -> Floats: ...
 
-    def continue_writing(
-        self, prefix: Prefix, past: Floats, past_length: int, ids: Sequence[int], wanted: int = 1
-    ) -> dict[str, Floats]:
-        """Feed tokens after a prefix and a past (L, 2, 1, H, 1, capacity, d), of which
-        `past_length` tokens are real; logits of the last `wanted` tokens, finite or not."""
-        ...
+
+class Proposer:
+    """Continues a text as drafts do.
+
+    >>> proposer = Proposer([[5, 6, 7, 8], [5, 9, 7, 1], [5, 9, 7, 1]])
+    >>> proposer.continuation([], 8)
+    [5, 9, 7, 1]
+    >>> proposer.continuation([5, 6], 8)
+    [7, 8]
+    >>> proposer.continuation([5, 2], 8)  # no draft knows the 2: it may stand for one token
+    [7, 1]
+    """
+
+    def __init__(self, drafts: Iterable[Sequence[int]] = ()) -> None:
+        self._tokens = [_EDGE]
+        for draft in drafts:
+            self._tokens += [*draft, _EDGE]
+        self._places: dict[int, list[int]] = {}
+        for place, token in enumerate(self._tokens[:-1], 1):
+            self._places.setdefault(token, []).append(place)
+
+    def continuation(self, written: Sequence[int], most: int) -> list[int]:
+        """At most so many tokens that may follow those written.
+
+        The drafts vote from wherever the longest suffix of the text is found in them; tokens at
+        its end that none of them knows stand for as many others. At every token those that the
+        majority leaves behind lose their vote; between equals the draft given first decides.
+        """
+        places, proposed = self._places_after(written), list[int]()
+        while len(proposed) < most:
+            votes = Counter(self._tokens[place] for place in places)
+            del votes[_EDGE]
+            if not votes:
+                break
+            token = max(votes, key=votes.__getitem__)
+            proposed.append(token)
+            places = [place + 1 for place in places if self._tokens[place] == token]
+        return proposed
+
+    def _places_after(self, written: Sequence[int]) -> list[int]:
+        """Places in the drafts that follow the longest suffix of a text."""
+        text = [_EDGE, *written][-LONGEST_SUFFIX - LONGEST_GAP :]
+        end = len(text)
+        while end and text[end - 1] not in self._places:
+            end -= 1
+        if not end:
+            return []
+        suffix, gap = text[max(0, end - LONGEST_SUFFIX) : end], len(text) - end
+        places = self._places[suffix[-1]]
+        for back in range(2, len(suffix) + 1):
+            token = suffix[-back]
+            closer = [place for place in places if self._tokens[place - back] == token]
+            if not closer:
+                break
+            places = closer
+        return [place + gap for place in places if _EDGE not in self._tokens[place : place + gap]]
 
 
 class Writing:
@@ -57,14 +113,14 @@ class Writing:
 
     def __init__(
         self,
-        vlm: Continued,
+        model: Writer,
         prefix: Prefix,
         question: NDArray[np.int64],
         capacity: int,
         proposer: Proposer | None = None,
     ) -> None:
         self.tokens: list[int] = []
-        self._vlm, self._prefix, self._proposer = vlm, prefix, proposer or Proposer()
+        self._model, self._prefix, self._proposer = model, prefix, proposer or Proposer()
         self._past = self._empty_past(len(question) + capacity)
         self._length = 0
         self._hidden: list[Floats] = []
@@ -74,17 +130,21 @@ class Writing:
         self._feed(question.tolist())
 
     @property
+    def stopped(self) -> bool:
+        """Whether the model would end its turn next."""
+        return self.next_token == self._model.prompts.stop
+
+    @property
     def next_token(self) -> int:
         """What the model would write next."""
         return self._choices[self._ahead]
 
-    @property
-    def effort(self) -> Effort:
-        """What it took so far."""
-        return Effort(self._calls, self._drafted, self._accepted)
+    def stats(self, *, complete: bool) -> GenerationStats:
+        """Tell what it took so far."""
+        counts = self._calls, self._drafted, self._accepted
+        return GenerationStats(len(self.tokens), complete, *counts)
 
     def accept(self) -> None:
-        """Write the next token."""
         token = self.next_token
         self.tokens.append(token)
         self._reply.append(token)
@@ -102,92 +162,74 @@ class Writing:
         self._reply += ids.tolist()
         self._feed(ids.tolist())
 
-    def until(
-        self,
-        marker: str,
-        limit: int,
-        start: int = 0,
-        *,
-        enough: Callable[[], bool] = lambda: False,
-    ) -> bool:
+    def until(self, marker: str, limit: int, start: int = 0, *, stop: StopRule = NEVER) -> bool:
         """Write until the next token completes a marker in the text from token `start` on.
 
-        Returns:
-            Whether it does; False when the turn ends, or before it `limit` tokens are accepted
-            or it is `enough`. A marker that has begun by then may still be completed.
+        False when the turn ends, or before it `limit` tokens are accepted or the rule says to
+        stop. A marker that has begun by then may still be completed.
         """
-        prompts = self._vlm.prompts
+        prompts = self._model.prompts
         # No token is shorter than a byte, so a marker lies within as many tokens as it has bytes.
         reach = len(marker.encode()) - 1
-        while self.next_token != prompts.stop:
+        while not self.stopped:
             first = max(start, len(self.tokens) - reach)
             tail = prompts.text([*self.tokens[first:], self.next_token])
             if marker in tail:
                 return True
-            full = len(self.tokens) >= limit or enough()
-            if full and not _ends_in_beginning(tail, marker):
+            full = len(self.tokens) >= limit or stop.reached
+            begun = any(tail.endswith(marker[:count]) for count in range(1, len(marker)))
+            if full and not begun:
                 return False
             self.accept()
         return False
 
     def mean_hidden(self, count: int | None = None) -> Floats | None:
-        """Mean of the last hidden states over the first `count` accepted tokens (all by default).
-
-        Returns:
-            (D,), None when there are no such tokens.
-        """
+        """Give the mean (D,) of the last hidden states of the first accepted tokens, if any."""
         hidden = self._hidden[:count]
-        if not hidden:
-            return None
-        mean: Floats = np.stack(hidden).mean(axis=0)
-        return mean
+        return np.asarray(np.stack(hidden).mean(axis=0)) if hidden else None
 
     def _feed(self, ids: list[int]) -> Floats:
         """Read tokens, and check what is proposed behind them; the last one's hidden state (D,)."""
-        self._make_room(len(ids))
         fed = len(ids)
-        room = self._past.shape[5] - self._length - fed
+        if missing := max(0, self._length + fed - self._past.shape[3]):
+            more = self._empty_past(max(missing, PAST_STEP))
+            self._past = np.concatenate([self._past, more], axis=3)
+        room = self._past.shape[3] - self._length - fed
         proposed = self._proposer.continuation(self._reply, min(self._most_proposed, room))
-        made = self._vlm.continue_writing(
-            self._prefix, self._past, self._length, ids + proposed, wanted=1 + len(proposed)
+        start = self._prefix.next_position + self._length
+        positions = np.arange(start, start + fed + len(proposed), dtype=np.float32)
+        made = self._model.decoder.step(
+            self._prefix.opening,
+            KeyValues(self._past, self._length),
+            Row(self._model.embed(ids + proposed), np.tile(positions, (3, 1))),
+            wanted=1 + len(proposed),
         )
-        choices = made["logits"][0, 0].argmax(axis=1).tolist()
+        choices = made.logits.argmax(axis=1).tolist()
         agreed = _agreeing(choices, proposed)
-        require_finite(made["logits"][0, 0, : agreed + 1])
+        require_finite(made.logits[: agreed + 1])
 
         kept = self._length + fed + agreed
-        self._past[:, :, :, :, :, self._length : kept] = made["key_values"][..., : fed + agreed, :]
+        self._past[:, :, :, self._length : kept] = made.key_values[:, :, :, : fed + agreed]
         self._length += fed
-        hidden = made["hidden"][0, 0]
+        hidden = made.hidden
         self._choices: list[int] = choices[: agreed + 1]
         self._hidden_ahead: Floats = hidden[fed : fed + agreed]
         self._ahead = 0
         self._most_proposed = min(PROPOSED_TOKENS, FEWEST_PROPOSED + 2 * agreed)
         self._calls += 1
         self._drafted += len(proposed)
-        last: Floats = hidden[fed - 1]
-        return last
-
-    def _make_room(self, count: int) -> None:
-        """Let the past hold so many tokens more."""
-        if missing := max(0, self._length + count - self._past.shape[5]):
-            more = self._empty_past(max(missing, PAST_STEP))
-            self._past = np.concatenate([self._past, more], axis=5)
+        return np.asarray(hidden[fed - 1])
 
     def _empty_past(self, room: int) -> Floats:
-        s = self._vlm.shape
-        return np.zeros((s.layers, 2, 1, s.kv_heads, 1, room, s.head_dim), np.float32)
+        layers, two, heads, _, width = self._prefix.key_values.array.shape
+        return np.zeros((layers, two, heads, room, width), np.float32)
 
 
 @dataclass(frozen=True)
 class Written:
-    """The description in a writing.
+    """The description in a writing, with how many of the accepted tokens are wholly part of it.
 
-    Attributes:
-        text: without what ends it.
-        tokens: how many of the accepted tokens are wholly part of it.
-        marked: the next token completes the end marker.
-        complete: the description ended before the token limit.
+    Where it is `marked`, the next token completes the end marker.
     """
 
     text: str
@@ -198,17 +240,9 @@ class Written:
     def description(
         self, writing: Writing, rating: float | None = None, *, unreadable: bool = False
     ) -> Description:
-        """The description with its key and what was written after it."""
-        key = writing.mean_hidden(self.tokens)
-        return Description(
-            self.text,
-            key,
-            rating,
-            unreadable,
-            self.complete,
-            len(writing.tokens),
-            writing.effort,
-        )
+        """Give the description with its key and what was written after it."""
+        key, stats = writing.mean_hidden(self.tokens), writing.stats(complete=self.complete)
+        return Description(self.text, key, rating, unreadable, stats)
 
 
 def _agreeing(choices: Sequence[int], proposed: Sequence[int]) -> int:
@@ -217,8 +251,3 @@ def _agreeing(choices: Sequence[int], proposed: Sequence[int]) -> int:
     return next(
         (count for count, (chosen, token) in enumerate(pairs) if chosen != token), len(proposed)
     )
-
-
-def _ends_in_beginning(text: str, marker: str) -> bool:
-    """Whether a text ends in some, but not all, of a marker's characters."""
-    return any(text.endswith(marker[:count]) for count in range(1, len(marker)))

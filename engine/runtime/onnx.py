@@ -1,46 +1,52 @@
-"""ONNX Runtime behind the seam: CPU and CUDA providers."""
+"""ONNX Runtime behind the seam: CPU and CUDA providers, and graphs kept as it optimised them.
+
+Optimising is most of what opening a small package takes. The result, bound to the processor and to
+the version of ONNX Runtime, lies in the user's cache with its digest at the end. Nothing hangs on
+it: what is not there, or is not what was written, is made anew.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
-from meiqa.engine.manifest import Graph
-from meiqa.engine.package import EnginePackage, check_device
-from meiqa.engine.runtime.base import Array, GraphSession
-from meiqa.engine.runtime.fused import with_fused_layers
-from meiqa.engine.runtime.optimised import LARGEST_BYTES, KeptGraph, processor
-from meiqa.errors import DeviceUnavailable, PackageCorrupted, one_line
+from meiqa.engine.manifest import PATTERNS, Graph
+from meiqa.engine.package import EnginePackage
+from meiqa.engine.runtime.decoder import EXPORT_AGAIN, Array, Floats
+from meiqa.errors import DeviceUnavailable, PackageCorrupted, install_hint, one_line
+from meiqa.locations import user_cache
 
+LOG = logging.getLogger(__name__)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
 UNWANTED_OPTIMIZERS = ["WeightBiasQuantization"]
 """Rounds the weights of a layer between two quantised ones to 8 bits, one scale for all, where the
 export measured that the layer needs more: a depthwise convolution loses a third of its signal."""
-
-
-LOG = logging.getLogger(__name__)
 _STATE = onnxruntime.capi.onnxruntime_pybind11_state
 UNLOADABLE = (_STATE.Fail, _STATE.InvalidArgument, _STATE.InvalidProtobuf, _STATE.InvalidGraph)
 """What ONNX Runtime raises for a file that holds no graph of its own."""
-
-
 SPIN_US = "100"
 """How long a thread without work looks for some before it sleeps: from one node to the next."""
+LARGEST_BYTES = 64 << 20
+"""Larger graphs take longer to write than they do to optimise."""
+MOST_KEPT = 16
+"""Graphs in the cache; beyond that those are removed that were not used for longest."""
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class OnnxSession:
     """A graph in ONNX Runtime on the device that was asked for, never on another.
 
-    Args:
-        kept: where the optimised graph is kept for later processes, if it is.
+    `kept` is where it is kept for later processes as it was optimised, if it is.
     """
 
     def __init__(
@@ -51,30 +57,60 @@ class OnnxSession:
         threads: int | None,
         kept: KeptGraph | None = None,
     ) -> None:
-        path = folder / graph.file
-        provider = PROVIDERS[device]
+        path, provider = folder / graph.file, PROVIDERS[device]
         try:
-            self._session = opened_session(path, provider, threads, kept)
+            session = kept and (_from_kept(kept, threads) or _kept_now(path, threads, kept))
+            self._session = session or _made(path, _options(threads), provider)
         except UNLOADABLE as error:
-            raise PackageCorrupted(
-                f"ONNX Runtime can't load {path}",
-                seen=str(error).splitlines()[0],
-                hint="export the package again",
-            ) from error
+            what, seen = f"ONNX Runtime can't load {path}", str(error).splitlines()[0]
+            raise PackageCorrupted(what, seen=seen, hint=EXPORT_AGAIN) from error
         if provider not in self._session.get_providers():
-            raise missing_device(device)
-        inputs = [value.name for value in self._session.get_inputs()]
-        self._outputs = [value.name for value in self._session.get_outputs()]
-        check_names(path, "inputs", inputs, graph.inputs)
-        check_names(path, "outputs", self._outputs, graph.outputs)
+            raise _missing(device)
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self._outputs = [value.name for value in outputs]
+        for kind, found, listed in (
+            ("inputs", [value.name for value in inputs], graph.inputs),
+            ("outputs", self._outputs, graph.outputs),
+        ):
+            if sorted(found) != sorted(listed):
+                raise PackageCorrupted(
+                    f"{path} has other {kind} than its manifest says",
+                    seen=", ".join(found),
+                    allowed=", ".join(listed),
+                    hint=EXPORT_AGAIN,
+                )
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Floats]:
         """Execute the graph; see `GraphSession`."""
         return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
 
 
-def session_options(threads: int | None) -> onnxruntime.SessionOptions:
-    """Options of every session.
+def open_onnx(
+    package: EnginePackage, names: Sequence[str], device: str, threads: int | None
+) -> list[OnnxSession]:
+    """Load some of a package's graphs, side by side; see `open_runtime`."""
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+        raise _missing(device)
+
+    def opened(name: str) -> OnnxSession:
+        kept = kept_graph(package, name) if device == "cpu" else None
+        return OnnxSession(package.path, package.manifest.every_graph[name], device, threads, kept)
+
+    # The first time each is optimised by one thread, which takes longer than the rest of opening.
+    with ThreadPoolExecutor(2) as beside:
+        return list(beside.map(opened, names))
+
+
+def _made(
+    path: Path, options: onnxruntime.SessionOptions, provider: str
+) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(
+        path, options, providers=[provider], disabled_optimizers=UNWANTED_OPTIMIZERS
+    )
+
+
+def _options(threads: int | None) -> onnxruntime.SessionOptions:
+    """Make the options of every session.
 
     Threads of a session spin for a while when they are made and after each answer, in the way of
     the other session's and of the kernels' threads: that took a third of a photo's time.
@@ -88,125 +124,116 @@ def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     return options
 
 
-def opened_session(
-    path: Path, provider: str, threads: int | None, kept: KeptGraph | None
-) -> onnxruntime.InferenceSession:
-    """A session of a graph: as it was optimised before, if it was kept; otherwise kept now."""
-    if kept is not None:
-        session = from_kept(kept, threads) or optimised_and_kept(path, threads, kept)
-        if session is not None:
-            return session
-    return onnxruntime.InferenceSession(
-        path,
-        session_options(threads),
-        providers=[provider],
-        disabled_optimizers=UNWANTED_OPTIMIZERS,
-    )
-
-
-def from_kept(kept: KeptGraph, threads: int | None) -> onnxruntime.InferenceSession | None:
-    """A session of a graph that was optimised before; None if there is none."""
-    graph = kept.read()
-    if graph is None:
+def _from_kept(kept: KeptGraph, threads: int | None) -> onnxruntime.InferenceSession | None:
+    if not kept.is_sound():
         return None
-    options = session_options(threads)
+    options = _options(threads)
+    options.add_session_config_entry("session.load_model_format", "ORT")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=[PROVIDERS["cpu"]])
+        return onnxruntime.InferenceSession(kept.path, options, providers=[PROVIDERS["cpu"]])
     except Exception as error:  # whatever it is, the graph itself can still be opened
         LOG.warning("%s is optimised anew: %s", kept.path, one_line(str(error)))
         return None
 
 
-def optimised_and_kept(
+def _kept_now(
     path: Path, threads: int | None, kept: KeptGraph
 ) -> onnxruntime.InferenceSession | None:
-    """A session of a graph that is optimised now, and kept; None where that can't be done."""
-    unfinished = kept.begin()
-    if unfinished is None:
-        return None
-    options = session_options(threads)
-    options.optimized_model_filepath = str(unfinished)
+    options = _options(threads)
     options.add_session_config_entry("session.save_model_format", "ORT")
     try:
-        session = onnxruntime.InferenceSession(
-            path,
-            options,
-            providers=[PROVIDERS["cpu"]],
-            disabled_optimizers=UNWANTED_OPTIMIZERS,
-        )
-        kept.keep(unfinished)
+        with kept.written() as unfinished:
+            options.optimized_model_filepath = str(unfinished)
+            return _made(path, options, PROVIDERS["cpu"])
     except Exception as error:  # a fault of the graph's own shows again without writing
-        LOG.debug("%s is not kept: %s", kept.path, error)
+        LOG.debug("%s is not kept: %s", path, error)
         return None
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-    return session
+
+
+@dataclass(frozen=True)
+class KeptGraph:
+    """A place for one graph as it was optimised; `identity` is all that the result depends on."""
+
+    identity: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file, which need not exist."""
+        name = hashlib.sha256("\0".join(self.identity).encode()).hexdigest()
+        return kept_graphs() / f"{name[:32]}.graph"
+
+    def is_sound(self) -> bool:
+        """Say whether the graph is there, as it was written."""
+        try:
+            with (
+                self.path.open("rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as kept,
+            ):
+                found = hashlib.sha256(memoryview(kept)[:-_DIGEST_BYTES]).digest()
+                sound = found == kept[-_DIGEST_BYTES:]
+            os.utime(self.path)  # the oldest are those that were not used
+        except ValueError:  # an empty file can't be mapped
+            sound = False
+        except (OSError, RuntimeError):  # also where a cache or a home cannot be
+            return False
+        if not sound:
+            LOG.warning("%s is damaged; the graph is optimised anew", self.path)
+        return sound
+
+    @contextmanager
+    def written(self) -> Iterator[Path]:
+        """Give a file of one's own to write to, which then gets its digest and its name."""
+        kept_graphs().mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix="unfinished-", dir=kept_graphs())
+        os.close(descriptor)
+        try:
+            yield Path(name)
+            with open(name, "rb+") as file:
+                file.write(hashlib.sha256(file.read()).digest())
+            os.replace(name, self.path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+        with suppress(OSError):  # another process may be at it
+            files = kept_graphs().iterdir()  # those of interrupted writers included
+            newest = sorted(files, key=lambda each: each.stat().st_mtime, reverse=True)
+            for old in newest[MOST_KEPT:]:
+                old.unlink(missing_ok=True)
+
+
+def kept_graphs() -> Path:
+    return user_cache() / "graphs"
 
 
 def kept_graph(package: EnginePackage, name: str) -> KeptGraph | None:
-    """Where a package's graph is kept once it is optimised for this CPU.
-
-    None if it is large, or the system does not tell what CPU this is.
-    """
-    graph = package.path / package.manifest.graphs[name].file
-    stored = [file.stat() for file in sorted(graph.parent.glob(f"{graph.name}*"))]
-    if sum(each.st_size for each in stored) > LARGEST_BYTES:
+    """Give the place of a package's graph as optimised for this CPU; None if it is too large."""
+    manifest = package.manifest
+    stored = [(package.path / file).stat() for file in manifest.every_graph[name].files]
+    if sum(each.st_size for each in stored) > LARGEST_BYTES or (cpu := processor()) is None:
         return None
     # Files that are not what the digest says, in a package that was not verified, are others.
     files = [f"{each.st_size} {each.st_mtime_ns}" for each in stored]
-    if (cpu := processor()) is None:
+    made_by, version = manifest.digest, onnxruntime.__version__
+    if manifest.patterns and name == PATTERNS:  # they are not part of the package's digest
+        made_by = manifest.patterns.sha256
+    return KeptGraph(("2", made_by, name, *files, version, *UNWANTED_OPTIMIZERS, cpu))
+
+
+def processor() -> str | None:
+    """Tell what a processor can do, in words that differ where its graphs may, if they're known."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            # Of the first of its cores; the others are only written down when they are read.
+            first = file.read(8192).split("\n\n")[0]
+    except OSError:
         return None
-    return KeptGraph(
-        (package.digest, name, *files, onnxruntime.__version__, *UNWANTED_OPTIMIZERS, cpu)
-    )
+    telling = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+    return "\n".join(line for line in first.splitlines() if line.startswith(telling))
 
 
-def open_sessions(
-    package: EnginePackage, device: str, threads: int | None
-) -> tuple[GraphSession, GraphSession]:
-    """Load the vision and the decoder graph; on a CPU with the decoder's fused layers, if any.
-
-    Raises:
-        UsageError: unknown device name.
-        DeviceUnavailable: the device is not there, or the installed runtime can't use it.
-        PackageCorrupted: a graph can't be loaded or has another interface than the manifest says.
-    """
-    check_device(device)
-    if PROVIDERS[device] not in onnxruntime.get_available_providers():
-        raise missing_device(device)
-
-    def opened(name: str) -> OnnxSession:
-        kept = kept_graph(package, name) if device == "cpu" else None
-        return OnnxSession(package.path, package.manifest.graphs[name], device, threads, kept)
-
-    # The first time each is optimised by one thread, which takes longer than the rest of opening.
-    with ThreadPoolExecutor(1) as beside:
-        pending = beside.submit(opened, "decoder")
-        vision, decoder = opened("vision"), pending.result()
-    return vision, with_fused_layers(decoder, package, threads) if device == "cpu" else decoder
-
-
-def check_names(path: Path, kind: str, found: Sequence[str], listed: Iterable[str]) -> None:
-    """Refuse a graph whose inputs or outputs, in any order, are not those that the manifest lists.
-
-    Raises:
-        PackageCorrupted: they are others.
-    """
-    if sorted(found) != sorted(listed):
-        raise PackageCorrupted(
-            f"{path} has other {kind} than its manifest says",
-            seen=", ".join(found),
-            allowed=", ".join(listed),
-            hint="export the package again",
-        )
-
-
-def missing_device(device: str) -> DeviceUnavailable:
-    """The error for a device that can't be used here."""
+def _missing(device: str) -> DeviceUnavailable:
     return DeviceUnavailable(
         f"device {device!r} can't be used here",
         seen=", ".join(onnxruntime.get_available_providers()),
-        hint="install meiqa[gpu] in an environment without meiqa[cpu], or use --device cpu",
+        hint=f"use --device cpu, or {install_hint('gpu')} in an environment without meiqa[cpu]",
     )

@@ -1,8 +1,8 @@
 """TensorRT behind the seam: engines that `meiqa build` made beforehand, never built at run time.
 
-`tensorrt` and `tensorrt_rtx` have one Python interface; whichever is installed is taken. An engine
-belongs to one version of one of them and to one compute capability, and it accepts the shapes of
-its optimisation profiles only: everything else is refused before the device is touched.
+An engine belongs to one version of `tensorrt` or `tensorrt_rtx` and to one compute capability, and
+accepts the shapes of its optimisation profiles only: all else is refused before the device is
+touched.
 
 Profiles begin at length 1, since kernels for empty tensors are the least travelled road. An empty
 prefix or past is therefore fed as one entry of zeros, which the graph masks by its length of 0.
@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.manifest import GRAPHS, PATTERNS, Profile, TensorRtEngine
+from meiqa.engine.manifest import Profile, TensorRtEngine
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.runtime.base import Array
-from meiqa.errors import DeviceUnavailable, PackageCorrupted, UsageError
+from meiqa.engine.runtime.decoder import Array
+from meiqa.errors import DeviceUnavailable, PackageCorrupted, UsageError, install_hint
 
 RUNTIMES = ("tensorrt_rtx", "tensorrt")
 """Import names, in the order of preference: the first is on PyPI and builds without a GPU."""
@@ -41,13 +41,7 @@ _Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TensorRt:
-    """An installed TensorRT.
-
-    Attributes:
-        name: its import name; version: its version.
-        api: the module.
-        logger: its only logger, which keeps the last errors in `errors`.
-    """
+    """An installed TensorRT: its module, and its only logger, which keeps the last errors."""
 
     name: str
     version: str
@@ -65,11 +59,7 @@ class TensorRt:
 
 
 def installed_tensorrts() -> list[TensorRt]:
-    """Every TensorRT that is installed, in the order of preference.
-
-    Raises:
-        DeviceUnavailable: none is.
-    """
+    """Import every TensorRT that is installed, in the order of preference."""
     found, reasons = [], []
     for name in RUNTIMES:
         try:
@@ -81,18 +71,9 @@ def installed_tensorrts() -> list[TensorRt]:
             "TensorRT can't be used here",
             seen="; ".join(reasons),
             allowed=" or ".join(RUNTIMES),
-            hint="pip install meiqa[rtx]",
+            hint=install_hint("rtx"),
         )
     return found
-
-
-def load_tensorrt() -> TensorRt:
-    """Take `tensorrt_rtx` or `tensorrt`, whichever is installed.
-
-    Raises:
-        DeviceUnavailable: neither is.
-    """
-    return installed_tensorrts()[0]
 
 
 @cache
@@ -132,13 +113,14 @@ class Gpu:
         if self._call(cudart.cudaGetDeviceCount()) == 0:
             raise DeviceUnavailable("there is no CUDA device")
         attributes = cudart.cudaDeviceAttr
-        self.capability = ".".join(
-            str(self._call(cudart.cudaDeviceGetAttribute(attribute, 0)))
+        major, minor = (
+            self._call(cudart.cudaDeviceGetAttribute(attribute, 0))
             for attribute in (
                 attributes.cudaDevAttrComputeCapabilityMajor,
                 attributes.cudaDevAttrComputeCapabilityMinor,
             )
         )
+        self.capability = f"{major}.{minor}"
         self.stream = int(self._call(cudart.cudaStreamCreate()))
         # At the end of the process the driver frees everything itself.
         weakref.finalize(self, _free, cudart, self._allocated).atexit = False
@@ -151,16 +133,13 @@ class Gpu:
 
     def upload(self, address: int, array: Array) -> None:
         """Copy a contiguous array to the device."""
-        kind = self._cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
-        source = array.ctypes.data
-        copied = self._cudart.cudaMemcpyAsync(address, source, array.nbytes, kind, self.stream)
-        self._call(copied)
+        kind, at = self._cudart.cudaMemcpyKind.cudaMemcpyHostToDevice, array.ctypes.data
+        self._call(self._cudart.cudaMemcpyAsync(address, at, array.nbytes, kind, self.stream))
 
     def download(self, array: NDArray[np.float32], address: int) -> None:
         """Copy from the device into a contiguous array, which is filled after `synchronise`."""
-        kind = self._cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        target = array.ctypes.data
-        self._call(self._cudart.cudaMemcpyAsync(target, address, array.nbytes, kind, self.stream))
+        kind, at = self._cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost, array.ctypes.data
+        self._call(self._cudart.cudaMemcpyAsync(at, address, array.nbytes, kind, self.stream))
 
     def synchronise(self) -> None:
         """Wait until everything asked of the device is done."""
@@ -185,22 +164,17 @@ def _free(cudart: Any, addresses: Sequence[int]) -> None:
 
 
 def open_gpu() -> Gpu:
-    """Open the first CUDA device.
-
-    Raises:
-        DeviceUnavailable: there is none, its driver is missing, or CUDA's Python package is.
-    """
+    """Open the first CUDA device."""
     try:
         cudart = importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
-        raise DeviceUnavailable(
-            "CUDA's Python package is not installed", seen=error, hint="pip install meiqa[rtx]"
-        ) from error
+        what, hint = "CUDA's Python package is not installed", install_hint("rtx")
+        raise DeviceUnavailable(what, seen=error, hint=hint) from error
     return Gpu(cudart)
 
 
 def hull(profiles: Sequence[Profile]) -> Profile:
-    """The least profile that holds all of them; what is usual in it is usual in the first."""
+    """Give the least profile that holds all; what is usual in it is usual in the first."""
 
     def extreme(choose: Any, name: str, end: int) -> _Shape:
         columns = zip(*(profile[name][end] for profile in profiles), strict=True)
@@ -213,16 +187,7 @@ def hull(profiles: Sequence[Profile]) -> Profile:
 
 
 def fitting_profile(graph: str, shapes: Mapping[str, _Shape], profiles: Sequence[Profile]) -> int:
-    """Index of the first profile that accepts all shapes.
-
-    Args:
-        graph: what the message calls the engine.
-        shapes: of every input.
-        profiles: what the engine accepts.
-
-    Raises:
-        UsageError: none does, or these are not the engine's inputs.
-    """
+    """Give the index of the first profile that accepts the shapes of all inputs."""
     if shapes.keys() != profiles[0].keys():
         raise UsageError(
             f"the {graph} engine has other inputs",
@@ -235,8 +200,8 @@ def fitting_profile(graph: str, shapes: Mapping[str, _Shape], profiles: Sequence
     ]
     if [] in refused:
         return refused.index([])
-    everywhere = [name for name in shapes if all(name in names for names in refused)]
     # Without one input that no profile takes it is the combination, and each profile names one.
+    everywhere = [name for name in shapes if all(name in names for names in refused)]
     named = everywhere[:1] or list(dict.fromkeys(names[0] for names in refused))
     accepted = [
         ", ".join(f"{name} {profile[name][0]} to {profile[name][2]}" for name in named)
@@ -257,11 +222,6 @@ def _accepts(shapes: tuple[_Shape, _Shape, _Shape], shape: _Shape) -> bool:
     )
 
 
-def _triple(shapes: Sequence[Sequence[int]]) -> tuple[_Shape, _Shape, _Shape]:
-    least, usual, greatest = map(tuple, shapes)
-    return least, usual, greatest
-
-
 def without_empty_axes(inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Replace an empty prefix or past by one entry of zeros, which the graph masks."""
     return {
@@ -270,15 +230,6 @@ def without_empty_axes(inputs: Mapping[str, Array]) -> dict[str, Array]:
         else array
         for name, array in inputs.items()
     }
-
-
-def _is_same(held: Array, array: Array) -> bool:
-    """Whether a contiguous read-only array is the one held, perhaps through another view."""
-    return (
-        not array.flags.writeable
-        and held.shape == array.shape
-        and held.ctypes.data == array.ctypes.data
-    )
 
 
 class TensorRtSession:
@@ -298,8 +249,13 @@ class TensorRtSession:
         reads = {name: engine.get_tensor_mode(name) == api.TensorIOMode.INPUT for name in ports}
         self.inputs = tuple(name for name in ports if reads[name])
         self.outputs = tuple(name for name in ports if not reads[name])
+        shapes_of = engine.get_tensor_profile_shape
         self.profiles: tuple[Profile, ...] = tuple(
-            {name: _triple(engine.get_tensor_profile_shape(name, index)) for name in self.inputs}
+            {
+                name: (tuple(least), tuple(usual), tuple(most))
+                for name in self.inputs
+                for least, usual, most in [shapes_of(name, index)]
+            }
             for index in range(engine.num_optimization_profiles)
         )
         runtime.forget_errors()
@@ -311,17 +267,12 @@ class TensorRtSession:
                 hint="build the engines with lower limits: see `meiqa build --help`",
             )
         self._active = 0
-        self._held: dict[str, Array] = {}
+        self._held: dict[str, tuple[tuple[_Shape, int], Array]] = {}
         for name, nbytes in self._largest_bytes().items():
             self._must(self._context.set_tensor_address(name, gpu.allocate(nbytes)))
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
-        """Execute the graph; see `GraphSession`.
-
-        Raises:
-            UsageError: a shape is outside every profile.
-            DeviceUnavailable: the device failed.
-        """
+        """Execute the graph; UsageError for shapes outside every profile. See `GraphSession`."""
         fed = {
             name: np.ascontiguousarray(array, self._dtypes.get(name))
             for name, array in without_empty_axes(inputs).items()
@@ -343,14 +294,13 @@ class TensorRtSession:
 
     def _upload(self, name: str, array: Array) -> None:
         """Copy an input to the device unless it is what lies there."""
-        held = self._held.pop(name, None)
-        if held is None or not _is_same(held, array):
+        held, place = self._held.pop(name, None), (array.shape, array.ctypes.data)
+        if array.flags.writeable or held is None or held[0] != place:
             self._gpu.upload(self._context.get_tensor_address(name), array)
         if not array.flags.writeable:
-            self._held[name] = array  # kept alive, so that no other array can take its place
+            self._held[name] = place, array  # kept alive, so that no other can take its place
 
     def _largest_bytes(self) -> dict[str, int]:
-        """Bytes that every input and output takes at most."""
         largest = dict.fromkeys((*self.inputs, *self.outputs), 0)
         for index, profile in enumerate(self.profiles):
             self._use(index, {name: greatest for name, (_, _, greatest) in profile.items()})
@@ -371,110 +321,64 @@ class TensorRtSession:
 
     def _must(self, done: bool) -> None:
         if not done:
-            raise DeviceUnavailable(
-                f"TensorRT failed to run the {self._graph} engine",
-                seen=self._runtime.errors,
-            )
+            what = f"TensorRT failed to run the {self._graph} engine"
+            raise DeviceUnavailable(what, seen=self._runtime.errors)
 
 
-def open_tensorrt_sessions(
-    package: EnginePackage, *, verify: bool = True
-) -> tuple[TensorRtSession, TensorRtSession]:
-    """Load the vision and the decoder engine that were built for this device.
-
-    Args:
-        package: opened package with engines.
-        verify: compare their SHA-256 with the manifest's.
-
-    Raises:
-        DeviceUnavailable: no TensorRT, no device, or no engine for them in the package.
-        PackageCorrupted: an engine is damaged or not the one that the manifest describes.
-    """
-    gpu = open_gpu()
-    runtime, records = _engines_for(package, installed_tensorrts(), gpu.capability)
-    for record in records:
-        package.check(record.file, record.sha256 if verify else None)
-    vision, decoder = (_opened(package, record, runtime, gpu) for record in records)
-    return vision, decoder
-
-
-def open_tensorrt_patterns(package: EnginePackage, *, verify: bool = True) -> TensorRtSession:
-    """Load the distortion patterns' engine; see `open_tensorrt_sessions`."""
-    gpu = open_gpu()
-    runtime, (record,) = _engines_for(package, installed_tensorrts(), gpu.capability, (PATTERNS,))
-    package.check(record.file, record.sha256 if verify else None)
-    return _opened(package, record, runtime, gpu)
-
-
-def _engines_for(
-    package: EnginePackage,
-    runtimes: Sequence[TensorRt],
-    capability: str,
-    graphs: Sequence[str] = GRAPHS,
-) -> tuple[TensorRt, list[TensorRtEngine]]:
-    """The first of the runtimes that the package has all engines for, and those engines."""
-    misses = []
-    for runtime in runtimes:
+def open_tensorrt(
+    package: EnginePackage, names: Sequence[str], *, verify: bool = True
+) -> list[TensorRtSession]:
+    """Load the engines of some of a package's graphs built for this device; see `open_runtime`."""
+    gpu, misses = open_gpu(), []
+    for runtime in installed_tensorrts():
         try:
-            return runtime, [
-                matching_engine(package, graph, runtime, capability) for graph in graphs
-            ]
+            records = [matching_engine(package, name, runtime, gpu.capability) for name in names]
         except DeviceUnavailable as error:
             misses.append(error)
+            continue
+        for record in records:
+            package.check(record.file, record.sha256 if verify else None)
+        return [_opened(package, record, runtime, gpu) for record in records]
     raise misses[0]
 
 
 def matching_engine(
     package: EnginePackage, graph: str, runtime: TensorRt, capability: str
 ) -> TensorRtEngine:
-    """The engine of a graph for this version of TensorRT and this compute capability.
-
-    Raises:
-        DeviceUnavailable: there is none.
-    """
-    engines = [engine for engine in package.manifest.engines if engine.graph == graph]
-    wanted = (runtime.name, runtime.version, capability)
-    for engine in engines:
-        if (engine.runtime, engine.version, engine.compute_capability) == wanted:
-            return engine
-    raise DeviceUnavailable(
-        f"the package has no {graph} engine for {_described(*wanted)}",
-        seen=", ".join(_described(e.runtime, e.version, e.compute_capability) for e in engines)
-        or "no engines",
-        hint=f"meiqa build {package.path} --compute-capability {capability}",
-    )
-
-
-def _described(runtime: str, version: str, capability: str) -> str:
-    return f"{runtime} {version} on compute capability {capability}"
+    """Give the engine of a graph for this version of TensorRT and this compute capability."""
+    wanted = f"{runtime.name} {runtime.version} on compute capability {capability}"
+    found = {
+        f"{e.runtime} {e.version} on compute capability {e.compute_capability}": e
+        for e in package.manifest.engines
+        if e.graph == graph
+    }
+    if wanted not in found:
+        raise DeviceUnavailable(
+            f"the package has no {graph} engine for {wanted}",
+            seen=", ".join(found) or "no engines",
+            hint=f"meiqa build {package.path} --compute-capability {capability}",
+        )
+    return found[wanted]
 
 
 def _opened(
     package: EnginePackage, record: TensorRtEngine, runtime: TensorRt, gpu: Gpu
 ) -> TensorRtSession:
-    session = TensorRtSession(
-        record.graph, loaded_engine(package.path / record.file, record, runtime), runtime, gpu
-    )
-    graph = package.manifest.every_graph[record.graph]
-    as_recorded = (set(graph.inputs), set(graph.outputs), record.profile)
-    if (set(session.inputs), set(session.outputs), hull(session.profiles)) != as_recorded:
-        raise _damaged(package.path / record.file, record, "other inputs, outputs or shapes")
+    path, graph = package.path / record.file, package.manifest.every_graph[record.graph]
+    engine = loaded_engine(path, record, runtime)
+    session = TensorRtSession(record.graph, engine, runtime, gpu)
+    found = (set(session.inputs), set(session.outputs), hull(session.profiles))
+    if found != (set(graph.inputs), set(graph.outputs), record.profile):
+        raise _damaged(path, record, "other inputs, outputs or shapes")
     return session
 
 
 def loaded_engine(path: Path, record: TensorRtEngine, runtime: TensorRt) -> Any:
-    """Put an engine onto the device.
-
-    Raises:
-        PackageCorrupted: TensorRT does not take it.
-    """
+    """Put an engine onto the device; PackageCorrupted if TensorRT does not take it."""
     runtime.forget_errors()
     loader = runtime.api.Runtime(runtime.logger)
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as serialised,
-    ):
-        engine = loader.deserialize_cuda_engine(serialised)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as read:
+        engine = loader.deserialize_cuda_engine(read)
     if engine is None:
         raise _damaged(path, record, runtime.errors)
     return engine

@@ -1,0 +1,346 @@
+"""The decoder as a model calls it: over whatever executes its graph, or natively beside that.
+
+A *row* is some tokens of one prompt; a *prefix* is what an earlier row left for those that continue
+it, its keys and values. Rows are padded, stacked and cut into calls here, so that a model says what
+it asks and never how that lies in memory.
+
+A package whose decoder stays in a processor's cache holds its layers a second time, in the segment
+`decoder.layers`, which `meiqa.export.fused` wrote from the very graph beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meiqa.engine.manifest import DecoderShape
+from meiqa.engine.package import EnginePackage
+from meiqa.errors import AnswerNotFinite, PackageCorrupted
+from meiqa.kernels.decoder import FASTEST, LAYER_LINEARS, FusedDecoder, FusedShape, Linear
+from meiqa.memory.segment import Segment
+
+Floats = NDArray[np.float32]
+Array = NDArray[np.float32] | NDArray[np.int64]
+
+ROWS_PER_CALL = 8
+"""Rows of one call of a graph: more no longer fit the cache of a CPU core."""
+LAYERS_FILE = "decoder.layers"
+EXPORT_AGAIN = "export the package again"
+ROWS_BY_THEMSELVES = 64
+"""Rows of one call of the kernel, which works on each row by itself; bounds the memory."""
+Stored = Mapping[str, NDArray[np.generic]]
+
+
+class GraphSession(Protocol):
+    """One loaded graph: named arrays in, named arrays out."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Floats]:
+        """Execute the graph: every input by name, and every output."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Tokens that continue a prefix, or that begin a prompt.
+
+    Attributes:
+        embeds: (S, D) float32, S at least 1, D the manifest's `DecoderShape.embed_width`.
+        positions: (3, S) temporal, row and column position of each token, whole numbers from 0 on.
+    """
+
+    embeds: Floats
+    positions: Floats
+
+    def behind(self, count: int) -> Row:
+        """Leave out the first tokens."""
+        return Row(self.embeds[count:], self.positions[:, count:])
+
+    def followed_by(self, embeds: Floats) -> Row:
+        """Append text (n, D), whose positions go on one by one."""
+        start = self.positions.max() + 1
+        text = np.broadcast_to(np.arange(start, start + len(embeds)), (3, len(embeds)))
+        return Row(np.concatenate([self.embeds, embeds]), np.hstack([self.positions, text]))
+
+
+@dataclass(frozen=True, eq=False)
+class KeyValues:
+    """What a row leaves for those that continue it: keys and values (L, 2, H, T, d), C-contiguous.
+
+    Of the T tokens the first `length` count; the others are masked.
+    """
+
+    array: Floats
+    length: int
+
+    def first(self, length: int) -> KeyValues:
+        """Count fewer tokens, of the same array."""
+        return KeyValues(self.array, length)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a row gives that is written on.
+
+    Attributes:
+        logits: (wanted, V) of the tokens that follow its last `wanted` ones, finite or not.
+        hidden: (S, hidden_size) last hidden state of each of its tokens.
+        key_values: (L, 2, H, S, d) of its tokens, to be added to the past.
+    """
+
+    logits: Floats
+    hidden: Floats
+    key_values: Floats
+
+
+class Decoder(Protocol):
+    """Reads rows; each result is the same whatever other rows are in the call.
+
+    AnswerNotFinite where something overflows.
+    """
+
+    def prefill(self, rows: Sequence[Row], ahead: Floats | None = None) -> list[KeyValues]:
+        """Read rows that begin a prompt, any number, of any lengths.
+
+        Gives each one's keys and values, read-only. Their `length` says how far was read: S
+        tokens, or S + n; `KeyValues.first` gives the row's own.
+
+        Args:
+            ahead: (n, D) text that follows every row in most of its continuations. A decoder to
+                which that is nearly free reads it as well.
+        """
+        ...
+
+    def last_logits(
+        self, rows: Sequence[Row], prefixes: Sequence[KeyValues], wanted: Sequence[int]
+    ) -> Floats:
+        """Give the logits (R, len(wanted)) of some tokens in place of the one behind each row.
+
+        Args:
+            prefixes: what each row continues, or the only one, which all continue and which is
+                neither copied nor read again.
+            wanted: ids of the tokens.
+        """
+        ...
+
+    def step(self, prefix: KeyValues, past: KeyValues, row: Row, wanted: int = 1) -> Step:
+        """Read one row behind a prefix and a past, which is what was written after the prefix.
+
+        Logits are asked of the row's last `wanted` tokens.
+        """
+        ...
+
+
+class GraphDecoder:
+    """A decoder graph in a session: ONNX Runtime's, TensorRT's, or PyTorch's in the export."""
+
+    def __init__(self, session: GraphSession, shape: DecoderShape) -> None:
+        self.session = session
+        empty = np.zeros((shape.layers, 2, shape.kv_heads, 0, shape.head_dim), np.float32)
+        self._nothing = KeyValues(empty, 0)
+
+    def prefill(self, rows: Sequence[Row], ahead: Floats | None = None) -> list[KeyValues]:
+        """Read rows that begin a prompt, and nothing ahead; see `Decoder`."""
+        kept = []
+        for part in parts_of(len(rows), ROWS_PER_CALL):
+            made = self._called(rows[part], [self._nothing] * len(rows[part]))["key_values"]
+            for index, row in enumerate(rows[part]):
+                # Copied, so that a cached prefix does not keep its neighbours of the call alive.
+                array = made[:, :, index, :, 0, : len(row.embeds)].copy()
+                array.setflags(write=False)  # so that a device need not be sent it twice
+                kept.append(KeyValues(array, len(row.embeds)))
+        return kept
+
+    def last_logits(
+        self, rows: Sequence[Row], prefixes: Sequence[KeyValues], wanted: Sequence[int]
+    ) -> Floats:
+        """Give logits behind rows; see `Decoder`."""
+        found = [np.zeros((0, len(wanted)), np.float32)]
+        for part in parts_of(len(rows), ROWS_PER_CALL):
+            continued = prefixes if len(prefixes) == 1 else prefixes[part]
+            logits = self._called(rows[part], continued)["logits"]
+            found.append(logits.reshape(len(rows[part]), -1)[:, list(wanted)])
+        return np.concatenate(found)
+
+    def step(self, prefix: KeyValues, past: KeyValues, row: Row, wanted: int = 1) -> Step:
+        """Read a row behind a prefix and a past; see `Decoder`."""
+        # The past's own memory, which is writable: what is read-only a device may keep.
+        lying = past.array[:, :, None, :, None]
+        made = self._run([row], [prefix], KeyValues(lying, past.length), wanted)
+        return Step(made["logits"][0, 0], made["hidden"][0, 0], made["key_values"][:, :, 0, :, 0])
+
+    def _called(self, rows: Sequence[Row], prefixes: Sequence[KeyValues]) -> dict[str, Floats]:
+        """Run rows without a past, for the logits of their last tokens."""
+        made = self._run(rows, prefixes)
+        require_finite(made["logits"])
+        return made
+
+    def _run(
+        self,
+        rows: Sequence[Row],
+        prefixes: Sequence[KeyValues],
+        past: KeyValues | None = None,
+        wanted: int = 1,
+    ) -> dict[str, Floats]:
+        # Prefixes of a call, and rows of each: all over the only one, or one over each.
+        across = (1, len(rows)) if len(prefixes) == 1 else (len(rows), 1)
+        if past is None:
+            layers, _, heads, _, width = self._nothing.array.shape
+            empty = np.zeros((layers, 2, across[0], heads, across[1], 0, width), np.float32)
+            past = KeyValues(empty, 0)
+        embeds, positions, steps = padded(rows)
+        longest = embeds.shape[1]
+        asked = steps[:, None] + np.arange(-wanted, 0)
+        return self.session.run(
+            {
+                "embeds": embeds.reshape(*across, longest, -1),
+                "positions": positions.reshape(3, *across, longest),
+                "prefix": _stacked(prefixes),
+                "prefix_lengths": np.array([prefix.length for prefix in prefixes], np.int64),
+                "past": past.array,
+                "past_lengths": np.full(across, past.length, np.int64),
+                "logit_positions": asked.reshape(*across, wanted),
+            }
+        )
+
+
+def parts_of(count: int, most: int) -> Iterator[slice]:
+    """Cut so many rows into calls of at most `most`."""
+    return (slice(start, start + most) for start in range(0, count, most))
+
+
+def _stacked(prefixes: Sequence[KeyValues]) -> Floats:
+    """Prefixes side by side (L, 2, B, H, T, d), padded to the longest; a single one as it lies."""
+    if len(prefixes) == 1:
+        return prefixes[0].array[:, :, None]
+    layers, _, heads, _, width = prefixes[0].array.shape
+    longest = max(prefix.length for prefix in prefixes)
+    stacked = np.zeros((layers, 2, len(prefixes), heads, longest, width), np.float32)
+    for index, prefix in enumerate(prefixes):
+        stacked[:, :, index, :, : prefix.length] = prefix.array[..., : prefix.length, :]
+    return stacked
+
+
+def padded(rows: Sequence[Row]) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """Lay rows side by side: embeddings (R, S, D), positions (3, R, S), real tokens (R,)."""
+    steps = np.array([len(row.embeds) for row in rows], np.int64)
+    embeds = np.zeros((len(rows), int(steps.max()), rows[0].embeds.shape[1]), np.float32)
+    positions = np.zeros((3, *embeds.shape[:2]), np.float32)
+    for index, row in enumerate(rows):
+        embeds[index, : len(row.embeds)] = row.embeds
+        positions[:, index, : len(row.embeds)] = row.positions
+    return embeds, positions, steps
+
+
+def require_finite(values: Floats) -> None:
+    """Refuse what overflowed on its way through the model."""
+    if not np.isfinite(values).all():
+        raise AnswerNotFinite(
+            "the model's answer is not a number",
+            hint="export the model with --precision fp32, whose range is wider",
+        )
+
+
+class NativeDecoder:
+    """A decoder's layers in the native kernel, and its graph for what is written.
+
+    `head` (D, V) makes logits of hidden states; rows are shared among the threads.
+    """
+
+    def __init__(self, graph: Decoder, layers: FusedDecoder, head: Floats, threads: int) -> None:
+        self.graph, self._layers, self._head, self._threads = graph, layers, head, threads
+
+    def prefill(self, rows: Sequence[Row], ahead: Floats | None = None) -> list[KeyValues]:
+        """Read rows that begin a prompt, and what follows them; see `Decoder`."""
+        longer = rows if ahead is None else [row.followed_by(ahead) for row in rows]
+        kept = []
+        for part in parts_of(len(longer), ROWS_BY_THEMSELVES):
+            for array in self._layers.keys_and_values(*padded(longer[part]), self._threads):
+                require_finite(array)
+                array.setflags(write=False)
+                kept.append(KeyValues(array, array.shape[3]))
+        return kept
+
+    def last_logits(
+        self, rows: Sequence[Row], prefixes: Sequence[KeyValues], wanted: Sequence[int]
+    ) -> Floats:
+        """Give logits behind rows, over prefixes that are read where they lie; see `Decoder`."""
+        found = [np.zeros((0, len(wanted)), np.float32)]
+        for part in parts_of(len(rows), ROWS_BY_THEMSELVES):
+            continued = prefixes if len(prefixes) == 1 else prefixes[part]
+            hidden = self._layers.last_hidden(
+                *padded(rows[part]),
+                [prefix.array for prefix in continued],
+                np.array([prefix.length for prefix in continued], np.int64),
+                self._threads,
+            )
+            found.append(hidden @ self._head[:, list(wanted)])
+            require_finite(found[-1])
+        return np.concatenate(found)
+
+    def step(self, prefix: KeyValues, past: KeyValues, row: Row, wanted: int = 1) -> Step:
+        """Read a row behind a prefix and a past, by the graph; see `Decoder`."""
+        return self.graph.step(prefix, past, row, wanted)
+
+
+def read_layers(
+    package: EnginePackage, kernel: str = FASTEST
+) -> tuple[FusedDecoder, Floats] | None:
+    """Read a package's layers for a kernel, and its head (D, V); None where it has none."""
+    if LAYERS_FILE not in package.manifest.files:
+        return None
+    # The manifest's digest of the file was compared when the package was opened.
+    segment = Segment.open(package.path / LAYERS_FILE, verify=False)
+    try:
+        layers = layers_of(segment.arrays, segment.attributes, kernel)
+        head = floats(segment.arrays["lm_head"])
+    except (KeyError, TypeError, ValueError) as error:
+        what, hint = f"{segment.path} does not hold the decoder's layers", EXPORT_AGAIN
+        raise PackageCorrupted(what, seen=str(error), hint=hint) from error
+    shape, own = package.manifest.decoder, layers.shape
+    found = (len(layers.layers), own.kv_heads, own.head_width, own.width, *head.shape)
+    width = shape.hidden_size
+    listed = (shape.layers, shape.kv_heads, shape.head_dim, width, width, shape.vocab_size)
+    if found != listed:
+        raise PackageCorrupted(
+            f"{segment.path} holds another decoder than the manifest describes",
+            seen=found,
+            allowed=listed,
+            hint=EXPORT_AGAIN,
+        )
+    return layers, head
+
+
+def layers_of(
+    arrays: Stored, attributes: Mapping[str, object], kernel: str = FASTEST
+) -> FusedDecoder:
+    """Make the kernel's layers of what `meiqa.export.fused` stored.
+
+    KeyError, TypeError or ValueError if something is missing or does not fit.
+    """
+    shape = FusedShape(**attributes)  # type: ignore[arg-type]
+    count = sum(name.endswith(".input_layernorm") for name in arrays)
+    names = [f"layers.{index}" for index in range(count)]
+    before = [floats(arrays[f"{name}.input_layernorm"]) for name in names]
+    after = [floats(arrays[f"{name}.post_layernorm"]) for name in names]
+    linears = [{n: _linear(arrays, f"{name}.{n}") for n in LAYER_LINEARS} for name in names]
+    norms = list(zip(before, after, strict=True))
+    common = floats(arrays["frequencies"]), floats(arrays["norm"])
+    return FusedDecoder(shape, *common, norms, linears, kernel)
+
+
+def _linear(arrays: Stored, name: str) -> Linear:
+    bias = floats(arrays[f"{name}.bias"])
+    if f"{name}.scale" not in arrays:
+        return Linear(floats(arrays[name]), bias)
+    scale, zero = arrays[f"{name}.input"].tolist()
+    weights, scales = np.asarray(arrays[name], np.int8), floats(arrays[f"{name}.scale"])
+    return Linear(weights, bias, scales, scale, int(zero))
+
+
+def floats(array: NDArray[np.generic]) -> Floats:
+    """Take an array as contiguous float32, copied only where it isn't."""
+    return np.ascontiguousarray(array, np.float32)

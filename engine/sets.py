@@ -1,0 +1,244 @@
+"""Photos of a set beside each other: the joint solution that ranks, culls and compares them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meiqa.engine.budget import PairTime
+from meiqa.engine.calibration import Calibration
+from meiqa.engine.comparing import Comparer
+from meiqa.engine.estimates import Posterior, before_comparisons, calibrated
+from meiqa.engine.scoring import Scored, as_neighbours
+from meiqa.engine.shots import grouped, likenesses, view_of
+from meiqa.errors import UsageError
+from meiqa.kernels.thurstone import thurstone_joint
+from meiqa.types import CulledPhoto, Neighbour, RankedPhoto
+
+RIVALS = 4
+"""Photos of the set that each is compared with: of near scores, whose order is least certain."""
+ALL_PAIRS = 8
+"""Photos behind it that a shot is compared with: all, in groups of up to nine."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """What is kept of a scored photo until it is compared with the others of its set.
+
+    Attributes:
+        prior: the score before any comparison; score: the fused one.
+        view: what it shows, where that is asked for.
+    """
+
+    path: str
+    image_digest: str
+    tokens: NDArray[np.float32]
+    grid: tuple[int, int]
+    prior: float
+    score: float
+    neighbours: tuple[Neighbour, ...]
+    summary: str | None = None
+    view: NDArray[np.float32] | None = None
+    hurried: bool = False
+
+    @classmethod
+    def of(cls, scored: Scored, *, view: bool = False) -> Candidate:
+        """Keep what a set needs of a scored photo; its pixels are let go."""
+        description = scored.prediction.description
+        return cls(
+            path=scored.pixels.name,
+            image_digest=scored.pixels.digest,
+            tokens=scored.prefix.tokens.values,
+            grid=scored.prefix.tokens.grid,
+            prior=before_comparisons(scored.estimates).score,
+            score=scored.posterior.score,
+            neighbours=as_neighbours(scored.neighbours, scored.preferences),
+            summary=None if description is None else description.text,
+            view=view_of(scored.pixels.array) if view else None,
+            hurried=scored.hurried,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A set of N photos after all comparisons.
+
+    Attributes:
+        scores: (N,) of the joint solution, which may lie beyond the scale.
+        posteriors: the same as people's scores and deviations go.
+        order: indices, best first; alone: the same by the scores before the photos met.
+        compared: (N,) with how many of the set each was compared.
+        left_out: of all `pairs` those that there was no time for.
+    """
+
+    scores: Floats
+    posteriors: tuple[Posterior, ...]
+    order: tuple[int, ...]
+    alone: tuple[int, ...]
+    compared: NDArray[np.intp]
+    left_out: int
+    pairs: int
+
+
+def solve(
+    candidates: Sequence[Candidate], comparer: Comparer, rivals: int, time: PairTime
+) -> Solution:
+    """Compare photos with those next to them in score, and solve for all scores together.
+
+    Each is compared with `rivals` others, half of them before it and half behind it.
+    """
+    calibration = comparer.model.calibration
+    alone = order_of([each.score for each in candidates])
+    pairs, preferences, left_out = [], list[float](), 0
+    for place, index in enumerate(alone):
+        following = alone[place + 1 : place + 1 + rivals // 2]
+        while following and (wave := following[: time.affordable]):
+            others = [candidates[other] for other in wave]
+            preferences += comparer.preferences(candidates[index], others).tolist()
+            pairs += [(index, other) for other in wave]
+            following = following[len(wave) :]
+        left_out += len(following)
+    scores, stds = joint_scores(candidates, pairs, preferences, calibration)
+    solved = zip(scores.tolist(), stds.tolist(), strict=True)
+    return Solution(
+        scores=scores,
+        posteriors=tuple(calibrated(score, std, calibration) for score, std in solved),
+        # By the solution and not by the mapped score, which may be cut off at the scale's ends.
+        order=tuple(order_of(scores)),
+        alone=tuple(alone),
+        compared=np.bincount(np.array(pairs, np.intp).ravel(), minlength=len(candidates)),
+        left_out=left_out,
+        pairs=left_out + len(pairs),
+    )
+
+
+def joint_scores(
+    candidates: Sequence[Candidate],
+    pairs: Sequence[tuple[int, int]],
+    preferences: Sequence[float],
+    calibration: Calibration,
+) -> tuple[Floats, Floats]:
+    """Scores and deviations (N,) that suit all comparisons best; see `thurstone_joint`.
+
+    Each photo has its prior; a remembered photo that several were compared with is one item.
+    """
+    count = len(candidates)
+    prior, stds = [each.prior for each in candidates], [np.nan] * count
+    pairs, preferences = list(pairs), list(preferences)
+    items: dict[tuple[str, str], int] = {}
+    for index, each in enumerate(candidates):
+        for known in each.neighbours:
+            if known.preference is not None:
+                item = items.setdefault((known.origin, known.id), count + len(items))
+                if item == len(prior):
+                    prior.append(known.score)
+                    stds.append(known.std)
+                pairs.append((index, item))
+                preferences.append(known.preference)
+    scores, deviations = thurstone_joint(
+        prior,
+        np.full(len(prior), calibration.lam),
+        stds,
+        np.array(pairs, np.int64).reshape(-1, 2),
+        preferences,
+        calibration.sigma,
+    )
+    return scores[:count], deviations[:count]
+
+
+def ranked(candidates: Sequence[Candidate], solution: Solution) -> tuple[RankedPhoto, ...]:
+    """Order photos, best first; those of equal score keep the order they were given in."""
+    place_alone = {index: place for place, index in enumerate(solution.alone)}
+    return tuple(
+        RankedPhoto(
+            rank=place + 1,
+            path=candidates[index].path,
+            score=solution.posteriors[index].score,
+            std=solution.posteriors[index].std,
+            alone=candidates[index].score,
+            compared=int(solution.compared[index]),
+            places=place_alone[index] - place,
+            summary=candidates[index].summary,
+        )
+        for place, index in enumerate(solution.order)
+    )
+
+
+def culled(
+    candidates: Sequence[Candidate], comparer: Comparer, alike: float, time: PairTime
+) -> tuple[tuple[tuple[CulledPhoto, ...], ...], tuple[Solution, ...]]:
+    """Group shots of one scene, and put each group in order by comparing its photos.
+
+    Groups come in the order of their first photos; each holds its best photo first.
+    """
+    views = [each.view for each in candidates if each.view is not None]
+    digests = [each.image_digest for each in candidates]
+    groups, solutions = [], []
+    for members in grouped(views, digests, alike):
+        group = [candidates[index] for index in members]
+        solution = solve(group, comparer, 2 * min(len(group) - 1, ALL_PAIRS), time)
+        groups.append(_in_order(group, solution))
+        solutions.append(solution)
+    return tuple(groups), tuple(solutions)
+
+
+def _in_order(group: Sequence[Candidate], solution: Solution) -> tuple[CulledPhoto, ...]:
+    best = group[solution.order[0]]
+    return tuple(
+        CulledPhoto(
+            place=place,
+            path=group[index].path,
+            score=solution.posteriors[index].score,
+            std=solution.posteriors[index].std,
+            alone=group[index].score,
+            likeness=_likeness(best, group[index]),
+            summary=group[index].summary,
+        )
+        for place, index in enumerate(solution.order, 1)
+    )
+
+
+def _likeness(one: Candidate, other: Candidate) -> float:
+    """How alike two photos are; the same pixels wholly."""
+    if one.image_digest == other.image_digest or one.view is None or other.view is None:
+        return 1.0
+    return round(float(likenesses([one.view], [other.view])[0, 0].clip(-1.0, 1.0)), 4)
+
+
+def preference_of(solution: Solution) -> float:
+    """Give the probability that the first of two photos looks better, by their joint solution."""
+    gap = float(solution.scores[0] - solution.scores[1])
+    spread = math.hypot(*(each.std for each in solution.posteriors))
+    if spread == 0.0:
+        return 0.5 + 0.5 * float(np.sign(gap))
+    return 0.5 * math.erfc(-gap / (spread * math.sqrt(2.0)))
+
+
+def left_out(candidates: Sequence[Candidate], solutions: Sequence[Solution]) -> tuple[str, ...]:
+    """Name what there was no time for."""
+    notes = []
+    if hurried := sum(each.hurried for each in candidates):
+        photos = f"{hurried} of {len(candidates)} photos"
+        notes.append(f"{photos} scored without all of their text and comparisons: no time")
+    if missing := sum(each.left_out for each in solutions):
+        pairs = sum(each.pairs for each in solutions)
+        notes.append(f"{missing} of {pairs} pairs not compared: no time")
+    return tuple(notes)
+
+
+def order_of(scores: Sequence[float] | Floats) -> list[int]:
+    """Give indices by falling score, equal scores as they come."""
+    order: list[int] = np.argsort(-np.asarray(scores, np.float64), kind="stable").tolist()
+    return order
+
+
+def require_even(rivals: int) -> None:
+    """Refuse a number of rivals of which there is no half, or a negative one."""
+    if rivals < 0 or rivals % 2:
+        raise UsageError("rivals are before and behind a photo", seen=rivals, allowed="0, 2, 4, …")
