@@ -1,61 +1,97 @@
-"""What the layers of a graph read while pictures are judged: ranges, mean squares, a sample."""
+"""Which layer of a package bears which precision: what pictures show of its float graphs.
+
+    observed = observe(files, exercise)
+    quantisation = Quantisation(files, "int8", observed)
+    plan = quantisation.default()  # or measured: SensitivityStudy(quantisation, …).plan()
+    save_graph(quantisation.graph("decoder", plan["decoder"]), path)
+
+The study quantises one group of layers at a time and leaves everything else in float; what that
+moves, in grades and in preferences on pictures that were not calibrated on, decides. A group may
+spend as much of a budget for the whole model as it has a share in what quantising saves: in the
+bytes of all weights or in all multiplications, whichever is more. Where a group moves the answers
+by more than that, its layers are measured one by one, and those that do so too stay behind.
+
+Convolutions feed one another, and a float one amid quantised ones costs two conversions of its wide
+result. So they stay in float up to one of them and are quantised from there on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import hashlib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 
-from meiqa.engine.runtime.base import Array, GraphSession
-from meiqa.export.piecewise import PiecewiseSession
+from meiqa.engine.estimates import expected_grade
+from meiqa.engine.images import IMAGE_SUFFIXES
+from meiqa.engine.model import Model, VisualTokens
+from meiqa.engine.runtime.decoder import Array, GraphSession
+from meiqa.errors import UsageError
+from meiqa.export.layers import Layer, layers_of, save_graph, store_as_half
+from meiqa.export.rounding import (
+    Observed,
+    Range,
+    foldables,
+    quantise_int4,
+    quantise_int8,
+    result_of,
+    smoothing_scales,
+    values_to_observe,
+)
+from meiqa.export.verify import PiecewiseSession
 
-Floats = NDArray[np.float32]
 SAMPLED_VALUES, SAMPLED_ROWS = 1 << 20, 1024
 """A sample holds so many rows at most, and so many values: rows of wide layers are fewer."""
 WRITING_EVERY = 16
 """Calls of one token write text; they are many and alike, so one in so many is looked at."""
+LEFT_IN_FLOAT = "fp16"
+BUDGETS = {"int8": 0.1, "int4": 0.2}
+"""Move, in grades, of which each group may spend its share."""
+CHAIN_SHARE = 0.1
+"""Of the budget, for all convolutions together; errors of single groups partly cancel, those of a
+chain add up."""
+COMPARED = 4
+"""Pictures that each picture is compared with."""
+
+Floats = NDArray[np.float32]
+Files = Mapping[str, Path]
+Assignment = dict[str, str]
+"""Precision by the name of a layer's weight: "int4", "int8" or "fp16"."""
+Pictures = Sequence[NDArray[np.uint8]]
+OpenModel = Callable[[Mapping[str, GraphSession]], Model]
 
 
-@dataclass(frozen=True, eq=False)
-class Observed:
-    """One value of a graph over all calls, its channels apart.
+def pictures_in(folder: Path, count: int) -> list[Path]:
+    """Choose up to `count` photographs of a folder, spread by a hash of their names.
 
-    Attributes:
-        low, high: (C,) smallest and largest value of each channel.
-        square: (C,) mean square of each channel.
-        rows: (n, C) random tokens or pixels.
-        seen: tokens or pixels seen.
+    Raises:
+        UsageError: there are none.
     """
-
-    low: Floats
-    high: Floats
-    square: NDArray[np.float64]
-    rows: Floats
-    seen: int
-
-    @property
-    def magnitude(self) -> Floats:
-        """(C,) largest absolute value of each channel."""
-        return np.maximum(np.abs(self.low), np.abs(self.high))
-
-    def divided(self, scales: Floats) -> Observed:
-        """The same with each channel divided by a positive number (C,)."""
-        return replace(
-            self,
-            low=self.low / scales,
-            high=self.high / scales,
-            square=self.square / np.square(scales, dtype=np.float64),
-            rows=self.rows / scales,
-        )
+    if not folder.is_dir():
+        raise UsageError("there is no folder with photographs", seen=folder)
+    photographs = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and path.is_file()
+    ]
+    if not photographs:
+        allowed = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise UsageError(f"{folder} holds no photographs", allowed=allowed)
+    by_hash = sorted(photographs, key=lambda p: hashlib.sha256(p.name.encode()).hexdigest())
+    return by_hash[:count]
 
 
 class Observer:
-    """Collects what `Observed` holds of a value with so many channels."""
+    """Collects what `Observed` holds of a value."""
 
     def __init__(self, width: int) -> None:
         self._rng = np.random.default_rng(0)
@@ -80,7 +116,6 @@ class Observer:
         self._rows = np.concatenate([self._rows[old], values[new]])
 
     def observed(self) -> Observed:
-        """Everything so far."""
         return Observed(self._low, self._high, self._sum / self._seen, self._rows, self._seen)
 
 
@@ -89,12 +124,11 @@ class ObservingSession:
 
     Args:
         session: executes the graph and returns those values besides its outputs.
-        channel_axes: the values to note, with the axis that counts channels.
+        channel_axes: the axes that count their channels.
     """
 
     def __init__(self, session: GraphSession, channel_axes: Mapping[str, int]) -> None:
-        self._session = session
-        self._axes = channel_axes
+        self._session, self._axes = session, channel_axes
         self._observers: dict[str, Observer] = {}
         self._written = 0
 
@@ -112,24 +146,253 @@ class ObservingSession:
         return made
 
     def observed(self) -> dict[str, Observed]:
-        """What was noted of each value, once there was a call."""
         return {name: observer.observed() for name, observer in self._observers.items()}
 
 
 @contextmanager
 def observing(path: Path, channel_axes: Mapping[str, int]) -> Iterator[ObservingSession]:
     """Open a graph file so that the values with these channel axes are noted."""
-    copy = path.with_name(f".{path.name}.observed")
-    try:
-        add_outputs(path, copy, list(channel_axes))
-        yield ObservingSession(PiecewiseSession(copy), channel_axes)
-    finally:
-        copy.unlink(missing_ok=True)
-
-
-def add_outputs(path: Path, copy: Path, names: Sequence[str]) -> None:
-    """Write a twin of a graph, beside it so that it finds its weights, with values as outputs."""
     model = onnx.load(path, load_external_data=False)
     present = {output.name for output in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in present)
-    copy.write_bytes(model.SerializeToString())
+    missing = [name for name in channel_axes if name not in present]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in missing)
+    twin = path.with_name(f".{path.name}.observed")  # beside it, so that it finds its weights
+    try:
+        twin.write_bytes(model.SerializeToString())
+        yield ObservingSession(PiecewiseSession(twin), channel_axes)
+    finally:
+        twin.unlink(missing_ok=True)
+
+
+def observe(
+    files: Files, exercise: Callable[[Mapping[str, GraphSession]], None]
+) -> dict[str, dict[str, Observed]]:
+    """Note, by graph and activation, what layers read while `exercise` asks as the engine does."""
+    with ExitStack() as stack:
+        sessions = {
+            name: stack.enter_context(observing(file, values_to_observe(ir.load(file))))
+            for name, file in files.items()
+        }
+        exercise(sessions)
+        return {name: session.observed() for name, session in sessions.items()}
+
+
+class Quantisation:
+    """The float graphs of a package and what is known about them.
+
+    Args:
+        files: float graphs by name.
+        precision: "int8" or "int4"; only the decoder has layers in 4 bits.
+        observed: by graph and activation; empty without pictures, and then nothing can be int8.
+    """
+
+    def __init__(
+        self, files: Files, precision: str, observed: Mapping[str, Mapping[str, Observed]]
+    ) -> None:
+        self.files, self.precision = files, precision
+        self._observed = {name: dict(observed.get(name, {})) for name in files}
+        self._scales: dict[str, dict[str, Floats]] = {}
+        for name, seen in self._observed.items():
+            smooth = self.ladder(name)[:1] == ["int8"]
+            self._scales[name] = smoothing_scales(self._load(name), seen) if smooth else {}
+            for value, scales in self._scales[name].items():
+                seen[value] = seen[value].divided(scales)
+
+    def _load(self, name: str) -> ir.Model:
+        return ir.load(self.files[name])
+
+    def ladder(self, name: str) -> list[str]:
+        """List the precisions that a graph's layers may have below float, the smallest first."""
+        rungs = ["int4"] if self.precision == "int4" and name == "decoder" else []
+        return [*rungs, "int8"] if self._observed.get(name) else rungs
+
+    def layers(self, name: str) -> list[Layer]:
+        return layers_of(self._load(name))
+
+    def positions(self, name: str, layer: Layer) -> int:
+        """Count the tokens or pixels for which a layer was at work."""
+        value = result_of(layer) if layer.is_convolution else layer.input
+        return self._observed[name][str(value.name)].seen
+
+    def default(self) -> dict[str, Assignment]:
+        """Plan every layer in the smallest precision, but what sees pixels or makes logits."""
+        plan = {}
+        for name in self.files:
+            layers = self.layers(name)
+            small = [*self.ladder(name), LEFT_IN_FLOAT][0]
+            plan[name] = {layer.name: small for layer in layers}
+            logits = [layer for layer in layers if layer.node.outputs[0].name == "logits"]
+            for layer in layers[:1] if name == "vision" else logits:
+                plan[name][layer.name] = LEFT_IN_FLOAT
+        return plan
+
+    def graph(self, name: str, assignment: Assignment) -> ir.Model:
+        """Make a graph with each layer in its precision, "fp32" for those not named."""
+        model = self._load(name)
+        seen, scales = self._observed[name], self._scales[name]
+        for foldable in list(foldables(model)):
+            if str(foldable.value.name) in scales:
+                foldable.fold(scales[str(foldable.value.name)])
+        ranges = {value: Range.of(of_value) for value, of_value in seen.items()}
+
+        def stored_as(precision: str) -> Callable[[Layer], bool]:
+            return lambda layer: assignment.get(layer.name) == precision
+
+        quantise_int8(model, ranges, stored_as("int8"))
+        quantise_int4(model, seen, stored_as("int4"))
+        store_as_half(model, stored_as("fp16"))
+        return model
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model says of pictures: grades (N,) on 1-5, preferences (N, K) on 0-1."""
+
+    grades: NDArray[np.float64]
+    preferences: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, model: Model, tokens: list[VisualTokens]) -> Answers:
+        """Grade all pictures and compare each with the ones after it."""
+        prefixes = model.prefill(tokens)
+        around = [*tokens[1:], *tokens * COMPARED]
+        logits = [model.prefer_first([p], around[i:][:COMPARED]) for i, p in enumerate(prefixes)]
+        grades = [expected_grade(model.grade(prefix)) for prefix in prefixes]
+        return cls(np.array(grades), 1 / (1 + np.exp(-np.stack(logits))))
+
+    def moves_to(self, other: Answers) -> tuple[float, float]:
+        """Measure the mean change of grades and of preferences."""
+        grades, preferences = self.grades - other.grades, self.preferences - other.preferences
+        return float(np.abs(grades).mean()), float(np.abs(preferences).mean())
+
+
+class Shares(NamedTuple):
+    """Parts of the bytes of all graphs' weights and of all their multiplications."""
+
+    byte_share: float
+    work_share: float
+
+
+class Group(NamedTuple):
+    """Layers of a graph that are measured together, with the shares of each by its name.
+
+    Chained ones are convolutions that feed one another.
+    """
+
+    graph: str
+    name: str
+    layers: Mapping[str, Shares]
+    chained: bool = False
+
+    @property
+    def shares(self) -> Shares:
+        return Shares(*np.sum(list(self.layers.values()), axis=0).tolist())
+
+    def only(self, names: Collection[str]) -> Group:
+        return self._replace(layers={n: shares for n, shares in self.layers.items() if n in names})
+
+
+def groups_of(quantisation: Quantisation) -> list[Group]:
+    """Group the convolutions of each graph, and linear layers by what they are in their block."""
+    layers = [(name, layer) for name in quantisation.files for layer in quantisation.layers(name)]
+    sizes = np.array([prod(layer.shape) for _, layer in layers])
+    works = sizes * [quantisation.positions(graph, layer) for graph, layer in layers]
+    groups: dict[tuple[str, str, bool], dict[str, Shares]] = {}
+    for index, (graph, layer) in enumerate(layers):
+        chained = layer.is_convolution
+        name = "convolutions" if chained else re.sub(r"\.\d+(?=\.)", ".*", layer.name, count=1)
+        shares = Shares(float(sizes[index] / sizes.sum()), float(works[index] / works.sum()))
+        groups.setdefault((graph, name, chained), {})[layer.name] = shares
+    return [Group(graph, name, names, chained) for (graph, name, chained), names in groups.items()]
+
+
+class SensitivityStudy:
+    """Measures what quantising parts of a model moves.
+
+    Args:
+        open_model: opens a model on sessions of the graphs.
+        pictures: fitted to the grid, others than those calibrated on.
+        folder: where the trials' graphs are written for the time they run.
+    """
+
+    def __init__(
+        self, quantisation: Quantisation, open_model: OpenModel, pictures: Pictures, folder: Path
+    ) -> None:
+        self._quantisation, self._open_model = quantisation, open_model
+        self._pictures, self._folder = pictures, folder
+        self._float = {n: PiecewiseSession(file) for n, file in quantisation.files.items()}
+        model = open_model(self._float)
+        self._tokens = [model.encode(picture) for picture in pictures]
+        self._exact = Answers.of(model, self._tokens)
+        self.table: list[dict[str, Any]] = []
+
+    def plan(self) -> dict[str, Assignment]:
+        """Choose the precision of every layer; `table` then holds all measurements."""
+        plan: dict[str, Assignment] = {name: {} for name in self._quantisation.files}
+        for group in groups_of(self._quantisation):
+            assigned = self._cut if group.chained else self._assigned
+            plan[group.graph] |= assigned(group, self._quantisation.ladder(group.graph))
+        return plan
+
+    def _cut(self, group: Group, ladder: Sequence[str]) -> Assignment:
+        """Few bits from that convolution on from which the model bears them.
+
+        It is found by halving: a shorter rest is taken to move answers less.
+        """
+        names = list(group.layers)
+        low, high = 0, len(names)
+        while ladder and low < high:
+            middle = (low + high) // 2
+            if self._bears(group.only(names[middle:]), ladder[0]):
+                high = middle
+            else:
+                low = middle + 1
+        few = ladder[0] if ladder else LEFT_IN_FLOAT
+        return dict.fromkeys(names, few) | dict.fromkeys(names[:high], LEFT_IN_FLOAT)
+
+    def _assigned(self, group: Group, ladder: Sequence[str]) -> Assignment:
+        """The smallest precision that each of a group's layers bears."""
+        if not ladder:
+            return dict.fromkeys(group.layers, LEFT_IN_FLOAT)
+        smallest, *wider = ladder
+        assigned = dict.fromkeys(group.layers, smallest)
+        if self._bears(group, smallest):
+            return assigned
+        failing: Collection[str] = group.layers
+        if len(group.layers) > 1:
+            # If none fails alone, all of them do together.
+            alone = [name for name in group.layers if not self._bears(group.only([name]), smallest)]
+            failing = alone or group.layers
+        return assigned | self._assigned(group.only(failing), wider)
+
+    def _bears(self, group: Group, precision: str) -> bool:
+        """Measure a group in a precision, note it, and say whether it stays below its share."""
+        model = self._quantisation.graph(group.graph, dict.fromkeys(group.layers, precision))
+        file = self._folder / f".{group.graph}.trial.onnx"
+        try:
+            save_graph(model, file)
+            trial = self._open_model({**self._float, group.graph: PiecewiseSession(file)})
+            seen = group.graph == "vision"
+            tokens = [trial.encode(p) for p in self._pictures] if seen else self._tokens
+            grade, verdict = self._exact.moves_to(Answers.of(trial, tokens))
+        finally:
+            for written in (file, file.with_name(f"{file.name}.data")):
+                written.unlink(missing_ok=True)
+        # Grades span 4 and preferences 1.
+        share = CHAIN_SHARE if group.chained else max(group.shares)
+        allowed = BUDGETS[self._quantisation.precision] * share
+        # What is not a number must not pass as small.
+        bears = bool(grade <= allowed and 4 * verdict <= allowed)
+        row = {
+            "graph": group.graph,
+            "group": group.name if len(group.layers) > 1 else next(iter(group.layers)),
+            "layers": len(group.layers),
+            "precision": precision,
+            **group.shares._asdict(),
+            "grade_move": grade,
+            "verdict_move": verdict,
+            "allowed_move": allowed,
+            "borne": bears,
+        }
+        self.table.append(row)
+        return bears

@@ -1,41 +1,235 @@
-"""A checkpoint in Hugging Face's layout, opened for export: what it is, but not its weights yet."""
+"""A checkpoint in Hugging Face's layout, opened for export: what it is, but not its weights yet.
+
+Weights are read tensor by tensor, so that a large model is never in memory whole. Safetensors only:
+nothing in a checkpoint is executed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from meiqa.engine.manifest import DecoderShape, ImageProcessing
+from meiqa.engine.manifest import ImageProcessing
 from meiqa.errors import PackageCorrupted, PackageNotFound
 from meiqa.export.decoder import DecoderConfig, SharedPrefixDecoder
 from meiqa.export.families import FAMILIES
 from meiqa.export.families.base import Family
-from meiqa.export.weights import SHOWN_NAMES, StoredWeights, weightless
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WANTED = ("*.json", "*.safetensors")
+"""What is downloaded: never code, never pickled weights."""
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHOWN_NAMES = 4
 LEAST_PIXELS, MOST_PIXELS = 128 * 128, 1024 * 1024
 """Bounds of the area that the tower sees, unless the checkpoint's own are narrower."""
+VISUAL, TEXT = "visual.", "language_model."
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+
+
+def local_folder(checkpoint: str) -> Path:
+    """Find the folder of a checkpoint, downloaded if it is a hub id.
+
+    Raises:
+        PackageNotFound: there is no such folder, and nothing of that name can be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(checkpoint):
+        raise PackageNotFound(
+            "there is no such checkpoint",
+            seen=checkpoint,
+            allowed="a folder, or a hub id like Qwen/Qwen2.5-VL-3B-Instruct",
+        )
+    try:
+        return Path(snapshot_download(checkpoint, allow_patterns=list(WANTED)))
+    except (HFValidationError, OSError) as error:
+        raise PackageNotFound(
+            f"{checkpoint} is no local folder and can't be downloaded",
+            seen=str(error).splitlines()[0].removeprefix("Got: "),
+            hint="check its name and the network, or download it and give the folder",
+        ) from error
+
+
+def canonical(name: str) -> str:
+    """Name a stored tensor below "visual." or "language_model.".
+
+    Layouts differ between releases: "model.layers.0…" and "model.language_model.layers.0…" are one.
+    """
+    name = name.removeprefix("model.")
+    return name if name.startswith((VISUAL, TEXT)) else f"{TEXT}{name}"
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor is: its shard, its name there and its shape."""
+
+    shard: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """Tensors by canonical name; each access reads one from the disk, in single precision."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], root: str = "") -> None:
+        self._tensors, self._root = tensors, root
+
+    @classmethod
+    def open(cls, folder: Path) -> StoredWeights:
+        """Read the headers of a checkpoint's shards."""
+        found: dict[str, StoredTensor] = {}
+        for shard in shards_of(folder):
+            with opened(shard) as file:
+                for name in file.keys():  # noqa: SIM118, not a mapping
+                    shape = tuple(file.get_slice(name).get_shape())
+                    found[canonical(name)] = StoredTensor(shard, name, shape)
+        return cls(found)
+
+    def below(self, root: str) -> StoredWeights:
+        """Give the tensors whose names begin with `root`, without it."""
+        return StoredWeights(self._tensors, root)
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._tensors[self._root + name]
+        # Opened anew each time: an open shard keeps all that was read of it in memory.
+        with opened(stored.shard) as file:
+            tensor: Tensor = file.get_tensor(stored.name)
+            return tensor.float() if tensor.is_floating_point() else tensor.clone()
+
+    def __iter__(self) -> Iterator[str]:
+        names = (name for name in self._tensors if name.startswith(self._root))
+        return (name[len(self._root) :] for name in names)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._root + name in self._tensors
+
+    def headers(self) -> dict[str, Tensor]:
+        """Give all tensors with their shapes but without values."""
+        stored = {name: self._tensors[self._root + name] for name in self}
+        return {n: torch.empty(tensor.shape, device="meta") for n, tensor in stored.items()}
+
+
+def shards_of(folder: Path) -> list[Path]:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        names = sorted({str(name) for name in index["weight_map"].values()})
+    except FileNotFoundError:
+        raise PackageNotFound(
+            "a checkpoint lacks its weights",
+            seen=str(folder),
+            allowed=f"{SINGLE}, or {INDEX} with its shards",
+            hint="give a complete Hugging Face folder; weights that are pickled are not read",
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PackageCorrupted(f"{folder / INDEX} is not an index of shards") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise PackageNotFound(
+            f"{folder} lacks shards that its index names",
+            seen=", ".join(missing[:SHOWN_NAMES]),
+            hint="download the checkpoint again",
+        )
+    return [folder / name for name in names]
+
+
+@contextmanager
+def opened(shard: Path) -> Iterator[Any]:
+    try:
+        file = safe_open(shard, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise PackageCorrupted(
+            f"{shard} is truncated or is not a safetensors file",
+            seen=str(error),
+            hint="download it again",
+        ) from error
+    with file as entered:
+        yield entered
+
+
+def digest_of(folder: Path) -> str:
+    """Compute the SHA-256 over all shards in the order of their names, hex."""
+    digest = hashlib.sha256()
+    for shard in shards_of(folder):
+        with shard.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """Build modules with the shapes of their parameters only; buffers are real."""
+    register = nn.Module.register_parameter
+
+    def register_shape(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+        shape = None if value is None else torch.empty_like(value, device="meta")
+        register(module, name, None if shape is None else nn.Parameter(shape, requires_grad=False))
+
+    nn.Module.register_parameter = register_shape  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def give_weights(module: nn.Module, weight: Callable[[str], Tensor], held_bytes: int) -> None:
+    """Make a weightless module run.
+
+    Its weights are read once where they fit into `held_bytes`; otherwise each part reads its own
+    for its own forward pass only.
+    """
+    single = torch.float32.itemsize
+    held = sum(parameter.numel() * single for parameter in module.parameters()) <= held_bytes
+    for path, part in module.named_modules():
+        own = PartWeights(path, part, weight)
+        if held:
+            own.read(part)
+        elif own.paths:
+            part.register_forward_pre_hook(own.read)
+            part.register_forward_hook(own.forget)
+
+
+class PartWeights:
+    """The parameters of one part of a weightless module, read and forgotten by hooks."""
+
+    def __init__(self, path: str, part: nn.Module, weight: Callable[[str], Tensor]) -> None:
+        self.shapes = dict(part.named_parameters(recurse=False))
+        self.paths = {name: f"{path}.{name}" if path else name for name in self.shapes}
+        self.weight = weight
+
+    def read(self, part: nn.Module, *_: object) -> None:
+        for name, path in self.paths.items():
+            part._parameters[name] = nn.Parameter(self.weight(path), requires_grad=False)
+
+    def forget(self, part: nn.Module, *_: object) -> None:
+        part._parameters.update(self.shapes)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint with everything about it that is small.
+    """A checkpoint with everything about it that is small; its tensors stay on disk.
 
     Attributes:
-        folder: where it is.
-        family: what it is.
         config: config.json.
         processing: preprocessor_config.json.
-        weights: its tensors, on disk.
-        tokenizer: its tokenizer.
     """
 
     folder: Path
@@ -68,44 +262,34 @@ class Checkpoint:
 
     @cached_property
     def text(self) -> DecoderConfig:
-        """Shape of the decoder."""
         return self.family.decoder(self.config)
 
     def tower(self) -> nn.Module:
-        """The vision tower, without weights."""
+        """Build the vision tower, without weights."""
         with weightless():
             return self.family.tower(self.config).eval()
 
     def decoder(self) -> SharedPrefixDecoder:
-        """The decoder, without weights; its output layer has its own, tied or not."""
+        """Build the decoder, without weights; its output layer has its own, tied or not."""
         with weightless():
             return SharedPrefixDecoder(self.text).eval()
 
-    def tower_weight(self, name: str) -> Tensor:
-        """One parameter of the tower."""
-        return self.family.tower_weight(name, self.weights.below("visual."))
+    def tower_weight(self, name: str, stored: Mapping[str, Tensor] | None = None) -> Tensor:
+        stored = self.weights.below(VISUAL) if stored is None else stored
+        return self.family.tower_weight(name, stored)
 
-    def decoder_weight(self, name: str) -> Tensor:
-        """One parameter of the decoder."""
-        return self.weights.below("language_model.")[self.stored_decoder_name(name)]
-
-    def stored_decoder_name(self, name: str) -> str:
-        """The tensor behind a parameter: a tied output layer is the embedding.
+    def decoder_weight(self, name: str, stored: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Read a parameter of the decoder: a tied output layer is the embedding.
 
         One that is stored counts, whatever config.json says, as in transformers.
         """
-        stored = f"language_model.{HEAD}" in self.weights
-        tied = name == HEAD and self.text.tie_word_embeddings and not stored
-        return EMBEDDING if tied else name
+        stored = self.weights.below(TEXT) if stored is None else stored
+        tied = name == HEAD and self.text.tie_word_embeddings and name not in stored
+        return stored[EMBEDDING if tied else name]
 
     def check_weights(self) -> None:
-        """Refuse weights that are missing or do not fit, from their headers alone.
-
-        Raises:
-            PackageCorrupted: some do.
-        """
-        wrong = list(self.misfits())
-        if wrong:
+        """Refuse weights that are missing or do not fit, from their headers alone."""
+        if wrong := list(self.misfits()):
             raise PackageCorrupted(
                 f"{self.folder} does not hold the weights of {self.family.architecture}",
                 seen=", ".join(wrong[:SHOWN_NAMES]),
@@ -113,23 +297,28 @@ class Checkpoint:
             )
 
     def misfits(self) -> Iterator[str]:
-        """Tensors that are missing, of another shape, or belong to nothing."""
-        stored = self.weights.headers()
-        read: set[str] = set()
-        visual, text = (Recorded(stored, root, read) for root in ("visual.", "language_model."))
-        for name, parameter in self.tower().named_parameters():
-            found = visual_shape(self.family, name, visual)
-            yield from misfit(f"visual.{name}", found, parameter.shape)
-        for name, parameter in self.decoder().named_parameters():
-            kept = text.get(self.stored_decoder_name(name))
-            found = None if kept is None else kept.shape
-            yield from misfit(f"language_model.{name}", found, parameter.shape)
-        left = (name for name in stored.keys() - read if not name.endswith("num_batches_tracked"))
-        yield from (f"{name} is unknown" for name in left)
+        """Name the tensors that are missing, of another shape, or belong to nothing."""
+        for root, module, weight in (
+            (VISUAL, self.tower(), self.tower_weight),
+            (TEXT, self.decoder(), self.decoder_weight),
+        ):
+            stored, parameters = self.weights.below(root).headers(), module.named_parameters()
+            wanted = {name: parameter.shape for name, parameter in parameters}
+            for name, shape in wanted.items():
+                try:
+                    found = weight(name, stored).shape
+                except KeyError:
+                    yield f"{root}{name} is missing"
+                    continue
+                if found != shape:
+                    yield f"{root}{name} {list(found)} is not {list(shape)}"
+            for name in stored.keys() - wanted.keys():
+                if not name.endswith("num_batches_tracked"):
+                    yield f"{root}{name} is unknown"
 
     @property
     def image(self) -> ImageProcessing:
-        """How pixels become the tower's patches."""
+        """Read how pixels become the tower's patches."""
         patch, merge = self.family.grid(self.config)
         least, most = pixel_bounds(self.processing)
         try:
@@ -140,69 +329,10 @@ class Checkpoint:
                 seen=str(error),
                 allowed="image_mean and image_std",
             ) from error
-        return ImageProcessing(
-            patch_size=patch,
-            merge_size=merge,
-            min_pixels=least,
-            max_pixels=most,
-            mean=mean,
-            std=std,
-        )
-
-    @property
-    def decoder_shape(self) -> DecoderShape:
-        """What the host has to know of the decoder."""
-        return decoder_shape_of(self.text)
-
-
-def decoder_shape_of(text: DecoderConfig) -> DecoderShape:
-    """What the host has to know of a decoder."""
-    return DecoderShape(
-        layers=text.num_hidden_layers,
-        kv_heads=text.num_key_value_heads,
-        head_dim=text.head_dim,
-        hidden_size=text.hidden_size,
-        vocab_size=text.vocab_size,
-        deepstack=text.deepstack,
-    )
-
-
-def visual_shape(family: Family, name: str, stored: Mapping[str, Tensor]) -> torch.Size | None:
-    """Shape of a parameter of the tower; None if what it is made of is missing."""
-    try:
-        return family.tower_weight(name, stored).shape
-    except KeyError:
-        return None
-
-
-def misfit(name: str, found: torch.Size | None, wanted: torch.Size) -> Iterator[str]:
-    """What is wrong with a tensor, if anything is."""
-    if found is None:
-        yield f"{name} is missing"
-    elif found != wanted:
-        yield f"{name} {list(found)} is not {list(wanted)}"
-
-
-class Recorded(Mapping[str, Tensor]):
-    """The tensors below a root, with a record of those that were asked for."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], root: str, read: set[str]) -> None:
-        self._tensors, self._root, self._read = tensors, root, read
-
-    def __getitem__(self, name: str) -> Tensor:
-        self._read.add(self._root + name)
-        return self._tensors[self._root + name]
-
-    def __iter__(self) -> Iterator[str]:
-        names = (name for name in self._tensors if name.startswith(self._root))
-        return (name.removeprefix(self._root) for name in names)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return ImageProcessing(patch, merge, least, most, mean, std)
 
 
 def family_of(folder: Path, config: Mapping[str, Any]) -> Family:
-    """The family that config.json names first."""
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else "none"
     if architecture not in FAMILIES:
@@ -215,11 +345,7 @@ def family_of(folder: Path, config: Mapping[str, Any]) -> Family:
 
 
 def pixel_bounds(processing: Mapping[str, Any]) -> tuple[int, int]:
-    """Least and most pixels that the tower is shown: the checkpoint's own bounds, within ours.
-
-    Raises:
-        PackageCorrupted: they are not whole numbers, or leave nothing.
-    """
+    """Bound the pixels that the tower is shown: the checkpoint's own bounds, within ours."""
     size = processing.get("size")
     size = size if isinstance(size, Mapping) else {}
     least = processing.get("min_pixels") or size.get("shortest_edge") or LEAST_PIXELS
@@ -239,7 +365,7 @@ def pixel_bounds(processing: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def read_processing(folder: Path) -> dict[str, Any]:
-    """How the checkpoint's pixels are normalised; transformers 5 writes it into another file."""
+    """Read how pixels are normalised; transformers 5 writes it into another file."""
     new = folder / "processor_config.json"
     if not new.is_file() or (folder / "preprocessor_config.json").is_file():
         return read_json(folder / "preprocessor_config.json")
@@ -250,7 +376,6 @@ def read_processing(folder: Path) -> dict[str, Any]:
 
 
 def required(path: Path) -> Path:
-    """The path, if there is a file."""
     if not path.is_file():
         raise PackageNotFound(
             "a checkpoint lacks a file", seen=str(path), hint="give a complete Hugging Face folder"
@@ -259,7 +384,6 @@ def required(path: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint."""
     try:
         values = json.loads(required(path).read_text())
     except ValueError as error:
@@ -270,7 +394,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint, without limits of its own on the length of a text."""
+    """Read a tokenizer, without limits of its own on the length of a text."""
     try:
         tokenizer = Tokenizer.from_str(required(path).read_text())
     except PackageNotFound:

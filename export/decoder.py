@@ -5,8 +5,7 @@
 * own: the tokens of this call.
 
 Row (p, r) continues prefix p. The queries of all rows of a prefix are folded into one matrix
-against it, so R comparisons of one photo read its keys and values once. Weight names are those of
-Hugging Face's checkpoints below "language_model.".
+against it, so R comparisons of one photo read its keys and values once.
 
 Qwen3-VL's visual tokens carry n DeepStack features beside them, and those of text carry zeros:
 embeddings are then 1 + n widths wide, and the k-th feature joins the hidden states behind layer k.
@@ -19,10 +18,13 @@ d head width, D hidden width, n DeepStack features of a token, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from meiqa.engine.manifest import DecoderShape
 
 MASKED = -1e9
 """Added to the score of a position that must not be seen; finite, so that softmax stays defined."""
@@ -33,11 +35,9 @@ class DecoderConfig:
     """Shape of the decoder, with the field names of Hugging Face's `text_config`.
 
     Attributes:
-        mrope_section: rotary channels of the temporal, row and column axis.
-        head_dim: width of one attention head; 0 means hidden_size / num_attention_heads.
-        attention_bias: whether queries, keys and values have a bias.
-        qk_norm: whether each head's queries and keys are normalised.
-        mrope_interleaved: whether the three axes alternate channel by channel.
+        mrope_section: rotary channels of the temporal, row and column axis, which alternate channel
+            by channel if they are interleaved.
+        head_dim: 0 means hidden_size / num_attention_heads.
         deepstack: features that each embedding carries for the first layers, n.
     """
 
@@ -62,13 +62,19 @@ class DecoderConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     @property
-    def embed_width(self) -> int:
-        """Width of an embedding with its DeepStack features, (1 + n) * D."""
-        return self.hidden_size * (1 + self.deepstack)
+    def shape(self) -> DecoderShape:
+        """What the host has to know of the decoder."""
+        return DecoderShape(
+            layers=self.num_hidden_layers,
+            kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            deepstack=self.deepstack,
+        )
 
 
-@dataclass(frozen=True)
-class Segments:
+class Segments(NamedTuple):
     """What the rows of a call may attend to besides their own tokens.
 
     Attributes:
@@ -102,11 +108,6 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return x * cosine + torch.cat([-high, low], -1) * sine
 
 
-def head_norm(config: DecoderConfig) -> nn.Module:
-    """What normalises one head's queries or keys (..., d), if anything does."""
-    return RmsNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-
-
 class SegmentedAttention(nn.Module):
     """Grouped-query attention over prefix, past and own tokens with one softmax."""
 
@@ -120,10 +121,13 @@ class SegmentedAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
+        self.q_norm, self.k_norm = (
+            RmsNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+            for _ in "qk"
+        )
 
     def by_kv_head(self, x: Tensor) -> Tensor:
-        """(P, R, S, H * d) → (P, H, R, S, d)."""
+        """Turn (P, R, S, H * d) into (P, H, R, S, d)."""
         return x.reshape(*x.shape[:3], self.kv_heads, self.head_dim).permute(0, 3, 1, 2, 4)
 
     def forward(
@@ -135,15 +139,12 @@ class SegmentedAttention(nn.Module):
         past: Tensor,
         own_bias: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Attend.
+        """Mix hidden states x (P, R, S, D), normalised.
 
         Args:
-            x: (P, R, S, D) normalised hidden states.
             rotary: cosine and sine, each (P, 1, R, S, d).
-            prefix: (2, P, H, Lp, d).
-            prefix_bias: (P, 1, 1, 1, Lp), 0 or MASKED.
-            past: (2, P, H, R, Lt, d).
-            own_bias: (P, 1, R, 1, S, Lt + S), 0 or MASKED.
+            prefix: (2, P, H, Lp, d), with its bias (P, 1, 1, 1, Lp), 0 or MASKED.
+            past: (2, P, H, R, Lt, d), with the bias of past and own (P, 1, R, 1, S, Lt + S).
 
         Returns:
             The mixed values (P, R, S, D) and the new keys and values (2, P, H, R, S, d).
@@ -193,24 +194,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMlp(config.hidden_size, config.intermediate_size)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        prefix: Tensor,
-        prefix_bias: Tensor,
-        past: Tensor,
-        own_bias: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        mixed, key_values = self.self_attn(
-            self.input_layernorm(x), rotary, prefix, prefix_bias, past, own_bias
-        )
+    def forward(self, x: Tensor, *seen: Any) -> tuple[Tensor, Tensor]:
+        """Run the layer; `seen` is what attention takes besides the hidden states."""
+        mixed, key_values = self.self_attn(self.input_layernorm(x), *seen)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), key_values
 
 
 class SharedPrefixDecoder(nn.Module):
-    """Decoder whose rows continue shared prefixes; see the module's docstring."""
+    """Decoder whose rows continue shared prefixes."""
 
     rotary_frequencies: Tensor
 
@@ -226,14 +218,14 @@ class SharedPrefixDecoder(nn.Module):
         self.register_buffer("rotary_frequencies", axis_frequencies(config), persistent=False)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine (P, 1, R, S, d) of 3-D positions (3, P, R, S)."""
+        """Turn 3-D positions (3, P, R, S) into cosine and sine (P, 1, R, S, d)."""
         frequencies = self.rotary_frequencies[:, None, None, None, :]
         angles = (positions.unsqueeze(-1) * frequencies).sum(0)
         angles = torch.cat([angles, angles], -1).unsqueeze(1)
         return angles.cos(), angles.sin()
 
     def biases(self, segments: Segments, steps: int) -> tuple[Tensor, Tensor]:
-        """Additive masks of the prefix segment and of past and own tokens."""
+        """Make additive masks of the prefix segment and of past and own tokens."""
         device = segments.prefix.device
         place = torch.arange(segments.prefix.shape[4], device=device)
         beyond = (place >= segments.prefix_lengths[:, None]).float() * MASKED
@@ -252,20 +244,15 @@ class SharedPrefixDecoder(nn.Module):
         )
         return beyond[:, None, None, None, :], own[:, None, :, None, :, :]
 
-    def with_features(self, embeds: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Embeddings (P, R, S, D) and their n DeepStack features, out of (P, R, S, (1 + n) * D)."""
-        if not self.config.deepstack:
-            return embeds, ()
-        x, *features = torch.split(embeds, self.config.hidden_size, -1)
-        return x, tuple(features)
-
     def hidden_states(
         self, embeds: Tensor, positions: Tensor, segments: Segments
     ) -> tuple[Tensor, Tensor]:
         """Run all layers: hidden states (P, R, S, D), new key-values (L, 2, P, H, R, S, d)."""
         rotary = self.rotary(positions)
         prefix_bias, own_bias = self.biases(segments, embeds.shape[2])
-        x, features = self.with_features(embeds)
+        x, *features = [embeds]
+        if self.config.deepstack:
+            x, *features = torch.split(embeds, self.config.hidden_size, -1)
         collected = []
         for index, layer in enumerate(self.layers):
             x, key_values = layer(
@@ -276,62 +263,39 @@ class SharedPrefixDecoder(nn.Module):
                 x = x + features[index]
         return self.norm(x), torch.stack(collected)
 
-    def forward(
-        self,
-        embeds: Tensor,
-        positions: Tensor,
-        prefix: Tensor,
-        prefix_lengths: Tensor,
-        past: Tensor,
-        past_lengths: Tensor,
-        logit_positions: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One call of the graph.
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run one call of the graph.
 
         Args:
-            embeds: (P, R, S, (1 + n) * D) embeddings of the rows' new tokens, padded on the right.
-            positions: (3, P, R, S) temporal, row and column positions, as float.
-            prefix: (L, 2, P, H, Lp, d); prefix_lengths: (P,).
-            past: (L, 2, P, H, R, Lt, d); past_lengths: (P, R).
-            logit_positions: (P, R, N) which of the S tokens of each row need logits.
+            inputs: in this order
+                embeds (P, R, S, (1 + n) * D) of the rows' new tokens, padded on the right,
+                positions (3, P, R, S) in time, row and column, as float,
+                prefix (L, 2, P, H, Lp, d), prefix_lengths (P,),
+                past (L, 2, P, H, R, Lt, d), past_lengths (P, R),
+                logit_positions (P, R, N): which of the S tokens of each row need logits.
 
         Returns:
             logits (P, R, N, V), hidden (P, R, S, D), key_values (L, 2, P, H, R, S, d).
         """
+        embeds, positions, prefix, prefix_lengths, past, past_lengths, logit_positions = inputs
         segments = Segments(prefix, prefix_lengths, past, past_lengths)
         hidden, key_values = self.hidden_states(embeds, positions, segments)
         wanted = logit_positions.unsqueeze(-1).expand(-1, -1, -1, hidden.shape[-1])
         return self.lm_head(torch.gather(hidden, 2, wanted)), hidden, key_values
 
-    def no_segments(self, prefixes: int, rows: int) -> Segments:
-        """Empty prefixes and pasts."""
-        config, weight = self.config, self.norm.weight
-        layers, heads, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        return Segments(
-            prefix=weight.new_zeros(layers, 2, prefixes, heads, 0, width),
-            prefix_lengths=torch.zeros(prefixes, dtype=torch.long, device=weight.device),
-            past=weight.new_zeros(layers, 2, prefixes, heads, rows, 0, width),
-            past_lengths=torch.zeros(prefixes, rows, dtype=torch.long, device=weight.device),
-        )
-
 
 def axis_frequencies(config: DecoderConfig) -> Tensor:
-    """Rotary frequency of each half-head channel on the axis that owns it, (3, d / 2)."""
+    """Compute each half-head channel's rotary frequency on the axis that owns it, (3, d / 2)."""
     half = config.head_dim // 2
     if sum(config.mrope_section) != half:
         raise ValueError(
             f"mrope_section {config.mrope_section} must sum to half a head, which is {half}"
         )
     frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
-    return functional.one_hot(channel_owners(config), 3).T * frequencies
-
-
-def channel_owners(config: DecoderConfig) -> Tensor:
-    """Axis that turns each half-head channel, (d / 2,): 0 temporal, 1 row, 2 column."""
     section = config.mrope_section
-    if not config.mrope_interleaved:
-        return torch.repeat_interleave(torch.arange(3), torch.tensor(section))
-    owners = torch.zeros(sum(section), dtype=torch.long)
-    for axis in (1, 2):  # every third channel, until the axis has its share; the rest is temporal
-        owners[axis : 3 * section[axis] : 3] = axis
-    return owners
+    owners = torch.repeat_interleave(torch.arange(3), torch.tensor(section))
+    if config.mrope_interleaved:
+        owners = torch.zeros(half, dtype=torch.long)
+        for axis in (1, 2):  # every third channel, until the axis has its share; else temporal
+            owners[axis : 3 * section[axis] : 3] = axis
+    return functional.one_hot(owners, 3).T * frequencies

@@ -13,33 +13,66 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from meiqa.engine.manifest import PATTERNS, Profile, TensorRtEngine
+import onnx_ir as ir
+
+from meiqa.engine.images import MAX_ASPECT
+from meiqa.engine.manifest import PATTERNS, Graph, Profile, TensorRtEngine
+from meiqa.engine.model import ANSWER_TOKENS, RATING_TOKENS
 from meiqa.engine.package import EnginePackage
+from meiqa.engine.runtime.decoder import ROWS_PER_CALL
 from meiqa.engine.runtime.tensorrt import TensorRt, hull, installed_tensorrts, open_gpu
+from meiqa.engine.writing import PAST_STEP, PROPOSED_TOKENS
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, PackageError, UsageError
-from meiqa.export.profiles import Limits, decoder_profiles, pattern_profiles, vision_profiles
-from meiqa.export.temporary import temporary_folder
+from meiqa.export.layers import halve, save_graph, temporary_folder
+from meiqa.export.rounding import make_activations_signed
 from meiqa.locations import user_cache
 
 ENGINE_PRECISIONS = ("fp32", "fp16", "int8")
 FOLDER = "engines"
+USUAL_SIDE = 512
+"""Side in pixels of the photo that kernels are chosen for."""
+SMALL_BOX = 256
+"""Cells that any profile of the vision graph may hold, however few a photo has."""
+ROOM_FOR_WRITING = 1.5
+"""A summary that is read back may fall into more tokens than it was written in."""
+
+Range = tuple[int, int, int]
+"""Least, usual and greatest size of an axis."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest calls that engines accept; None is what the package itself needs.
+
+    Attributes:
+        batch: comparisons in one call; suffix: tokens that follow a prefix in one call.
+        prefix: tokens of a prompt's opening with its picture.
+        past: tokens that were written after a prefix, the question included.
+    """
+
+    batch: int | None = None
+    suffix: int | None = None
+    prefix: int | None = None
+    past: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                said = f"no engine holds so few: --max-{name}"
+                raise UsageError(said, seen=value, allowed="1 up")
 
 
 @dataclass(frozen=True)
 class BuildStep:
-    """How far a build is.
-
-    Attributes:
-        engine: what is being built, as "decoder int8 for 8.9".
-        phase: what TensorRT calls its work.
-        share: of this engine's work that is done, 0 to 1.
-    """
+    """How far a build is: what is built, as "decoder int8 for 8.9", TensorRT's name of its present
+    work, and the share of this engine's work that is done, 0 to 1."""
 
     engine: str
     phase: str
@@ -61,11 +94,8 @@ def build_engines(
     Older engines for the same version of TensorRT and the same compute capability are replaced.
 
     Args:
-        path: the package.
         capabilities: compute capabilities such as "8.9"; none means the present device's.
         precision: "fp32", "fp16" or "int8"; None is the package's own.
-        limits: the largest calls; see `Limits`.
-        progress: told about every step.
 
     Returns:
         The new engines: one of each graph for each capability.
@@ -79,29 +109,31 @@ def build_engines(
     package = EnginePackage.open(path)
     precision = engine_precision(package, precision)
     runtime, targets = builder_for(capabilities)
-    profiles = {
-        "vision": vision_profiles(package),
-        "decoder": decoder_profiles(package, limits or Limits()),
-    }
+    decoder = decoder_profiles(package, limits or Limits())
+    profiles = {"vision": vision_profiles(package), "decoder": decoder}
     if package.manifest.patterns is not None:
         profiles[PATTERNS] = pattern_profiles(package)
-    made: list[TensorRtEngine] = []
-    with writing_to(package.path), graphs_for(package, precision) as sources:
-        for capability, target in targets.items():
-            made += _record(
-                package.path,
-                [
-                    _Build(package, runtime, graph, precision, capability, target).run(
-                        sources[graph], profiles[graph], progress
-                    )
-                    for graph in profiles
-                ],
-            )
-    return made
+    every: list[TensorRtEngine] = []
+    try:
+        with graphs_for(package, precision) as sources:
+            for capability, target in targets.items():
+                made = []
+                for graph in profiles:
+                    build = EngineBuild(package, runtime, graph, precision, capability, target)
+                    made.append(build.run(sources[graph], profiles[graph], progress))
+                record(package.path, made)
+                every += made
+    except OSError as error:
+        raise PackageError(
+            f"the package at {package.path} can't be written to",
+            seen=error.strerror or str(error),
+            hint="free space or copy the package to a directory of your own",
+        ) from error
+    return every
 
 
 def engine_precision(package: EnginePackage, asked: str | None) -> str:
-    """The precision of the engines, refused if this package can't give it."""
+    """Choose the engines' precision, refused if this package can't give it."""
     own = package.manifest.precision
     precision = asked or own
     given = {"fp32": ("fp32", "fp16"), "fp16": ("fp16",), "int8": ("int8",)}.get(own, ())
@@ -117,42 +149,33 @@ def engine_precision(package: EnginePackage, asked: str | None) -> str:
 
 
 def builder_for(asked: Sequence[str]) -> tuple[TensorRt, dict[str, Any]]:
-    """The first installed TensorRT that builds for all capabilities; see `targeted`."""
+    """Find the first installed TensorRT that builds for all capabilities, or for the device's.
+
+    With it goes by capability what its builder calls that.
+    """
     refusals: list[UsageError | DeviceUnavailable] = []
     for runtime in installed_tensorrts():
         try:
-            return runtime, targeted(runtime, asked)
-        except (UsageError, DeviceUnavailable) as error:
+            known = buildable(runtime)
+            chosen = list(dict.fromkeys(asked)) or [open_gpu().capability]
+        except DeviceUnavailable as error:
             refusals.append(error)
+            continue
+        unknown = [capability for capability in chosen if capability not in known]
+        if not unknown:
+            return runtime, {capability: known[capability] for capability in chosen}
+        refusal = UsageError(
+            f"{runtime.name} {runtime.version} can't build for this compute capability",
+            seen=unknown[0],
+            allowed=", ".join(known),
+            hint="install the full TensorRT on a device of that kind and build there",
+        )
+        refusals.append(refusal)
     raise refusals[0]
 
 
-def targeted(runtime: TensorRt, asked: Sequence[str]) -> dict[str, Any]:
-    """Compute capabilities to build for, with what the builder calls them.
-
-    Args:
-        runtime: what is to build.
-        asked: capabilities; none means the present device's.
-
-    Raises:
-        UsageError: one can't be built for.
-        DeviceUnavailable: there is no device and one is needed.
-    """
-    known = buildable(runtime)
-    chosen = list(dict.fromkeys(asked)) or [open_gpu().capability]
-    for capability in chosen:
-        if capability not in known:
-            raise UsageError(
-                f"{runtime.name} {runtime.version} can't build for this compute capability",
-                seen=capability,
-                allowed=", ".join(known),
-                hint="install the full TensorRT on a device of that kind and build there",
-            )
-    return {capability: known[capability] for capability in chosen}
-
-
 def buildable(runtime: TensorRt) -> dict[str, Any]:
-    """Every capability that can be built for: any that RTX knows, or the present device's."""
+    """List what can be built for: any capability that RTX knows, or the present device's."""
     if runtime.name == "tensorrt_rtx":
         members = runtime.api.ComputeCapability.__members__.items()
         numbers = {name.removeprefix("SM"): member for name, member in members}
@@ -162,10 +185,9 @@ def buildable(runtime: TensorRt) -> dict[str, Any]:
 
 @contextmanager
 def graphs_for(package: EnginePackage, precision: str) -> Iterator[dict[str, Path]]:
-    """Files of the graphs in the types that TensorRT is to compute in.
+    """Give files of the graphs in the types that TensorRT is to compute in.
 
-    Rewritten ones are streamed, weight by weight, to the disk that holds the package, where they
-    stay as long as the context.
+    Rewritten ones are streamed, weight by weight, to the disk that holds the package.
     """
     graphs = package.manifest.every_graph
     own = {name: package.path / graph.file for name, graph in graphs.items()}
@@ -173,30 +195,18 @@ def graphs_for(package: EnginePackage, precision: str) -> Iterator[dict[str, Pat
         yield own
         return
     with temporary_folder(package.path, ".graphs-") as folder:
-        yield {name: _rewritten(source, precision, folder) for name, source in own.items()}
-
-
-def _rewritten(source: Path, precision: str, folder: Path) -> Path:
-    # Imported where a graph must be rewritten: building from other packages needs none of it.
-    import onnx_ir as ir
-
-    from meiqa.export.half import halved
-    from meiqa.export.signed import signed_activations
-
-    model = ir.load(source)
-    if precision == "int8":
-        signed_activations(model)
-    else:
-        halved(model)
-    target = folder / source.name
-    ir.save(model, target, external_data=f"{source.name}.data")
-    return target
+        for source in own.values():
+            model = ir.load(source)
+            if precision == "int8":
+                make_activations_signed(model)
+            else:
+                halve(model)
+            save_graph(model, folder / source.name)
+        yield {name: folder / source.name for name, source in own.items()}
 
 
 @dataclass(frozen=True)
-class _Build:
-    """One engine to be built."""
-
+class EngineBuild:
     package: EnginePackage
     runtime: TensorRt
     graph: str
@@ -208,6 +218,10 @@ class _Build:
     def __str__(self) -> str:
         return f"{self.graph} {self.precision} for {self.capability}"
 
+    @property
+    def architecture(self) -> str:
+        return "sm" + self.capability.replace(".", "")
+
     def run(
         self, source: Path, profiles: Sequence[Profile], progress: OnStep | None
     ) -> TensorRtEngine:
@@ -217,8 +231,8 @@ class _Build:
         builder = self.runtime.api.Builder(self.runtime.logger)
         network = self._parsed(builder, source)
         config = self._configured(builder, profiles)
-        with self._timing_cache(config), _interruptible() as interrupted:
-            monitor = _monitor(self.runtime.api, str(self), interrupted, progress)
+        with self.timing_cache(config), interruptible() as interrupted:
+            monitor = build_monitor(self.runtime.api, str(self), interrupted, progress)
             config.progress_monitor = monitor
             serialised = builder.build_serialized_network(network, config)
         if monitor.failure is not None:
@@ -239,10 +253,13 @@ class _Build:
         parser = api.OnnxParser(network, self.runtime.logger)
         if not parser.parse_from_file(str(source)):
             errors = [parser.get_error(index) for index in range(parser.num_errors)]
-            self._refused(
-                source,
-                "; ".join(map(_parser_error, errors)),
-            )
+            # TensorRT's own description is often a bare condition, so the node goes with it.
+            said = [
+                f"{error.code().name.lower().replace('_', ' ')} {error.node_name()} "
+                f"({error.node_operator()}): {error.desc()}"
+                for error in errors
+            ]
+            self._refused(source, "; ".join(said))
         self._check_ports(network)
         return network
 
@@ -284,31 +301,26 @@ class _Build:
         return config
 
     @contextmanager
-    def _timing_cache(self, config: Any) -> Iterator[None]:
+    def timing_cache(self, config: Any) -> Iterator[None]:
         """Reuse the timings of earlier builds; `tensorrt_rtx` times nothing and keeps none."""
         if self.runtime.name == "tensorrt_rtx":
             yield
             return
-        file = user_cache() / f"timing-{self.runtime.version}-{_sm(self.capability)}.cache"
+        file = user_cache() / f"timing-{self.runtime.version}-{self.architecture}.cache"
         known = file.read_bytes() if file.is_file() else b""
         config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
         yield
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write(file, memoryview(config.get_timing_cache().serialize()))
+        write_whole(file, memoryview(config.get_timing_cache().serialize()))
 
     def _written(self, engine: memoryview, profile: Profile, build_s: float) -> TensorRtEngine:
         digest = hashlib.sha256(engine).hexdigest()
         # With the digest in its name a new engine never takes the place of one that is in use.
-        parts = (
-            self.graph,
-            f"{self.runtime.name}{self.runtime.version}",
-            _sm(self.capability),
-            self.precision,
-            digest[:8],
-        )
+        runtime = f"{self.runtime.name}{self.runtime.version}"
+        parts = (self.graph, runtime, self.architecture, self.precision, digest[:8])
         file = f"{FOLDER}/{'-'.join(parts)}.engine"
         (self.package.path / FOLDER).mkdir(exist_ok=True)
-        _write(self.package.path / file, engine)
+        write_whole(self.package.path / file, engine)
         return TensorRtEngine(
             graph=self.graph,
             file=file,
@@ -323,18 +335,10 @@ class _Build:
         )
 
 
-def _parser_error(error: Any) -> str:
-    """What is wrong with which node; TensorRT's own description is often a bare condition."""
-    kind = error.code().name.lower().replace("_", " ")
-    return f"{kind} {error.node_name()} ({error.node_operator()}): {error.desc()}"
-
-
-def _sm(capability: str) -> str:
-    return "sm" + capability.replace(".", "")
-
-
-def _monitor(api: Any, engine: str, interrupted: threading.Event, progress: OnStep | None) -> Any:
-    """A progress monitor that reports the share of the work done and stops when told to."""
+def build_monitor(
+    api: Any, engine: str, interrupted: threading.Event, progress: OnStep | None
+) -> Any:
+    """Make a monitor that reports the share of the work done and stops when told to."""
 
     class Monitor(api.IProgressMonitor):  # type: ignore[misc]
         """The builder's phases are nested; each lasts for a step of the one around it."""
@@ -378,7 +382,7 @@ def _monitor(api: Any, engine: str, interrupted: threading.Event, progress: OnSt
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def interruptible() -> Iterator[threading.Event]:
     """Turn Ctrl-C into an event, since a KeyboardInterrupt can't cross TensorRT's frames."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -391,20 +395,7 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-@contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Give a package that can't be written to, or a full disk, an error of ours."""
-    try:
-        yield
-    except OSError as error:
-        raise PackageError(
-            f"the package at {path} can't be written to",
-            seen=error.strerror or str(error),
-            hint="free space or copy the package to a directory of your own",
-        ) from error
-
-
-def _write(path: Path, content: memoryview) -> None:
+def write_whole(path: Path, content: memoryview) -> None:
     """Write a file whole or not at all."""
     handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -419,7 +410,7 @@ def _write(path: Path, content: memoryview) -> None:
         raise
 
 
-def _record(path: Path, made: list[TensorRtEngine]) -> list[TensorRtEngine]:
+def record(path: Path, made: list[TensorRtEngine]) -> None:
     """Put new engines into the manifest and remove the files that they replace."""
 
     def target(engine: TensorRtEngine) -> tuple[str, ...]:
@@ -428,10 +419,145 @@ def _record(path: Path, made: list[TensorRtEngine]) -> list[TensorRtEngine]:
     package = EnginePackage.open(path, verify=False)
     replaced = {target(engine) for engine in made}
     kept = [engine for engine in package.manifest.engines if target(engine) not in replaced]
-    package.with_engines([*kept, *made])
+    package.rewritten(engines=[*kept, *made])
     used = {engine.file for engine in (*kept, *made)}
     for engine in package.manifest.engines:
         if engine.file not in used:
             with suppress(OSError):  # an engine that is being read stays, but nobody opens it again
                 (path / engine.file).unlink()
-    return made
+
+
+def usual_and_most(package: EnginePackage) -> tuple[int, int]:
+    """Count the cells of the photo that kernels are chosen for, and of the largest."""
+    image = package.manifest.image
+    most = image.max_pixels // image.cell_pixels**2
+    return min(most, max(1, USUAL_SIDE // image.cell_pixels) ** 2), most
+
+
+def vision_profiles(package: EnginePackage) -> list[Profile]:
+    """Cover every grid that the package's photos are fitted to."""
+    _, most = usual_and_most(package)
+    usual = max(1, USUAL_SIDE // package.manifest.image.cell_pixels)
+    profiles = []
+    for height, width in grid_boxes(most):
+        rows = min(usual, isqrt(most), height)
+        columns = min(max(usual, most // height), most // rows, width)
+        if width < height:
+            columns = min(usual, isqrt(most), width)
+            rows = min(max(usual, most // width), most // columns, height)
+        ranges = {"h": (1, rows, height), "w": (1, columns, width)}
+        profiles.append(profile_of(package.manifest.graphs["vision"], ranges))
+    return profiles
+
+
+def pattern_profiles(package: EnginePackage) -> list[Profile]:
+    """Cover any number of cells: patterns don't see the grid."""
+    cells = {"cells": (1, *usual_and_most(package))}
+    return [profile_of(package.manifest.every_graph[PATTERNS], cells)]
+
+
+def grid_boxes(most: int) -> list[tuple[int, int]]:
+    """Find greatest (rows, columns) of profiles that cover all grids of at most `most` cells.
+
+    One box for all would have to be as wide as the widest photo and as high as the highest, and
+    TensorRT reserves memory for all of it. So a square one is followed by pairs of ever longer
+    ones, none of which holds much more than `most` cells.
+    """
+    longest = longest_side(most)
+    room = max(2 * most, SMALL_BOX)
+    side = min(longest, isqrt(room))
+    boxes = [(side, side)]
+    while side < longest:
+        short = most // (side + 1)
+        side = min(longest, room // short)
+        boxes += [(short, side), (side, short)]
+    return boxes
+
+
+def longest_side(most: int) -> int:
+    """Count the most columns of a photo as elongated as the limit, rounded to whole cells."""
+    shrunk = min(most, isqrt(int(MAX_ASPECT) * most))
+    rounded = (min(most // rows, int(MAX_ASPECT * (rows + 0.5))) for rows in range(1, most + 1))
+    return max(shrunk, *rounded)
+
+
+def decoder_profiles(package: EnginePackage, limits: Limits) -> list[Profile]:
+    """Cover the three calls that the engine makes.
+
+    * many prefixes with a row each: reading photos, comparing pairs;
+    * one prefix with many rows: comparing a photo with its neighbours, grading;
+    * one row with a past: writing, and checking what drafts propose.
+    """
+    usual, needed = call_lengths(package)
+    batch, past = limits.batch or ROWS_PER_CALL, limits.past or needed.past
+    suffix, prefix = limits.suffix or needed.suffix, limits.prefix or needed.prefix
+
+    def up_to(most: int, likely: int) -> Range:
+        return 1, min(likely, most), most
+
+    one, many = up_to(1, 1), up_to(batch, batch)
+    after_prefix = {
+        "steps": up_to(suffix, usual.suffix),
+        "prefix_steps": up_to(prefix, usual.prefix),
+    }
+    # Reading has no prefix but the prefix itself for its steps.
+    read = {**after_prefix, "steps": up_to(max(suffix, prefix), usual.suffix)}
+    calls: list[dict[str, Range]] = [
+        {**read, "prefixes": many, "rows": one, "past_steps": one},
+        {**after_prefix, "prefixes": one, "rows": many, "past_steps": one},
+        {
+            **after_prefix,
+            "steps": up_to(suffix, 1),
+            "prefixes": one,
+            "rows": one,
+            "past_steps": up_to(past, usual.past),
+            "wanted": up_to(min(suffix, PROPOSED_TOKENS + 1), 1),
+        },
+    ]
+    graph = package.manifest.graphs["decoder"]
+    return [profile_of(graph, {"wanted": one, **call}) for call in calls]
+
+
+class CallLengths(NamedTuple):
+    """Tokens of the segments of a decoder call."""
+
+    suffix: int
+    prefix: int
+    past: int
+
+
+def call_lengths(package: EnginePackage) -> tuple[CallLengths, CallLengths]:
+    """Count the usual and the greatest lengths of a package's calls."""
+    prompts, (usual, most) = package.prompts, usual_and_most(package)
+    around = len(prompts.opening) + len(prompts.closing)
+    asked = len(prompts.second_opening) + len(prompts.closing) + len(prompts.compare)
+    limit = prompts.family.summary_tokens
+    summary = int(limit * ROOM_FOR_WRITING)
+    reflect = len(prompts.reflect("", 1.0, 1.0)) + summary
+    longest_question = max(len(prompts.score), len(prompts.levels), reflect)
+    # What `LocalModel` writes behind a description, and the steps in which it makes room.
+    described = len(prompts.score) + limit + ANSWER_TOKENS + RATING_TOKENS
+    suffix = max(asked + most, longest_question + PROPOSED_TOKENS)
+    past = max(described, reflect + summary) + 2 * PAST_STEP
+    return (
+        CallLengths(asked + usual, around + usual, len(prompts.score) + limit // 2),
+        CallLengths(suffix, around + most, past),
+    )
+
+
+def profile_of(graph: Graph, ranges: Mapping[str, Range]) -> Profile:
+    """Bound the shape of every input by the ranges of its named axes."""
+    dynamic = {axis for axes in graph.inputs.values() for axis in axes if isinstance(axis, str)}
+    if unknown := dynamic - ranges.keys():
+        raise PackageCorrupted(
+            f"{graph.file} has dynamic axes that no profile is known for",
+            seen=", ".join(sorted(unknown)),
+            allowed=", ".join(ranges),
+            hint="export the package again with this version",
+        )
+
+    def shape(axes: Sequence[int | str], end: int) -> tuple[int, ...]:
+        return tuple(axis if isinstance(axis, int) else ranges[axis][end] for axis in axes)
+
+    inputs = graph.inputs.items()
+    return {name: (shape(axes, 0), shape(axes, 1), shape(axes, 2)) for name, axes in inputs}

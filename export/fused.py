@@ -5,6 +5,7 @@ They are taken from the finished graph, so both compute with the same rounded we
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,19 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from meiqa.engine.manifest import DecoderShape
-from meiqa.engine.runtime.fused import LAYERS_FILE, FusedSession, decoder_of, floats
+from meiqa.engine.runtime.decoder import (
+    LAYERS_FILE,
+    GraphDecoder,
+    KeyValues,
+    NativeDecoder,
+    Row,
+    floats,
+    layers_of,
+)
+from meiqa.errors import PackageCorrupted
 from meiqa.export.decoder import DecoderConfig, axis_frequencies
 from meiqa.export.layers import read
-from meiqa.export.piecewise import PiecewiseSession
-from meiqa.export.verify import random_feeds
+from meiqa.export.verify import PiecewiseSession, random_feeds
 from meiqa.kernels.decoder import LAYER_LINEARS, FusedShape
 from meiqa.memory.segment import Segment, write_segment
 
@@ -31,57 +40,15 @@ to bytes, a value may fall on the other side of a step."""
 Arrays = dict[str, NDArray[np.generic]]
 
 
-def write_fused_layers(folder: Path, text: DecoderConfig, precision: str) -> bool:
+def write_fused_layers(
+    folder: Path, text: DecoderConfig, precision: str
+) -> dict[str, float] | None:
     """Write the layers of `decoder.onnx` beside it, if the kernel can run them.
 
-    Returns:
-        Whether it can: the architecture is Qwen2.5-VL's, widths fit, and the layers are small.
+    It can where the architecture is Qwen2.5-VL's, widths fit, and the layers are small. Given back
+    is the mean difference of their logits from the graph's, and the largest value it is of.
     """
-    shape = fused_shape(text)
-    ours = not (text.qk_norm or text.deepstack) and precision in FUSED_PRECISIONS
-    if not (ours and shape.fits):
-        return False
-    model = ir.load(folder / "decoder.onnx")
-    stored = model.graph.initializers.values()
-    layers = [v.const_value for v in stored if str(v.name).startswith("layers.")]
-    if sum(tensor.nbytes for tensor in layers if tensor is not None) > LARGEST_BYTES:
-        return False
-    attributes = {name: getattr(shape, name) for name in FusedShape.__dataclass_fields__}
-    write_segment(folder / LAYERS_FILE, fused_arrays(model, text), attributes)
-    return True
-
-
-def fused_difference(folder: Path, shape: DecoderShape) -> tuple[float, float]:
-    """Compare the stored layers' answers with those of the graph beside them.
-
-    Returns:
-        The mean difference of the logits of random rows and the largest logit.
-    """
-    segment = Segment.open(folder / LAYERS_FILE)
-    graph, head = PiecewiseSession(folder / "decoder.onnx"), floats(segment.arrays["lm_head"])
-    session = FusedSession(graph, decoder_of(segment.arrays, segment.attributes), head, 1)
-    differences, largest = [], 0.0
-    rng = np.random.default_rng(0)
-    for rows, steps, before in COMPARED:
-        feeds = dict(random_feeds(shape, (1, rows, steps, before, 0, 1), rng))
-        feeds["prefix_lengths"] = np.array([before])
-        feeds["logit_positions"] = np.full((1, rows, 1), steps - 1)
-        wanted = session.run(feeds)["logits"][0, :, 0]
-        made = session.last_logits(
-            floats(feeds["embeds"][0]),
-            floats(feeds["positions"][:, 0]),
-            np.full(rows, steps),
-            [floats(feeds["prefix"][:, :, 0])],
-            range(shape.vocab_size),
-        )
-        differences.append(float(np.abs(made - wanted).mean()))
-        largest = max(largest, float(np.abs(wanted).max()))
-    return max(differences), largest
-
-
-def fused_shape(text: DecoderConfig) -> FusedShape:
-    """What the kernel has to know of a decoder."""
-    return FusedShape(
+    shape = FusedShape(
         width=text.hidden_size,
         inner=text.intermediate_size,
         heads=text.num_attention_heads,
@@ -89,10 +56,50 @@ def fused_shape(text: DecoderConfig) -> FusedShape:
         head_width=text.head_dim,
         epsilon=text.rms_norm_eps,
     )
+    ours = not (text.qk_norm or text.deepstack) and precision in FUSED_PRECISIONS
+    if not (ours and shape.fits):
+        return None
+    model = ir.load(folder / "decoder.onnx")
+    stored = model.graph.initializers.values()
+    layers = [v.const_value for v in stored if str(v.name).startswith("layers.")]
+    if sum(tensor.nbytes for tensor in layers if tensor is not None) > LARGEST_BYTES:
+        return None
+    write_segment(folder / LAYERS_FILE, fused_arrays(model, text), asdict(shape))
+    difference, largest = fused_difference(folder, text.shape)
+    allowed = LARGEST_SHARE[precision] * largest
+    if not difference <= allowed:
+        raise PackageCorrupted(
+            "the layers for the native kernel do not answer as the decoder graph does",
+            seen=f"{difference:.1e}",
+            allowed=f"{allowed:.0e}",
+        )
+    return {"difference": difference, "of": largest}
+
+
+def fused_difference(folder: Path, shape: DecoderShape) -> tuple[float, float]:
+    """Compare the stored layers with the graph beside them: mean difference and largest logit."""
+    segment = Segment.open(folder / LAYERS_FILE)
+    graph = GraphDecoder(PiecewiseSession(folder / "decoder.onnx"), shape)
+    layers = layers_of(segment.arrays, segment.attributes)
+    native = NativeDecoder(graph, layers, floats(segment.arrays["lm_head"]), 1)
+    differences, largest = [], 0.0
+    rng = np.random.default_rng(0)
+    for count, steps, before in COMPARED:
+        feeds = random_feeds(shape, (1, count, steps, before, 0, 1), rng)
+        embeds, positions = floats(feeds["embeds"][0]), floats(feeds["positions"][:, 0])
+        rows = [Row(embeds[index], positions[:, index]) for index in range(count)]
+        prefix = KeyValues(floats(feeds["prefix"][:, :, 0]), before)
+        wanted, made = (
+            decoder.last_logits(rows, [prefix], range(shape.vocab_size))
+            for decoder in (graph, native)
+        )
+        differences.append(float(np.abs(made - wanted).mean()))
+        largest = max(largest, float(np.abs(wanted).max()))
+    return max(differences), largest
 
 
 def fused_arrays(model: ir.Model, text: DecoderConfig) -> Arrays:
-    """What `meiqa.engine.runtime.fused` reads, from the float or the INT8 graph of a decoder."""
+    """Take what `meiqa.engine.runtime.decoder` reads from a decoder's float or INT8 graph."""
     arrays: Arrays = {
         "frequencies": axis_frequencies(text).numpy(),
         "norm": stored(model, "norm.weight"),
@@ -100,9 +107,10 @@ def fused_arrays(model: ir.Model, text: DecoderConfig) -> Arrays:
     }
     for index in range(text.num_hidden_layers):
         layer = f"layers.{index}"
-        arrays[f"{layer}.input_layernorm"] = stored(model, f"{layer}.input_layernorm.weight")
-        after = stored(model, f"{layer}.post_attention_layernorm.weight")
-        arrays[f"{layer}.post_layernorm"] = after
+        for norm, source in (("input", "input"), ("post", "post_attention")):
+            arrays[f"{layer}.{norm}_layernorm"] = stored(
+                model, f"{layer}.{source}_layernorm.weight"
+            )
         for name in LAYER_LINEARS:
             part = "mlp" if name in LAYER_LINEARS[4:] else "self_attn"
             arrays |= linear_arrays(model, f"{layer}.{part}.{name}", f"{layer}.{name}")
@@ -110,7 +118,7 @@ def fused_arrays(model: ir.Model, text: DecoderConfig) -> Arrays:
 
 
 def linear_arrays(model: ir.Model, source: str, name: str) -> Arrays:
-    """A linear layer's weight, bias and, where it multiplies bytes, its scales and its range."""
+    """Take a layer's weight, bias and, where it multiplies bytes, its scales and its range."""
     weight = f"{source}.weight"
     found = weight_of(model, weight)
     biased = f"{source}.bias" in model.graph.initializers
@@ -123,7 +131,7 @@ def linear_arrays(model: ir.Model, source: str, name: str) -> Arrays:
 
 
 def weight_of(model: ir.Model, name: str) -> NDArray[np.generic]:
-    """A weight (inputs, outputs): signed bytes, or floats that may have been halved."""
+    """Read a weight (inputs, outputs): signed bytes, or floats that may have been halved."""
     for form in (f"{name}.int8", f"{name}.half", f"{name}.transposed", name):
         if form in model.graph.initializers:
             found = stored(model, form)
@@ -132,7 +140,7 @@ def weight_of(model: ir.Model, name: str) -> NDArray[np.generic]:
 
 
 def input_range(model: ir.Model, codes: str) -> NDArray[np.float32]:
-    """Scale and zero point (2,) of what a weight of bytes is multiplied with."""
+    """Read scale and zero point (2,) of what a weight of bytes is multiplied with."""
     (dequantised,) = model.graph.initializers[codes].consumers()
     (product,) = dequantised.outputs[0].consumers()
     given = product.inputs[0]
@@ -144,5 +152,4 @@ def input_range(model: ir.Model, codes: str) -> NDArray[np.float32]:
 
 
 def stored(model: ir.Model, name: str) -> NDArray[np.generic]:
-    """An initialiser's values."""
     return read(model.graph.initializers[name].const_value)

@@ -11,49 +11,63 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.func import functional_call
 
 from meiqa.engine.manifest import DecoderShape, Graph, ImageProcessing, Shape
-from meiqa.export.decoder import SharedPrefixDecoder
+from meiqa.engine.runtime.decoder import Array
+from meiqa.export.layers import constant, lazy
 
 OPSET = 21
-LARGEST_GRID, MOST_ROWS, MOST_TOKENS = 4096, 4096, 32768
+
+
+class Axis(NamedTuple):
+    """Size of a dynamic axis while it is traced, and its bounds."""
+
+    example: int
+    least: int | None
+    most: int
+
+
+AXES = {
+    "h": Axis(3, 1, 4096),
+    "w": Axis(5, 1, 4096),
+    "cells": Axis(15, 1, 4096),
+    "prefixes": Axis(2, None, 4096),
+    "rows": Axis(3, None, 4096),
+    "steps": Axis(5, None, 32768),
+    "prefix_steps": Axis(7, None, 32768),
+    "past_steps": Axis(11, None, 32768),
+    "wanted": Axis(4, None, 32768),
+}
+"""Axes have example sizes of their own: none is taken for another."""
 INDEX_INPUTS = ("prefix_lengths", "past_lengths", "logit_positions")
 """Inputs of whole numbers, int64; all others are float32."""
 Weight = Callable[[str], Tensor]
+"""Reads a parameter by its name."""
 
 
-@dataclass(frozen=True)
-class Interface:
-    """Inputs and outputs of a graph; axes that are named are dynamic."""
-
-    inputs: Mapping[str, Shape]
-    outputs: Mapping[str, Shape]
-
-    def as_graph(self, name: str) -> Graph:
-        """How the manifest lists it."""
-        return Graph(f"{name}.onnx", f"{name}.onnx.data", self.inputs, self.outputs)
+def vision_interface(image: ImageProcessing, shape: DecoderShape) -> Graph:
+    """Describe the vision graph: cells of patches in, a row of features a visual token out."""
+    cells = {"cells": ("h", "w", image.merge_size**2 * 3 * image.patch_size**2)}
+    tokens = {"tokens": ("tokens", shape.embed_width)}
+    return Graph("vision.onnx", "vision.onnx.data", cells, tokens)
 
 
-def vision_interface(image: ImageProcessing, shape: DecoderShape) -> Interface:
-    """Cells of patches in, one row of features a visual token out."""
-    width = image.merge_size**2 * 3 * image.patch_size**2
-    return Interface({"cells": ("h", "w", width)}, {"tokens": ("tokens", shape.embed_width)})
-
-
-def decoder_interface(shape: DecoderShape) -> Interface:
-    """See `SharedPrefixDecoder.forward`."""
+def decoder_interface(shape: DecoderShape) -> Graph:
+    """Describe the decoder's graph; see `SharedPrefixDecoder.forward`."""
     layers, heads, width = shape.layers, shape.kv_heads, shape.head_dim
     rows: Shape = ("prefixes", "rows")
-    return Interface(
+    return Graph(
+        "decoder.onnx",
+        "decoder.onnx.data",
         {
             "embeds": (*rows, "steps", shape.embed_width),
             "positions": (3, *rows, "steps"),
@@ -71,45 +85,23 @@ def decoder_interface(shape: DecoderShape) -> Interface:
     )
 
 
-def vision_graph(tower: nn.Module, interface: Interface, weight: Weight) -> ir.Model:
-    """Trace the vision tower."""
-    limits = {"h": Dim("h", min=1, max=LARGEST_GRID), "w": Dim("w", min=1, max=LARGEST_GRID)}
-    return traced(
-        tower, {"cells": torch.zeros(sized(interface, "cells"))}, limits, interface, weight
-    )
+class TorchSession:
+    """A PyTorch module behind `GraphSession`: the reference that exports are compared with."""
 
+    def __init__(self, module: nn.Module, interface: Graph) -> None:
+        self._module, self._interface = module, interface
 
-def decoder_graph(decoder: SharedPrefixDecoder, interface: Interface, weight: Weight) -> ir.Model:
-    """Trace the decoder."""
-    few = {name: Dim(name, max=MOST_ROWS) for name in ("prefixes", "rows")}
-    tokens = ("steps", "prefix_steps", "past_steps", "wanted")
-    many = {name: Dim(name, max=MOST_TOKENS) for name in tokens}
-    example = {
-        name: torch.zeros(
-            sized(interface, name), dtype=torch.long if name in INDEX_INPUTS else torch.float32
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
+        """Execute the module; see `GraphSession`."""
+        arguments = (
+            torch.from_numpy(np.require(inputs[n], requirements="W"))
+            for n in self._interface.inputs
         )
-        for name in interface.inputs
-    }
-    return traced(decoder, example, few | many, interface, weight)
-
-
-EXAMPLE_SIZES = {
-    "h": 3,
-    "w": 5,
-    "prefixes": 2,
-    "rows": 3,
-    "steps": 5,
-    "prefix_steps": 7,
-    "past_steps": 11,
-    "wanted": 4,
-}
-"""Dynamic axes have sizes of their own while they are traced: none is taken for another."""
-
-
-def sized(interface: Interface, name: str) -> tuple[int, ...]:
-    """Shape of an example input."""
-    shape = interface.inputs[name]
-    return tuple(EXAMPLE_SIZES[axis] if isinstance(axis, str) else axis for axis in shape)
+        with torch.no_grad():
+            made = self._module(*arguments)
+        tensors = made if isinstance(made, tuple) else (made,)
+        named = zip(self._interface.outputs, tensors, strict=True)
+        return {name: tensor.numpy() for name, tensor in named}
 
 
 class WithWeights(nn.Module):
@@ -126,28 +118,25 @@ class WithWeights(nn.Module):
         return made
 
 
-def traced(
-    module: nn.Module,
-    example: Mapping[str, Tensor],
-    dims: Mapping[str, Dim],
-    interface: Interface,
-    weight: Weight,
-) -> ir.Model:
+def traced(module: nn.Module, interface: Graph, weight: Weight) -> ir.Model:
     """Trace a weightless module into a graph whose initialisers are read when it is saved."""
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     # One zero stands for all values: no memory is taken, whatever the model's size.
     stand_ins = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
-    dynamic = [
-        {index: dims[axis] for index, axis in enumerate(shape) if isinstance(axis, str)}
-        for shape in interface.inputs.values()
-    ]
+    example, dynamic = [], []
+    for name, axes in interface.inputs.items():
+        named = {index: axis for index, axis in enumerate(axes) if isinstance(axis, str)}
+        sizes = [AXES[axis].example if isinstance(axis, str) else axis for axis in axes]
+        dtype = torch.long if name in INDEX_INPUTS else torch.float32
+        example.append(torch.zeros(sizes, dtype=dtype))
+        dynamic.append({i: Dim(a, min=AXES[a].least, max=AXES[a].most) for i, a in named.items()})
     with without_exporter_noise():
         program = torch.onnx.export(
             WithWeights(module).eval(),
-            (stand_ins, *example.values()),
+            (stand_ins, *example),
             dynamo=True,
             opset_version=OPSET,
-            input_names=[*stand_ins, *example],
+            input_names=[*stand_ins, *interface.inputs],
             output_names=list(interface.outputs),
             dynamic_shapes=({name: None for name in stand_ins}, tuple(dynamic)),
             external_data=False,
@@ -155,10 +144,17 @@ def traced(
         )
     assert program is not None
     model = program.model
+    split_products(model)
     for name in stand_ins:
         initialise(model.graph, name, shapes[name], weight)
     absorb_padding(model)
-    forget_origins(model)
+    # The exporter notes about each node where in the source code it came from.
+    for noted in (model, model.graph, *model.graph):
+        noted.doc_string = None
+        noted.metadata_props.clear()
+    for node in model.graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
     return model
 
 
@@ -177,7 +173,9 @@ def absorb_padding(model: ir.Model) -> None:
         if source is None or sizes is None or sizes.const_value is None or len(readers) != 1:
             continue
         (reader,) = readers
-        if reader.op_type != "Conv" or any(f is not None and not zero(f) for f in fill):
+        filled = [f for f in fill if f is not None]
+        zeros = all(f.const_value is not None and not f.const_value.numpy().any() for f in filled)
+        if reader.op_type != "Conv" or not zeros:
             continue
         before, after = np.split(sizes.const_value.numpy(), 2)
         around = np.concatenate([before[2:], after[2:]])
@@ -187,15 +185,27 @@ def absorb_padding(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
-def zero(value: ir.Value) -> bool:
-    """Whether a value is known to be nothing but zeros."""
-    return value.const_value is not None and not value.const_value.numpy().any()
+def split_products(model: ir.Model) -> None:
+    """Write each Gemm with a transposed weight as the transposition, a product and a sum.
+
+    Layers are then of one kind, however many axes their input has.
+    """
+    graph = model.graph
+    for gemm in [node for node in graph if node.op_type == "Gemm"]:
+        x, weight, *bias = gemm.inputs
+        assert gemm.attributes.get_int("transB", 0)
+        turned = ir.node("Transpose", [weight], {"perm": [1, 0]})
+        chain = [turned, ir.node("MatMul", [x, turned.outputs[0]], name=gemm.name)]
+        if bias:
+            chain.append(ir.node("Add", [chain[-1].outputs[0], bias[0]]))
+        ir.convenience.replace_nodes_and_values(
+            graph, gemm, [gemm], chain, [gemm.outputs[0]], [chain[-1].outputs[0]]
+        )
 
 
 @contextmanager
 def without_exporter_noise() -> Iterator[None]:
-    """Silence what the exporter says about its own doings: operators of libraries not installed,
-    names of axes, deprecated calls inside PyTorch."""
+    """Silence the exporter on operators not installed, names of axes and PyTorch's own calls."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -208,16 +218,6 @@ def without_exporter_noise() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def forget_origins(model: ir.Model) -> None:
-    """Drop what the exporter notes about the source code of each node."""
-    for noted in (model, model.graph, *model.graph):
-        noted.doc_string = None
-        noted.metadata_props.clear()
-    for node in model.graph:
-        for value in node.outputs:
-            value.metadata_props.clear()
-
-
 def initialise(graph: ir.Graph, name: str, shape: torch.Size, weight: Weight) -> None:
     """Turn an input that stands for a parameter into an initialiser, transposed if used so."""
     value = next(v for v in graph.inputs if v.name == name)
@@ -225,36 +225,13 @@ def initialise(graph: ir.Graph, name: str, shape: torch.Size, weight: Weight) ->
     turned = [node for node in value.consumers() if node.op_type == "Transpose" and len(shape) == 2]
     if turned:
         renamed = name if len(turned) == len(value.consumers()) else f"{name}.transposed"
-        made = stored_value(renamed, shape[::-1], lambda: weight(name).T)
+        value.name = f"{name}.unused"
+        transposed = lazy(renamed, ir.DataType.FLOAT, shape[::-1], lambda: weight(name).T.numpy())
+        made = constant(graph, transposed)
         for node in turned:
             node.outputs[0].replace_all_uses_with(made)
             graph.remove(node, safe=True)
-        value.name = f"{name}.unused"
-        graph.register_initializer(made)
     if value.consumers():
         value.name = name
-        value.const_value = lazy(name, shape, lambda: weight(name))
+        value.const_value = lazy(name, ir.DataType.FLOAT, shape, lambda: weight(name).numpy())
         graph.register_initializer(value)
-
-
-def stored_value(name: str, shape: torch.Size, read: Callable[[], Tensor]) -> ir.Value:
-    """An initialiser that is read when it is written."""
-    tensor = lazy(name, shape, read)
-    return ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
-    )
-
-
-def lazy(name: str, shape: torch.Size, read: Callable[[], Tensor]) -> ir.LazyTensor:
-    """A tensor that is read whenever it is looked at."""
-    return ir.LazyTensor(
-        lambda: ir.tensor(read().contiguous().numpy(), name=name),
-        dtype=ir.DataType.FLOAT,
-        shape=ir.Shape(shape),
-        name=name,
-    )
-
-
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Write a graph and, beside it, its weights, one tensor after the other."""
-    ir.save(model, path, external_data=f"{path.name}.data")

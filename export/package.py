@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +17,38 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from meiqa.engine.images import ImageSource, load_pixels
-from meiqa.engine.judging import fitted_to
-from meiqa.engine.local import LocalVlm
-from meiqa.engine.manifest import (
-    NEUTRAL_GRADED,
-    PRECISIONS,
-    UNCALIBRATED,
-    Graph,
-    ImageProcessing,
-    Manifest,
-    check_score_head,
-)
+from meiqa.engine.calibration import NEUTRAL_GRADED, UNCALIBRATED, check_score_head
+from meiqa.engine.images import ImageSource, fit_to_grid, load_pixels
+from meiqa.engine.local import LocalModel
+from meiqa.engine.manifest import PRECISIONS, ImageProcessing, Manifest
 from meiqa.engine.package import EnginePackage, file_digest, write_manifest
 from meiqa.engine.prompts import PromptFamily, Prompts, prompt_family
-from meiqa.engine.runtime.base import GraphSession
-from meiqa.engine.runtime.fused import LAYERS_FILE
-from meiqa.engine.runtime.onnx import open_sessions
+from meiqa.engine.runtime.decoder import LAYERS_FILE, GraphDecoder, GraphSession
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
-from meiqa.export import patterns
-from meiqa.export.checkpoint import Checkpoint
-from meiqa.export.fused import LARGEST_SHARE, fused_difference, write_fused_layers
+from meiqa.export.calibration import (
+    Pictures,
+    Quantisation,
+    SensitivityStudy,
+    observe,
+)
+from meiqa.export.checkpoint import Checkpoint, digest_of, give_weights
+from meiqa.export.fused import write_fused_layers
 from meiqa.export.graphs import (
-    Interface,
-    decoder_graph,
+    TorchSession,
     decoder_interface,
-    save_graph,
-    vision_graph,
+    traced,
     vision_interface,
 )
-from meiqa.export.half import halved
-from meiqa.export.piecewise import PIECE_BYTES, PiecewiseSession
-from meiqa.export.quantise import Assignment, Quantisation, observe
-from meiqa.export.sensitivity import SensitivityStudy
-from meiqa.export.temporary import LOCK, temporary_folder
+from meiqa.export.layers import LOCK, halve, save_graph, temporary_folder
+from meiqa.export.patterns import FILE, TrainedPatterns, write_patterns
 from meiqa.export.verify import (
-    TorchSession,
+    PIECE_BYTES,
+    PiecewiseSession,
     decoder_feeds,
-    largest_differences,
-    mean_move,
+    grade_moves,
+    require_parity,
     vision_feeds,
 )
-from meiqa.export.weights import digest_of, give_weights
 
 RIDGE = 1e-2
 CALIBRATED, STUDIED, CHECKED = slice(0, 40), slice(40, 80), slice(80, 120)
@@ -74,9 +63,6 @@ ABSOLUTE, RELATIVE = 1e-4, {"fp32": 1e-5, "fp16": 2e-2}
 """Each output may differ from PyTorch by so much, or by this share of its largest value."""
 LARGEST_MOVES = {"fp32": 1e-3, "fp16": 1e-2, "int8": 0.03, "int4": 0.06}
 """Largest mean change of a grade, on the 1-5 scale, from PyTorch to the package."""
-
-Pictures = Sequence[NDArray[np.uint8]]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -105,7 +91,7 @@ class ExportOptions:
     sensitivity: bool = True
     key_pictures: int | None = None
     score_head: str = "text"
-    say: Say = lambda step: None
+    say: Callable[[str], None] = lambda step: None
 
     def __post_init__(self) -> None:
         check_score_head(self.score_head)
@@ -125,7 +111,6 @@ def export_package(source: Path, out: Path, options: ExportOptions) -> EnginePac
 
     Args:
         source: folder in Hugging Face's layout.
-        out: where the package goes; must not exist.
 
     Raises:
         UsageError: something is at `out`.
@@ -144,7 +129,7 @@ def export_package(source: Path, out: Path, options: ExportOptions) -> EnginePac
 
 @contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when all went well and vanishes otherwise."""
+    """Give a folder beside `out` that takes its name when all went well and else vanishes."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(out.parent, f".{out.name}.partial-") as folder:
@@ -180,73 +165,54 @@ class Export:
 
     def __init__(self, checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> None:
         self.checkpoint, self.folder, self.options = checkpoint, folder, options
-        self.shape = checkpoint.decoder_shape
+        self.shape = checkpoint.text.shape
         self.image = narrowed(checkpoint.image, options.max_pixels)
-        self.prompt = options.prompt or prompt_family(checkpoint.family.prompt)
-        Prompts(self.prompt, checkpoint.tokenizer)  # refuses answers that are not single tokens
-        self.report: dict[str, Any] = {}
-        self.pictures = [fitted_to(load_pixels(p), self.image) for p in options.pictures]
-
-    @property
-    def interfaces(self) -> Mapping[str, Interface]:
-        """Inputs and outputs of the graphs."""
-        return {
+        self.graphs = {
             "vision": vision_interface(self.image, self.shape),
             "decoder": decoder_interface(self.shape),
         }
-
-    @cached_property
-    def source_digest(self) -> str:
-        """SHA-256 of the checkpoint's weights."""
-        return digest_of(self.checkpoint.folder)
+        self.prompt = options.prompt or prompt_family(checkpoint.family.prompt)
+        Prompts(self.prompt, checkpoint.tokenizer)  # refuses answers that are not single tokens
+        source = checkpoint.folder
+        self.source = {"name": source.resolve().name, "sha256": digest_of(source)}
+        self.report: dict[str, Any] = {}
+        self.pictures = [fit_to_grid(load_pixels(p), self.image) for p in options.pictures]
 
     def write(self) -> None:
-        """Write and verify everything."""
         reference = self.reference_sessions()
         self.write_graphs()
         self.check_graphs(reference)
         self.write_data()
         self.seal()
         self.quantise()
-        if write_fused_layers(self.folder, self.checkpoint.text, self.options.precision):
-            self.check_fused_layers()
+        made = write_fused_layers(self.folder, self.checkpoint.text, self.options.precision)
+        self.report["parity"] |= {LAYERS_FILE: {"logits": made}} if made else {}
         self.check_grades(reference)
         self.fit_key_projection()
         self.seal()
         self.add_patterns()
 
     def reference_sessions(self) -> Mapping[str, GraphSession]:
-        """The checkpoint itself in PyTorch, its weights read when they are needed."""
+        """Open the checkpoint itself in PyTorch, its weights read when they are needed."""
         tower, decoder = self.checkpoint.tower(), self.checkpoint.decoder()
         give_weights(tower, self.checkpoint.tower_weight, PIECE_BYTES)
         give_weights(decoder, self.checkpoint.decoder_weight, PIECE_BYTES)
         return {
-            "vision": TorchSession(tower, self.interfaces["vision"]),
-            "decoder": TorchSession(decoder, self.interfaces["decoder"]),
+            "vision": TorchSession(tower, self.graphs["vision"]),
+            "decoder": TorchSession(decoder, self.graphs["decoder"]),
         }
 
     def write_graphs(self) -> None:
         """Trace both graphs and write them, in half precision or in single."""
         model = self.checkpoint
         self.options.say("tracing the vision tower")
-        self.save(
-            "vision", vision_graph(model.tower(), self.interfaces["vision"], model.tower_weight)
-        )
+        self.save("vision", traced(model.tower(), self.graphs["vision"], model.tower_weight))
         self.options.say("tracing the decoder")
-        self.save(
-            "decoder",
-            decoder_graph(model.decoder(), self.interfaces["decoder"], model.decoder_weight),
-        )
-
-    @property
-    def float_precision(self) -> str:
-        """What the graphs are before they are quantised."""
-        return "fp16" if self.options.precision == "fp16" else "fp32"
+        self.save("decoder", traced(model.decoder(), self.graphs["decoder"], model.decoder_weight))
 
     def save(self, name: str, graph: ir.Model) -> None:
-        """Write a graph with its weights."""
-        if self.float_precision == "fp16":
-            halved(graph)
+        if self.options.precision == "fp16":
+            halve(graph)
         save_graph(graph, self.folder / f"{name}.onnx")
 
     def check_graphs(self, reference: Mapping[str, GraphSession]) -> None:
@@ -255,20 +221,18 @@ class Export:
         self.report["parity"] = {}
         for name, session in reference.items():
             self.options.say(f"comparing the {name} graph with PyTorch")
-            made = PiecewiseSession(self.folder / f"{name}.onnx")
-            found = largest_differences(session, made, feeds[name])
+            found = require_parity(
+                name,
+                session,
+                PiecewiseSession(self.folder / f"{name}.onnx"),
+                feeds[name],
+                absolute=ABSOLUTE,
+                relative=RELATIVE["fp16" if self.options.precision == "fp16" else "fp32"],
+            )
             self.report["parity"][name] = {
                 output: {"difference": difference, "of": largest}
                 for output, (difference, largest) in found.items()
             }
-            for output, (difference, largest) in found.items():
-                allowed = max(ABSOLUTE, RELATIVE[self.float_precision] * largest)
-                if not difference <= allowed:
-                    raise PackageCorrupted(
-                        f"the exported {name} graph differs from PyTorch in {output}",
-                        seen=f"{difference:.1e}",
-                        allowed=f"{allowed:.0e}",
-                    )
 
     def write_data(self) -> None:
         """Write embeddings, tokenizer and a projection that is still to be fitted."""
@@ -283,7 +247,7 @@ class Export:
         """Replace the graphs by quantised ones, if that is asked for."""
         if self.options.precision not in ("int8", "int4"):
             return
-        files = {name: self.folder / f"{name}.onnx" for name in self.interfaces}
+        files = {name: self.folder / graph.file for name, graph in self.graphs.items()}
         observed = {}
         if self.pictures:
             calibrated = self.pictures[CALIBRATED]
@@ -292,12 +256,16 @@ class Export:
             asked = "described, graded and compared" if writes else "graded and compared"
             self.options.say(f"observing activations: {len(calibrated)} photographs are {asked}")
             observed = observe(
-                files, lambda running: exercise(self.vlm(running), calibrated, writes=writes)
+                files, lambda running: exercise(self.model(running), calibrated, writes=writes)
             )
         quantisation = Quantisation(files, self.options.precision, observed)
-        plan = self.precisions(quantisation)
+        plan, studied = quantisation.default(), self.pictures[STUDIED]
+        if studied and self.options.sensitivity:
+            self.options.say("measuring how many bits each group of layers needs")
+            study = SensitivityStudy(quantisation, self.model, studied, self.folder)
+            plan, self.report["sensitivity"] = study.plan(), study.table
         self.options.say(f"rounding weights to {self.options.precision}")
-        made = self.folder / "quantised"
+        made = self.folder / "quantised"  # beside the graphs whose weights it reads
         made.mkdir()
         for name in files:
             save_graph(quantisation.graph(name, plan[name]), made / f"{name}.onnx")
@@ -305,46 +273,23 @@ class Export:
             file.replace(self.folder / file.name)
         made.rmdir()
 
-    def check_fused_layers(self) -> None:
-        """Compare the layers that are stored for the native kernel with the finished graph."""
-        difference, largest = fused_difference(self.folder, self.shape)
-        allowed = LARGEST_SHARE[self.options.precision] * largest
-        if not difference <= allowed:
-            raise PackageCorrupted(
-                "the layers for the native kernel do not answer as the decoder graph does",
-                seen=f"{difference:.1e}",
-                allowed=f"{allowed:.0e}",
-            )
-        self.report["parity"][LAYERS_FILE] = {"logits": {"difference": difference, "of": largest}}
-
-    def precisions(self, quantisation: Quantisation) -> Mapping[str, Assignment]:
-        """Precision of each layer: measured, or by rule without pictures or time to do so."""
-        studied = self.pictures[STUDIED]
-        if not (studied and self.options.sensitivity):
-            return quantisation.default()
-        self.options.say("measuring how many bits each group of layers needs")
-        study = SensitivityStudy(quantisation, self.vlm, studied, self.folder)
-        plan = study.plan()
-        self.report["sensitivity"] = study.table
-        return plan
-
-    def vlm(self, sessions: Mapping[str, GraphSession]) -> LocalVlm:
-        """The model on some sessions of its graphs."""
+    def model(self, sessions: Mapping[str, GraphSession]) -> LocalModel:
+        """Open the model on some sessions of its graphs."""
         package = EnginePackage.open(self.folder, verify=False)
-        return LocalVlm(package, sessions["vision"], sessions["decoder"])
+        decoder = GraphDecoder(sessions["decoder"], package.manifest.decoder)
+        return LocalModel(package, sessions["vision"], decoder)
 
     def check_grades(self, reference: Mapping[str, GraphSession]) -> None:
         """Compare the package with PyTorch on pictures, calibrated on others if there are any."""
         self.options.say("comparing grades of pictures with PyTorch")
         made = {name: PiecewiseSession(self.folder / f"{name}.onnx") for name in reference}
-        pictures_given, held_out = bool(self.pictures), bool(self.pictures[CHECKED])
-        checked = self.pictures[CHECKED] or self.pictures
-        pictures = checked or synthetic_pictures(self.image)
-        mean, largest = mean_move(self.vlm(reference), self.vlm(made), pictures)
+        held_out = self.pictures[CHECKED]
+        pictures = held_out or self.pictures or synthetic_pictures(self.image)
+        mean, largest = grade_moves(self.model(reference), self.model(made), pictures)
         self.report["grades"] = {
             "pictures": len(pictures),
-            "synthetic": not pictures_given,
-            "held_out": held_out,
+            "synthetic": not self.pictures,
+            "held_out": bool(held_out),
             "mean_move": mean,
             "largest_move": largest,
         }
@@ -371,47 +316,40 @@ class Export:
             return
         self.options.say(f"describing {len(pictures)} pictures to fit the image key")
         package = EnginePackage.open(self.folder, verify=False)
-        projection = fitted_projection(
-            LocalVlm(package, *open_sessions(package, "cpu", None)), pictures
-        )
-        np.save(self.folder / "key_projection.npy", projection)
+        model = LocalModel.open(package)
+        np.save(self.folder / "key_projection.npy", fitted_projection(model, pictures))
 
     def add_patterns(self) -> None:
         """Add the distortion patterns, if they lie beside the checkpoint's weights."""
-        file = self.checkpoint.folder / patterns.FILE
+        file = self.checkpoint.folder / FILE
         if file.is_file():
             self.options.say("adding the distortion patterns")
-            patterns.add_patterns(patterns.TrainedPatterns.load(file), self.folder, self.pictures)
+            write_patterns(TrainedPatterns.load(file), self.folder, self.pictures)
 
     def seal(self) -> None:
         """Write the manifest with the digests of all files."""
         names = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
         files = {n: file_digest(self.folder / n) for n in names if n != "manifest.json"}
-        graphs = {name: interface.as_graph(name) for name, interface in self.interfaces.items()}
-        write_manifest(self.folder, self.manifest(graphs, files))
+        write_manifest(self.folder, self.manifest(files))
 
-    def manifest(self, graphs: Mapping[str, Graph], files: Mapping[str, str]) -> Manifest:
-        """Everything that is known about the package."""
-        source = self.checkpoint.folder
-        head = check_score_head(self.options.score_head)
-        graded = head == "grm"
+    def manifest(self, files: Mapping[str, str]) -> Manifest:
+        graded = NEUTRAL_GRADED if self.options.score_head == "grm" else None
         return Manifest(
             architecture=self.checkpoint.family.architecture,
-            source={"name": source.resolve().name, "sha256": self.source_digest},
+            source=self.source,
             precision=self.options.precision,
-            graphs=graphs,
+            graphs=self.graphs,
             image=self.image,
             decoder=self.shape,
             prompt=self.prompt,
-            calibration=replace(UNCALIBRATED, graded=NEUTRAL_GRADED) if graded else UNCALIBRATED,
+            calibration=replace(UNCALIBRATED, graded=graded),
             report=self.report,
             files=files,
-            score_head=head,
+            score_head=check_score_head(self.options.score_head),
         )
 
 
 def narrowed(image: ImageProcessing, max_pixels: int | None) -> ImageProcessing:
-    """Image processing with a smaller bound of the area."""
     if max_pixels is None:
         return image
     if not image.min_pixels <= max_pixels:
@@ -424,7 +362,7 @@ def narrowed(image: ImageProcessing, max_pixels: int | None) -> ImageProcessing:
 
 
 def synthetic_pictures(image: ImageProcessing) -> Pictures:
-    """Gradients under noise of growing strength, for checks without photographs."""
+    """Draw gradients under noise of growing strength, for checks without photographs."""
     side = SYNTHETIC_SIDE // image.cell_pixels * image.cell_pixels or image.cell_pixels
     rng = np.random.default_rng(0)
     ramp = np.linspace(0, 255, side)[:, None, None] * np.linspace(0.4, 1.0, 3)
@@ -433,27 +371,23 @@ def synthetic_pictures(image: ImageProcessing) -> Pictures:
     return [np.clip(picture, 0, 255).astype(np.uint8) for picture in noisy]
 
 
-def exercise(vlm: LocalVlm, pictures: Pictures, *, writes: bool) -> None:
+def exercise(model: LocalModel, pictures: Pictures, *, writes: bool) -> None:
     """Ask everything that the engine asks: read, grade, compare and, if told so, write."""
-    prefixes = vlm.read([vlm.encode(picture) for picture in pictures])
+    prefixes = model.prefill([model.encode(picture) for picture in pictures])
     for prefix, other in zip(prefixes, prefixes[1:] + prefixes[:1], strict=True):
-        vlm.grade(prefix)
-        vlm.prefer_first([prefix], [other.tokens])
+        model.grade(prefix)
+        model.prefer_first([prefix], [other.tokens])
         if writes:
-            limit = min(vlm.prompts.family.summary_tokens, OBSERVED_TOKENS)
-            description = vlm.describe(prefix, limit)
-            vlm.reflect(prefix, description.text, 3.5, 2.5)
+            limit = min(model.prompts.family.summary_tokens, OBSERVED_TOKENS)
+            description = model.describe(prefix, limit)
+            model.reflect(prefix, description.text, 3.5, 2.5)
 
 
-def fitted_projection(vlm: LocalVlm, pictures: Pictures) -> NDArray[np.float32]:
-    """Linear map (embed width + 1, D) from the mean of the visual tokens to a unit key.
-
-    Raises:
-        PackageCorrupted: the model describes none of the pictures.
-    """
-    tokens = [vlm.encode(picture) for picture in pictures]
-    limit = vlm.prompts.family.summary_tokens
-    keys = [vlm.describe(prefix, limit).key for prefix in vlm.read(tokens)]
+def fitted_projection(model: LocalModel, pictures: Pictures) -> NDArray[np.float32]:
+    """Fit the linear map (embed width + 1, D) from the mean visual token to a unit key."""
+    tokens = [model.encode(picture) for picture in pictures]
+    limit = model.prompts.family.summary_tokens
+    keys = [model.describe(prefix, limit).key for prefix in model.prefill(tokens)]
     known = [(t, key) for t, key in zip(tokens, keys, strict=True) if key is not None]
     if not known:
         raise PackageCorrupted("the model describes none of the pictures", seen="empty texts")

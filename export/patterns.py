@@ -1,42 +1,37 @@
 """Distortion patterns → a small plain-ONNX graph in an engine package.
 
-    python -m meiqa.export.patterns training/default/patterns.safetensors PACKAGE --calibration DIR
-
-In an INT8 package the graph is rounded to 8 bits, for which photographs are needed. `meiqa export`
-does the same by itself where a checkpoint has patterns beside its weights. They make neither tokens
-nor keys, so they can be added to a package that has a memory already.
+They make neither tokens nor keys, so they can be added to a package that has a memory already.
 """
 
 from __future__ import annotations
 
-import argparse
+import io
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageFilter
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.export import Dim
 from torch.nn import functional
 
-from meiqa.engine.images import load_pixels
-from meiqa.engine.judging import fitted_to
-from meiqa.engine.local import LocalVlm
-from meiqa.engine.manifest import PATTERNS, Graph, PatternCalibration, PatternGraph
+from meiqa.engine.calibration import PatternCalibration
+from meiqa.engine.images import ImageSource, fit_to_grid, load_pixels
+from meiqa.engine.local import LocalModel
+from meiqa.engine.manifest import PATTERNS, Graph, PatternGraph, Shape
 from meiqa.engine.package import EnginePackage, file_digest
-from meiqa.engine.runtime.onnx import OnnxSession, open_sessions
+from meiqa.engine.runtime.decoder import GraphSession
+from meiqa.engine.runtime.onnx import OnnxSession
 from meiqa.errors import PackageCorrupted, PackageNotFound, UsageError
-from meiqa.export.commands import run_command
-from meiqa.export.graphs import EXAMPLE_SIZES, LARGEST_GRID, Interface, traced
-from meiqa.export.pattern_bits import MOST_PICTURES, Pictures, rounded
-from meiqa.export.pictures import pictures_in
-from meiqa.export.verify import TorchSession, largest_differences
+from meiqa.export.calibration import Pictures, Quantisation, observe
+from meiqa.export.graphs import TorchSession, traced
+from meiqa.export.verify import Feeds, require_parity
 
 FILE = "patterns.safetensors"
 """Where a checkpoint has its patterns."""
@@ -47,6 +42,15 @@ LARGEST_DIFFERENCE = 1e-3
 SHARPNESS = 30.0
 """What cosines are multiplied by before the softmax over patterns, to begin with."""
 CELLS_CHECKED = (1, 7, 36, 64)
+MOST_PICTURES = 64
+"""Pictures on which 8 bits are tried: on every other one ranges are observed, on the rest scores
+are compared."""
+LARGEST_MOVE = 0.03
+"""Points by which 8 bits may move a score on average."""
+GATE = "gate"
+"""What the names of the layers begin with that stay in floats: 8 bits of the gate cost the hybrid
+score .005 of its rank correlation, those of all other layers .0002."""
+BLUR_PIXELS, JPEG_QUALITY, NOISE, DARKENED, PALED = 6.0, 5, 60.0, 0.25, 0.1
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,7 @@ class PatternConfig:
 
     Attributes:
         width: of a visual token.
-        kinds: kinds of distortion, none included.
-        count: patterns in the codebook.
+        kinds: kinds of distortion, none included; count: patterns in the codebook.
         hidden: width between tokens and features; features: width of what is matched, and of what
             is compared with the reference.
         gate: width of the gate's hidden layer.
@@ -97,55 +100,49 @@ class DistortionPatterns(nn.Module):
         nn.init.zeros_(self.kinds.weight)
         nn.init.constant_(self.strengths.weight, 2.0)
 
-    def settle(self) -> None:
-        """Give all patterns length 1, for matches to be cosines; to be called while training."""
-        with torch.no_grad():
-            self.patterns.weight.copy_(functional.normalize(self.patterns.weight, dim=-1))
-
     def features(self, tokens: Tensor) -> Tensor:
-        """Tokens (…, T, D) → features of length 1 (…, T, F)."""
+        """Turn tokens (…, T, D) into features of length 1 (…, T, F)."""
         described: Tensor = self.describe(functional.gelu(self.widen(self.norm(tokens))))
         return described / (described.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
     def score_alone(self, matches: Tensor) -> Tensor:
-        """NR score (…): the length of the mean match; a match are the cosines above 0 (…, T, M)."""
+        """Score (…) by the length of the mean match; a match are the cosines above 0 (…, T, M)."""
         length = norm(matches.mean(-2)) * self.config.count**-0.5
         score: Tensor = self.alone[1] + 4.0 * self.alone[0] * length
         return score
 
     def comparable(self, tokens: Tensor) -> Tensor:
-        """Tokens (…, T, D) → what of each cell is compared with the reference's (…, T, F)."""
+        """Turn tokens (…, T, D) into what is compared with the reference's cells (…, T, F)."""
         compared: Tensor = self.compare(functional.gelu(self.compare_widen(self.norm(tokens))))
         return compared
 
     def likeness(self, photo: Tensor, reference: Tensor) -> Tensor:
-        """Likeness (…, T) of cells (…, T, F), up to 1: MQAF's product of direction and length."""
+        """Compare cells (…, T, F) by MQAF's product of direction and length, up to 1 (…, T)."""
         of_photo, of_reference = norm(photo), norm(reference)
         cosine = (photo * reference).sum(-1) / (of_photo * of_reference)
         longer = torch.maximum(of_photo, of_reference)
         return cosine * (1.0 - (of_photo - of_reference).abs() / longer)
 
     def score_beside(self, likeness: Tensor) -> Tensor:
-        """FR score (…) from the likeness of cells (…, T)."""
+        """Score (…) by the likeness of cells (…, T)."""
         return self.beside[1] + self.beside[0] * likeness.mean(-1)
 
     def weight(self, photo: Tensor, reference: Tensor) -> Tensor:
-        """The gate (…): the share of the FR score, from the features of both (…, T, F)."""
+        """Gate the FR score: its share (…), from the features of both (…, T, F)."""
         both = torch.cat([photo.mean(-2), reference.mean(-2)], -1)
         return torch.sigmoid(self.gate(functional.gelu(self.gate_hidden(both)))).squeeze(-1)
 
     def votes(self, cosines: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the kinds (…, T, K) and strengths (…, T), as the nearest patterns vote."""
+        """Let the nearest patterns vote for kinds, logits (…, T, K), and strengths (…, T)."""
         nearest = torch.softmax(self.sharpness * cosines, -1)
         return self.kinds(nearest), self.strengths(nearest).squeeze(-1)
 
     def changes(self, likeness: Tensor) -> Tensor:
-        """How strongly cells (…, T) differ from the reference's."""
+        """Tell how strongly cells (…, T) differ from the reference's."""
         return self.changed[0] + self.changed[1] * (1.0 - likeness)
 
     def forward(self, tokens: Tensor, reference: Tensor) -> tuple[Tensor, ...]:
-        """Tokens of photo and reference (T, D) → scores (NR, FR, gate), kinds (K,), strength (1,),
-        cells (T,) and changes (T,)."""
+        """Turn tokens of photo and reference (T, D) into what `pattern_interface` names."""
         of_photo, of_reference = self.features(tokens), self.features(reference)
         cosines = self.patterns(of_photo)
         likeness = self.likeness(self.comparable(tokens), self.comparable(reference))
@@ -165,7 +162,6 @@ class DistortionPatterns(nn.Module):
 
 
 def norm(values: Tensor) -> Tensor:
-    """Length along the last axis, never 0."""
     return (values.square().sum(-1) + 1e-6).sqrt()
 
 
@@ -174,11 +170,8 @@ class TrainedPatterns:
     """Patterns with what a package records of them.
 
     Attributes:
-        module: their weights.
         source: SHA-256 of the checkpoint whose tower makes the tokens.
         kinds: names of the distortions, the first for none.
-        calibration: see its class.
-        report: what was measured.
     """
 
     module: DistortionPatterns
@@ -187,25 +180,9 @@ class TrainedPatterns:
     calibration: PatternCalibration
     report: dict[str, Any]
 
-    def save(self, path: Path) -> None:
-        """Write weights in half precision, and everything else as metadata."""
-        record = {
-            "config": asdict(self.module.config),
-            "source": self.source,
-            "kinds": self.kinds,
-            "calibration": asdict(self.calibration),
-            "report": self.report,
-        }
-        weights = {n: w.half().contiguous() for n, w in self.module.state_dict().items()}
-        save_file(weights, path, metadata={"format": "pt", RECORD: json.dumps(record)})
-
     @classmethod
     def load(cls, path: Path) -> TrainedPatterns:
-        """Read what `save` wrote.
-
-        Raises:
-            PackageNotFound, PackageCorrupted: it is not there, or not such a file.
-        """
+        """Read weights in half precision, and everything else from the metadata."""
         if not path.is_file():
             raise PackageNotFound(
                 "there are no distortion patterns", seen=path, hint="see docs/reference-mode.md"
@@ -228,41 +205,51 @@ class TrainedPatterns:
         )
 
 
-def pattern_interface(config: PatternConfig) -> Interface:
-    """Tokens of photo and reference in; scores, kinds, strength and maps out."""
+def pattern_interface(config: PatternConfig) -> Graph:
+    """Describe the graph: tokens of photo and reference in; scores, kinds, strength, maps out."""
     tokens = ("cells", config.width)
-    return Interface(
-        {"tokens": tokens, "reference": tokens},
-        {
-            "scores": (3,),
-            "kinds": (config.kinds,),
-            "strength": (1,),
-            "cells": ("cells",),
-            "changes": ("cells",),
-        },
-    )
+    outputs: dict[str, Shape] = {"scores": (3,), "kinds": (config.kinds,), "strength": (1,)}
+    outputs |= {"cells": ("cells",), "changes": ("cells",)}
+    return Graph(f"{PATTERNS}.onnx", None, {"tokens": tokens, "reference": tokens}, outputs)
 
 
 def pattern_graph(module: DistortionPatterns) -> ir.Model:
-    """Trace the patterns."""
-    interface = pattern_interface(module.config)
-    cells = EXAMPLE_SIZES["h"] * EXAMPLE_SIZES["w"]
-    example = {name: torch.zeros(cells, module.config.width) for name in interface.inputs}
-    limits = {"cells": Dim("cells", min=1, max=LARGEST_GRID)}
     weights = dict(module.named_parameters())
-    return traced(module, example, limits, interface, lambda name: weights[name].detach())
+    return traced(module, pattern_interface(module.config), lambda name: weights[name].detach())
 
 
-def add_patterns(trained: TrainedPatterns, folder: Path, pictures: Pictures = ()) -> EnginePackage:
-    """Write the graph of patterns into a package, in place of those that it has.
+def add_patterns(
+    package: Path, codebook: Path, pictures: Sequence[ImageSource] = ()
+) -> EnginePackage:
+    """Add distortion patterns to a package, in place of those that it has.
 
     Args:
-        pictures: uint8 RGB on the tower's grid. With them the graph of an INT8 package is rounded
-            to 8 bits; without, or in another package, it stays in floats.
+        package: an engine package of the checkpoint that the patterns were trained for.
+        codebook: a `patterns.safetensors`.
+        pictures: photographs, which an INT8 package needs: its patterns are rounded, too.
 
     Raises:
-        UsageError: they were trained for another checkpoint's tower.
-        PackageCorrupted: the graph differs from PyTorch.
+        UsageError: the patterns are another checkpoint's, or pictures are missing.
+        PackageNotFound, PackageCorrupted: one of both is not there or damaged, or the graph differs
+            from PyTorch.
+    """
+    manifest = EnginePackage.open(package).manifest
+    if manifest.precision == "int8" and not pictures:
+        raise UsageError(
+            "int8 needs photographs to calibrate on",
+            seen="none",
+            hint="give a folder with some dozens of them: --calibration DIR",
+        )
+    taken = [fit_to_grid(load_pixels(p), manifest.image) for p in pictures[:MOST_PICTURES]]
+    return write_patterns(TrainedPatterns.load(codebook), package, taken)
+
+
+def write_patterns(
+    trained: TrainedPatterns, folder: Path, pictures: Pictures = ()
+) -> EnginePackage:
+    """Write the graph of patterns into a package.
+
+    With pictures, uint8 RGB on the tower's grid, the graph of an INT8 package is rounded to 8 bits.
     """
     package = EnginePackage.open(folder, verify=False)
     made_from = package.manifest.source["sha256"]
@@ -272,21 +259,27 @@ def add_patterns(trained: TrainedPatterns, folder: Path, pictures: Pictures = ()
             seen=f"{trained.source[:16]}… beside {made_from[:16]}…",
             hint="train them for this one: docs/reference-mode.md",
         )
-    interface = pattern_interface(trained.module.config)
-    graph = Graph(f"{PATTERNS}.onnx", None, interface.inputs, interface.outputs)
+    graph = pattern_interface(trained.module.config)
     unfinished = folder / f".{graph.file}"
     try:
         ir.save(pattern_graph(trained.module), unfinished)
-        parity = checked(trained.module, interface, unfinished, graph)
+        found = require_parity(
+            PATTERNS,
+            TorchSession(trained.module, graph),
+            opened(unfinished, graph),
+            pattern_feeds(trained.module.config.width),
+            absolute=LARGEST_DIFFERENCE,
+        )
+        parity = {output: difference for output, (difference, _) in found.items()}
         report = {**trained.report, "parity": parity}
         if pictures and package.manifest.precision == "int8":
-            vlm = LocalVlm(package, *open_sessions(package, "cpu", None))
-            report["rounding"] = rounded(unfinished, graph, vlm, pictures)
+            model = LocalModel.open(package)
+            report["rounding"] = round_to_bytes(unfinished, graph, model, pictures)
         unfinished.replace(folder / graph.file)
     finally:
         unfinished.unlink(missing_ok=True)
-    return package.with_patterns(
-        PatternGraph(
+    return package.rewritten(
+        patterns=PatternGraph(
             graph=graph,
             sha256=file_digest(folder / graph.file),
             count=trained.module.config.count,
@@ -297,61 +290,68 @@ def add_patterns(trained: TrainedPatterns, folder: Path, pictures: Pictures = ()
     )
 
 
-def checked(
-    module: DistortionPatterns, interface: Interface, path: Path, graph: Graph
-) -> dict[str, float]:
-    """Compare a graph with PyTorch on numbers of cells that tracing has not seen.
-
-    Raises:
-        PackageCorrupted: they differ.
-    """
-    session = OnnxSession(path.parent, replace(graph, file=path.name), "cpu", None)
-    found = largest_differences(
-        TorchSession(module, interface), session, pattern_feeds(module.config.width)
-    )
-    for output, (difference, _) in found.items():
-        if not difference <= LARGEST_DIFFERENCE:
-            raise PackageCorrupted(
-                f"the exported patterns differ from PyTorch in {output}",
-                seen=f"{difference:.1e}",
-                allowed=f"{LARGEST_DIFFERENCE:.0e}",
-            )
-    return {output: difference for output, (difference, _) in found.items()}
+def opened(path: Path, graph: Graph) -> OnnxSession:
+    return OnnxSession(path.parent, replace(graph, file=path.name), "cpu", None)
 
 
-def pattern_feeds(width: int) -> Iterator[dict[str, np.ndarray]]:
-    """Random tokens of several numbers of cells."""
+def pattern_feeds(width: int) -> Iterator[Feeds]:
+    """Draw tokens of several numbers of cells."""
     rng = np.random.default_rng(0)
     for cells in CELLS_CHECKED:
         tokens, noise = rng.standard_normal((2, cells, width), np.float32)
         yield {"tokens": tokens, "reference": tokens + 0.3 * noise}
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.export.patterns", description=__doc__)
-    parser.add_argument("patterns", type=Path, help=f"a {FILE}")
-    parser.add_argument("package", type=Path, help="the engine package they are added to")
-    parser.add_argument(
-        "--calibration", type=Path, metavar="DIR", help="photographs; an INT8 package needs them"
-    )
-    given = parser.parse_args()
-    manifest = EnginePackage.open(given.package).manifest
-    if manifest.precision == "int8" and given.calibration is None:
-        raise UsageError(
-            "int8 needs photographs to calibrate on",
-            seen="none",
-            hint="give a folder with some dozens of them: --calibration DIR",
-        )
-    pictures: Pictures = ()
-    if given.calibration is not None:
-        files = pictures_in(given.calibration, MOST_PICTURES)
-        pictures = [fitted_to(load_pixels(file), manifest.image) for file in files]
-    package = add_patterns(TrainedPatterns.load(given.patterns), given.package, pictures)
-    made = package.manifest.patterns
-    assert made is not None
-    print(f"{package.path}: {PATTERNS}.onnx added, {made.report.get('rounding', 'in floats')}")
+def round_to_bytes(
+    path: Path, graph: Graph, model: LocalModel, pictures: Pictures
+) -> dict[str, Any]:
+    """Round a graph of patterns to 8 bits in place, unless that would move its scores.
+
+    Returns:
+        JSON-ready: `move` (mean difference of both scores from those in floats), `bits` (8 or 32).
+    """
+
+    def exercise(sessions: Mapping[str, GraphSession]) -> None:
+        for feeds in calls_with(model, pictures[:MOST_PICTURES:2]):
+            sessions[PATTERNS].run(feeds)
+
+    files = {PATTERNS: path}
+    quantisation = Quantisation(files, "int8", observe(files, exercise))
+    names = {layer.name for layer in quantisation.layers(PATTERNS)}
+    plan = {name: "int8" for name in names if not name.startswith(GATE)}
+    made = path.with_suffix(".int8")
+    try:
+        ir.save(quantisation.graph(PATTERNS, plan), made)
+        sessions = opened(path, graph), opened(made, graph)
+        moves = []
+        for feeds in calls_with(model, pictures[1:MOST_PICTURES:2] or pictures):
+            one, other = (session.run(feeds)["scores"] for session in sessions)
+            moves.append(np.abs(one - other)[:2])  # the third is the gate's weight
+        move = float(np.mean(moves))
+        if move <= LARGEST_MOVE:
+            made.replace(path)
+        return {"move": move, "bits": 8 if move <= LARGEST_MOVE else 32}
+    finally:
+        made.unlink(missing_ok=True)
 
 
-if __name__ == "__main__":
-    run_command(main)
+def calls_with(model: LocalModel, pictures: Pictures) -> Iterator[Feeds]:
+    """Show each picture alone, and much worse versions beside it, so that ranges are wide."""
+    for picture in pictures:
+        reference = model.encode(picture).values
+        yield {"tokens": reference, "reference": reference}
+        for worse in worsened(picture):
+            yield {"tokens": model.encode(worse).values, "reference": reference}
+
+
+def worsened(picture: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """Make a picture out of focus, compressed too much, noisy, dark, and pale."""
+    image = Image.fromarray(picture)
+    yield np.asarray(image.filter(ImageFilter.GaussianBlur(BLUR_PIXELS)))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=JPEG_QUALITY)
+    yield np.asarray(Image.open(stream).convert("RGB"))
+    noise = np.random.default_rng(picture.size).normal(0, NOISE, picture.shape)
+    yield np.clip(picture + noise, 0, 255).astype(np.uint8)
+    yield np.asarray(ImageEnhance.Brightness(image).enhance(DARKENED))
+    yield np.asarray(ImageEnhance.Color(image).enhance(PALED))

@@ -1,21 +1,25 @@
-"""PyTorch against what was exported: graphs on shapes not seen before, then grades of pictures."""
+"""Run graphs of any size in bounded memory, and compare them on shapes not seen before."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch
+import onnx
+import onnxruntime
 from numpy.typing import NDArray
-from torch import nn
+from onnx import NodeProto, ValueInfoProto, helper
 
-from meiqa.engine.grading import expected_grade
-from meiqa.engine.local import LocalVlm
+from meiqa.engine.estimates import expected_grade
 from meiqa.engine.manifest import DecoderShape, ImageProcessing
-from meiqa.engine.runtime.base import Array, GraphSession
-from meiqa.engine.vlm import Vlm
-from meiqa.export.graphs import Interface
+from meiqa.engine.model import Model
+from meiqa.engine.runtime.decoder import Array, GraphSession
+from meiqa.engine.runtime.onnx import UNWANTED_OPTIMIZERS
+from meiqa.errors import PackageCorrupted
 
+PIECE_BYTES = 1 << 30
 GRIDS = ((1, 1), (1, 7), (9, 2), (4, 4), (5, 6))
 DECODER_SHAPES: tuple[tuple[int, ...], ...] = (
     # prefixes, rows, steps, prefix steps, past steps, wanted logits
@@ -27,29 +31,114 @@ DECODER_SHAPES: tuple[tuple[int, ...], ...] = (
     (2, 2, 6, 0, 4, 2),
 )
 Feeds = Mapping[str, Array]
+Values = dict[str, NDArray[np.generic]]
 
 
-class TorchSession:
-    """A PyTorch module behind `GraphSession`: the reference that exports are compared with."""
+class Piece(NamedTuple):
+    """Consecutive nodes, the values they take, and those that later nodes or the caller want."""
 
-    def __init__(self, module: nn.Module, interface: Interface) -> None:
-        self._module, self._interface = module, interface
+    nodes: Sequence[NodeProto]
+    takes: Sequence[str]
+    gives: Sequence[str]
+
+
+class PiecewiseSession:
+    """A graph file behind `GraphSession`, run piece by piece, each with its own weights only.
+
+    Weights that exceed `piece_bytes`, the bound of those held at a time, are read in each call.
+    """
+
+    def __init__(self, path: Path, piece_bytes: int = PIECE_BYTES) -> None:
+        self._path = path
+        self._model = onnx.load(path, load_external_data=False)
+        graph = self._model.graph
+        self._weights = {weight.name: weight for weight in graph.initializer}
+        self._outputs = [output.name for output in graph.output]
+        self._pieces = self._cut(piece_bytes)
+        self._whole: onnxruntime.InferenceSession | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all weights are held at once, so that a call does not read them anew."""
+        return len(self._pieces) == 1
+
+    def _cut(self, piece_bytes: int) -> list[Piece]:
+        """Cut the graph where the weights of a piece would exceed the bound."""
+        groups: list[list[NodeProto]] = [[]]
+        held: set[str] = set()
+        for node in self._model.graph.node:
+            needed = {name for name in node.input if name in self._weights}
+            if held and sum(self._bytes_of(name) for name in held | needed) > piece_bytes:
+                groups.append([])
+                held = set()
+            groups[-1].append(node)
+            held |= needed
+        made = [{name for node in group for name in node.output} for group in groups]
+        used = [{name for node in group for name in node.input if name} for group in groups]
+        return [
+            Piece(
+                group,
+                sorted(used[index] - made[index] - self._weights.keys()),
+                sorted(made[index].intersection({*self._outputs}.union(*used[index + 1 :]))),
+            )
+            for index, group in enumerate(groups)
+        ]
+
+    def _bytes_of(self, name: str) -> int:
+        """Size of a weight, as it is once single precision was made of half."""
+        weight = self._weights[name]
+        width = max(4, helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize)
+        return int(np.prod(weight.dims)) * width
 
     def run(self, inputs: Feeds) -> dict[str, NDArray[np.float32]]:
-        """Execute the module; see `GraphSession`."""
-        arguments = (
-            torch.from_numpy(np.require(inputs[n], requirements="W"))
-            for n in self._interface.inputs
+        """Execute the graph; see `GraphSession`."""
+        if self.whole:
+            self._whole = self._whole or session_of(self._path)
+            made = self._whole.run(self._outputs, dict(inputs))
+            return dict(zip(self._outputs, made, strict=True))
+        values: Values = dict(inputs)
+        for piece in self._pieces:
+            values |= self._run_piece(piece, {name: values[name] for name in piece.takes})
+        return {name: values[name].astype(np.float32, copy=False) for name in self._outputs}
+
+    def _run_piece(self, piece: Piece, feeds: Values) -> Values:
+        """Run a piece as a graph of its own, whose weights stay in the files where they are."""
+        inputs = [
+            helper.make_tensor_value_info(
+                name, helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim
+            )
+            for name, value in feeds.items()
+        ]
+        outputs = [ValueInfoProto(name=name) for name in piece.gives]
+        used = {name for node in piece.nodes for name in node.input}
+        weights = [weight for name, weight in self._weights.items() if name in used]
+        graph = helper.make_graph(piece.nodes, "piece", inputs, outputs, weights)
+        model = helper.make_model(
+            graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version
         )
-        with torch.no_grad():
-            made = self._module(*arguments)
-        tensors = made if isinstance(made, tuple) else (made,)
-        named = zip(self._interface.outputs, tensors, strict=True)
-        return {name: tensor.numpy() for name, tensor in named}
+        file = self._path.with_name(f".{self._path.name}.piece")
+        file.write_bytes(model.SerializeToString())
+        try:
+            made = session_of(file).run(list(piece.gives), feeds)
+        finally:
+            file.unlink()
+        return dict(zip(piece.gives, made, strict=True))
+
+
+def session_of(path: Path) -> onnxruntime.InferenceSession:
+    """Open a graph in ONNX Runtime on the CPU, its weights not packed a second time."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    providers = ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(
+        path, options, providers=providers, disabled_optimizers=UNWANTED_OPTIMIZERS
+    )
 
 
 def vision_feeds(image: ImageProcessing) -> Iterator[Feeds]:
-    """Random pictures on several grids."""
+    """Draw random pictures on several grids."""
     rng = np.random.default_rng(0)
     width = image.merge_size**2 * 3 * image.patch_size**2
     for grid in GRIDS:
@@ -57,14 +146,14 @@ def vision_feeds(image: ImageProcessing) -> Iterator[Feeds]:
 
 
 def decoder_feeds(shape: DecoderShape) -> Iterator[Feeds]:
-    """Random inputs of several shapes, empty prefix and empty past among them."""
+    """Draw random inputs of several shapes, empty prefix and empty past among them."""
     rng = np.random.default_rng(0)
     for sizes in DECODER_SHAPES:
         yield random_feeds(shape, sizes, rng)
 
 
 def random_feeds(shape: DecoderShape, sizes: Sequence[int], rng: np.random.Generator) -> Feeds:
-    """Random inputs of (prefixes, rows, steps, prefix steps, past steps, wanted logits)."""
+    """Draw inputs of (prefixes, rows, steps, prefix steps, past steps, wanted logits)."""
     p, r, s, lp, lt, n = sizes
     layers, heads, width = shape.layers, shape.kv_heads, shape.head_dim
 
@@ -82,13 +171,33 @@ def random_feeds(shape: DecoderShape, sizes: Sequence[int], rng: np.random.Gener
     }
 
 
+def require_parity(
+    name: str,
+    wanted: GraphSession,
+    made: GraphSession,
+    feeds: Iterator[Feeds],
+    *,
+    absolute: float,
+    relative: float = 0.0,
+) -> dict[str, tuple[float, float]]:
+    """Refuse a graph whose outputs differ by more than `absolute` and than `relative` times their
+    largest value; the differences are returned."""
+    found = largest_differences(wanted, made, feeds)
+    for output, (difference, largest) in found.items():
+        allowed = max(absolute, relative * largest)
+        if not difference <= allowed:
+            raise PackageCorrupted(
+                f"the exported {name} graph differs from PyTorch in {output}",
+                seen=f"{difference:.1e}",
+                allowed=f"{allowed:.0e}",
+            )
+    return found
+
+
 def largest_differences(
     wanted: GraphSession, made: GraphSession, feeds: Iterator[Feeds]
 ) -> dict[str, tuple[float, float]]:
-    """Largest difference of each output between two sessions, and the largest value it was of.
-
-    NaN where an output is not a number.
-    """
+    """Measure the largest difference of each output, NaN included, and the largest value."""
     found: dict[str, tuple[float, float]] = {}
     for feed in feeds:
         exact, other = wanted.run(feed), made.run(feed)
@@ -99,15 +208,14 @@ def largest_differences(
     return found
 
 
-def grades(vlm: Vlm, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float64]:
-    """Expected grade (N,) of each picture."""
-    prefixes = vlm.read([vlm.encode(picture) for picture in pictures])
-    return np.array([expected_grade(vlm.grade(prefix)) for prefix in prefixes])
-
-
-def mean_move(
-    wanted: LocalVlm, made: LocalVlm, pictures: Sequence[NDArray[np.uint8]]
+def grade_moves(
+    wanted: Model, made: Model, pictures: Sequence[NDArray[np.uint8]]
 ) -> tuple[float, float]:
-    """Mean and largest change of the expected grade from one model to its twin."""
-    moves = np.abs(grades(wanted, pictures) - grades(made, pictures))
+    """Measure the mean and largest change of the expected grade from one model to its twin."""
+
+    def grades(model: Model) -> NDArray[np.float64]:
+        prefixes = model.prefill([model.encode(picture) for picture in pictures])
+        return np.array([expected_grade(model.grade(prefix)) for prefix in prefixes])
+
+    moves = np.abs(grades(wanted) - grades(made))
     return float(moves.mean()), float(moves.max())

@@ -15,12 +15,8 @@ from meiqa.errors import PackageCorrupted
 from meiqa.export.decoder import DecoderConfig
 
 Config = Mapping[str, Any]
-"""A config.json."""
-
-
-def as_stored(name: str, stored: Mapping[str, Tensor]) -> Tensor:
-    """A parameter that is stored under its own name."""
-    return stored[name]
+"""A config.json. Whoever reads one raises PackageCorrupted where a field is missing, unreadable,
+does not fit the others or asks for what the graphs can't do."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +24,7 @@ class Family:
     """One family of checkpoints.
 
     Attributes:
-        architecture: what config.json calls it under `architectures`.
-        model_type: what config.json calls it under `model_type`.
+        architecture, model_type: what config.json calls it.
         tower: makes the vision tower.
         decoder: reads the shape of the decoder.
         grid: reads pixels a patch and patches a cell, each along one side.
@@ -44,7 +39,7 @@ class Family:
     decoder: Callable[[Config], DecoderConfig]
     grid: Callable[[Config], tuple[int, int]]
     prompt: str = "visualquality-r1"
-    tower_weight: Callable[[str, Mapping[str, Tensor]], Tensor] = as_stored
+    tower_weight: Callable[[str, Mapping[str, Tensor]], Tensor] = lambda name, stored: stored[name]
 
 
 @dataclass(frozen=True)
@@ -62,70 +57,59 @@ class Section:
     names: Callable[..., NormalizedConfig]
 
     def written(self, name: str) -> str:
-        """A field's full name as config.json has it."""
+        """Give a field's full name as config.json has it."""
         normalised = self.names(SimpleNamespace())
         known = {**vars(type(normalised)), **vars(normalised)}
         return f"{self.path}{known.get(name.upper(), name)}"
 
     def below(self, name: str) -> Section:
-        """A section of this one.
-
-        Raises:
-            PackageCorrupted: it is missing or not an object.
-        """
-        if not isinstance(self.value(name), Mapping):
-            raise self.refuse(name, "an object")
-        return replace(self, path=f"{self.written(name)}.", values=self.value(name))
+        values = self.checked(name, "an object", lambda value: isinstance(value, Mapping))
+        return replace(self, path=f"{self.written(name)}.", values=values)
 
     def value(self, name: str) -> Any:
-        """A field of any type.
-
-        Raises:
-            PackageCorrupted: it is missing.
-        """
         try:
             return getattr(self.names(SimpleNamespace(**self.values)), name)
         except AttributeError:
             raise PackageCorrupted(f"config.json lacks {self.written(name)}") from None
 
     def refuse(self, name: str, allowed: str) -> PackageCorrupted:
-        """The error that says what a field should have been."""
-        return PackageCorrupted(
-            f"config.json has an unusable {self.written(name)}",
-            seen=self.value(name),
-            allowed=allowed,
-        )
+        field, seen = self.written(name), self.value(name)
+        return PackageCorrupted(f"config.json has an unusable {field}", seen=seen, allowed=allowed)
+
+    def checked(self, name: str, allowed: str, fits: Callable[[Any], bool]) -> Any:
+        value = self.value(name)
+        if not fits(value):
+            raise self.refuse(name, allowed)
+        return value
 
     def whole(self, name: str) -> int:
-        """A positive integer."""
-        value = self.value(name)
-        if type(value) is not int or value < 1:
-            raise self.refuse(name, "a positive integer")
+        value: int = self.checked(name, "a positive integer", lambda v: type(v) is int and v > 0)
         return value
 
     def wholes(self, name: str) -> tuple[int, ...]:
-        """A list of integers that are not negative."""
-        value = self.value(name)
-        if not isinstance(value, list) or any(type(one) is not int or one < 0 for one in value):
-            raise self.refuse(name, "a list of integers")
-        return tuple(value)
+        """Read a list of integers that are not negative."""
+
+        def fits(value: object) -> bool:
+            return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
+
+        return tuple(self.checked(name, "a list of integers", fits))
 
     def number(self, name: str) -> float:
-        """A positive number."""
-        value = self.value(name)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.refuse(name, "a positive number")
-        return float(value)
+
+        def fits(value: Any) -> bool:
+            return type(value) in (int, float) and 0 < value < math.inf
+
+        return float(self.checked(name, "a positive number", fits))
 
     def flag(self, name: str) -> bool:
-        """A truth value; absent means false."""
+        """Read a truth value; absent means false."""
         value = self.values.get(name, False)
         if type(value) is not bool:
             raise self.refuse(name, "true or false")
         return value
 
     def indexes(self, name: str, below: int) -> tuple[int, ...]:
-        """Ascending indexes of layers of which there are `below`."""
+        """Read ascending indexes of layers of which there are `below`."""
         values = self.wholes(name)
         if any(one >= below for one in values) or sorted({*values}) != [*values]:
             raise self.refuse(name, f"ascending integers below {below}")
@@ -138,31 +122,21 @@ class Section:
 
 
 def text_section(config: Config) -> Section:
-    """The decoder's fields: until 4.51 transformers wrote them at the top level."""
+    """Find the decoder's fields: until 4.51 transformers wrote them at the top level."""
     top = Section("", config, NormalizedTextConfig)
     return top.below("text_config") if "text_config" in config else top
 
 
-def rotary_section(text: Section) -> Section:
-    """The rotary fields, `rope_theta` and `rope_type` among them, as each version wrote them."""
-    rotary = text.below("rope_parameters" if text.values.get("rope_parameters") else "rope_scaling")
-    kind = rotary.values.get("rope_type") or rotary.values.get("type")
-    values = {"rope_theta": text.values.get("rope_theta"), **rotary.values}
-    # "mrope" is the old name of what every version does here: plain frequencies on three axes.
-    return replace(rotary, values={**values, "rope_type": None if kind == "mrope" else kind})
-
-
-def decoder_shape(config: Config, **differences: Any) -> DecoderConfig:
-    """Shape of the decoder, with the fields in which a family differs from Qwen2.5-VL.
-
-    Raises:
-        PackageCorrupted: a field is missing, unreadable or asks for what the graph can't do.
-    """
+def read_decoder(config: Config, **differences: Any) -> DecoderConfig:
+    """Read the shape of the decoder, with the fields in which a family differs from Qwen2.5-VL."""
     top, text = Section("", config, NormalizedTextConfig), text_section(config)
     rotary = rotary_section(text)
     text.only("hidden_act", "silu")
     text.only("use_sliding_window", False)
     rotary.only("rope_type", "default")
+    channels = rotary.wholes("mrope_section")
+    if len(channels) != 3:
+        raise rotary.refuse("mrope_section", "three integers")
     shape = DecoderConfig(
         vocab_size=text.whole("vocab_size"),
         hidden_size=text.whole("hidden_size"),
@@ -170,29 +144,25 @@ def decoder_shape(config: Config, **differences: Any) -> DecoderConfig:
         num_hidden_layers=text.whole("num_layers"),
         num_attention_heads=text.whole("num_attention_heads"),
         num_key_value_heads=text.whole("num_key_value_heads"),
-        mrope_section=rotary_channels(rotary),
+        mrope_section=(channels[0], channels[1], channels[2]),
         rope_theta=rotary.number("rope_theta"),
         rms_norm_eps=text.number("rms_norm_eps"),
         tie_word_embeddings=top.flag("tie_word_embeddings") or text.flag("tie_word_embeddings"),
         **differences,
     )
-    check_heads(shape, text, rotary)
-    return shape
-
-
-def rotary_channels(rotary: Section) -> tuple[int, int, int]:
-    """Channels of the three axes."""
-    channels = rotary.wholes("mrope_section")
-    if len(channels) != 3:
-        raise rotary.refuse("mrope_section", "three integers")
-    return channels[0], channels[1], channels[2]
-
-
-def check_heads(shape: DecoderConfig, text: Section, rotary: Section) -> None:
-    """Refuse heads that don't divide the width, one another or the rotary channels."""
     if "head_dim" not in text.values and shape.hidden_size % shape.num_attention_heads:
         raise text.refuse("num_attention_heads", f"a divisor of {shape.hidden_size}")
     if shape.num_attention_heads % shape.num_key_value_heads:
         raise text.refuse("num_key_value_heads", f"a divisor of {shape.num_attention_heads}")
-    if sum(shape.mrope_section) * 2 != shape.head_dim:
+    if sum(channels) * 2 != shape.head_dim:
         raise rotary.refuse("mrope_section", f"a sum of {shape.head_dim / 2:g}")
+    return shape
+
+
+def rotary_section(text: Section) -> Section:
+    """Find the rotary fields with `rope_theta` and `rope_type`, as each version wrote them."""
+    rotary = text.below("rope_parameters" if text.values.get("rope_parameters") else "rope_scaling")
+    kind = rotary.values.get("rope_type") or rotary.values.get("type")
+    values = {"rope_theta": text.values.get("rope_theta"), **rotary.values}
+    # "mrope" is the old name of what every version does here: plain frequencies on three axes.
+    return replace(rotary, values={**values, "rope_type": None if kind == "mrope" else kind})

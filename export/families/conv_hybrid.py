@@ -6,6 +6,10 @@ image quality is made of; a few attention blocks then let the cells see each oth
 
 The convolutions are those of EfficientNet-Lite (arXiv 1905.11946, without squeeze-and-excitation
 and with ReLU6, for devices). Batch normalisations are folded into them before training.
+
+A tower with an `overview` has a second eye: MobileNet (arXiv 1704.04861) sees the picture at half
+the resolution, where a cell is one place of its last map. Such a tower also has statistics of the
+tones themselves, and each cell learns what the whole picture's statistics are.
 """
 
 from __future__ import annotations
@@ -33,18 +37,25 @@ LITE_0: tuple[Stage, ...] = (
     (1, 320, 3, 1, 6),
 )
 STEM_STRIDE = 2
+OVERVIEW_SCALE = 2
+SMALLEST_DESCRIBED = 256
+"""Maps of the overview with fewer channels have no statistics: the convolutions at native
+resolution see what they see."""
+NEARLY_WHITE = 0.9
+"""Tones beyond this, of -1 to 1, are nearly clipped; as dark ones are below its negative."""
+TONES = 8
+MOST_UNUSUAL = 6.0
+"""Deviations from the usual that a statistic can tell."""
 
 
 @dataclass(frozen=True)
 class ConvHybridConfig:
-    """Shape of the tower.
+    """Shape of the tower; all stages but the first are described by statistics.
 
     Attributes:
-        hidden_size: The decoder's width.
-        patch_size, merge_size: Pixels of a patch, patches of a cell, a side.
-        stem_width: Channels of the first convolution.
-        stages: The stages of blocks; all but the first are described by statistics.
-        attention_blocks, attention_heads: What lets the cells see each other.
+        hidden_size: the decoder's width.
+        patch_size, merge_size: pixels of a patch, patches of a cell, a side.
+        overview: output channels and stride of each block of the second eye, which may lack.
     """
 
     hidden_size: int
@@ -54,6 +65,7 @@ class ConvHybridConfig:
     stages: tuple[Stage, ...] = LITE_0
     attention_blocks: int = 2
     attention_heads: int = 4
+    overview: tuple[tuple[int, int], ...] = ()
 
     @property
     def cell_pixels(self) -> int:
@@ -96,6 +108,52 @@ class InvertedBottleneck(nn.Module):
         return x + made if self.shortcut else made
 
 
+class SeparableConvolution(nn.Module):
+    """Convolve each channel by itself, then mix the channels."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.depthwise = SameConvolution(inputs, inputs, 3, stride, groups=inputs)
+        self.project = SameConvolution(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu6(self.project(functional.relu6(self.depthwise(x))))
+
+
+class Overview(nn.Module):
+    """The second eye: the picture at half its resolution → statistics of its cells."""
+
+    def __init__(self, config: ConvHybridConfig) -> None:
+        super().__init__()
+        self.stem = SameConvolution(3, config.stem_width, 3, STEM_STRIDE)
+        inputs = (config.stem_width, *(outputs for outputs, _ in config.overview))
+        self.blocks = nn.ModuleList(
+            SeparableConvolution(width, outputs, stride)
+            for width, (outputs, stride) in zip(inputs, config.overview, strict=False)
+        )
+        scale, self.windows = STEM_STRIDE * OVERVIEW_SCALE, {}
+        strides = [stride for _, stride in config.overview]
+        for number, (outputs, stride) in enumerate(config.overview):
+            scale *= stride
+            last = number + 1 == len(strides) or strides[number + 1] > 1
+            if last and outputs >= SMALLEST_DESCRIBED:
+                self.windows[number] = config.cell_pixels // scale
+        self.statistics_width = sum(
+            config.overview[number][0] * (2 if window > 1 else 1)
+            for number, window in self.windows.items()
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Describe images (B, 3, H, W) by statistics (B, cells, .), one tensor a scale."""
+        x = functional.relu6(self.stem(functional.avg_pool2d(images, OVERVIEW_SCALE)))
+        statistics = []
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number in self.windows:
+                statistics.append(cell_statistics(x, self.windows[number]))
+        return statistics
+
+
 class AttentionBlock(nn.Module):
     """Pre-norm transformer block over the cells of one image, every cell sees every other."""
 
@@ -122,23 +180,59 @@ class AttentionBlock(nn.Module):
 
 
 def cell_statistics(features: Tensor, window: int) -> Tensor:
-    """Mean and deviation of each feature inside each cell.
-
-    Args:
-        features: (B, C, h * window, w * window).
-        window: side of a cell in feature pixels.
+    """Describe each cell of features (B, C, h * window, w * window) by mean and deviation.
 
     Returns:
-        (B, h * w, 2 * C), cells in row-major order.
+        (B, h * w, 2 * C), cells in row-major order; (B, h * w, C) where a cell is one place.
     """
+    features = features.float()
+    if window == 1:
+        return features.flatten(2).transpose(1, 2)
     mean = functional.avg_pool2d(features, window)
     square = functional.avg_pool2d(features * features, window)
     deviation = torch.sqrt(torch.relu(square - mean * mean) + 1e-5)
     return torch.cat([mean, deviation], 1).flatten(2).transpose(1, 2)
 
 
+def tones(images: Tensor) -> Tensor:
+    """Give colours, brightest, darkest, their gap, both ends' clipping: (B, TONES, H, W)."""
+    bright, dark = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    clipped = [functional.relu(part - NEARLY_WHITE) * 10 for part in (bright, -bright)]
+    return torch.cat([images, bright, dark, bright - dark, *clipped], 1)
+
+
+class Standardised(nn.Module):
+    """Statistics less their usual value, in units of their usual deviation.
+
+    Unlike a layer norm it keeps how strong all of them are: flat contrast is nothing else. What
+    hardly ever happens is kept within bounds.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(width), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(width), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) * self.scale).clamp(-MOST_UNUSUAL, MOST_UNUSUAL)
+
+
+class WholePicture(nn.Module):
+    """Tell each cell what the mean and the deviation over all cells are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.join = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        deviation = torch.sqrt((x - mean).square().mean(1, keepdim=True) + 1e-5)
+        told: Tensor = x + self.join(torch.cat([mean, deviation], -1))
+        return told
+
+
 class ConvHybridTower(nn.Module):
-    """Pixels of one image → one visual token a cell."""
+    """Patches of one image (h, w, m * m * 3 * p * p) → visual tokens (h * w, hidden_size)."""
 
     def __init__(self, config: ConvHybridConfig) -> None:
         super().__init__()
@@ -154,8 +248,11 @@ class ConvHybridTower(nn.Module):
                 )
             )
             width = outputs
-        self.statistics_norm = nn.LayerNorm(self.statistics_width)
+        self.overview = Overview(config) if config.overview else None
+        norm = Standardised if self.overview else nn.LayerNorm
+        self.statistics_norm = norm(self.statistics_width)
         self.embed = nn.Linear(self.statistics_width, config.hidden_size)
+        self.whole = WholePicture(config.hidden_size) if self.overview else nn.Identity()
         self.blocks = nn.ModuleList(
             AttentionBlock(config.hidden_size, config.attention_heads)
             for _ in range(config.attention_blocks)
@@ -165,11 +262,13 @@ class ConvHybridTower(nn.Module):
 
     @property
     def statistics_width(self) -> int:
-        """Number of statistics that describe a cell."""
-        return 2 * sum(outputs for _, outputs, *_ in self.config.stages[1:])
+        width = 2 * sum(outputs for _, outputs, *_ in self.config.stages[1:])
+        if self.overview is not None:
+            width += self.overview.statistics_width + 2 * TONES
+        return width
 
     def cell_features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) → statistics (B, h, w, statistics_width) of their cells."""
+        """Describe the cells of images (B, 3, H, W) by statistics (B, h, w, statistics_width)."""
         cell, scale = self.config.cell_pixels, STEM_STRIDE
         rows, columns = images.shape[2] // cell, images.shape[3] // cell
         x = functional.relu6(self.stem(images))
@@ -178,47 +277,44 @@ class ConvHybridTower(nn.Module):
             x, scale = stage(x), scale * stride
             maps.append((x, scale))
         statistics = [cell_statistics(features, cell // scale) for features, scale in maps[1:]]
+        if self.overview is not None:
+            statistics += [*self.overview(images), cell_statistics(tones(images), cell)]
         described = torch.cat(statistics, -1)
         return described.reshape(images.shape[0], rows, columns, self.statistics_width)
 
     def tokens_from_features(self, features: Tensor) -> Tensor:
-        """Statistics (B, cells, statistics_width) → visual tokens (B, cells, hidden_size)."""
-        x = self.embed(self.statistics_norm(features))
+        """Turn statistics (B, cells, statistics_width) into visual tokens (B, cells, D)."""
+        x = self.whole(self.embed(self.statistics_norm(features)))
         for block in self.blocks:
             x = block(x)
         tokens: Tensor = self.merger(self.merger_norm(x))
         return tokens
 
     def unpatchify(self, cells: Tensor) -> Tensor:
-        """Patches in merge-window order (h, w, m * m * 3 * p * p) → image (1, 3, H, W)."""
+        """Put patches in merge-window order together to an image (1, 3, H, W)."""
         h, w, _ = cells.shape
         m, p = self.config.merge_size, self.config.patch_size
         grid = cells.reshape(h, w, m, m, 3, p, p).permute(4, 0, 2, 5, 1, 3, 6)
         return grid.reshape(1, 3, h * m * p, w * m * p)
 
     def forward(self, cells: Tensor) -> Tensor:
-        """Patches of one image (h, w, m * m * 3 * p * p) → visual tokens (h * w, hidden_size)."""
         features = self.cell_features(self.unpatchify(cells))
         return self.tokens_from_features(features.flatten(1, 2))[0]
 
 
-def read_tower(config: Config) -> ConvHybridTower:
-    """The tower of a config.json."""
-    return ConvHybridTower(tower_config(config))
-
-
 def tower_config(config: Config) -> ConvHybridConfig:
-    """Shape of the tower in config.json."""
     try:
         vision = config["vision_config"]
-        stages = tuple(tuple(stage) for stage in vision["stages"])
-        return ConvHybridConfig(**{**vision, "stages": stages})
+        lists = {
+            name: tuple(tuple(block) for block in vision.get(name, ()))
+            for name in ("stages", "overview")
+        }
+        return ConvHybridConfig(**{**vision, **lists})
     except (KeyError, TypeError) as error:
         raise unreadable("vision_config", error) from error
 
 
 def decoder_config(config: Config) -> DecoderConfig:
-    """Shape of the decoder in config.json."""
     try:
         text = config["text_config"]
         return DecoderConfig(**{**text, "mrope_section": tuple(text["mrope_section"])})
@@ -227,12 +323,10 @@ def decoder_config(config: Config) -> DecoderConfig:
 
 
 def unreadable(part: str, error: Exception) -> PackageCorrupted:
-    """The error for a part of config.json that has missing or unknown fields."""
     return PackageCorrupted(f"config.json has no {part} that this version reads", seen=str(error))
 
 
 def grid(config: Config) -> tuple[int, int]:
-    """Side of a patch in pixels, and of a cell in patches."""
     vision = tower_config(config)
     return vision.patch_size, vision.merge_size
 
@@ -240,7 +334,7 @@ def grid(config: Config) -> tuple[int, int]:
 FAMILY = Family(
     architecture="MeiqaConvHybridForConditionalGeneration",
     model_type="meiqa_conv_hybrid",
-    tower=read_tower,
+    tower=lambda config: ConvHybridTower(tower_config(config)),
     decoder=decoder_config,
     grid=grid,
     prompt="meiqa",

@@ -9,7 +9,7 @@ Letters in shapes: h, w cells, M = m * m patches of a cell, E width, H heads, d 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,13 +19,7 @@ from torch.nn import functional
 
 from meiqa.errors import PackageCorrupted
 from meiqa.export.decoder import MASKED, GatedMlp, RmsNorm, rotate
-from meiqa.export.families.base import (
-    Config,
-    Family,
-    Section,
-    decoder_shape,
-    text_section,
-)
+from meiqa.export.families.base import Config, Family, Section, read_decoder, text_section
 
 NORM_EPS = 1e-6
 PATCH_EMBEDDING = "patch_embed.proj.weight"
@@ -53,14 +47,8 @@ class TowerConfig:
     """Shape that the towers of both Qwen families have in common.
 
     Attributes:
-        depth: blocks.
-        hidden_size: E.
-        intermediate_size: inner width of a block's MLP.
-        heads: H.
-        out_hidden_size: width of a visual token, which is the decoder's.
-        patch_size: pixels along a side of a patch.
-        merge_size: patches along a side of a cell, m.
-        rope_theta: base of the rotary frequencies.
+        hidden_size: E; out_hidden_size: width of a visual token, which is the decoder's.
+        patch_size: pixels along a side of a patch; merge_size: patches along a side of a cell, m.
     """
 
     depth: int
@@ -73,27 +61,12 @@ class TowerConfig:
     rope_theta: float
 
     @property
-    def patch_values(self) -> int:
-        """Values of one patch, 3 * p * p."""
-        return 3 * self.patch_size**2
-
-    @property
     def cell_width(self) -> int:
-        """Width of a cell's patches side by side, M * E."""
         return self.hidden_size * self.merge_size**2
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.heads
 
 
 def tower_shape(vision: Section, text_width: int) -> TowerConfig:
-    """Shape of a tower before a decoder of some width.
-
-    Raises:
-        PackageCorrupted: a field is missing, unreadable or does not fit the others.
-    """
+    """Read the shape of a tower before a decoder of some width."""
     vision = replace(vision, values={**ROTARY, **vision.values})
     for name in ("in_channels", "in_chans"):
         vision.only(name, 3)
@@ -115,15 +88,14 @@ def tower_shape(vision: Section, text_width: int) -> TowerConfig:
 
 
 class PatchEmbedding(nn.Module):
-    """Pixels of a patch → its embedding."""
+    """Pixels of patches (h, w, M * 3 * p * p) → their embeddings (h, w, M, E)."""
 
     def __init__(self, config: TowerConfig, bias: bool) -> None:
         super().__init__()
         self.patches = config.merge_size**2
-        self.proj = nn.Linear(config.patch_values, config.hidden_size, bias=bias)
+        self.proj = nn.Linear(3 * config.patch_size**2, config.hidden_size, bias=bias)
 
     def forward(self, cells: Tensor) -> Tensor:
-        """(h, w, M * 3 * p * p) → (h, w, M, E)."""
         h, w, _ = cells.shape
         out: Tensor = self.proj(cells.reshape(h, w, self.patches, self.proj.in_features))
         return out
@@ -137,7 +109,7 @@ class AxialRotary(nn.Module):
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.merge_size = config.merge_size
-        count = config.head_dim // 4
+        count = config.hidden_size // config.heads // 4
         exponents = -torch.arange(count, dtype=torch.float32) / count
         self.register_buffer("frequencies", config.rope_theta**exponents, persistent=False)
 
@@ -159,7 +131,6 @@ class AxialRotary(nn.Module):
 
 
 def windows_along(cells: int, side: int) -> int:
-    """Windows that it takes to cover a line of cells."""
     return (cells + side - 1) // side
 
 
@@ -181,12 +152,6 @@ def out_of_windows(x: Tensor, h: int, w: int, side: int) -> Tensor:
     return x[:h, :w]
 
 
-def padding_bias(h: int, w: int, patches: int, side: int, like: Tensor) -> Tensor:
-    """What hides the padding from a window's patches: (windows, 1, 1, side * side * M)."""
-    real = into_windows(like.new_ones(h, w, patches), side)
-    return ((1 - real) * MASKED)[:, None, None, :]
-
-
 class VisionAttention(nn.Module):
     """Attention among all patches of an image, or among those of each window."""
 
@@ -198,21 +163,16 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
-        """Attend.
-
-        Args:
-            x: (h, w, M, E) normalised hidden states.
-            rotary: cosine and sine, each (h, w, M, 1, d).
-            bias: what hides the padding of the windows; None for the whole image.
-
-        Returns:
-            (h, w, M, E).
-        """
+        """Mix (h, w, M, E), with cosine and sine (h, w, M, 1, d) and a bias (windows, 1, 1, N)."""
         h, w, patches, width = x.shape
         split = (h, w, patches, 3, self.heads, width // self.heads)
         query, key, value = self.qkv(x).reshape(split).unbind(3)
         query, key = rotate(query, *rotary) * split[-1] ** -0.5, rotate(key, *rotary)
-        mixed = attend(self.grouped(query), self.grouped(key), self.grouped(value), bias)
+        query, key, value = self.grouped(query), self.grouped(key), self.grouped(value)
+        scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
+        if bias is not None:
+            scores = scores + bias
+        mixed = (scores.softmax(-1) @ value.transpose(1, 2)).transpose(1, 2).flatten(2)
         if self.side:
             mixed = out_of_windows(mixed, h, w, self.side)
         out: Tensor = self.proj(mixed.reshape(x.shape))
@@ -223,35 +183,28 @@ class VisionAttention(nn.Module):
         return into_windows(x, self.side) if self.side else x.flatten(0, 2).unsqueeze(0)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention inside each of B groups of N patches: (B, N, H, d) → (B, N, H * d).
-
-    Queries are scaled already; the bias is (B, 1, 1, N).
-    """
-    scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
-    if bias is not None:
-        scores = scores + bias
-    return (scores.softmax(-1) @ value.transpose(1, 2)).transpose(1, 2).flatten(2)
-
-
 class VisionBlock(nn.Module):
-    """Attention and gated MLP, each behind a normalisation and a shortcut."""
+    """Attention and MLP, each behind a normalisation and a shortcut."""
 
-    def __init__(self, config: TowerConfig, side: int) -> None:
+    def __init__(
+        self, width: int, norm: Callable[[int, float], nn.Module], attn: nn.Module, mlp: nn.Module
+    ) -> None:
         super().__init__()
-        self.norm1 = RmsNorm(config.hidden_size, NORM_EPS)
-        self.attn = VisionAttention(config, side)
-        self.norm2 = RmsNorm(config.hidden_size, NORM_EPS)
-        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, bias=True)
+        self.norm1 = norm(width, NORM_EPS)
+        self.attn = attn
+        self.norm2 = norm(width, NORM_EPS)
+        self.mlp = mlp
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor | None = None
+    ) -> Tensor:
         x = x + self.attn(self.norm1(x), rotary, bias)
         x = x + self.mlp(self.norm2(x))
         return x
 
 
 class Merger(nn.Module):
-    """The patches of a cell → one visual token."""
+    """Patches of cells (h, w, M, E) → visual tokens (h * w, D)."""
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
@@ -263,13 +216,12 @@ class Merger(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(h, w, M, E) → (h * w, D)."""
         tokens: Tensor = self.mlp(self.ln_q(x).flatten(2))
         return tokens.flatten(0, 1)
 
 
 class Qwen25VlTower(nn.Module):
-    """Pixels of one image → one visual token a cell."""
+    """Patches of one image (h, w, M * 3 * p * p) → visual tokens (h * w, D)."""
 
     def __init__(self, config: TowerConfig, side: int, full_blocks: tuple[int, ...]) -> None:
         """Make it with windows of `side` x `side` cells but in the full-attention blocks."""
@@ -277,17 +229,23 @@ class Qwen25VlTower(nn.Module):
         self.patches, self.side, self.full_blocks = config.merge_size**2, side, full_blocks
         self.patch_embed = PatchEmbedding(config, bias=False)
         self.rotary = AxialRotary(config)
+        width, inner = config.hidden_size, config.intermediate_size
         self.blocks = nn.ModuleList(
-            VisionBlock(config, 0 if index in full_blocks else side)
+            VisionBlock(
+                width,
+                RmsNorm,
+                VisionAttention(config, 0 if index in full_blocks else side),
+                GatedMlp(width, inner, bias=True),
+            )
             for index in range(config.depth)
         )
         self.merger = Merger(config)
 
     def forward(self, cells: Tensor) -> Tensor:
-        """Patches of one image (h, w, M * 3 * p * p) → visual tokens (h * w, D)."""
         h, w, _ = cells.shape
         rotary = self.rotary(h, w)
-        bias = padding_bias(h, w, self.patches, self.side, cells)
+        real = into_windows(cells.new_ones(h, w, self.patches), self.side)
+        bias = ((1 - real) * MASKED)[:, None, None, :]  # hides the padding of the windows
         x = self.patch_embed(cells)
         for index, block in enumerate(self.blocks):
             x = block(x, rotary, None if index in self.full_blocks else bias)
@@ -296,11 +254,6 @@ class Qwen25VlTower(nn.Module):
 
 
 def make_tower(config: Config) -> Qwen25VlTower:
-    """Vision tower of a config.json.
-
-    Raises:
-        PackageCorrupted: a field is missing, unreadable or does not fit the others.
-    """
     vision = vision_section(config)
     vision.only("hidden_act", "silu")
     shape = tower_shape(vision, text_section(config).whole("hidden_size"))
@@ -311,25 +264,20 @@ def make_tower(config: Config) -> Qwen25VlTower:
 
 
 def vision_section(config: Config) -> Section:
-    """The tower's fields, with the published figures where they were left out."""
+    """Find the tower's fields, with the published figures where they were left out."""
     vision = Section("", config, VISION_NAMES).below("vision_config")
     return replace(vision, values={**PUBLISHED_VISION, **vision.values})
 
 
-def grid(config: Config) -> tuple[int, int]:
-    """Pixels a patch and patches a cell, each along one side."""
-    vision = vision_section(config)
+def read_grid(vision: Section) -> tuple[int, int]:
     return vision.whole("patch_size"), vision.whole("spatial_merge_size")
 
 
 def tower_weight(name: str, stored: Mapping[str, Tensor]) -> Tensor:
-    """Value of one parameter of the tower.
+    """Read the value of one parameter of the tower.
 
     A still picture is the same frame throughout the patch's time, so that the stored convolution
     over time and patch is a linear layer with its weights summed over time, in single precision.
-
-    Raises:
-        PackageCorrupted: the checkpoint lacks it, or the patch embedding is no such convolution.
     """
     if name not in stored:
         raise PackageCorrupted(f"the checkpoint lacks visual.{name}")
@@ -347,7 +295,7 @@ FAMILY = Family(
     architecture="Qwen2_5_VLForConditionalGeneration",
     model_type="qwen2_5_vl",
     tower=make_tower,
-    decoder=decoder_shape,
-    grid=grid,
+    decoder=read_decoder,
+    grid=lambda config: read_grid(vision_section(config)),
     tower_weight=tower_weight,
 )

@@ -1,0 +1,416 @@
+"""Weights in fewer bits: static INT8 by Q/DQ after smoothing, and 4 bits in blocks.
+
+INT8: signed weights with a scale a channel, unsigned activations with one a tensor. The scale of
+an activation is fixed beforehand, from what calibration observed, so a photo's result never depends
+on what else is in the batch. Products of two activations, which are attention's, stay in float:
+ONNX Runtime's quantised kernel leaves its output unset where nothing is summed, as over an empty
+prefix. Runtimes fuse a convolution into integer arithmetic only if its result is quantised as well.
+
+Smoothing (after Xiao et al. 2023, "SmoothQuant", equation 4) moves outlier channels from
+activations into weights, where rounding hurts less: a linear layer's input is divided by one number
+a channel and the rows of its weight multiplied by it. The division is folded into what makes the
+input: a norm's weight, or the columns of the layer behind one factor of a gated product.
+
+INT4: blocks along the input, one scale a block and output channel; activations stay in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from meiqa.errors import PackageCorrupted
+from meiqa.export.layers import (
+    Change,
+    Layer,
+    constant,
+    derived,
+    drop_unread,
+    followed_by,
+    layers_of,
+    read,
+    scale,
+)
+
+Floats = NDArray[np.float32]
+Chosen = Callable[[Layer], bool]
+
+LEVELS, LARGEST_CODE, LARGEST_BIAS = 255, 127, 1 << 30
+STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Smoothing exponents tried besides no smoothing at all; 1 moves an outlier whole."""
+COMPARED_ROWS = 256
+BLOCK = 32
+SMALLEST_INT4, LARGEST_INT4 = -8, 7
+CLIPS = np.linspace(0.95, 0.65, 7, dtype=np.float32)
+"""Shares of a block's largest weight that are tried as what the largest code stands for: clipping a
+few weights is worth it where the others get finer steps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """One value of a graph over all calls of calibration, its channels apart.
+
+    Attributes:
+        low, high: (C,) smallest and largest value of each channel.
+        square: (C,) mean square of each channel.
+        rows: (n, C) random tokens or pixels, of so many seen.
+    """
+
+    low: Floats
+    high: Floats
+    square: NDArray[np.float64]
+    rows: Floats
+    seen: int
+
+    @property
+    def magnitude(self) -> Floats:
+        """(C,) largest absolute value of each channel."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
+    def divided(self, scales: Floats) -> Observed:
+        """Divide each channel by a positive number (C,)."""
+        return replace(
+            self,
+            low=self.low / scales,
+            high=self.high / scales,
+            square=self.square / np.square(scales, dtype=np.float64),
+            rows=self.rows / scales,
+        )
+
+
+@dataclass(frozen=True)
+class Range:
+    """Scale and zero point of an unsigned 8-bit activation."""
+
+    scale: np.float32
+    zero_point: np.uint8
+
+    @classmethod
+    def between(cls, low: float, high: float) -> Range:
+        """Hold 0, which is exact, and all values from `low` to `high`."""
+        low, high = min(0.0, low), max(0.0, high)
+        step = np.float32((high - low) / LEVELS or 1.0)
+        return cls(step, np.uint8(np.clip(np.rint(-low / step), 0, LEVELS)))
+
+    @classmethod
+    def of(cls, observed: Observed) -> Range:
+        return cls.between(float(observed.low.min()), float(observed.high.max()))
+
+    def rounded(self, values: Floats) -> Floats:
+        """Round values as they come back."""
+        zero = np.float32(self.zero_point)
+        codes: Floats = np.clip(np.rint(values / self.scale) + zero, 0, LEVELS)
+        return (codes - zero) * self.scale
+
+
+def values_to_observe(model: ir.Model) -> dict[str, int]:
+    """Name the activations whose ranges INT8 needs, with their channel axes."""
+    axes = {}
+    for layer in layers_of(model):
+        axes[str(layer.input.name)] = 1 if layer.is_convolution else -1
+        if layer.is_convolution:
+            axes[str(result_of(layer).name)] = 1
+    return axes
+
+
+def result_of(layer: Layer) -> ir.Value:
+    """Find what a convolution gives to others: its output, after a ReLU that alone reads it."""
+    output = layer.node.outputs[0]
+    readers = list(output.consumers())
+    clipped = len(readers) == 1 and readers[0].op_type in ("Relu", "Clip")
+    return readers[0].outputs[0] if clipped and not output.is_graph_output() else output
+
+
+def quantise_int8(model: ir.Model, ranges: Mapping[str, Range], chosen: Chosen) -> None:
+    """Quantise layers of a float graph in place; its weights are only read when it is saved.
+
+    Ranges go by the names of `values_to_observe`.
+    """
+    graph = model.graph
+    # All are found first: rewriting one changes what the next one reads.
+    wanted = [(la, la.input, result_of(la)) for la in layers_of(model) if chosen(la)]
+    for layer, source, result in wanted:
+        store_in_bytes(graph, layer, ranges[str(source.name)].scale)
+        layer.node.replace_input_with(0, through_bytes(graph, source, ranges[str(source.name)]))
+        if layer.is_convolution:
+            at_result = ranges[str(result.name)]
+            for node, index in [use for use in result.uses() if use[0].op_type != "QuantizeLinear"]:
+                node.replace_input_with(index, through_bytes(graph, result, at_result))
+    drop_unread(graph)
+
+
+def store_in_bytes(graph: ir.Graph, layer: Layer, input_scale: np.float32) -> None:
+    """Store a layer's weight as signed bytes, and a convolution's bias in the steps of its sums."""
+    axis, width = layer.output_axis, layer.shape[layer.output_axis]
+    weight = layer.weight.const_value
+    bias = None if layer.bias is None else layer.bias.const_value
+
+    def steps(values: Floats) -> Floats:
+        # Wide enough for the bias to fit into its integer.
+        least = 0.0 if bias is None else np.abs(read(bias)) / (input_scale * LARGEST_BIAS)
+        return channel_steps(values, axis, least)
+
+    def codes(values: Floats) -> NDArray[np.float32]:
+        other = [i for i in range(values.ndim) if i != axis]
+        return np.rint(values / np.expand_dims(steps(values), other))
+
+    def sum_steps(_: Floats) -> Floats:
+        return steps(read(weight)) * input_scale
+
+    def bias_codes(values: Floats) -> NDArray[np.float64]:
+        return np.rint(values.astype(np.float64) / sum_steps(values))
+
+    def stored(source: ir.Value, kind: str, whole: Change, scales: Change) -> ir.Value:
+        shape, along = (layer.shape, axis) if source is layer.weight else ((width,), 0)
+        dtype = ir.DataType[kind.upper()]
+        scale = derived(source, "scale", ir.DataType.FLOAT, (width,), scales)
+        code = derived(source, kind, dtype, shape, lambda values: whole(values).astype(kind))
+        zero = ir.tensor(np.zeros(width, kind), name=f"{source.name}.zero")
+        return dequantised([code, scale, constant(graph, zero)], axis=along)
+
+    if layer.bias is not None:
+        layer.node.replace_input_with(2, stored(layer.bias, "int32", bias_codes, sum_steps))
+    layer.node.replace_input_with(1, stored(layer.weight, "int8", codes, steps))
+
+
+def channel_steps(weight: Floats, axis: int, least: Floats | float = 0.0) -> Floats:
+    """Choose steps (C,) of output channels: `LARGEST_CODE` of them are the largest weight."""
+    largest = np.abs(weight).max(axis=tuple(i for i in range(weight.ndim) if i != axis))
+    steps = np.maximum(largest / LARGEST_CODE, least)
+    return np.where(steps > 0, steps, 1.0).astype(np.float32)
+
+
+def through_bytes(graph: ir.Graph, value: ir.Value, at: Range) -> ir.Value:
+    """Round an activation to unsigned bytes and back, once for all who read it so."""
+    step = constant(graph, ir.tensor(np.array(at.scale), name=f"{value.name}.scale"))
+    zero = constant(graph, ir.tensor(np.array(at.zero_point), name=f"{value.name}.zero"))
+    codes = followed_by(value, "uint8", lambda v: ir.node("QuantizeLinear", [v, step, zero]))
+    return dequantised([codes, step, zero])
+
+
+def dequantised(stored: Sequence[ir.Value], **attributes: int) -> ir.Value:
+    """Make floats of integers, their scale and, if there is one, their zero point."""
+    codes, *rest = stored
+    return followed_by(
+        codes, "float", lambda v: ir.node("DequantizeLinear", [v, *rest], attributes)
+    )
+
+
+@dataclass(frozen=True)
+class Foldable:
+    """An activation whose channels can be scaled for nothing.
+
+    Attributes:
+        makers: initialisers whose last axis counts its channels and that it is proportional to.
+        layers: the linear layers that read it; nobody else does.
+    """
+
+    value: ir.Value
+    makers: Sequence[ir.Value]
+    layers: Sequence[Layer]
+
+    def fold(self, scales: Floats) -> None:
+        """Divide the activation's channels by numbers (C,), multiply its readers' rows by them."""
+        for maker in self.makers:
+            scale(maker, (1.0 / scales).astype(np.float32))
+        for layer in self.layers:
+            scale(layer.weight, scales[:, None])
+
+
+def foldables(model: ir.Model) -> Iterator[Foldable]:
+    """Find all activations of a graph whose channels can be scaled for nothing."""
+    by_node = {layer.node: layer for layer in layers_of(model) if not layer.is_convolution}
+    for value in dict.fromkeys(layer.input for layer in by_node.values()):
+        readers = list(value.consumers())
+        if value.is_graph_output() or any(reader not in by_node for reader in readers):
+            continue
+        makers = makers_of(value, by_node)
+        stored = [*makers, *(by_node[reader].weight for reader in readers)]
+        if makers and all(len(v.uses()) == 1 for v in stored):
+            yield Foldable(value, makers, [by_node[reader] for reader in readers])
+
+
+def makers_of(value: ir.Value, layers: Mapping[ir.Node, Layer]) -> list[ir.Value]:
+    """Find initialisers through which an activation's channels can be scaled, if there are any."""
+    producer = value.producer()
+    if producer is None:
+        return []
+    inputs = [given for given in producer.inputs if given is not None]
+    if producer.op_type == "LayerNormalization":
+        return inputs[1:] if all(given.is_initializer() for given in inputs[1:]) else []
+    if producer.op_type != "Mul":
+        return []
+    for factor in inputs:
+        if factor.is_initializer():
+            return [factor] if factor.shape is not None and len(factor.shape) == 1 else []
+    return next((made for factor in inputs if (made := columns_of(factor, layers))), [])
+
+
+def columns_of(factor: ir.Value, layers: Mapping[ir.Node, Layer]) -> list[ir.Value]:
+    """Find weight and bias of the linear layer that makes a value, if nobody else reads it."""
+    node = factor.producer()
+    if node is None or len(factor.uses()) != 1 or factor.is_graph_output():
+        return []
+    if node in layers:
+        return [layers[node].weight]
+    if node.op_type != "Add":
+        return []
+    stored = [given for given in node.inputs if given is not None and given.is_initializer()]
+    summed = [given for given in node.inputs if given is not None and not given.is_initializer()]
+    if len(stored) != 1 or len(summed) != 1:
+        return []
+    weights = columns_of(summed[0], layers)
+    return [*weights, *stored] if weights else []
+
+
+def smoothing_scales(model: ir.Model, observed: Mapping[str, Observed]) -> dict[str, Floats]:
+    """Choose by activation the scales (C,) to fold; those not observed are left alone."""
+    by_name = {str(foldable.value.name): foldable for foldable in foldables(model)}
+    return {name: best_scales(f, observed[name]) for name, f in by_name.items() if name in observed}
+
+
+def best_scales(foldable: Foldable, seen: Observed) -> Floats:
+    """Choose the scales (C,) with the least error of the layers' outputs over the sample.
+
+    Candidates balance each channel's largest activation and weight; their mean logarithm is 0.
+    """
+    weights = np.concatenate([read(layer.weight.const_value) for layer in foldable.layers], 1)
+    activation, weight = seen.magnitude, np.abs(weights).max(1)
+    known = (activation > 0) & (weight > 0)
+    candidates = [np.ones_like(weight)]
+    for strength in STRENGTHS:
+        logs = np.zeros_like(activation)
+        logs[known] = strength * np.log(activation[known]) - (1 - strength) * np.log(weight[known])
+        logs[known] -= logs[known].mean() if known.any() else 0.0
+        candidates.append(np.exp(logs).astype(np.float32))
+    errors = [output_error(seen.divided(s), weights * s[:, None]) for s in candidates]
+    best: Floats = candidates[int(np.argmin(errors))]
+    return best
+
+
+def output_error(seen: Observed, weight: Floats) -> float:
+    """Measure a layer's squared error when its input and its weight are rounded to 8 bits."""
+    rows, step = seen.rows[:COMPARED_ROWS], channel_steps(weight, 1)
+    product = Range.of(seen).rounded(rows) @ (np.rint(weight / step) * step)
+    return float(np.square(product - rows @ weight).mean(0).sum())
+
+
+def quantise_int4(model: ir.Model, observed: Mapping[str, Observed], chosen: Chosen) -> None:
+    """Store the weights of linear layers as 4-bit blocks, in place; they are read when saved.
+
+    The strength of observed inputs weighs rounding errors; all channels count alike for others.
+    """
+    for layer in layers_of(model):
+        if not layer.is_convolution and chosen(layer):
+            seen = observed.get(str(layer.input.name))
+            importance = np.ones(layer.shape[0]) if seen is None else seen.square
+            weight = weight_in_blocks(layer, importance.astype(np.float32))
+            layer.node.replace_input_with(1, weight)
+    drop_unread(model.graph)
+
+
+def weight_in_blocks(layer: Layer, importance: Floats) -> ir.Value:
+    """Store a layer's weight as 4-bit integers, made float again where it is used."""
+    inputs, outputs = layer.shape
+    blocks = -(-inputs // BLOCK)
+
+    def scales(weight: Floats) -> Floats:
+        return best_block_scales(weight, importance)
+
+    def codes(weight: Floats) -> NDArray[np.int8]:
+        whole = block_codes(by_blocks(weight), scales(weight))
+        return whole.reshape(-1, outputs)[:inputs].astype(np.int8)
+
+    step = derived(layer.weight, "scale", ir.DataType.FLOAT, (blocks, outputs), scales)
+    code = derived(layer.weight, "int4", ir.DataType.INT4, layer.shape, codes)
+    return dequantised([code, step], axis=0, block_size=BLOCK)
+
+
+def by_blocks(weight: Floats) -> Floats:
+    """Cut (inputs, outputs) into (blocks, BLOCK, outputs), the last one filled with zeros."""
+    filled = np.pad(weight, ((0, -len(weight) % BLOCK), (0, 0)))
+    return filled.reshape(-1, BLOCK, weight.shape[1])
+
+
+def block_codes(blocks: Floats, scales: Floats) -> Floats:
+    """Round weights to whole numbers of steps (blocks, BLOCK, outputs)."""
+    codes: Floats = np.clip(np.rint(blocks / scales[:, None]), SMALLEST_INT4, LARGEST_INT4)
+    return codes
+
+
+def unclipped_block_scales(weight: Floats) -> Floats:
+    """Choose scales (blocks, outputs) that clip nothing; 1 where all weights are 0."""
+    largest = np.abs(by_blocks(weight)).max(1)
+    return np.where(largest > 0, largest / LARGEST_INT4, 1.0).astype(np.float32)
+
+
+def best_block_scales(weight: Floats, importance: Floats) -> Floats:
+    """Choose scales (blocks, outputs) with the least error, weighted by importance (inputs,)."""
+    whole = unclipped_block_scales(weight)
+    best, least = whole, block_errors(weight, whole, importance)
+    for clip in CLIPS:
+        error = block_errors(weight, clip * whole, importance)
+        better = error < least
+        best, least = np.where(better, clip * whole, best), np.where(better, error, least)
+    return best
+
+
+def block_errors(weight: Floats, scales: Floats, importance: Floats) -> Floats:
+    """Measure the weighted squared error (blocks, outputs) of weights as they come back."""
+    blocks = by_blocks(weight)
+    error = block_codes(blocks, scales) * scales[:, None] - blocks
+    weights = by_blocks(importance[:, None])[..., 0]
+    weighted: Floats = np.einsum("bio,bio,bi->bo", error, error, weights)
+    return weighted
+
+
+def make_activations_signed(model: ir.Model) -> None:
+    """Make a graph's Q/DQ what TensorRT takes, in place: INT8 around zero.
+
+    Activations in uint8 with a zero point become int8 with the scale max(|min|, |max|) / 127, so
+    nothing that was representable is cut, and steps are at most twice as wide. A bias in int32
+    becomes the floats that it stands for. Weights, int8 around zero, stay and are not read.
+
+    Raises:
+        PackageCorrupted: some other tensor is quantised around another value than zero.
+    """
+    graph = model.graph
+    for node in [node for node in graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]:
+        tensor, step, zero = (*node.inputs, None)[:3]
+        if tensor is None or step is None or zero is None:
+            raise PackageCorrupted(
+                "a tensor of the graph is quantised without zero point", seen=node.name
+            )
+        offset = constant_values(zero)
+        if offset.dtype == np.uint8:
+            # With the scale and zero point in the names, equal ranges share what is made of them.
+            name = f"{step.name}_signed_{zero.name}"
+            widest = float(constant_values(step)) * max(int(offset), LEVELS - int(offset))
+            signed = ir.tensor(np.array(widest / LARGEST_CODE, np.float32), name=name)
+            centre = ir.tensor(np.array(0, np.int8), name=f"{name}_zero")
+            node.replace_input_with(1, constant(graph, signed))
+            node.replace_input_with(2, constant(graph, centre))
+            if node.op_type == "QuantizeLinear":
+                node.outputs[0].dtype = ir.DataType.INT8
+        elif offset.any():
+            raise PackageCorrupted(
+                "a tensor of the graph is not quantised around zero", seen=tensor.name
+            )
+        elif offset.dtype == np.int32:
+            floats = (constant_values(tensor) * constant_values(step)).astype(np.float32)
+            bias = constant(graph, ir.tensor(floats, name=f"{tensor.name}_float"))
+            node.outputs[0].replace_all_uses_with(bias)
+            graph.remove(node, safe=True)
+    drop_unread(graph)
+
+
+def constant_values(value: ir.Value) -> NDArray[Any]:
+    """Read a scale, zero point or bias, which must not be computed in the graph."""
+    if value.const_value is None:
+        raise PackageCorrupted("a scale or zero point of the graph is computed", seen=value.name)
+    return value.const_value.numpy()
