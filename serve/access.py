@@ -1,4 +1,4 @@
-"""Who may do what: keys with scopes, kept as hashes; and what a browser may be talked into.
+"""Who may ask for what, and for how much: keys with scopes, kept as hashes, and limits.
 
 A key file has one line for each key, made by `meiqa api-key`::
 
@@ -15,18 +15,17 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import math
 import os
 import re
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, cast, get_args
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from meiqa.errors import AccessDenied, KeyRequired, UsageError
-
-__all__ = ["SCOPES", "Key", "Keys", "Scope", "add_key", "is_loopback", "refuse_strangers"]
 
 Scope = Literal["score", "memory:write"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -36,11 +35,7 @@ _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Key:
-    """One who may use the service.
-
-    Attributes:
-        digest: "sha256:" and the key's hash in hexadecimal.
-    """
+    """One who may use the service; `digest` is "sha256:" and the key's hash in hexadecimal."""
 
     name: str
     scopes: frozenset[Scope]
@@ -104,6 +99,55 @@ class Keys:
                 allowed=scope,
             )
         return found[0]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits of the service; `Settings()` serves whoever reaches it on the loopback interface."""
+
+    budget_ms: float = 2000.0  # for a photo, waiting included, where a request names none
+    max_budget_ms: float = 60_000.0
+    reserve_ms: float | None = None
+    """Time kept for every photo that waits, so what its answer is worth under load; by default the
+    least that the engine finds worth doing."""
+    margin_ms: float = 20.0  # kept back of every budget for the way of the answer
+    max_waiting: int = 128
+    max_requests: int = 128  # at once, those that are being uploaded included
+    max_upload_bytes: int = 32 << 20  # of one request
+    max_held_bytes: int = 512 << 20  # of all uploads together
+    max_photos: int = 64  # of one ranking
+    upload_s: float = 30.0
+    keys: Keys | None = None  # without, anybody may score and nobody may write
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
+                raise UsageError(
+                    f"{field.name} must be positive", seen=value, allowed="a number above 0"
+                )
+        if self.budget_ms > self.max_budget_ms:
+            raise UsageError(
+                "the usual budget is longer than the longest",
+                seen=f"{self.budget_ms:g} ms",
+                allowed=f"at most {self.max_budget_ms:g} ms",
+            )
+
+
+def authorise(keys: Keys | None, token: str | None, scope: Scope | None = None) -> Key | None:
+    """Let a caller do something; None where the service has no keys.
+
+    Raises:
+        AccessDenied: there is no key, it is unknown or lacks the scope; without keys, for writing.
+    """
+    if keys is not None:
+        return keys.holder(token, scope)
+    if scope == "memory:write":
+        raise AccessDenied(
+            "without keys nobody writes to the memory over HTTP",
+            hint="meiqa api-key NAME --scopes score,memory:write; meiqa serve --api-key-file",
+        )
+    return None
 
 
 def _key(line: str, where: str) -> Key:
@@ -170,7 +214,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def refuse_strangers(host: str | None, origin: str | None) -> None:
+def refuse_other_sites(host: str | None, origin: str | None) -> None:
     """Refuse what only another site's page would send to a service without keys.
 
     Args:
@@ -180,29 +224,22 @@ def refuse_strangers(host: str | None, origin: str | None) -> None:
     Raises:
         AccessDenied: it does not come from this machine, or from a page of this service.
     """
-    named = _hostname(f"//{host}") if host else None
-    if named is None or not is_loopback(named):
+    if not host or not is_loopback(_parts(f"//{host}").hostname or ""):
         raise AccessDenied(
             "without keys this service answers to its own machine only",
             seen=f"Host: {host}",
             allowed="localhost, 127.0.0.1 or [::1]",
             hint="give it keys: meiqa serve --api-key-file",
         )
-    if origin is not None and _netloc(origin) != host:
+    if origin is not None and _parts(origin).netloc != host:
         raise AccessDenied(
             "without keys this service answers to no other site's pages", seen=f"Origin: {origin}"
         )
 
 
-def _hostname(url: str) -> str | None:
+def _parts(url: str) -> SplitResult:
+    """Take a URL apart; one that makes no sense has no parts."""
     try:
-        return urlsplit(url).hostname
+        return urlsplit(url)
     except ValueError:
-        return None
-
-
-def _netloc(url: str) -> str | None:
-    try:
-        return urlsplit(url).netloc or None
-    except ValueError:
-        return None
+        return urlsplit("")

@@ -1,22 +1,19 @@
 """One instruction at a time: what to do to take the picture better.
 
-Every instruction has a rule (`RULES`): what in a description, among the distortions, or in the
-frame itself speaks for it, from 0 to 1. docs/camera.md has the same table for people.
-`Adviser` chooses one, and does not flicker: evidence is averaged over half a second, an instruction
-comes at 0.6 and goes below 0.35, and each stays for a second and a half at least. Among those that
-speak, the first in the order of the rules wins, since it spoils what the later ones look at: a
-picture that moves is soft as well, and one in the dark is noisy.
+`RULES` has what in a description, among the distortions, or in the frame itself speaks for each;
+docs/camera.md has the same table for people. `Adviser` does not flicker: evidence is averaged over
+half a second, an instruction comes at 0.6, goes below 0.35 and stays for a second and a half at
+least. The first that speaks wins, since it spoils what the later ones look at: a picture that moves
+is soft as well, and one in the dark is noisy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from meiqa.types import Assessment, Distortion
-
-__all__ = ["RULES", "Adviser", "Evidence", "Instruction"]
+from meiqa.types import Distortion
 
 STILL = 2.0
 """Grey levels of `motion_between` below which a camera is held still."""
@@ -44,32 +41,22 @@ _SEVERITIES = {"barely visible": 0.1, "slight": 0.3, "visible": 0.6, "strong": 1
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a frame.
-
-    Attributes:
-        score: of the frame.
-        motion: since the frame before, in grey levels; None of a single picture.
-        brightness: mean grey, 0-255.
-        blown_out: share of it that is white, 0-1.
-        words: the description of this frame, or of one that looked the same; empty if there is
-            none.
-        distortions: as the model's patterns see them.
-    """
+    """What is known of a frame."""
 
     score: float
-    motion: float | None
-    brightness: float
-    blown_out: float
-    words: str = ""
-    distortions: tuple[Distortion, ...] = ()
+    motion: float | None  # since the frame before, in grey levels; None of a single picture
+    brightness: float  # mean grey, 0-255
+    blown_out: float  # share that is white, 0-1
+    words: str = ""  # the description of this frame, or of one that looked the same
+    distortions: tuple[Distortion, ...] = ()  # as the model's patterns see them
 
     def says(self, *phrases: str) -> float:
-        """Whether the description has one of these phrases; 1 or 0. "soft" is not "very soft"."""
+        """Give 1 if the description has one of these phrases, or 0. "soft" is not "very soft"."""
         words = f" {_plain(self.words)} "
         return float(any(f" {_plain(phrase)} " in words for phrase in phrases))
 
     def distorted(self, kinds: Collection[str]) -> float:
-        """How strongly these kinds of distortion are seen, or named in the description, 0-1."""
+        """Tell how strongly such distortions are seen, or named in the description, 0-1."""
         seen = sum(
             each.probability * min(1.0, each.strength / _SEVERE)
             for each in self.distortions
@@ -99,31 +86,15 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Instruction:
-    """What to do.
+    """What to do: a code for programs and words for people; `good` if all is well.
 
-    Attributes:
-        code: for programs.
-        text: for people, imperative.
-        reason: why, as the end of the sentence "because …".
-        good: whether all is well.
+    `reason` is the end of the sentence "because …".
     """
 
     code: str
     text: str
     reason: str
     good: bool = False
-
-    def to_dict(self) -> dict[str, object]:
-        """Give the instruction as JSON-ready values."""
-        return {"code": self.code, "text": self.text, "reason": self.reason, "good": self.good}
-
-
-@dataclass(frozen=True)
-class Rule:
-    """An instruction, and how strongly the evidence speaks for it, 0-1."""
-
-    instruction: Instruction
-    strength: Callable[[Evidence], float]
 
 
 def _hold_still(seen: Evidence) -> float:
@@ -149,42 +120,29 @@ def _clean_the_lens(seen: Evidence) -> float:
     return min(seen.soft, hazy) * (1.0 - seen.says("dark", "very dark"))
 
 
-def _step_back(seen: Evidence) -> float:
-    return seen.soft
-
-
-def _sharper_stream(seen: Evidence) -> float:
-    return max(seen.says("visible blocking"), seen.distorted(_CODECS))
-
-
-def _light_from_the_side(seen: Evidence) -> float:
-    return seen.says("flat contrast")
-
-
-def _take_it(seen: Evidence) -> float:
-    return ramp(seen.score, GOOD - 0.2, GOOD + 0.1)
-
-
-RULES = (
-    Rule(Instruction("hold-still", "Hold still", "the picture moves"), _hold_still),
-    Rule(Instruction("more-light", "More light", "it is too dark"), _more_light),
-    Rule(Instruction("less-light", "Turn away from the light", "it is too bright"), _less_light),
-    Rule(
+RULES: tuple[tuple[Instruction, Callable[[Evidence], float]], ...] = (
+    (Instruction("hold-still", "Hold still", "the picture moves"), _hold_still),
+    (Instruction("more-light", "More light", "it is too dark"), _more_light),
+    (Instruction("less-light", "Turn away from the light", "it is too bright"), _less_light),
+    (
         Instruction("clean-lens", "Clean the lens", "it is soft and hazy though held still"),
         _clean_the_lens,
     ),
-    Rule(Instruction("step-back", "Step back", "it is not in focus"), _step_back),
-    Rule(
+    (Instruction("step-back", "Step back", "it is not in focus"), lambda seen: seen.soft),
+    (
         Instruction("sharper-stream", "Choose a higher resolution", "compression can be seen"),
-        _sharper_stream,
+        lambda seen: max(seen.says("visible blocking"), seen.distorted(_CODECS)),
     ),
-    Rule(
+    (
         Instruction("side-light", "Let light come from the side", "there is little contrast"),
-        _light_from_the_side,
+        lambda seen: seen.says("flat contrast"),
     ),
-    Rule(Instruction("take-it", "Take it now", "no clear flaw", good=True), _take_it),
+    (
+        Instruction("take-it", "Take it now", "no clear flaw", good=True),
+        lambda seen: ramp(seen.score, GOOD - 0.2, GOOD + 0.1),
+    ),
 )
-"""What comes first is to be done first."""
+"""What to do, the first first, and how strongly the evidence speaks for it, 0-1."""
 
 OTHERWISE = Instruction("other-view", "Try another view", "no single thing is wrong with this one")
 
@@ -192,10 +150,9 @@ OTHERWISE = Instruction("other-view", "Try another view", "no single thing is wr
 class Adviser:
     """Chooses the instruction of a running camera; a single picture is its first frame."""
 
-    def __init__(self, rules: Iterable[Rule] = RULES) -> None:
-        self._rules = tuple(rules)
-        self._strengths: dict[str, float] = {}
-        self._speaking: set[str] = set()
+    def __init__(self) -> None:
+        self._strengths: dict[Instruction, float] = {}
+        self._speaking: set[Instruction] = set()
         self._seen_s: float | None = None
         self._given_s = -math.inf
         self._given: Instruction | None = None
@@ -210,35 +167,26 @@ class Adviser:
         if self._seen_s is not None:
             weight = -math.expm1(-max(0.0, now_s - self._seen_s) / _SMOOTHING_S)
         self._seen_s = now_s
-        for rule in self._rules:
-            self._hear(rule.instruction.code, rule.strength(seen), weight)
-        first = next(
-            (r.instruction for r in self._rules if r.instruction.code in self._speaking), OTHERWISE
-        )
+        for instruction, strength in RULES:
+            before = self._strengths.get(instruction, 0.0)
+            self._strengths[instruction] = before + weight * (strength(seen) - before)
+        self._speaking = {
+            each
+            for each, averaged in self._strengths.items()
+            if averaged >= (_GOES if each in self._speaking else _COMES)
+        }
+        first = next((each for each, _ in RULES if each in self._speaking), OTHERWISE)
         if self._given is None or (first != self._given and now_s - self._given_s >= _STAYS_S):
             self._given, self._given_s = first, now_s
         return self._given
 
-    def _hear(self, code: str, strength: float, weight: float) -> None:
-        before = self._strengths.get(code, 0.0)
-        after = self._strengths[code] = before + weight * (strength - before)
-        if after >= _COMES:
-            self._speaking.add(code)
-        elif after < _GOES:
-            self._speaking.discard(code)
-
-
-def described(assessment: Assessment) -> str:
-    """The words about a photo that guidance goes by: the corrected ones, if there are any."""
-    return assessment.reflection or assessment.summary or ""
-
 
 def ramp(value: float, low: float, high: float) -> float:
-    """0 up to `low`, 1 from `high` on, and evenly between."""
+    """Rise from 0 at `low` to 1 at `high`."""
     return min(1.0, max(0.0, (value - low) / (high - low)))
 
 
 def _plain(text: str) -> str:
-    """Lower case, no punctuation, and "very" and "barely" as a part of the word behind them."""
+    """Make words lower case, without punctuation, and "very" and "barely" a part of the next."""
     kept = "".join(char if char.isalnum() else " " for char in text.lower())
     return " ".join(kept.split()).replace("very ", "very-").replace("barely ", "barely-")

@@ -11,10 +11,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -23,15 +22,11 @@ import meiqa
 from meiqa.engine.images import NamedBytes, load_pixels
 from meiqa.errors import MeiqaError, Overloaded, UploadTooLarge, UsageError
 from meiqa.formats import json_text
-from meiqa.serve.desk import ScoreOptions
-from meiqa.serve.problems import internal_problem, problem_of, status_of
-from meiqa.serve.viewing import FAST_NEIGHBOURS, View, Viewing
+from meiqa.serve.access import authorise
+from meiqa.serve.camera import CameraSession, FramePlan
+from meiqa.serve.responses import problem_of, unforeseen
+from meiqa.serve.routes import Service
 from meiqa.types import Assessment
-
-if TYPE_CHECKING:
-    from meiqa.serve.app import Service
-
-__all__ = ["router"]
 
 LOG = logging.getLogger(__name__)
 clock = time.monotonic
@@ -42,11 +37,11 @@ MOST_HELLO_CHARACTERS = 4096
 HELLO_S = 10.0
 IDLE_S = 120.0
 """A camera from which nothing comes for so long is taken to be gone."""
-_POLICY, _TOO_BIG, _TRY_LATER = 1008, 1009, 1013
+_POLICY = 1008
+_CODES = {UploadTooLarge: 1009, Overloaded: 1013}
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """A frame of the camera; numbers count from 0 in the order in which they came."""
 
     number: int
@@ -54,199 +49,158 @@ class Frame:
     came_s: float
 
 
-class Newest:
-    """Holds the frame that came last until somebody takes it up.
-
-    Args:
-        hold: told how many bytes more are held, or fewer; may refuse.
-    """
-
-    def __init__(self, hold: Callable[[int], None]) -> None:
-        self._hold = hold
-        self._frame: Frame | None = None
-        self._came = asyncio.Event()
-        self._count = 0
-        self.dropped = 0
-
-    def put(self, jpeg: bytes, came_s: float) -> None:
-        """Keep a frame in place of the one before.
-
-        Raises:
-            Overloaded: the service holds too many bytes.
-        """
-        number, self._count = self._count, self._count + 1
-        if self._frame is not None:
-            self.dropped += 1
-            self.release(self._frame)
-            self._frame = None
-        self._hold(len(jpeg))
-        self._frame = Frame(number, NamedBytes(jpeg, f"frame {number}"), came_s)
-        self._came.set()
-
-    async def take(self) -> Frame:
-        """Await a frame; whoever takes it releases it."""
-        await self._came.wait()
-        self._came.clear()
-        frame, self._frame = self._frame, None
-        assert frame is not None
-        return frame
-
-    def release(self, frame: Frame) -> None:
-        """Let go of a frame's bytes."""
-        self._hold(-len(frame.jpeg))
-
-    def close(self) -> None:
-        """Let go of what nobody took up."""
-        if self._frame is not None:
-            self.release(self._frame)
-            self._frame = None
-
-
 @router.websocket("/v1/live")
 async def live(socket: WebSocket) -> None:
     """Judge a camera's frames until it goes."""
     await socket.accept()
+    camera = LiveCamera(socket)
     with suppress(WebSocketDisconnect, RuntimeError):  # it went while an answer was on its way
         try:
-            await _serve(socket, socket.app.state.service)
+            await camera.greet()
+            await camera.run()
         except MeiqaError as error:
-            await _send(socket, _problem(socket, error))
-            await socket.close(_code_of(error), error.what[:120])
+            await camera.send({"type": "problem", "problem": problem_of(error, camera.id)})
+            code = next((_CODES[kind] for kind in _CODES if isinstance(error, kind)), _POLICY)
+            await socket.close(code, error.what[:120])
 
 
-async def _serve(socket: WebSocket, service: Service) -> None:
-    camera_hz = await _greeting(socket, service)
-    await _send(socket, _ready(service))
-    newest = Newest(service.holdings.change)
-    answering = asyncio.create_task(_answer_all(socket, service, newest, Viewing(camera_hz)))
-    try:
-        await _read_all(socket, newest)
-    finally:
-        answering.cancel()
-        newest.close()
-        await asyncio.wait({answering})
+class LiveCamera:
+    """One connection: its newest frame waits here until it is taken up."""
 
+    def __init__(self, socket: WebSocket) -> None:
+        self._socket = socket
+        self._service: Service = socket.app.state.service
+        self._manifest = self._service.scheduler.engines[0].package.manifest
+        self._session: CameraSession  # once it has said hello
+        self._newest: Frame | None = None
+        self._came = asyncio.Event()
+        self._count = self._dropped = 0
+        self.id = str(socket.scope.get("state", {}).get("request_id", ""))
 
-async def _greeting(socket: WebSocket, service: Service) -> float | None:
-    """Let the client in; give the frame rate of its camera, if it says."""
-    try:
-        async with asyncio.timeout(HELLO_S):
-            text = await _text(socket)
-        hello = json.loads(text) if len(text) <= MOST_HELLO_CHARACTERS else None
-    except (TimeoutError, ValueError, RecursionError):
-        hello = None
-    if not isinstance(hello, dict) or hello.get("type") != "hello":
-        raise UsageError("a camera says hello first", hint='{"type": "hello", "token": null}')
-    token, camera_hz = hello.get("token"), hello.get("camera_hz")
-    service.authorise(token if isinstance(token, str) else None, "score")
-    if isinstance(camera_hz, int | float) and 0 < camera_hz < 1000:
-        return float(camera_hz)
-    return None
+    async def send(self, message: dict[str, Any]) -> None:
+        """Send a JSON object."""
+        await self._socket.send_text(json_text(message))
 
+    async def greet(self) -> None:
+        """Let the client in, and tell it what it may send.
 
-async def _text(socket: WebSocket) -> str:
-    message = await _message(socket)
-    text = message.get("text")
-    return text if isinstance(text, str) else ""
+        Raises:
+            UsageError: it does not say hello.
+            AccessDenied: it may not ask.
+        """
+        try:
+            async with asyncio.timeout(HELLO_S):
+                text = (await self._message()).get("text") or ""
+            hello = json.loads(text) if len(text) <= MOST_HELLO_CHARACTERS else None
+        except (TimeoutError, ValueError, RecursionError):
+            hello = None
+        if not isinstance(hello, dict) or hello.get("type") != "hello":
+            raise UsageError("a camera says hello first", hint='{"type": "hello", "token": null}')
+        token, camera_hz = hello.get("token"), hello.get("camera_hz")
+        keys = self._service.settings.keys
+        authorise(keys, token if isinstance(token, str) else None, "score")
+        if not isinstance(camera_hz, int | float) or not 0 < camera_hz < 1000:
+            camera_hz = None
+        neighbours = self._manifest.calibration.neighbours
+        self._session = CameraSession(camera_hz, neighbours=neighbours)
+        await self.send(
+            {
+                "type": "ready",
+                "version": meiqa.__version__,
+                "max_pixels": self._manifest.image.max_pixels,
+                "max_frame_bytes": MOST_FRAME_BYTES,
+            }
+        )
 
+    async def run(self) -> None:
+        """Read frames, and answer meanwhile, until the camera goes.
 
-async def _message(socket: WebSocket) -> dict[str, Any]:
-    message: dict[str, Any] = dict(await socket.receive())
-    if message["type"] == "websocket.disconnect":
-        raise WebSocketDisconnect(message.get("code", 1000))
-    return message
+        Raises:
+            UsageError, UploadTooLarge, Overloaded: what it sends is not accepted.
+        """
+        answering = asyncio.create_task(self._answer_all())
+        try:
+            while True:
+                self._keep(await self._jpeg())
+        finally:
+            answering.cancel()
+            self._drop()
+            await asyncio.wait({answering})
 
+    async def _message(self) -> dict[str, Any]:
+        message: dict[str, Any] = dict(await self._socket.receive())
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1000))
+        return message
 
-async def _read_all(socket: WebSocket, newest: Newest) -> None:
-    """Keep the newest frame until the camera goes."""
-    while True:
+    async def _jpeg(self) -> bytes:
         try:
             async with asyncio.timeout(IDLE_S):
-                jpeg = (await _message(socket)).get("bytes")
+                jpeg: bytes = (await self._message()).get("bytes") or b""
         except TimeoutError:
             raise UsageError("no frame came for a while", hint="connect again") from None
         if not jpeg:
             raise UsageError("a frame is a JPEG in a binary message")
         if len(jpeg) > MOST_FRAME_BYTES:
-            raise UploadTooLarge(
-                "the frame is too large", seen=len(jpeg), allowed=f"{MOST_FRAME_BYTES} bytes"
-            )
-        newest.put(jpeg, clock())
+            allowed = f"{MOST_FRAME_BYTES} bytes"
+            raise UploadTooLarge("the frame is too large", seen=len(jpeg), allowed=allowed)
+        return jpeg
 
+    def _keep(self, jpeg: bytes) -> None:
+        """Keep a frame in place of the one before."""
+        number, self._count = self._count, self._count + 1
+        self._dropped += self._drop()
+        self._service.uploads.change(len(jpeg))
+        self._newest = Frame(number, NamedBytes(jpeg, f"frame {number}"), clock())
+        self._came.set()
 
-async def _answer_all(
-    socket: WebSocket, service: Service, newest: Newest, viewing: Viewing
-) -> None:
-    while True:
-        frame = await newest.take()
+    def _drop(self) -> bool:
+        """Let go of the frame that nobody took up, if there is one."""
+        frame, self._newest = self._newest, None
+        self._came.clear()
+        if frame is not None:
+            self._service.uploads.change(-len(frame.jpeg))
+        return frame is not None
+
+    async def _answer_all(self) -> None:
+        while True:
+            await self._came.wait()
+            frame, self._newest = self._newest, None
+            self._came.clear()
+            assert frame is not None
+            try:
+                answer = await self._answer(frame)
+            except MeiqaError as error:
+                answer = {"type": "problem", "problem": problem_of(error, self.id)}
+            except Exception as error:
+                LOG.error("%s failed", frame.jpeg.name, exc_info=error)
+                answer = {"type": "problem", "problem": unforeseen(self.id)}
+            finally:
+                self._service.uploads.change(-len(frame.jpeg))
+            with suppress(WebSocketDisconnect, RuntimeError):  # it went; whoever reads finds out
+                await self.send({**answer, "frame": frame.number, "dropped": self._dropped})
+
+    async def _answer(self, frame: Frame) -> dict[str, Any]:
+        """Score a frame, in full or fast, and say what to do."""
+        pixels = await asyncio.to_thread(load_pixels, frame.jpeg, max_pixels=MOST_FRAME_PIXELS)
+        plan = self._session.plan(pixels.array, frame.came_s)
         try:
-            answer = await _answer(service, frame, viewing)
-        except MeiqaError as error:
-            answer = _problem(socket, error)
-        except Exception as error:
-            LOG.error("%s failed", frame.jpeg.name, exc_info=error)
-            answer = {"type": "problem", "problem": internal_problem(_id(socket))}
-        finally:
-            newest.release(frame)
-        with suppress(WebSocketDisconnect, RuntimeError):  # it went; whoever reads finds out
-            await _send(socket, {**answer, "frame": frame.number, "dropped": newest.dropped})
+            found = await self._score(frame, plan)
+        except Overloaded as error:
+            plan = self._session.replan(plan, 1e3 * (error.retry_after_s or 0.0))
+            found = await self._score(frame, plan)
+        instruction = self._session.advise(plan, found, clock())
+        return {
+            "type": "answer",
+            "kind": plan.kind,
+            "stands": self._session.stands,
+            "still": plan.still,
+            "motion": plan.motion,
+            "budget_ms": plan.budget_ms,
+            "instruction": asdict(instruction),
+            "assessment": found.to_dict(),
+        }
 
-
-async def _answer(service: Service, frame: Frame, viewing: Viewing) -> dict[str, Any]:
-    """Assess a frame, in full or fast, and say what to do."""
-    pixels = await asyncio.to_thread(load_pixels, frame.jpeg, max_pixels=MOST_FRAME_PIXELS)
-    view = viewing.look(pixels.array, frame.came_s)
-    try:
-        found = await _assess(service, frame, view)
-    except Overloaded as error:
-        view = viewing.refused(view, 1e3 * (error.retry_after_s or 0.0))
-        found = await _assess(service, frame, view)
-    instruction = viewing.advise(view, found, clock())
-    return {
-        "type": "answer",
-        "kind": view.kind,
-        "stands": viewing.stands,
-        "still": view.still,
-        "motion": view.motion,
-        "budget_ms": None if view.kind == "full" else view.budget_ms,
-        "instruction": instruction.to_dict(),
-        "assessment": found.to_dict(),
-    }
-
-
-async def _assess(service: Service, frame: Frame, view: View) -> Assessment:
-    if view.kind == "full":
-        return await service.desk.score(frame.jpeg)
-    return await service.desk.score(
-        frame.jpeg,
-        budget_ms=view.budget_ms + service.settings.margin_ms,
-        options=ScoreOptions(k=FAST_NEIGHBOURS),
-    )
-
-
-def _ready(service: Service) -> dict[str, Any]:
-    package = service.desk.engines[0].package
-    return {
-        "type": "ready",
-        "version": meiqa.__version__,
-        "max_pixels": package.manifest.image.max_pixels,
-        "max_frame_bytes": MOST_FRAME_BYTES,
-    }
-
-
-def _problem(socket: WebSocket, error: MeiqaError) -> dict[str, Any]:
-    return {"type": "problem", "problem": problem_of(error, status_of(error), _id(socket))}
-
-
-def _id(socket: WebSocket) -> str:
-    return str(socket.scope.get("state", {}).get("request_id", ""))
-
-
-def _code_of(error: MeiqaError) -> int:
-    if isinstance(error, Overloaded):
-        return _TRY_LATER
-    return _TOO_BIG if isinstance(error, UploadTooLarge) else _POLICY
-
-
-async def _send(socket: WebSocket, message: dict[str, Any]) -> None:
-    await socket.send_text(json_text(message))
+    async def _score(self, frame: Frame, plan: FramePlan) -> Assessment:
+        budget_ms = plan.budget_ms and plan.budget_ms + self._service.settings.margin_ms
+        return await self._service.scheduler.score(frame.jpeg, budget_ms=budget_ms, k=plan.k)

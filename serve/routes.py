@@ -1,120 +1,119 @@
-"""Routes that judge photos and tend the memory."""
+"""Routes that judge photos, tend the memory, and tell how the service is."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
+from dataclasses import dataclass, fields
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import HTTPException
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST
 
 import meiqa
-from meiqa.engine.anchoring import ANCHOR_STD, anchor_case
+from meiqa.engine.anchoring import ANCHOR_STD, AnchorOptions, anchor_case
+from meiqa.engine.engine import Engine
 from meiqa.engine.images import NamedBytes, load_pixels
-from meiqa.engine.local import LocalVlm
-from meiqa.engine.pipeline import Engine
-from meiqa.errors import AccessDenied, UsageError
-from meiqa.serve.access import Key, Keys, Scope
-from meiqa.serve.answers import json_answer
-from meiqa.serve.desk import ScoreOptions
-from meiqa.serve.schemas import (
-    AssessmentBody,
-    CaseBody,
-    CasesBody,
-    ComparisonBody,
-    ModelBody,
-    RankingBody,
-    RemovedBody,
-    photo_body,
-    photos_form,
-    problems,
-)
-from meiqa.serve.uploads import read_photo, read_upload
-
-if TYPE_CHECKING:
-    from meiqa.memory.records import Record
-    from meiqa.serve.app import Service
-
-__all__ = ["Token", "authorise", "router", "service_of"]
+from meiqa.errors import UsageError
+from meiqa.memory import Record
+from meiqa.serve import responses
+from meiqa.serve.access import Scope, Settings, authorise
+from meiqa.serve.middleware import Metrics
+from meiqa.serve.responses import json_response, problems
+from meiqa.serve.scheduler import Scheduler
+from meiqa.serve.uploads import UploadLimiter, form_body, photo_body, read_form, read_photo
+from meiqa.types import Budget, PairComparison, RememberedCase
 
 T = TypeVar("T")
 MOST_NEIGHBOURS = 256
 GONE = 499
 """A status for the log only: nobody reads the answer."""
-MOST_PHOTOS = 64
-"""Photos of a ranking, as documented; the settings may allow fewer."""
+PAIR = {"first": range(1, 2), "second": range(1, 2)}
 
-router = APIRouter()
+judging = APIRouter(tags=["judging"], responses=problems(401, 403))
+memory = APIRouter(prefix="/v1/memory/cases", tags=["memory"], responses=problems(401, 403))
+watching = APIRouter(tags=["watching"])
 _bearer = HTTPBearer(
     auto_error=False, description="A key made by `meiqa api-key`, where the service has keys."
 )
+Key = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-def _token(
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> str | None:
-    return None if credentials is None else credentials.credentials
+@dataclass(frozen=True, eq=False)
+class Service:
+    """What routes work with; it is `app.state.service`."""
+
+    scheduler: Scheduler
+    settings: Settings
+    metrics: Metrics
+    uploads: UploadLimiter
 
 
-Token = Annotated[str | None, Depends(_token)]
-BudgetMs = Annotated[
-    float | None,
-    Query(
-        gt=0,
-        allow_inf_nan=False,
-        description="Milliseconds until the answer, waiting included, from when the photo is here."
-        " Left out: the service's usual budget.",
-        examples=[500],
-    ),
-]
+def _authorise(request: Request, given: Key, scope: Scope | None = None) -> Service:
+    """Check the caller's key, and note whose it is."""
+    service: Service = request.app.state.service
+    token = None if given is None else given.credentials
+    key = authorise(service.settings.keys, token, scope)
+    request.state.key = key and key.name
+    return service
+
+
+def _service_for(scope: Scope) -> Any:
+    def authorised(request: Request, given: Key) -> Service:
+        return _authorise(request, given, scope)
+
+    return Depends(authorised)
+
+
+Scoring = Annotated[Service, _service_for("score")]
+Writing = Annotated[Service, _service_for("memory:write")]
+
+
+def _budget_ms(
+    request: Request,
+    budget_ms: Annotated[
+        float | None,
+        Query(
+            gt=0,
+            allow_inf_nan=False,
+            description="Milliseconds until the answer, waiting included, from when the photo is"
+            " here. Left out: the service's usual budget.",
+            examples=[500],
+        ),
+    ] = None,
+) -> float | None:
+    most_ms = request.app.state.service.settings.max_budget_ms
+    if budget_ms is not None and budget_ms > most_ms:
+        raise UsageError(
+            "the budget is longer than this service allows",
+            seen=f"{budget_ms:g} ms",
+            allowed=f"at most {most_ms:g} ms",
+        )
+    return budget_ms
+
+
+BudgetMs = Annotated[float | None, Depends(_budget_ms)]
 Neighbours = Annotated[
     int | None,
     Query(ge=0, le=MOST_NEIGHBOURS, description="How many remembered photos to compare with."),
 ]
 
 
-def service_of(request: Request) -> Service:
-    """Give what a request is served with."""
-    service: Service = request.app.state.service
-    return service
-
-
-def authorise(keys: Keys | None, token: str | None, scope: Scope | None) -> Key | None:
-    """Let a caller do something; see `Service.authorise`."""
-    if keys is not None:
-        return keys.holder(token, scope)
-    if scope == "memory:write":
-        raise AccessDenied(
-            "without keys nobody writes to the memory over HTTP",
-            hint="meiqa api-key NAME --scopes score,memory:write; meiqa serve --api-key-file",
-        )
-    return None
-
-
-def _admit(request: Request, token: str | None, scope: Scope = "score") -> Service:
-    """Check the caller's key, and note whose it is."""
-    service = service_of(request)
-    key = service.authorise(token, scope)
-    request.state.key = None if key is None else key.name
-    return service
-
-
-@router.post(
+@judging.post(
     "/v1/score",
-    response_model=AssessmentBody,
-    responses=problems(401, 403, 413, 422, 503),
+    response_model=responses.AssessmentBody,
+    responses=problems(413, 422, 503),
     openapi_extra=photo_body("reference"),
-    tags=["judging"],
-    summary="Score a photo",
 )
 async def score(
     request: Request,
-    token: Token,
-    budget_ms: BudgetMs = None,
+    given: Key,
+    service: Scoring,
+    budget_ms: BudgetMs,
     k: Neighbours = None,
     learn: Annotated[
         bool, Query(description="Remember what is learnt from it; takes the scope memory:write.")
@@ -124,82 +123,72 @@ async def score(
 
     A form may also hold a `reference`: the photo as it should be, of the same shape.
     """
-    service = _admit(request, token)
     if learn:
-        service.authorise(token, "memory:write")
-    with service.holdings.holding() as holding:
-        photo, reference = await read_photo(request, holding, service.settings, "reference")
-        options = ScoreOptions(k=k, learn=learn, reference=reference)
-        asked = service.desk.score(photo, budget_ms=_allowed(service, budget_ms), options=options)
-        found = await _while_connected(request, asked)
-    return json_answer(found.to_dict())
-
-
-@router.post(
-    "/v1/compare",
-    response_model=ComparisonBody,
-    responses=problems(401, 403, 413, 422, 503),
-    openapi_extra=photos_form(first=True, second=True),
-    tags=["judging"],
-    summary="Tell which of two photos looks better",
-)
-async def compare(request: Request, token: Token, budget_ms: BudgetMs = None) -> Response:
-    """Compare two photos, both ways round."""
-    service = _admit(request, token)
-    with service.holdings.holding() as holding:
-        fields = {"first": 1, "second": 1}
-        photos = (await read_upload(request, holding, service.settings, fields)).photos
-        asked = service.desk.compare(
-            photos["first"][0], photos["second"][0], budget_ms=_allowed(service, budget_ms)
+        _authorise(request, given, "memory:write")
+    with service.uploads.holding() as hold:
+        photo, reference = await read_photo(request, hold, service.settings, "reference")
+        asked = service.scheduler.score(
+            photo, budget_ms=budget_ms, k=k, learn=learn, reference=reference
         )
         found = await _while_connected(request, asked)
-    return json_answer(found.to_dict())
+    return json_response(found.to_dict())
 
 
-@router.post(
+@judging.post(
+    "/v1/compare",
+    response_model=PairComparison,
+    responses=problems(413, 422, 503),
+    openapi_extra=form_body(PAIR),
+)
+async def compare(request: Request, service: Scoring, budget_ms: BudgetMs) -> Response:
+    """Compare two photos, both ways round; the budget is for all of it."""
+    with service.uploads.holding() as hold:
+        photos = await read_form(request, hold, service.settings, PAIR)
+        (first,), (second,) = photos["first"], photos["second"]
+        asked = service.scheduler.run(
+            lambda engine, budget: engine.compare(first, second, budget=budget),
+            budget_ms=budget_ms,
+            photos=2,
+        )
+        found = await _while_connected(request, asked)
+    return json_response(found.to_dict())
+
+
+@judging.post(
     "/v1/rank",
-    response_model=RankingBody,
-    responses=problems(401, 403, 413, 422, 503),
-    openapi_extra=photos_form(images=MOST_PHOTOS),
-    tags=["judging"],
-    summary="Put photos in order",
+    response_model=responses.RankingBody,
+    responses=problems(413, 422, 503),
+    openapi_extra=form_body({"images": range(1, Settings.max_photos + 1)}),
 )
 async def rank(
-    request: Request, token: Token, budget_ms: BudgetMs = None, k: Neighbours = None
+    request: Request, service: Scoring, budget_ms: BudgetMs, k: Neighbours = None
 ) -> Response:
-    """Order photos, best first; the budget is for all of them together."""
-    service = _admit(request, token)
-    with service.holdings.holding() as holding:
-        fields = {"images": min(MOST_PHOTOS, service.settings.max_photos)}
-        upload = await read_upload(request, holding, service.settings, fields)
-        photos = distinctly_named(upload.photos["images"])
-        asked = service.desk.rank(photos, budget_ms=_allowed(service, budget_ms), k=k)
+    """Order photos, best first; the budget is for all of them together, pairs included."""
+    with service.uploads.holding() as hold:
+        fields = {"images": range(1, service.settings.max_photos + 1)}
+        photos = await read_form(request, hold, service.settings, fields)
+        named = distinctly_named(photos["images"])
+        asked = service.scheduler.run(
+            lambda engine, budget: engine.rank(named, budget=budget, k=k),
+            budget_ms=budget_ms,
+            photos=len(named),
+        )
         found = await _while_connected(request, asked)
-    return json_answer(
+    return json_response(
         {
             "photos": [photo.to_dict() for photo in found.photos],
             "failures": [failure.to_dict() for failure in found.failures],
+            "degraded": list(found.degraded),
         }
     )
 
 
-@router.get(
-    "/v1/model",
-    response_model=ModelBody,
-    responses=problems(401, 403),
-    tags=["judging"],
-    summary="What judges here",
-)
-async def model(request: Request, token: Token) -> Response:
+@judging.get("/v1/model", response_model=responses.ModelBody)
+async def model(service: Scoring) -> Response:
     """Name the model, its memory and the service's limits."""
-    service = _admit(request, token)
-    engine = service.desk.engines[0]
-    manifest, snapshot, settings = (
-        engine.package.manifest,
-        engine.memory.snapshot(),
-        service.settings,
-    )
-    return json_answer(
+    engine, settings = service.scheduler.engines[0], service.settings
+    manifest, snapshot = engine.package.manifest, engine.memory.snapshot()
+    return json_response(
         {
             "version": meiqa.__version__,
             "architecture": manifest.architecture,
@@ -219,92 +208,72 @@ async def model(request: Request, token: Token) -> Response:
     )
 
 
-@router.get(
-    "/v1/memory/cases",
-    response_model=CasesBody,
-    responses=problems(401, 403, 422, 503),
-    tags=["memory"],
-    summary="List what is remembered",
-)
+@memory.get("", response_model=responses.CasesBody, responses=problems(422, 503))
 async def list_cases(
-    request: Request,
-    token: Token,
+    service: Scoring,
     origin: Annotated[Literal["anchor", "contrast"] | None, Query()] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     offset: Annotated[int, Query(ge=0, le=1 << 40)] = 0,
 ) -> Response:
     """List remembered photos, anchors first, each origin by id."""
-    service = _admit(request, token)
-    memory = service.desk.engines[0].memory
+    bank = service.scheduler.engines[0].memory
 
     def page() -> dict[str, Any]:
-        snapshot = memory.snapshot()
+        snapshot = bank.snapshot()
         counts = {"anchor": snapshot.count_anchors, "contrast": snapshot.count_contrast}
         total = sum(counts.values()) if origin is None else counts[origin]
-        cases = [_case(record) for record in islice(memory.cases(origin), offset, offset + limit)]
+        cases = [_case(record) for record in islice(bank.cases(origin), offset, offset + limit)]
         following = offset + limit if offset + limit < total else None
         return {"cases": cases, "total": total, "next": following}
 
-    return json_answer(await asyncio.to_thread(page))
+    return json_response(await asyncio.to_thread(page))
 
 
-@router.post(
-    "/v1/memory/cases",
+@memory.post(
+    "",
     status_code=201,
-    response_model=CaseBody,
-    responses=problems(401, 403, 409, 413, 422, 503),
+    response_model=RememberedCase,
+    responses=problems(409, 413, 422, 503),
     openapi_extra=photo_body(),
-    tags=["memory"],
-    summary="Add a photo with its human score",
 )
 async def add_case(
     request: Request,
-    token: Token,
+    service: Writing,
     id: Annotated[str, Query(min_length=1, max_length=255, description="What it is called.")],
     score: Annotated[float, Query(ge=1, le=5, description="What people gave it.")],
     std: Annotated[float, Query(gt=0, le=5, description="Standard error of it.")] = ANCHOR_STD,
     provenance: Annotated[str, Query(max_length=255)] = "added over HTTP",
 ) -> Response:
     """Remember a photo as an anchor; it takes part in the next assessment."""
-    service = _admit(request, token, "memory:write")
     _require_text(id, provenance)
 
-    def add(engine: Engine) -> dict[str, Any]:
-        if not isinstance(engine.vlm, LocalVlm):
-            raise UsageError("only a local model makes anchors", hint="serve a package")
-        memory = engine.memory
-        case = anchor_case(engine.vlm, load_pixels(photo), id, score, std, key_kind=memory.key_kind)
-        memory.add_anchor(case, provenance=provenance)
-        return next(_case(record) for record in memory.cases("anchor") if record.id == id)
+    def add(engine: Engine, _: Budget) -> dict[str, Any]:
+        bank, pixels = engine.memory, load_pixels(photo)
+        options = AnchorOptions(std=std, key_kind=bank.key_kind)
+        bank.add_anchor(
+            anchor_case(engine.model, pixels, id, score, options), provenance=provenance
+        )
+        return next(_case(record) for record in bank.cases("anchor") if record.id == id)
 
-    with service.holdings.holding() as holding:
-        photo, _ = await read_photo(request, holding, service.settings)
-        added = await service.desk.run(add, budget_ms=service.settings.max_budget_ms)
-    return json_answer(added, 201)
+    with service.uploads.holding() as hold:
+        photo, _ = await read_photo(request, hold, service.settings)
+        added = await service.scheduler.run(add, budget_ms=service.settings.max_budget_ms)
+    return json_response(added, 201)
 
 
-@router.delete(
-    "/v1/memory/cases",
-    response_model=RemovedBody,
-    responses=problems(401, 403, 409, 422, 503),
-    tags=["memory"],
-    summary="Remove what is remembered",
-)
+@memory.delete("", response_model=responses.RemovedBody, responses=problems(409, 422, 503))
 async def remove_cases(
-    request: Request,
-    token: Token,
+    service: Writing,
     id: Annotated[list[str], Query(min_length=1, max_length=1000, description="Which.")],
 ) -> Response:
     """Remove cases by their ids, for good."""
-    service = _admit(request, token, "memory:write")
     _require_text(*id)
-    memory = service.desk.engines[0].memory
-    return json_answer({"removed": await asyncio.to_thread(memory.remove, id)})
+    bank = service.scheduler.engines[0].memory
+    return json_response({"removed": await asyncio.to_thread(bank.remove, id)})
 
 
 def _case(record: Record) -> dict[str, Any]:
-    names = ("id", "origin", "score", "std", "summary", "provenance", "created")
-    return {name: getattr(record, name) for name in names}
+    return {field.name: getattr(record, field.name) for field in fields(RememberedCase)}
 
 
 def _require_text(*texts: str) -> None:
@@ -312,17 +281,6 @@ def _require_text(*texts: str) -> None:
     for text in texts:
         if not text.isprintable():
             raise UsageError("ids and provenances are printable text", seen=ascii(text)[:64])
-
-
-def _allowed(service: Service, budget_ms: float | None) -> float | None:
-    most_ms = service.settings.max_budget_ms
-    if budget_ms is not None and budget_ms > most_ms:
-        raise UsageError(
-            "the budget is longer than this service allows",
-            seen=f"{budget_ms:g} ms",
-            allowed=f"at most {most_ms:g} ms",
-        )
-    return budget_ms
 
 
 def distinctly_named(photos: Iterable[NamedBytes]) -> list[NamedBytes]:
@@ -355,3 +313,35 @@ async def _while_connected(request: Request, asked: Coroutine[Any, Any, T]) -> T
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+@watching.get("/healthz", response_model=responses.HealthBody)
+async def health() -> Response:
+    """Answer as long as the process lives."""
+    return json_response({"status": "ok"})
+
+
+@watching.get(
+    "/readyz",
+    response_model=responses.HealthBody,
+    responses={503: {"model": responses.HealthBody, "description": "It is starting or ending."}},
+)
+async def readiness(request: Request) -> Response:
+    """Tell a load balancer whether to send photos."""
+    ready = request.app.state.service.scheduler.ready
+    return json_response({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+
+@watching.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}}, **problems(401)},
+)
+async def metrics(request: Request, given: Key) -> Response:
+    """Give the counters in Prometheus' text format."""
+    return Response(_authorise(request, given).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+router = APIRouter()
+for each in (judging, memory, watching):
+    router.include_router(each)

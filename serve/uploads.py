@@ -3,52 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Request
+from prometheus_client import Gauge
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from meiqa.engine.images import NamedBytes
 from meiqa.errors import Overloaded, UploadTooLarge, UsageError
-from meiqa.serve.metrics import Metrics
-from meiqa.serve.settings import Settings
+from meiqa.serve.access import Settings
 
-__all__ = ["Holdings", "Upload", "read_photo", "read_upload"]
-
+Hold = Callable[[int], int]
+"""Holds so many bytes more, and gives how many are held for this request, or refuses."""
+_FORM = "multipart/form-data"
 _NAME_CHARACTERS = 255
 _FIELD_BYTES = 4096
+_FILE = {"type": "string", "format": "binary"}
 
 
-@dataclass(frozen=True)
-class Upload:
-    """A form: its photos by field, in the order they came, and its words.
+class UploadLimiter:
+    """Bounds the bytes of uploads that are held at once; used on the event loop only."""
 
-    What a photo is called is never taken for a path.
-    """
-
-    photos: dict[str, list[NamedBytes]]
-    words: dict[str, str]
-
-
-class Holdings:
-    """Bytes of uploads that are held at once; used on the event loop only."""
-
-    def __init__(self, limit: int, metrics: Metrics) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, gauge: Gauge) -> None:
+        self._limit, self._gauge = limit, gauge
         self._held = 0
-        self._metrics = metrics
 
     @contextmanager
-    def holding(self) -> Iterator[Holding]:
-        """Hold bytes until the end of the block."""
-        holding = Holding(self)
+    def holding(self) -> Iterator[Hold]:
+        """Give what a request holds bytes with, until the end of the block."""
+        held = 0
+
+        def hold(count: int) -> int:
+            nonlocal held
+            self.change(count)
+            held += count
+            return held
+
         try:
-            yield holding
+            yield hold
         finally:
-            self.change(-holding.held)
+            self.change(-held)
 
     def change(self, by: int) -> None:
         """Hold more bytes, or fewer.
@@ -61,20 +58,7 @@ class Holdings:
             error.retry_after_s = 1.0
             raise error
         self._held += by
-        self._metrics.held_bytes.set(self._held)
-
-
-@dataclass
-class Holding:
-    """What one request holds."""
-
-    holdings: Holdings
-    held: int = 0
-
-    def add(self, count: int) -> None:
-        """Hold more; errors are those of `Holdings.change`."""
-        self.holdings.change(count)
-        self.held += count
+        self._gauge.set(self._held)
 
 
 class _InMemory(MultiPartParser):
@@ -84,7 +68,7 @@ class _InMemory(MultiPartParser):
 
 
 async def read_photo(
-    request: Request, holding: Holding, settings: Settings, beside: str | None = None
+    request: Request, hold: Hold, settings: Settings, beside: str | None = None
 ) -> tuple[NamedBytes, NamedBytes | None]:
     """Read one photo: the whole body, or the field `image` of a form.
 
@@ -94,42 +78,39 @@ async def read_photo(
     Raises:
         UsageError, UploadTooLarge, Overloaded: the body is not accepted.
     """
-    if _media_type(request) != "multipart/form-data":
-        data = bytearray()
-        async for chunk in _bounded(request, holding, settings):
-            data += chunk
-        return NamedBytes(data, "image"), None
-    optional = () if beside is None else (beside,)
-    photos = (await read_upload(request, holding, settings, {"image": 1}, optional)).photos
-    return photos["image"][0], next((photos[name][0] for name in optional if name in photos), None)
+    if _media_type(request) != _FORM:
+        body = bytearray()
+        async for chunk in _bounded(request, hold, settings):
+            body += chunk
+        return NamedBytes(body, "image"), None
+    fields = {"image": range(1, 2), **({} if beside is None else {beside: range(2)})}
+    photos = await read_form(request, hold, settings, fields)
+    return photos["image"][0], next(iter(photos.get(beside or "", [])), None)
 
 
-async def read_upload(
-    request: Request,
-    holding: Holding,
-    settings: Settings,
-    fields: dict[str, int],
-    optional: Collection[str] = (),
-) -> Upload:
-    """Read a form of photos.
+async def read_form(
+    request: Request, hold: Hold, settings: Settings, fields: dict[str, range]
+) -> dict[str, list[NamedBytes]]:
+    """Read a form of photos, by field in the order they came.
+
+    What a photo is called is never taken for a path.
 
     Args:
-        fields: names of its files, and how many of each there may be; one at least.
-        optional: names of files that there may be one of.
+        fields: names of its files, and how many of each there may be.
 
     Raises:
         UsageError, UploadTooLarge, Overloaded: the body is not accepted.
     """
-    if _media_type(request) != "multipart/form-data":
+    if _media_type(request) != _FORM:
         raise UsageError(
             "the photos come in a form",
-            seen=one_word(request.headers.get("content-type")),
-            allowed="multipart/form-data",
+            seen=(request.headers.get("content-type") or "nothing")[:64],
+            allowed=_FORM,
         )
     parser = _InMemory(
         request.headers,
-        _bounded(request, holding, settings),
-        max_files=sum(fields.values()) + len(optional),
+        _bounded(request, hold, settings),
+        max_files=sum(counts[-1] for counts in fields.values()),
         max_fields=16,
         max_part_size=_FIELD_BYTES,
     )
@@ -138,42 +119,39 @@ async def read_upload(
     except MultiPartException as error:
         raise UsageError(f"the form cannot be read: {error.message}") from None
     photos: dict[str, list[NamedBytes]] = {}
-    words: dict[str, str] = {}
     try:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 photo = NamedBytes(await value.read(), _plain(value.filename))
                 photos.setdefault(name, []).append(photo)
-            else:
-                words[name] = value
     finally:
         await form.close()
-    least = {**dict.fromkeys(fields, 1), **dict.fromkeys(optional, 0)}
-    for name, most in {**fields, **dict.fromkeys(optional, 1)}.items():
-        count = len(photos.get(name, []))
-        if not least[name] <= count <= most:
+    for name, counts in fields.items():
+        count, most = len(photos.get(name, [])), counts[-1]
+        if count not in counts:
             raise UsageError(
                 f"the form's field {name} holds the photo" + ("s" if most > 1 else ""),
                 seen=f"{count} files",
                 allowed="1 file" if most == 1 else f"1 to {most} files",
             )
-    return Upload(photos, words)
+    return photos
 
 
-async def _bounded(
-    request: Request, holding: Holding, settings: Settings
-) -> AsyncGenerator[bytes, None]:
+async def _bounded(request: Request, hold: Hold, settings: Settings) -> AsyncGenerator[bytes, None]:
     """Give the body in pieces; refuse it as soon as it is too much, or takes too long."""
+    too_large = UploadTooLarge(
+        "the request is too large",
+        allowed=f"{settings.max_upload_bytes} bytes",
+        hint="scale the photo down, or send fewer",
+    )
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdigit() and int(announced) > settings.max_upload_bytes:
-        raise _too_large(settings)
-    stream = request.stream()
+        raise too_large
     try:
         async with asyncio.timeout(settings.upload_s):
-            async for chunk in stream:
-                holding.add(len(chunk))
-                if holding.held > settings.max_upload_bytes:
-                    raise _too_large(settings)
+            async for chunk in request.stream():
+                if hold(len(chunk)) > settings.max_upload_bytes:
+                    raise too_large
                 yield chunk
     except TimeoutError:
         raise UploadTooLarge(
@@ -181,21 +159,8 @@ async def _bounded(
         ) from None
 
 
-def _too_large(settings: Settings) -> UploadTooLarge:
-    return UploadTooLarge(
-        "the request is too large",
-        allowed=f"{settings.max_upload_bytes} bytes",
-        hint="scale the photo down, or send fewer",
-    )
-
-
 def _media_type(request: Request) -> str:
     return request.headers.get("content-type", "").split(";")[0].strip().lower()
-
-
-def one_word(text: str | None) -> str:
-    """Shorten what a client sent to what a message bears."""
-    return "nothing" if not text else text[:64]
 
 
 def _plain(filename: str | None) -> str:
@@ -203,3 +168,27 @@ def _plain(filename: str | None) -> str:
     name = (filename or "").replace("\\", "/").rsplit("/", 1)[-1]
     shown = "".join(char if char.isprintable() else "?" for char in name)
     return shown[:_NAME_CHARACTERS] or "image"
+
+
+def photo_body(*optional: str) -> dict[str, Any]:
+    """Document a body that is a photo, or a form with one, and perhaps with others beside it."""
+    form = form_body({"image": range(1, 2), **dict.fromkeys(optional, range(2))})
+    content = {
+        media_type: {"schema": _FILE} for media_type in ("image/*", "application/octet-stream")
+    }
+    return {"requestBody": {"required": True, "content": content | form["requestBody"]["content"]}}
+
+
+def form_body(fields: dict[str, range]) -> dict[str, Any]:
+    """Document a form of photos; see `read_form`."""
+    form = {
+        "type": "object",
+        "properties": {
+            name: _FILE
+            if counts[-1] == 1
+            else {"type": "array", "items": _FILE, "minItems": counts[0], "maxItems": counts[-1]}
+            for name, counts in fields.items()
+        },
+        "required": [name for name, counts in fields.items() if 0 not in counts],
+    }
+    return {"requestBody": {"required": True, "content": {_FORM: {"schema": form}}}}

@@ -1,0 +1,323 @@
+"""A running camera: which of its frames are scored, in full or fast, and the frames themselves.
+
+`CameraSession` waits for nothing, reads no clock and knows no model: `/v1/live` and `meiqa camera`
+ask it about every frame and tell it what came of it. Its times are in seconds on any clock that
+does not go back. `Capture` gives the frames of a device or of a video file, by PyAV (BSD; its
+wheels bring FFmpeg, LGPL), on x86-64 and on ARM.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from meiqa.engine.budget import CostEstimate
+from meiqa.errors import UsageError
+from meiqa.serve.guidance import STILL, Adviser, Evidence, Instruction
+from meiqa.types import Assessment
+
+FAST_NEIGHBOURS = 8
+"""Neighbours of the fast path at most; fewer where the package has fewer."""
+RATE_HZ = 6.0
+"""Answers a second that the pace is made for, where the camera has as many frames."""
+LEAST_MS, MOST_MS, SLOWEST_MS = 50.0, 400.0, 1000.0
+"""Budgets of the fast path, and the most where the service needs more."""
+_GAP_S = 1.0
+"""A pause longer than this is somebody's, not the network's."""
+_BESIDE_MS = 20.0
+_STILL_S = 0.4
+"""How long a camera is held still before a frame is assessed in full."""
+_OTHER_SCENE = 8.0
+"""Grey levels by which a scene differs from the one that was assessed in full."""
+_OTHER_SCORE = 0.3
+"""Change of the fast score by which the full one is out of date."""
+_FULL_LASTS_S = 20.0
+_SIZE = (32, 24)
+_OPENING_S = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class FrameStats:
+    """What a frame tells without a model."""
+
+    cells: NDArray[np.float32]  # (24, 32) mean grey of as many parts of the frame, 0-255
+    brightness: float  # mean grey
+    blown_out: float  # share of the cells in which nothing but white is left
+
+
+def frame_stats(pixels: NDArray[np.uint8]) -> FrameStats:
+    """Measure a frame (H, W, 3)."""
+    grey = Image.fromarray(pixels).convert("L").resize(_SIZE, Image.Resampling.BOX)
+    cells = np.asarray(grey, np.float32)
+    return FrameStats(cells, float(cells.mean()), float((cells >= 250.0).mean()))
+
+
+def motion_between(before: FrameStats, after: FrameStats) -> float:
+    """Tell how far the picture moved, in grey levels: the mean change of a cell.
+
+    What all cells have in common is left out: a camera that sets its exposure does not move.
+    """
+    change = after.cells - before.cells
+    return float(np.abs(change - np.median(change)).mean())
+
+
+class Pacer:
+    """Fit the budget of a frame to the frame rate.
+
+    What the network and the camera are seen to add to an assessment is taken off the time from one
+    frame to the next. Where a service is too busy, or a machine too slow, for what is left, frames
+    become fewer: it is given what it asks for.
+    """
+
+    def __init__(self, camera_hz: float | None = None) -> None:
+        rate = RATE_HZ if not camera_hz else min(RATE_HZ, max(1.0, camera_hz))
+        self._turn_ms = 1e3 / rate
+        self._beside = CostEstimate(_BESIDE_MS)
+        self._needed_ms = LEAST_MS
+
+    @property
+    def budget_ms(self) -> float:
+        """Milliseconds for the next frame."""
+        return max(self._needed_ms, min(MOST_MS, self._turn_ms - self._beside.expected))
+
+    def refused(self, late_ms: float) -> None:
+        """Learn that an answer would have come so much too late."""
+        self._needed_ms = min(SLOWEST_MS, 1.1 * (self.budget_ms + late_ms))
+
+    def answered(self) -> None:
+        """Learn that there was time enough: a little less may do next time."""
+        self._needed_ms = max(LEAST_MS, 0.95 * self._needed_ms)
+
+    def idle(self, seconds: float) -> None:
+        """Learn how long it took from an answer to the next frame."""
+        if 0.0 <= seconds <= _GAP_S:
+            self._beside.observe(1e3 * seconds)
+
+
+@dataclass(frozen=True, eq=False)
+class FramePlan:
+    """How a frame is to be scored: in full, since the camera is held still, or fast."""
+
+    kind: Literal["fast", "full"]
+    budget_ms: float | None  # of the fast path; None, like k, for everything
+    k: int | None
+    motion: float | None  # since the frame before, in grey levels; None of the first
+    still: bool
+    at_s: float
+    stats: FrameStats
+
+
+class CameraSession:
+    """One camera, from its first frame to its last.
+
+    Args:
+        camera_hz: frames a second that it gives, if that is known.
+        neighbours: those that the package compares with.
+    """
+
+    def __init__(
+        self, camera_hz: float | None = None, *, neighbours: int = FAST_NEIGHBOURS
+    ) -> None:
+        self._pacer = Pacer(camera_hz)
+        self._k = min(FAST_NEIGHBOURS, neighbours)
+        self._adviser = Adviser()
+        self._last: FrameStats | None = None
+        self._answered_s = math.nan
+        self._still_since_s: float | None = None
+        self._full: _Full | None = None
+
+    def plan(self, pixels: NDArray[np.uint8], at_s: float) -> FramePlan:
+        """Take up a frame (H, W, 3)."""
+        self._pacer.idle(at_s - self._answered_s)
+        stats = frame_stats(pixels)
+        motion = None if self._last is None else motion_between(self._last, stats)
+        self._last = stats
+        still = motion is not None and motion < STILL
+        if not still:
+            self._still_since_s = None
+        elif self._still_since_s is None:
+            self._still_since_s = at_s
+        if self._full is not None and self._full.is_outdated(stats, at_s):
+            self._full = None
+        held_s = 0.0 if self._still_since_s is None else at_s - self._still_since_s
+        plan = FramePlan("full", None, None, motion, still, at_s, stats)
+        return plan if self._full is None and held_s >= _STILL_S else self._fast(plan)
+
+    def replan(self, plan: FramePlan, late_ms: float) -> FramePlan:
+        """Give a frame, for which there was too little time, as much as it takes."""
+        self._pacer.refused(late_ms)
+        return self._fast(plan)
+
+    def _fast(self, plan: FramePlan) -> FramePlan:
+        return replace(plan, kind="fast", budget_ms=self._pacer.budget_ms, k=self._k)
+
+    def advise(self, plan: FramePlan, found: Assessment, answered_s: float) -> Instruction:
+        """Say what to do after a frame was scored.
+
+        Args:
+            answered_s: when the answer is given.
+        """
+        self._answered_s = answered_s
+        if plan.kind == "full":
+            self._full = _Full(found, plan.stats, plan.at_s)
+        else:
+            self._pacer.answered()
+            if self._full is not None and self._full.is_contradicted(found.score):
+                self._full = None
+        full = None if self._full is None else self._full.found
+        evidence = Evidence(
+            score=(full or found).score,
+            motion=plan.motion,
+            brightness=plan.stats.brightness,
+            blown_out=plan.stats.blown_out,
+            words=(full and (full.reflection or full.summary)) or "",
+            distortions=found.distortions,
+        )
+        return self._adviser.advise(evidence, plan.at_s)
+
+    @property
+    def stands(self) -> bool:
+        """Whether the last full assessment still holds: same scene, and no other score since."""
+        return self._full is not None
+
+
+@dataclass(eq=False)
+class _Full:
+    """A full assessment, and the scene that it is of."""
+
+    found: Assessment
+    stats: FrameStats
+    at_s: float
+    fast_score: float | None = None
+
+    def is_outdated(self, stats: FrameStats, at_s: float) -> bool:
+        differs = float(np.abs(stats.cells - self.stats.cells).mean())
+        return differs > _OTHER_SCENE or at_s - self.at_s > _FULL_LASTS_S
+
+    def is_contradicted(self, fast_score: float) -> bool:
+        """Whether the fast score has moved since the first one after this."""
+        if self.fast_score is None:
+            self.fast_score = fast_score
+        return abs(fast_score - self.fast_score) > _OTHER_SCORE
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedFrame:
+    """A frame (H, W, 3), upright, and the number of those before it that nobody took."""
+
+    pixels: NDArray[np.uint8]
+    at_s: float  # since the first frame
+    dropped: int
+
+
+class Capture:
+    """A camera, or a file that is played at its own speed; a context manager and an iterable.
+
+    Args:
+        source: the path of a V4L2 device or of a video file.
+        live: whether it is a device.
+
+    Raises:
+        ModuleNotFoundError: PyAV is not installed.
+        UsageError: the source can't be opened, or has no pictures.
+    """
+
+    def __init__(self, source: str | Path, *, live: bool) -> None:
+        import av
+
+        self._source, self._live = source, live
+        try:
+            self._container = av.open(
+                str(source), format="v4l2" if live else None, timeout=(_OPENING_S, None)
+            )
+        except (OSError, ValueError, av.FFmpegError) as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            raise UsageError(
+                f"{source} can't be opened as a {'camera' if live else 'video'}: {reason}",
+                allowed=_devices() if live else None,
+                hint="is another program using it?" if live else "check the path",
+            ) from None
+        if not self._container.streams.video:
+            self._container.close()
+            raise UsageError(f"{source} has no pictures", hint="choose a video file")
+        self._changed = threading.Condition()
+        self._newest: Any = None
+        self._dropped, self._ended = 0, False
+        self._failed: Exception | None = None
+        self._thread = threading.Thread(target=self._read, name="camera", daemon=True)
+
+    @property
+    def rate_hz(self) -> float | None:
+        """Frames a second that it announces."""
+        rate = self._container.streams.video[0].average_rate
+        return None if not rate else float(rate)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._container.close()
+
+    def __iter__(self) -> Iterator[CapturedFrame]:
+        """Give the newest frame, each at most once, until there are no more.
+
+        Raises:
+            UsageError: it broke off.
+        """
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._newest is not None or self._ended)
+                (frame, at_s), self._newest = self._newest or (None, 0.0), None
+            if frame is None:
+                break
+            pixels = frame.to_ndarray(format="rgb24")
+            turned = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+            yield CapturedFrame(turned, at_s, self._dropped)
+        if self._failed is not None:
+            raise UsageError(f"{self._source} broke off: {self._failed}", hint="is it damaged?")
+
+    def _read(self) -> None:
+        began_s: float | None = None
+        try:
+            for frame in self._container.decode(video=0):
+                now_s = time.monotonic()
+                began_s = now_s if began_s is None else began_s
+                due_s = now_s - began_s if self._live else float(frame.time or 0.0)
+                if not self._keep(frame, due_s, due_s - (now_s - began_s)):
+                    return
+        except Exception as error:  # whatever a damaged file makes of a decoder
+            self._failed = error
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _keep(self, frame: Any, at_s: float, early_s: float) -> bool:
+        """Keep a frame once its time has come; False when nobody wants any more."""
+        with self._changed:
+            if early_s > 0:
+                self._changed.wait_for(lambda: self._ended, early_s)
+            if self._ended:
+                return False
+            self._dropped += self._newest is not None
+            self._newest = frame, at_s
+            self._changed.notify_all()
+            return True
+
+
+def _devices() -> str:
+    return ", ".join(sorted(map(str, Path("/dev").glob("video*")))) or "no camera is plugged in"
