@@ -17,92 +17,26 @@ from typing import TYPE_CHECKING, Any
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 if TYPE_CHECKING:
-    from meiqa.engine.pipeline import Engine
-    from meiqa.errors import (
-        AccessDenied,
-        AnswerNotFinite,
-        AnswerUnreadable,
-        DecodeError,
-        DeviceUnavailable,
-        ImageError,
-        ImageTooLarge,
-        ImageTooSmall,
-        KeyRequired,
-        MeiqaError,
-        OutputUnwritable,
-        Overloaded,
-        PackageCorrupted,
-        PackageError,
-        PackageNotFound,
-        PackageUnwritable,
-        SchemaUnsupported,
-        ServiceError,
-        ServiceUnreachable,
-        StoreCorrupted,
-        StoreError,
-        StoreLocked,
-        StoreMismatch,
-        StoreNotFound,
-        StoreUnwritable,
-        UploadTooLarge,
-        UsageError,
-    )
-    from meiqa.types import (
-        Assessment,
-        Budget,
-        Failure,
-        Neighbour,
-        PairComparison,
-        quality_word,
-    )
+    from meiqa.engine.engine import Engine as Engine
+    from meiqa.errors import *  # noqa: F403
+    from meiqa.types import *  # noqa: F403
 
     __version__: str
 
-__all__ = [
-    "AccessDenied",
-    "AnswerNotFinite",
-    "AnswerUnreadable",
-    "Assessment",
-    "Budget",
-    "DecodeError",
-    "DeviceUnavailable",
-    "Engine",
-    "Failure",
-    "ImageError",
-    "ImageTooLarge",
-    "ImageTooSmall",
-    "KeyRequired",
-    "MeiqaError",
-    "Neighbour",
-    "OutputUnwritable",
-    "Overloaded",
-    "PackageCorrupted",
-    "PackageError",
-    "PackageNotFound",
-    "PackageUnwritable",
-    "PairComparison",
-    "SchemaUnsupported",
-    "ServiceError",
-    "ServiceUnreachable",
-    "StoreCorrupted",
-    "StoreError",
-    "StoreLocked",
-    "StoreMismatch",
-    "StoreNotFound",
-    "StoreUnwritable",
-    "UploadTooLarge",
-    "UsageError",
-    "__version__",
-    "quality_word",
-]
+_MODULES = {
+    "meiqa.engine.engine": "Engine",
+    "meiqa.errors": "AccessDenied AnswerNotFinite AnswerUnreadable DecodeError DeviceUnavailable"
+    " ImageError ImageTooLarge ImageTooSmall KeyRequired MeiqaError OutputUnwritable Overloaded"
+    " PackageCorrupted PackageError PackageNotFound PackageUnwritable SchemaUnsupported"
+    " ServiceError ServiceUnreachable StoreCorrupted StoreError StoreLocked StoreMismatch"
+    " StoreNotFound StoreUnwritable UploadTooLarge UsageError",
+    "meiqa.types": "Assessment Budget CulledPhoto Culling Distortion Failure Neighbour"
+    " PairComparison RankedPhoto Ranking Reference quality_word",
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-_TYPES = {"Assessment", "Budget", "Failure", "Neighbour", "PairComparison", "quality_word"}
-
-
-def _module_of(name: str) -> str:
-    if name == "Engine":
-        return "meiqa.engine.pipeline"
-    return "meiqa.types" if name in _TYPES else "meiqa.errors"
+if not TYPE_CHECKING:
+    __all__ = sorted([*_MODULE_OF, "__version__"])
 
 
 def _installed_version() -> str:
@@ -114,16 +48,17 @@ def _installed_version() -> str:
         return "0+uninstalled"
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'meiqa' has no attribute {name!r}")
-    if name == "__version__":
-        value: Any = _installed_version()
-    else:
-        value = getattr(importlib.import_module(_module_of(name)), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:
 
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            value: Any = _installed_version()
+        elif name in _MODULE_OF:
+            value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        else:
+            raise AttributeError(f"module 'meiqa' has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

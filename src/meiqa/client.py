@@ -13,63 +13,45 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
+from functools import wraps
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, get_args, get_type_hints
+
+from meiqa import errors, types
+from meiqa.errors import MeiqaError, ServiceError
+from meiqa.types import Assessment, Failure, Origin, PairComparison, Ranking, RememberedCase
 
 try:
     import httpx
 except ModuleNotFoundError as missing:  # pragma: no cover - the tests have it
     raise ModuleNotFoundError(
-        "meiqa.client needs httpx: pip install 'meiqa[serve]'", name=missing.name
+        f"meiqa.client needs httpx: {errors.install_hint('serve')}", name=missing.name
     ) from missing
-
-from meiqa.errors import (
-    DecodeError,
-    ImageError,
-    MeiqaError,
-    Overloaded,
-    ServiceError,
-    ServiceUnreachable,
-)
-from meiqa.serve.problems import error_from
-from meiqa.types import (
-    Assessment,
-    Distortion,
-    Failure,
-    Neighbour,
-    Origin,
-    PairComparison,
-    RankedPhoto,
-    Ranking,
-    Reference,
-)
 
 __all__ = ["AsyncClient", "Client", "RememberedCase", "Retries"]
 
+T = TypeVar("T")
+P = ParamSpec("P")
 PhotoSource = str | Path | bytes
 """A path on this machine, or an encoded photo; what is sent are its bytes."""
 
+_URL = "http://127.0.0.1:8000"
+_CASES = "/v1/memory/cases"
 _PAGE = 1000
+_UNSENT: dict[Any, dict[str, Any]] = {types.Neighbour: {"std": math.nan}}
 _GRACE_S = 5.0
 """How much longer than its budget an answer is awaited: it has to be sent, too."""
 
 
 @dataclass(frozen=True)
 class Retries:
-    """When a refused or broken request is sent again.
+    """When a refused or broken request is sent again."""
 
-    Attributes:
-        most: times at most, after the first; 0 for never.
-        longest_s: a service that asks to be left alone for longer is left alone for good.
-        first_s: pause where the service names none; it doubles each time.
-    """
-
-    most: int = 2
-    longest_s: float = 5.0
-    first_s: float = 0.2
+    most: int = 2  # after the first; 0 for never
+    longest_s: float = 5.0  # who asks to be left alone for longer is left alone for good
+    first_s: float = 0.2  # pause where the service names none; it doubles each time
 
     def pause_s(self, tried: int, error: MeiqaError) -> float | None:
         """Give the pause before the next try, None to give up."""
@@ -80,153 +62,15 @@ class Retries:
         return pause_s if pause_s <= self.longest_s else None
 
 
-@dataclass(frozen=True)
-class RememberedCase:
-    """A photo in the service's memory; `created` is in seconds since 1970."""
-
-    id: str
-    origin: Origin
-    score: float
-    std: float
-    summary: str
-    provenance: str
-    created: float
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A request, and how to read its answer."""
-
-    method: str
-    path: str
-    read: Callable[[Any], Any]
-    params: Mapping[str, Any]
-    photos: tuple[tuple[str, str, bytes], ...] = ()
-    repeatable: bool = True
-
-    def arguments(self, timeout_s: float) -> dict[str, Any]:
-        """Give the arguments of httpx's `request`."""
-        budget_ms = self.params.get("budget_ms")
-        longest_s = timeout_s if budget_ms is None else budget_ms / 1e3 + _GRACE_S
-        files = [(field, (name, data)) for field, name, data in self.photos]
-        return {
-            "method": self.method,
-            "url": self.path,
-            "params": {name: value for name, value in self.params.items() if value is not None},
-            "files": files or None,
-            "timeout": httpx.Timeout(timeout_s, read=max(timeout_s, longest_s)),
-        }
-
-
-class _Calls:
-    """What both clients can ask."""
+class _Requests:
+    """What a service can be asked, over httpx's asynchronous client or over its blocking one."""
 
     def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000",
-        *,
-        api_key: str | None = None,
-        timeout_s: float = 30.0,
-        retries: Retries = Retries(),
+        self, http: httpx.AsyncClient | httpx.Client, timeout_s: float, retries: Retries
     ) -> None:
-        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._url = url
-        self._timeout_s = timeout_s
-        self._retries = retries
+        self._http, self._timeout_s, self._retries = http, timeout_s, retries
 
-    @staticmethod
-    def _score(
-        image: PhotoSource,
-        reference: PhotoSource | None,
-        budget_ms: float | None,
-        k: int | None,
-        learn: bool,
-    ) -> _Call:
-        params = {"budget_ms": budget_ms, "k": k, "learn": learn or None}
-        # What is learnt twice is kept once, but the second answer would differ from the first.
-        beside = () if reference is None else (_photo("reference", reference),)
-        photos = (_photo("image", image), *beside)
-        return _Call("POST", "/v1/score", _assessment, params, photos, repeatable=not learn)
-
-    @staticmethod
-    def _compare(first: PhotoSource, second: PhotoSource, budget_ms: float | None) -> _Call:
-        photos = (_photo("first", first), _photo("second", second))
-        return _Call("POST", "/v1/compare", _comparison, {"budget_ms": budget_ms}, photos)
-
-    @staticmethod
-    def _rank(images: Iterable[PhotoSource], budget_ms: float | None, k: int | None) -> _Call:
-        photos = tuple(_photo("images", image) for image in images)
-        return _Call("POST", "/v1/rank", _ranking, {"budget_ms": budget_ms, "k": k}, photos)
-
-    @staticmethod
-    def _cases(origin: Origin | None, offset: int) -> _Call:
-        params = {"origin": origin, "offset": offset, "limit": _PAGE}
-        return _Call("GET", "/v1/memory/cases", _page, params)
-
-    @staticmethod
-    def _add(
-        image: PhotoSource, id: str, score: float, std: float | None, provenance: str | None
-    ) -> _Call:
-        params = {"id": id, "score": score, "std": std, "provenance": provenance}
-        photos = (_photo("image", image),)
-        return _Call("POST", "/v1/memory/cases", _case, params, photos)
-
-    @staticmethod
-    def _remove(ids: Sequence[str]) -> _Call:
-        params = {"id": list(ids)}
-        return _Call(
-            "DELETE", "/v1/memory/cases", lambda found: int(found["removed"]), params, (), False
-        )
-
-    @staticmethod
-    def _model() -> _Call:
-        return _Call("GET", "/v1/model", dict, {})
-
-    def _pause_s(self, call: _Call, tried: int, error: MeiqaError) -> float | None:
-        # A refusal did nothing; of a broken connection one does not know.
-        safe = call.repeatable or isinstance(error, Overloaded)
-        return self._retries.pause_s(tried, error) if safe else None
-
-
-class Client(_Calls):
-    """A service, asked from a thread; a context manager.
-
-    Args:
-        url: where it is.
-        api_key: made by `meiqa api-key`, where it asks for one.
-        timeout_s: for connecting, sending, and an answer without a budget.
-        retries: when to ask again.
-        transport: httpx's, for tests.
-    """
-
-    def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000",
-        *,
-        api_key: str | None = None,
-        timeout_s: float = 30.0,
-        retries: Retries = Retries(),
-        transport: httpx.BaseTransport | None = None,
-    ) -> None:
-        super().__init__(url, api_key=api_key, timeout_s=timeout_s, retries=retries)
-        self._http = httpx.Client(base_url=url, headers=self._headers, transport=transport)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the connections."""
-        self._http.close()
-
-    def score(
+    async def score(
         self,
         image: PhotoSource,
         *,
@@ -243,153 +87,47 @@ class Client(_Calls):
             AccessDenied, UploadTooLarge, UsageError: the service refuses the request.
             ServiceUnreachable: no answer came.
         """
-        found: Assessment = self._ask(self._score(image, reference, budget_ms, k, learn))
-        return found
+        params = {"budget_ms": budget_ms, "k": k, "learn": learn or None}
+        photos = [("image", image), *([] if reference is None else [("reference", reference)])]
+        # What is learnt twice is kept once, but the second answer would differ from the first.
+        asked = self._ask(Assessment, "POST", "/v1/score", params, photos, repeatable=not learn)
+        return await asked
 
-    def score_many(
-        self,
-        images: Iterable[PhotoSource],
-        *,
-        budget_ms: float | None = None,
-        k: int | None = None,
-    ) -> Iterator[Assessment | Failure]:
+    async def score_many(
+        self, images: Iterable[PhotoSource], *, budget_ms: float | None = None, k: int | None = None
+    ) -> AsyncIterator[Assessment | Failure]:
         """Assess photos one after the other; one that cannot be judged gives a Failure."""
         for image in images:
             try:
-                yield self.score(image, budget_ms=budget_ms, k=k)
+                yield await self.score(image, budget_ms=budget_ms, k=k)
             except MeiqaError as error:
-                yield Failure(_name(image), error)
-
-    def compare(
-        self, first: PhotoSource, second: PhotoSource, *, budget_ms: float | None = None
-    ) -> PairComparison:
-        """Tell which of two photos looks better; errors are those of `score`."""
-        found: PairComparison = self._ask(self._compare(first, second, budget_ms))
-        return found
-
-    def rank(
-        self,
-        images: Iterable[PhotoSource],
-        *,
-        budget_ms: float | None = None,
-        k: int | None = None,
-    ) -> Ranking:
-        """Order photos, best first; the budget is for all. Errors are those of `score`."""
-        found: Ranking = self._ask(self._rank(images, budget_ms, k))
-        return found
-
-    def cases(self, origin: Origin | None = None) -> Iterator[RememberedCase]:
-        """List what the service remembers, page by page."""
-        offset: int | None = 0
-        while offset is not None:
-            cases, offset = self._ask(self._cases(origin, offset))
-            yield from cases
-
-    def add_case(
-        self,
-        image: PhotoSource,
-        *,
-        id: str,
-        score: float,
-        std: float | None = None,
-        provenance: str | None = None,
-    ) -> RememberedCase:
-        """Add a photo with its human score; takes a key with the scope memory:write."""
-        found: RememberedCase = self._ask(self._add(image, id, score, std, provenance))
-        return found
-
-    def remove_cases(self, ids: Sequence[str]) -> int:
-        """Remove cases for good, and give how many; takes the scope memory:write."""
-        found: int = self._ask(self._remove(ids))
-        return found
-
-    def model(self) -> dict[str, Any]:
-        """Give the names of what judges, and the service's limits."""
-        found: dict[str, Any] = self._ask(self._model())
-        return found
-
-    def _ask(self, call: _Call) -> Any:
-        for tried in range(self._retries.most + 1):
-            try:
-                answer = self._http.request(**call.arguments(self._timeout_s))
-                return call.read(_value(answer))
-            except (httpx.HTTPError, MeiqaError) as error:
-                ours = _ours(error, self._url)
-                pause_s = self._pause_s(call, tried, ours)
-                if pause_s is None:
-                    raise ours from (None if ours is error else error)
-            time.sleep(pause_s)
-        raise AssertionError("the last try returns or raises")
-
-
-class AsyncClient(_Calls):
-    """A service, asked from asyncio; an async context manager. Arguments are those of `Client`."""
-
-    def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000",
-        *,
-        api_key: str | None = None,
-        timeout_s: float = 30.0,
-        retries: Retries = Retries(),
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        super().__init__(url, api_key=api_key, timeout_s=timeout_s, retries=retries)
-        self._http = httpx.AsyncClient(base_url=url, headers=self._headers, transport=transport)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Let go of the connections."""
-        await self._http.aclose()
-
-    async def score(
-        self,
-        image: PhotoSource,
-        *,
-        reference: PhotoSource | None = None,
-        budget_ms: float | None = None,
-        k: int | None = None,
-        learn: bool = False,
-    ) -> Assessment:
-        """Assess a photo; see `Client.score`."""
-        found: Assessment = await self._ask(self._score(image, reference, budget_ms, k, learn))
-        return found
+                yield Failure("<bytes>" if isinstance(image, bytes) else str(image), error)
 
     async def compare(
         self, first: PhotoSource, second: PhotoSource, *, budget_ms: float | None = None
     ) -> PairComparison:
-        """Tell which of two photos looks better; see `Client.compare`."""
-        found: PairComparison = await self._ask(self._compare(first, second, budget_ms))
-        return found
+        """Tell which of two photos looks better; errors are those of `score`."""
+        photos = [("first", first), ("second", second)]
+        params = {"budget_ms": budget_ms}
+        return await self._ask(PairComparison, "POST", "/v1/compare", params, photos)
 
     async def rank(
-        self,
-        images: Iterable[PhotoSource],
-        *,
-        budget_ms: float | None = None,
-        k: int | None = None,
+        self, images: Iterable[PhotoSource], *, budget_ms: float | None = None, k: int | None = None
     ) -> Ranking:
-        """Order photos, best first; see `Client.rank`."""
-        found: Ranking = await self._ask(self._rank(images, budget_ms, k))
-        return found
+        """Order photos, best first; the budget is for all. Errors are those of `score`."""
+        photos = [("images", image) for image in images]
+        params = {"budget_ms": budget_ms, "k": k}
+        return await self._ask(Ranking, "POST", "/v1/rank", params, photos)
 
     async def cases(self, origin: Origin | None = None) -> AsyncIterator[RememberedCase]:
         """List what the service remembers, page by page."""
         offset: int | None = 0
         while offset is not None:
-            cases, offset = await self._ask(self._cases(origin, offset))
-            for case in cases:
-                yield case
+            params = {"origin": origin, "offset": offset, "limit": _PAGE}
+            page = await self._ask(dict, "GET", _CASES, params)
+            for case in page["cases"]:
+                yield _read(RememberedCase, case)
+            offset = page["next"]
 
     async def add_case(
         self,
@@ -400,39 +138,179 @@ class AsyncClient(_Calls):
         std: float | None = None,
         provenance: str | None = None,
     ) -> RememberedCase:
-        """Add a photo with its human score; see `Client.add_case`."""
-        found: RememberedCase = await self._ask(self._add(image, id, score, std, provenance))
-        return found
+        """Add a photo with its human score; takes a key with the scope memory:write."""
+        params = {"id": id, "score": score, "std": std, "provenance": provenance}
+        return await self._ask(RememberedCase, "POST", _CASES, params, [("image", image)])
 
     async def remove_cases(self, ids: Sequence[str]) -> int:
-        """Remove cases for good, and give how many; see `Client.remove_cases`."""
-        found: int = await self._ask(self._remove(ids))
-        return found
+        """Remove cases for good, and give how many; takes the scope memory:write."""
+        found = await self._ask(dict, "DELETE", _CASES, {"id": list(ids)}, repeatable=False)
+        return int(found["removed"])
 
     async def model(self) -> dict[str, Any]:
         """Give the names of what judges, and the service's limits."""
-        found: dict[str, Any] = await self._ask(self._model())
-        return found
+        return await self._ask(dict, "GET", "/v1/model", {})
 
-    async def _ask(self, call: _Call) -> Any:
-        for tried in range(self._retries.most + 1):
+    async def _ask(
+        self,
+        kind: type[T],
+        method: str,
+        path: str,
+        params: dict[str, Any],
+        photos: Iterable[tuple[str, PhotoSource]] = (),
+        *,
+        repeatable: bool = True,
+    ) -> T:
+        """Send a request, as often as need be, and read what is answered."""
+        given = {name: value for name, value in params.items() if value is not None}
+        budget_s = given.get("budget_ms", 0.0) / 1e3 + _GRACE_S
+        timeout = httpx.Timeout(self._timeout_s, read=max(self._timeout_s, budget_s))
+        files = [(field, _file(image)) for field, image in photos] or None
+        tried = 0
+        while True:
             try:
-                answer = await self._http.request(**call.arguments(self._timeout_s))
-                return call.read(_value(answer))
-            except (httpx.HTTPError, MeiqaError) as error:
-                ours = _ours(error, self._url)
-                pause_s = self._pause_s(call, tried, ours)
-                if pause_s is None:
-                    raise ours from (None if ours is error else error)
-            await asyncio.sleep(pause_s)
-        raise AssertionError("the last try returns or raises")
+                answer = self._http.request(
+                    method, path, params=given, files=files, timeout=timeout
+                )
+                value = _value(answer if isinstance(answer, httpx.Response) else await answer)
+                found: T = _read(kind, value)
+                return found
+            except httpx.HTTPError as broken:
+                reason = str(broken) or type(broken).__name__
+                error: MeiqaError = errors.ServiceUnreachable(
+                    f"no answer from {self._http.base_url}: {reason}",
+                    hint="is meiqa serve running?",
+                )
+                error.__cause__ = broken
+            except MeiqaError as refused:
+                error = refused
+            # A refusal did nothing; of a broken connection one does not know.
+            safe = repeatable or isinstance(error, errors.Overloaded)
+            pause_s = self._retries.pause_s(tried, error) if safe else None
+            if pause_s is None:
+                raise error
+            if isinstance(self._http, httpx.Client):
+                time.sleep(pause_s)
+            else:
+                await asyncio.sleep(pause_s)
+            tried += 1
 
 
-def _ours(error: httpx.HTTPError | MeiqaError, url: str) -> MeiqaError:
-    if isinstance(error, MeiqaError):
-        return error
-    reason = str(error) or type(error).__name__
-    return ServiceUnreachable(f"no answer from {url}: {reason}", hint="is meiqa serve running?")
+class AsyncClient(_Requests):
+    """A service, asked from asyncio; an async context manager.
+
+    Args:
+        url: where it is.
+        api_key: made by `meiqa api-key`, where it asks for one.
+        timeout_s: for connecting, sending, and an answer without a budget.
+        retries: when to ask again.
+        transport: httpx's, for tests.
+    """
+
+    def __init__(
+        self,
+        url: str = _URL,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 30.0,
+        retries: Retries = Retries(),
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        http = httpx.AsyncClient(base_url=url, headers=headers, transport=transport)
+        super().__init__(http, timeout_s, retries)
+        self.aclose = http.aclose
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+# The blocking client is derived from the same requests. Over httpx's blocking client their
+# coroutines run to the end without ever being suspended, and need no event loop.
+
+
+def _finished(coroutine: Awaitable[T]) -> T:
+    try:
+        coroutine.__await__().send(None)
+    except StopIteration as done:
+        value: T = done.value
+        return value
+    raise AssertionError("a blocking client is never suspended")
+
+
+def _blocking(
+    method: Callable[Concatenate[_Requests, P], Awaitable[T]],
+) -> Callable[Concatenate[Client, P], T]:
+    @wraps(method)
+    def call(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return _finished(method(self._requests, *args, **kwargs))
+
+    return call
+
+
+def _blocking_iterator(
+    method: Callable[Concatenate[_Requests, P], AsyncIterator[T]],
+) -> Callable[Concatenate[Client, P], Iterator[T]]:
+    @wraps(method)
+    def call(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        items = method(self._requests, *args, **kwargs)
+        while True:
+            try:
+                item = _finished(anext(items))
+            except StopAsyncIteration:
+                return
+            yield item
+
+    return call
+
+
+class Client:
+    """A service, asked from a thread; a context manager. Arguments are those of `AsyncClient`."""
+
+    def __init__(
+        self,
+        url: str = _URL,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 30.0,
+        retries: Retries = Retries(),
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        http = httpx.Client(base_url=url, headers=headers, transport=transport)
+        self._requests = _Requests(http, timeout_s, retries)
+        self.close = http.close
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    score = _blocking(_Requests.score)
+    score_many = _blocking_iterator(_Requests.score_many)
+    compare = _blocking(_Requests.compare)
+    rank = _blocking(_Requests.rank)
+    cases = _blocking_iterator(_Requests.cases)
+    add_case = _blocking(_Requests.add_case)
+    remove_cases = _blocking(_Requests.remove_cases)
+    model = _blocking(_Requests.model)
+
+
+def _file(image: PhotoSource) -> tuple[str, bytes]:
+    """Read a photo on this machine; the service is sent its bytes and the last part of its name."""
+    if isinstance(image, bytes):
+        return "image", image
+    try:
+        return Path(image).name, Path(image).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise errors.DecodeError(
+            f"{image} cannot be read: {reason}", hint="check the path"
+        ) from None
 
 
 def _value(answer: httpx.Response) -> Any:
@@ -444,60 +322,40 @@ def _value(answer: httpx.Response) -> Any:
     if answer.is_success and value is not None:
         return value
     problem = value if isinstance(value, dict) else {}
-    error = error_from({"detail": f"the service answered {answer.status_code}", **problem})
-    if isinstance(error, ServiceError) and error.retry_after_s is None:
-        after = answer.headers.get("Retry-After", "")
-        error.retry_after_s = float(after) if after.isascii() and after.isdigit() else None
+    error = _error_of({"detail": f"the service answered {answer.status_code}", **problem})
+    after = answer.headers.get("Retry-After", "")
+    if isinstance(error, ServiceError) and error.retry_after_s is None and after.isdecimal():
+        error.retry_after_s = float(after)
     raise error
 
 
-def _photo(field: str, image: PhotoSource) -> tuple[str, str, bytes]:
-    """Read a photo on this machine; the service is sent its bytes and the last part of its name."""
-    if isinstance(image, bytes):
-        return field, "image", image
-    try:
-        return field, Path(image).name, Path(image).read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DecodeError(f"{image} cannot be read: {reason}", hint="check the path") from None
+def _error_of(problem: dict[str, Any]) -> MeiqaError:
+    """Make the library's error of problem details, whatever else answers with them."""
+    words = str(problem.get("type", "")).removeprefix("urn:meiqa:problem:").split("-")
+    kind = getattr(errors, "".join(map(str.capitalize, words)), ServiceError)
+    if not (isinstance(kind, type) and issubclass(kind, MeiqaError)):
+        kind = ServiceError
+    what = problem.get("what") or problem.get("detail") or problem.get("title") or "no reason given"
+    error = kind(str(what), **{name: problem.get(name) for name in ("seen", "allowed", "hint")})
+    after_ms = problem.get("retry_after_ms")
+    if isinstance(error, ServiceError) and isinstance(after_ms, int | float):
+        error.retry_after_s = after_ms / 1e3
+    return error
 
 
-def _name(image: PhotoSource) -> str:
-    return "<bytes>" if isinstance(image, bytes) else str(image)
-
-
-def _assessment(found: Mapping[str, Any]) -> Assessment:
-    """Read an assessment; what a newer service tells beside is passed over."""
-    known = {field.name: found[field.name] for field in fields(Assessment) if field.name in found}
-    tuples = {name: tuple(known[name]) for name in ("ci95", "degraded")}
-    if reference := known.get("reference"):
-        known["reference"] = Reference(**reference)
-    if distortions := known.get("distortions"):
-        known["distortions"] = tuple(Distortion(**each) for each in distortions)
-    neighbours = tuple(Neighbour(**{"std": math.nan, **each}) for each in found["neighbours"])
-    percentile = math.nan if found["percentile"] is None else found["percentile"]
-    return Assessment(**{**known, **tuples, "neighbours": neighbours, "percentile": percentile})
-
-
-def _comparison(found: Mapping[str, Any]) -> PairComparison:
-    return PairComparison(**found)
-
-
-def _ranking(found: Mapping[str, Any]) -> Ranking:
-    return Ranking(
-        tuple(RankedPhoto(**each) for each in found["photos"]),
-        tuple(Failure(each["path"], _told(each)) for each in found["failures"]),
-    )
-
-
-def _told(failure: Mapping[str, Any]) -> MeiqaError:
-    hint = failure["hint"]
-    return ImageError(str(failure["error"]).removesuffix(f"; {hint}"), hint=hint)
-
-
-def _page(found: Mapping[str, Any]) -> tuple[list[RememberedCase], int | None]:
-    return [_case(each) for each in found["cases"]], found["next"]
-
-
-def _case(found: Mapping[str, Any]) -> RememberedCase:
-    return RememberedCase(**found)
+def _read(kind: Any, found: Any) -> Any:
+    """Make a result of JSON, as its annotations say; what they don't know is passed over."""
+    if found is None:
+        return math.nan if kind is float else None
+    if kind is Failure:
+        what, hint = str(found["error"]), found["hint"]
+        return Failure(found["path"], errors.ImageError(what.removesuffix(f"; {hint}"), hint=hint))
+    made: Any = kind
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        known = {name: _read(hints[name], value) for name, value in found.items() if name in hints}
+        return made(**_UNSENT.get(kind, {}) | known)
+    inner = next((each for each in get_args(kind) if is_dataclass(each)), None)
+    if isinstance(found, list):
+        return tuple(_read(inner, each) for each in found)
+    return found if inner is None else _read(inner, found)

@@ -34,36 +34,6 @@ MeiqaError
 
 from __future__ import annotations
 
-__all__ = [
-    "AccessDenied",
-    "AnswerNotFinite",
-    "AnswerUnreadable",
-    "DecodeError",
-    "DeviceUnavailable",
-    "ImageError",
-    "ImageTooLarge",
-    "ImageTooSmall",
-    "KeyRequired",
-    "MeiqaError",
-    "OutputUnwritable",
-    "Overloaded",
-    "PackageCorrupted",
-    "PackageError",
-    "PackageNotFound",
-    "PackageUnwritable",
-    "SchemaUnsupported",
-    "StoreCorrupted",
-    "StoreError",
-    "StoreLocked",
-    "StoreMismatch",
-    "StoreNotFound",
-    "StoreUnwritable",
-    "UploadTooLarge",
-    "UsageError",
-    "install_hint",
-    "one_line",
-]
-
 
 def install_hint(extra: str) -> str:
     """Give the command that installs an extra of this very installation.

@@ -5,17 +5,16 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from meiqa.errors import UsageError
 
-__all__ = ["LabelTable"]
-
 _IMAGE_COLUMNS = ("file", "path", "image", "filename", "name")
 _SCORE_COLUMNS = ("mos", "score", "quality")
 _KNOWN_RANGES = ((0.0, 1.0), (1.0, 5.0), (0.0, 100.0))
+_HINT = "give the ends of the scale with --mos-range LO HI"
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,19 @@ class LabelTable:
             UsageError: the file, its columns, a score or the split make no sense.
         """
         rows, columns = _rows(Path(path))
-        image = _column(columns, _IMAGE_COLUMNS, "image", path)
-        score = _column(columns, _SCORE_COLUMNS, "score", path)
-        scores = [_score(row[score], line, path) for line, row in rows]
+        image, column = (
+            _column(columns, names, path) for names in (_IMAGE_COLUMNS, _SCORE_COLUMNS)
+        )
+        scores = [_score(row[column], line, path) for line, row in rows]
         limits = _range_of(scores, mos_range, path)
-        chosen = _rows_of_split(rows, columns, split, path)
+        if split is not None and "split" not in columns:
+            seen = f"the columns {', '.join(columns)}"
+            raise UsageError(f"{path} has no split column", seen=seen)
+        splits = [row.get("split", "") for _, row in rows]
+        chosen = [index for index, each in enumerate(splits) if split in (None, each)]
+        if not chosen:
+            allowed = ", ".join(sorted(set(splits)))
+            raise UsageError(f"{path} has no such split", seen=split, allowed=allowed)
         return cls(
             files=tuple(rows[index][1][image] for index in chosen),
             scores=tuple(scores[index] for index in chosen),
@@ -68,11 +75,8 @@ class LabelTable:
         if limit is None or limit >= len(self):
             return self
         chosen = [index * len(self) // limit for index in range(limit)]
-        return replace(
-            self,
-            files=tuple(self.files[index] for index in chosen),
-            scores=tuple(self.scores[index] for index in chosen),
-        )
+        files, scores = (self.files[i] for i in chosen), (self.scores[i] for i in chosen)
+        return type(self)(tuple(files), tuple(scores), self.mos_range)
 
     def scores_1_to_5(self) -> tuple[float, ...]:
         """Map the human scores linearly to 1–5."""
@@ -89,9 +93,8 @@ def _rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], tuple[str, ...]
             reader.fieldnames = list(columns)
             rows = [(reader.line_num, row) for row in reader]
     except OSError as error:
-        raise UsageError(
-            f"{path}: {error.strerror}", allowed="a CSV file with an image and a score column"
-        ) from None
+        allowed = "a CSV file with an image and a score column"
+        raise UsageError(f"{path}: {error.strerror}", allowed=allowed) from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} is not a CSV file in UTF-8: {error}") from None
     if not rows:
@@ -99,16 +102,13 @@ def _rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], tuple[str, ...]
     return rows, columns
 
 
-def _column(columns: Sequence[str], accepted: Sequence[str], kind: str, path: str | Path) -> str:
+def _column(columns: Sequence[str], accepted: Sequence[str], path: str | Path) -> str:
     for name in accepted:
         if name in columns:
             return name
-    raise UsageError(
-        f"{path} has no {kind} column",
-        seen=f"the columns {', '.join(columns)}",
-        allowed=", ".join(accepted),
-        hint="rename one",
-    )
+    kind = "image" if accepted is _IMAGE_COLUMNS else "score"
+    seen, allowed = f"the columns {', '.join(columns)}", ", ".join(accepted)
+    raise UsageError(f"{path} has no {kind} column", seen=seen, allowed=allowed, hint="rename one")
 
 
 def _score(text: str, line: int, path: str | Path) -> float:
@@ -124,45 +124,16 @@ def _score(text: str, line: int, path: str | Path) -> float:
 def _range_of(
     scores: Sequence[float], mos_range: Sequence[float] | None, path: str | Path
 ) -> tuple[float, float]:
-    if mos_range is None:
-        return _known_range(scores, path)
-    low, high = mos_range
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UsageError("the range of human scores is empty", seen=f"{low:g} to {high:g}")
-    if min(scores) < low or max(scores) > high:
-        raise UsageError(
-            f"{path} has scores outside the range given",
-            seen=f"{min(scores):g} to {max(scores):g}",
-            allowed=f"{low:g} to {high:g}",
-            hint="give the ends of the scale with --mos-range LO HI",
-        )
-    return low, high
-
-
-def _rows_of_split(
-    rows: Sequence[tuple[int, dict[str, str]]],
-    columns: Sequence[str],
-    split: str | None,
-    path: str | Path,
-) -> list[int]:
-    if split is None:
-        return list(range(len(rows)))
-    if "split" not in columns:
-        raise UsageError(f"{path} has no split column", seen=f"the columns {', '.join(columns)}")
-    chosen = [index for index, (_, row) in enumerate(rows) if row["split"] == split]
-    if not chosen:
-        splits = sorted({row["split"] for _, row in rows})
-        raise UsageError(f"{path} has no such split", seen=split, allowed=", ".join(splits))
-    return chosen
-
-
-def _known_range(scores: Sequence[float], path: str | Path) -> tuple[float, float]:
-    for low, high in _KNOWN_RANGES:
+    """The ends of the scale that holds all scores: those that were given, or a known one's."""
+    seen = f"{min(scores):g} to {max(scores):g}"
+    for low, high in _KNOWN_RANGES if mos_range is None else [mos_range]:
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise UsageError("the range of human scores is empty", seen=f"{low:g} to {high:g}")
         if low <= min(scores) and max(scores) <= high:
             return low, high
-    raise UsageError(
-        f"{path} has scores on an unknown scale",
-        seen=f"{min(scores):g} to {max(scores):g}",
-        allowed="0 to 1, 1 to 5 or 0 to 100",
-        hint="give the ends of the scale with --mos-range LO HI",
-    )
+    if mos_range is None:
+        what, allowed = f"{path} has scores on an unknown scale", "0 to 1, 1 to 5 or 0 to 100"
+    else:
+        what = f"{path} has scores outside the range given"
+        allowed = f"{mos_range[0]:g} to {mos_range[1]:g}"
+    raise UsageError(what, seen=seen, allowed=allowed, hint=_HINT)

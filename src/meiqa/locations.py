@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
-__all__ = ["embedded_assets", "package_memory", "user_cache", "user_memory"]
+from platformdirs import user_cache_path, user_data_path
 
 
 def embedded_assets() -> Path:
@@ -26,25 +25,11 @@ def user_memory() -> Path:
     """
     if named := os.environ.get("MEIQA_MEMORY"):
         return Path(named)
-    return _data_directory() / "meiqa" / "memory"
-
-
-def _data_directory() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support"
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return user_data_path("meiqa", appauthor=False) / "memory"
 
 
 def user_cache() -> Path:
     """Give the directory of what can be computed again; `MEIQA_CACHE` names another."""
     if named := os.environ.get("MEIQA_CACHE"):
         return Path(named)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "meiqa"
+    return user_cache_path("meiqa", appauthor=False)

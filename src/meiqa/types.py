@@ -4,28 +4,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from meiqa.errors import MeiqaError, UsageError
-
-__all__ = [
-    "Assessment",
-    "Budget",
-    "Distortion",
-    "Failure",
-    "KeyKind",
-    "Neighbour",
-    "Origin",
-    "PairComparison",
-    "QualityWord",
-    "RankedPhoto",
-    "Ranking",
-    "Reference",
-    "grades_by_word",
-    "quality_word",
-]
 
 Origin = Literal["anchor", "contrast"]
 KeyKind = Literal["summary", "image", "both"]
@@ -33,6 +16,19 @@ QualityWord = Literal["bad", "poor", "fair", "good", "excellent"]
 
 _WORDS: tuple[QualityWord, ...] = ("bad", "poor", "fair", "good", "excellent")
 _WORD_CUTS = (1.8, 2.6, 3.4, 4.2)
+_DIGITS = {"percentile": 1, "timings_ms": 1, "total_ms": 1}
+_USUAL_DIGITS = 4
+"""Decimals of scores, deviations and probabilities: more would be noise of the arithmetic."""
+_TEXT_ONLY: dict[str, Any] = {"in_dict": False}
+
+
+def digits_of(name: str) -> int:
+    """Give the decimals that a value deserves, in every format.
+
+    >>> digits_of("score"), digits_of("timings_ms")
+    (4, 1)
+    """
+    return _DIGITS.get(name, _USUAL_DIGITS)
 
 
 def quality_word(score: float) -> QualityWord:
@@ -68,15 +64,21 @@ class Budget:
     Budget(ms=300, std=None)
 
     Raises:
-        UsageError: a limit is not a positive finite number.
+        TypeError: a limit is no number.
+        UsageError: a limit is not positive and finite.
     """
 
     ms: float | None = None
     std: float | None = None
 
     def __post_init__(self) -> None:
-        for name, limit in (("ms", self.ms), ("std", self.std)):
-            if limit is not None and not (math.isfinite(limit) and limit > 0):
+        limits: dict[str, Any] = {"ms": self.ms, "std": self.std}
+        for name, limit in limits.items():
+            if limit is None:
+                continue
+            if not hasattr(limit, "__float__") or isinstance(limit, bool):
+                raise TypeError(f"a budget's {name} is a number, not {type(limit).__name__}")
+            if not (math.isfinite(limit) and limit > 0):
                 raise UsageError(
                     f"a budget's {name} must be positive",
                     seen=limit,
@@ -84,8 +86,32 @@ class Budget:
                 )
 
 
+class Result:
+    """A dataclass that becomes JSON-ready values; the names of its keys are a public contract."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the values as JSON takes them, rounded; None for what is not a finite number."""
+        return {
+            each.name: _plain(each.name, getattr(self, each.name))
+            for each in fields(self)  # type: ignore[arg-type]
+            if each.metadata.get("in_dict", True)
+        }
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Result):
+        return value.to_dict()
+    if isinstance(value, float):
+        return round(float(value), digits_of(name)) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(name, each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, each) for each in value]
+    return value
+
+
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbour(Result):
     """A remembered photo that the query was, or could have been, compared with.
 
     `preference` is the probability that the query looks better, None if it was not asked.
@@ -94,34 +120,21 @@ class Neighbour:
     id: str
     origin: Origin
     score: float
-    std: float
+    std: float = field(metadata=_TEXT_ONLY)
     preference: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the neighbour as it stands in the JSON of an assessment."""
-        return {
-            "id": self.id,
-            "origin": self.origin,
-            "score": self.score,
-            "preference": self.preference,
-        }
 
 
 @dataclass(frozen=True)
-class Distortion:
+class Distortion(Result):
     """What may be wrong with a photo: the kind, how strong (0-5) and how probable it is."""
 
     kind: str
     strength: float
     probability: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give the distortion as it stands in the JSON of an assessment."""
-        return {"kind": self.kind, "strength": self.strength, "probability": self.probability}
-
 
 @dataclass(frozen=True)
-class Reference:
+class Reference(Result):
     """What a reference brought to an assessment.
 
     `score` and `std` are what the patterns say of the photo beside it; `weight` is the share in
@@ -136,20 +149,9 @@ class Reference:
     quality: float
     moved: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give the reference as it stands in the JSON of an assessment."""
-        return {
-            "path": self.path,
-            "score": self.score,
-            "std": self.std,
-            "weight": self.weight,
-            "quality": self.quality,
-            "moved": self.moved,
-        }
-
 
 @dataclass(frozen=True)
-class Assessment:
+class Assessment(Result):
     """The quality of one photo: 1.00–5.00, higher is better, and how it was found.
 
     `percentile` is the share of anchors that score below, 0–100; `degraded` names what the budget
@@ -178,31 +180,9 @@ class Assessment:
     timings_ms: dict[str, float] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give the assessment as JSON-ready values; the key names are a public contract."""
-        return {
-            "path": self.path,
-            "score": self.score,
-            "std": self.std,
-            "ci95": list(self.ci95),
-            "initial_score": self.initial_score,
-            "word": self.word,
-            "percentile": self.percentile,
-            "summary": self.summary,
-            "neighbours": [neighbour.to_dict() for neighbour in self.neighbours],
-            "degraded": list(self.degraded),
-            "reflection": self.reflection,
-            "memory_score": self.memory_score,
-            "grades": dict(self.grades),
-            "distortions": [distortion.to_dict() for distortion in self.distortions],
-            "reference": self.reference and self.reference.to_dict(),
-            "timings_ms": dict(self.timings_ms),
-            "counters": dict(self.counters),
-        }
-
 
 @dataclass(frozen=True)
-class Failure:
+class Failure(Result):
     """A photo of a run that could not be assessed, and why."""
 
     path: str
@@ -214,7 +194,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class RankedPhoto:
+class RankedPhoto(Result):
     """A photo's place in a set.
 
     `alone` is its score before it was compared with the others of the set, `compared` the number
@@ -229,31 +209,23 @@ class RankedPhoto:
     alone: float
     compared: int
     places: int
-    summary: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the place as JSON-ready values."""
-        return {
-            "rank": self.rank,
-            "path": self.path,
-            "score": self.score,
-            "std": self.std,
-            "alone": self.alone,
-            "compared": self.compared,
-            "places": self.places,
-        }
+    summary: str | None = field(default=None, metadata=_TEXT_ONLY)
 
 
 @dataclass(frozen=True)
-class Ranking:
-    """A set of photos, best first, and those of it that could not be judged."""
+class Ranking(Result):
+    """A set of photos, best first, and those of it that could not be judged.
+
+    `degraded` names what the budget left out.
+    """
 
     photos: tuple[RankedPhoto, ...]
     failures: tuple[Failure, ...] = ()
+    degraded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class CulledPhoto:
+class CulledPhoto(Result):
     """A photo in its group of near-identical shots; `place` 1 is the best of them.
 
     `score` and `std` follow from all that it was compared with, the other shots included; `alone`
@@ -267,45 +239,33 @@ class CulledPhoto:
     std: float
     alone: float
     likeness: float
-    summary: str | None = None
+    summary: str | None = field(default=None, metadata=_TEXT_ONLY)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the photo as JSON-ready values."""
-        return {
-            "place": self.place,
-            "best": self.place == 1,
-            "path": self.path,
-            "score": self.score,
-            "std": self.std,
-            "alone": self.alone,
-            "likeness": self.likeness,
-        }
+        """Give the values as JSON takes them, and whether this is the best shot."""
+        values = super().to_dict()
+        return {"place": values.pop("place"), "best": self.place == 1, **values}
 
 
 @dataclass(frozen=True)
-class Culling:
+class Culling(Result):
     """Photos in groups of near-identical shots, the best of each first, and those not judged.
 
     A photo that is like no other is a group of its own. Groups come in the order of their first
-    photos.
+    photos. `degraded` names what the budget left out.
     """
 
     groups: tuple[tuple[CulledPhoto, ...], ...]
     failures: tuple[Failure, ...] = ()
-
-    def to_dicts(self) -> list[dict[str, Any]]:
-        """Give the photos with the numbers of their groups, and the failures behind them."""
-        photos = [
-            {"group": number, **photo.to_dict()}
-            for number, group in enumerate(self.groups, 1)
-            for photo in group
-        ]
-        return photos + [failure.to_dict() for failure in self.failures]
+    degraded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class PairComparison:
-    """Two photos side by side; `preference` is the probability that the first looks better."""
+class PairComparison(Result):
+    """Two photos side by side; `preference` is the probability that the first looks better.
+
+    `degraded` names what the budget left out.
+    """
 
     first: str
     second: str
@@ -313,14 +273,17 @@ class PairComparison:
     first_score: float
     second_score: float
     timings_ms: dict[str, float] = field(default_factory=dict)
+    degraded: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give the comparison as JSON-ready values."""
-        return {
-            "first": self.first,
-            "second": self.second,
-            "preference": self.preference,
-            "first_score": self.first_score,
-            "second_score": self.second_score,
-            "timings_ms": dict(self.timings_ms),
-        }
+
+@dataclass(frozen=True)
+class RememberedCase:
+    """A photo in a service's memory; `created` is in seconds since 1970."""
+
+    id: str
+    origin: Origin
+    score: float
+    std: float
+    summary: str
+    provenance: str
+    created: float

@@ -1,0 +1,160 @@
+"""`meiqa doctor`: everything a score depends on, and how to mend what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import meiqa
+from meiqa.cli import options as cli
+from meiqa.cli.options import Options
+from meiqa.errors import MeiqaError, install_hint
+from meiqa.formats import tree_text
+from meiqa.locations import package_memory, user_memory
+
+if TYPE_CHECKING:
+    from meiqa.engine.engine import Engine
+
+REQUIRED = ("numpy", "pillow", "tokenizers", "click", "platformdirs")
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+OPTIONAL = ("numba", "hnswlib", "scipy")
+
+
+@cli.command()
+@cli.format_option("text", "json")
+@cli.engine_options()
+def doctor_command(options: Options) -> int:
+    """Say what is installed and what is missing."""
+    report = examine(lambda: cli.engine_of(options), options.memory, verify=not options.no_verify)
+    cli.print_report(report, options.format, report_text)
+    return cli.EXIT_FAILURES if report["missing"] else 0
+
+
+def examine(
+    open_engine: Callable[[], Engine], memory: str | None, *, verify: bool = True
+) -> dict[str, Any]:
+    """Look at everything a score depends on.
+
+    Args:
+        open_engine: Opens the engine as the user would.
+        memory: Directory of the memory, None for the user's own.
+        verify: Whether `open_engine` checks the package's digests.
+
+    Returns:
+        JSON-ready: versions, machine, providers, native_kernel, package, caches, memory, and
+        missing: a list of {what, hint}, empty if photos can be scored. The user's own memory may be
+        unwritable, one that was asked for may not.
+    """
+    missing: list[dict[str, str | None]] = []
+
+    def miss(what: str, hint: str | None) -> None:
+        missing.append({"what": what, "hint": hint})
+
+    versions = {name: _version(name) for name in (*REQUIRED, *RUNTIMES, *OPTIONAL)}
+    for name in REQUIRED:
+        if versions[name] is None:
+            miss(f"{name} is not installed", f"pip install {name}")
+    if not any(versions[name] for name in RUNTIMES):
+        miss("ONNX Runtime is not installed", install_hint("cpu"))
+    numpy, runtime = _loaded("numpy"), _loaded("onnxruntime")
+    found = numpy.show_config(mode="dicts")["SIMD Extensions"] if numpy else {}
+    report: dict[str, Any] = {
+        "versions": {
+            "python": platform.python_version(),
+            "meiqa": meiqa.__version__,
+            **versions,
+        },
+        "machine": {
+            "system": platform.platform(),
+            "cpus": os.cpu_count(),
+            "cpu_features": [*found.get("baseline", ()), *found.get("found", ())],
+        },
+        "providers": list(runtime.get_available_providers()) if runtime else [],
+        "native_kernel": True,
+        "package": None,
+        "caches": {},
+        "memory": _memory_directory(user_memory() if memory is None else Path(memory)),
+    }
+    try:
+        importlib.import_module("meiqa.kernels._native")
+    except ImportError as error:
+        report["native_kernel"] = False
+        miss(f"the native kernel cannot be loaded: {error}", install_hint("cpu"))
+    if memory is not None and not report["memory"]["writable"]:
+        hint = "name another directory with --memory DIR, or only read it with --no-learn"
+        miss(f"{memory} cannot be written", hint)
+    try:
+        with open_engine() as engine:
+            path, digest = str(engine.package.path), engine.package.digest
+            report["package"] = {"path": path, "digest": digest, "verified": verify}
+            if memory is None:
+                report["memory"] = _memory_directory(package_memory(digest))
+            report["caches"] = {name: asdict(state) for name, state in engine.caches().items()}
+            snapshot = engine.memory.snapshot()
+            report["memory"]["anchors"] = snapshot.count_anchors
+            report["memory"]["contrast"] = snapshot.count_contrast
+    except MeiqaError as error:
+        miss(str(error), error.hint)
+    except ImportError as error:
+        if not missing:  # otherwise this follows from what is listed already
+            miss(str(error), install_hint("cpu"))
+    report["missing"] = missing
+    return report
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _loaded(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def _memory_directory(path: Path) -> dict[str, Any]:
+    existing = path
+    while not os.path.exists(existing) and existing != existing.parent:
+        existing = existing.parent
+    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    return {"path": str(path), "writable": writable, "anchors": None, "contrast": None}
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """Lay out the report of `examine` for people."""
+    package, memory = report["package"], report["memory"]
+    access = "writable" if memory["writable"] else "not writable: nothing is remembered"
+    shown = {
+        **{name: number or "not installed" for name, number in report["versions"].items()},
+        **report["machine"],
+        "providers": report["providers"],
+        "native kernel": "loaded" if report["native_kernel"] else "not loaded",
+        "package": "not opened",
+    }
+    if package:
+        checked = "digests verified" if package["verified"] else "digests not verified"
+        shown["package"] = f"{package['path']} ({checked})"
+        shown["package digest"] = package["digest"]
+    for name, state in report["caches"].items():
+        held, limit = state["used_bytes"] / 2**20, state["limit_bytes"] / 2**20
+        lookups = f"{state['hits']} hits, {state['misses']} misses"
+        shown[f"cache {name}"] = f"{held:.0f} of {limit:.0f} MiB, {lookups}"
+    shown["memory"] = f"{memory['path']} ({access})"
+    if memory["anchors"] is not None:
+        shown["holds"] = f"{memory['anchors']} anchors, {memory['contrast']} contrast cases"
+    lines = [tree_text(shown), "", "Missing:" if report["missing"] else "Everything is there."]
+    for entry in report["missing"]:
+        lines.append(f"  {entry['what']}")
+        if entry["hint"] and entry["hint"] not in entry["what"]:
+            lines.append(f"    {entry['hint']}")
+    return "\n".join(lines)

@@ -1,0 +1,339 @@
+"""`meiqa memory …`: what photographs are compared with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from meiqa.cli import options as cli
+from meiqa.cli.options import Options, say
+from meiqa.errors import StoreMismatch, StoreNotFound, UsageError, one_line
+from meiqa.formats import json_text, tree_text
+from meiqa.locations import embedded_assets
+from meiqa.outputs import Kind, open_output
+from meiqa.progress import Progress
+
+if TYPE_CHECKING:
+    from meiqa.engine.model import Model
+    from meiqa.engine.remote import RemoteSettings
+    from meiqa.memory import MemoryBank
+
+KEYS = ("summary", "image", "both")
+EXPORT = Kind("export")
+
+memory_command = cli.Group("memory", help="Build and tend a memory.", no_args_is_help=False)
+
+
+def moment(text: str) -> datetime:
+    """Read a moment; without a zone it is local time."""
+    try:
+        read = datetime.fromisoformat(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a time like 2026-05-31T12:00") from None
+    return read if read.tzinfo else read.astimezone()
+
+
+MEMORY = cli.argument("memory", "MEM")
+WHICH = cli.together(
+    cli.option("--origin", type=("anchor", "contrast")),
+    cli.option("--since TIME", "stored then or later, as 2026-05-31T12:00", moment),
+)
+ANCHORING = cli.together(
+    cli.PACKAGE,
+    cli.DEVICE,
+    cli.option("--provenance TEXT", "where the score comes from"),
+    cli.option("--std S", "standard error of the scores", cli.number(), default=0.2),
+    cli.flag("--keep-thumbnails", "keep a small JPEG with each anchor (default: no image is kept)"),
+    cli.option(
+        "--remote URL",
+        "a model behind an OpenAI-compatible server in place of a package; photos are sent there "
+        "(docs/remote.md)",
+        excludes="--package --device",
+    ),
+    cli.flag(
+        "--keep-pictures",
+        "agree that the memory keeps the anchors' pictures, scaled down",
+        needs="--remote",
+    ),
+)
+
+
+@memory_command.command("create")
+@cli.argument("memory", "DIR")
+@cli.PACKAGE
+def create(options: Options) -> int:
+    """Make an empty memory, to learn into beside the embedded anchors."""
+    from meiqa.engine.package import EnginePackage
+    from meiqa.memory import create_memory
+
+    package = EnginePackage.open(options.package or embedded_assets() / "package", verify=False)
+    create_memory(options.memory, package.digest)
+    say(f"{options.memory}: learns beside the embedded anchors")
+    return 0
+
+
+@memory_command.command("build")
+@cli.LABELS
+@cli.option("--out MEM", "must not exist", cli.path, required=True)
+@cli.option(
+    "--key",
+    "find neighbours by what is written about photos (summary), their visual tokens (image), or "
+    "both",
+    KEYS,
+    default="summary",
+)
+@ANCHORING
+@cli.option("--model NAME", "what that server calls it", needs="--remote")
+@cli.option("--prompt FAMILY", "what it is asked", needs="--remote")
+@cli.option(
+    "--cell-pixels N",
+    "sides of pictures are multiples of N (default: 28, for Qwen2.5-VL)",
+    cli.POSITIVE,
+    needs="--remote",
+)
+@cli.option("--max-pixels N", "largest area of a picture", cli.POSITIVE, needs="--remote")
+def build(options: Options) -> int:
+    """Make a memory of photographs with human scores."""
+    from meiqa.engine.anchoring import AnchorOptions, build_anchors
+    from meiqa.engine.remote import RemoteModel
+
+    labels, out = cli.table_of(options), Path(options.out)
+    kept = AnchorOptions(
+        provenance=options.provenance or f"label table {Path(options.labels).name}",
+        std=options.std,
+        key_kind=options.key,
+        keep_thumbnails=options.keep_thumbnails,
+    )
+    with _describer(options) as model, Progress(len(labels)) as progress:
+        failures = build_anchors(
+            model,
+            labels,
+            Path(options.images),
+            out,
+            kept,
+            on_photo=progress.advance,
+        )
+        if isinstance(model, RemoteModel):  # lay beside the memory how its model was asked
+            model.settings.write(out)
+    say(f"{out}: {len(labels) - len(failures)} anchors")
+    return cli.report_failures([failure.to_dict() for failure in failures], len(labels))
+
+
+@memory_command.command("add")
+@MEMORY
+@cli.argument("image", "IMAGE")
+@cli.option("--score S", "of the photograph", cli.number(1, 5), required=True)
+@ANCHORING
+@cli.option("--model NAME", "which has to be the memory's", needs="--remote")
+def add(options: Options) -> int:
+    """Add one photograph with its human score."""
+    from meiqa.engine.anchoring import AnchorOptions, anchor_case, thumbnail_of
+    from meiqa.engine.images import load_pixels
+    from meiqa.memory import package_digest_of
+
+    memory = options.memory
+    with _describer(options, memory) as model, _bank(memory, "rw") as bank:
+        if package_digest_of(memory) != model.digest:
+            raise StoreMismatch(
+                "the memory was built with another package",
+                seen=options.package or options.remote or "the embedded package",
+                hint="name its package: --package DIR",
+            )
+        pixels = load_pixels(options.image)
+        kept = AnchorOptions(std=options.std, key_kind=bank.key_kind)
+        case = anchor_case(model, pixels, options.image, options.score, kept)
+        bank.add_anchor(
+            case,
+            provenance=options.provenance or "added by hand",
+            thumbnail=thumbnail_of(pixels) if options.keep_thumbnails else None,
+        )
+    say(f"{memory}: {options.image} is an anchor of {options.score:.2f}")
+    return 0
+
+
+@memory_command.command("list")
+@MEMORY
+@cli.format_option("text", "jsonl")
+@WHICH
+def list_cases(options: Options) -> int:
+    """List what is stored."""
+    with _bank(options.memory, "r") as bank:
+        thumbnails = bank.thumbnail_bytes()
+        for record in bank.cases(options.origin, options.since):
+            kept = thumbnails.get(record.id, 0) if record.origin == "anchor" else 0
+            if options.format == "jsonl":
+                sys.stdout.write(json_text({**asdict(record), "thumbnail_bytes": kept}) + "\n")
+                continue
+            stored = datetime.fromtimestamp(record.created, UTC).isoformat(" ", "seconds")
+            line = f"{record.origin:<9}{record.score:.2f} ± {record.std:.2f}  {stored}  {record.id}"
+            line += f"  (thumbnail, {kept} bytes)" if kept else ""
+            sys.stdout.write(one_line(line) + "\n")
+    return 0
+
+
+@memory_command.command("remove")
+@MEMORY
+@cli.argument("ids", "[ID]...", nargs=-1)
+@WHICH
+def remove(options: Options) -> int:
+    """Remove what fulfils every condition given."""
+    memory, ids = options.memory, options.ids or None
+    with _bank(memory, "rw") as bank:
+        removed = bank.remove(ids, origin=options.origin, since=options.since)
+    if ids and not removed:
+        raise UsageError(
+            f"{memory} has no such case",
+            seen=", ".join(ids),
+            hint=f"ids are as `meiqa memory list {memory}` prints them",
+        )
+    say(f"{memory}: {removed} {'case' if removed == 1 else 'cases'} removed")
+    return 0
+
+
+@memory_command.command("stats")
+@MEMORY
+@cli.format_option("text", "json")
+def stats(options: Options) -> int:
+    """Count, weigh and measure it."""
+    with _bank(options.memory, "r") as bank:
+        cli.print_report(asdict(bank.statistics()), options.format, tree_text)
+    return 0
+
+
+@memory_command.command("compact")
+@MEMORY
+def compact(options: Options) -> int:
+    """Merge what was added into new segments."""
+    with _bank(options.memory, "rw") as bank:
+        merged = bank.compact()
+    say(f"{options.memory}: " + ("compacted" if merged else "there was nothing to merge"))
+    return 0
+
+
+@memory_command.command("verify")
+@MEMORY
+def verify(options: Options) -> int:
+    """Read every byte and tell what is wrong."""
+    from meiqa.memory import verify_memory
+
+    findings = verify_memory(options.memory)
+    for finding in findings:
+        say(one_line(f"{finding.file}: {finding.problem}"))
+    say(f"{options.memory}: {len(findings)} findings")
+    return cli.EXIT_FAILURES if findings else 0
+
+
+@memory_command.command("evict")
+@MEMORY
+@cli.option("--keep N", "how many stay", cli.COUNT, required=True)
+def evict(options: Options) -> int:
+    """Remove the contrast cases that are worth least."""
+    with _bank(options.memory, "rw") as bank:
+        evicted = bank.evict(options.keep)
+    say(f"{options.memory}: {evicted} contrast cases evicted")
+    return 0
+
+
+@memory_command.command("export")
+@MEMORY
+@cli.option("--out FILE", "- for standard output", cli.path, required=True)
+@cli.option("--format", type=("jsonl", "parquet"), default="jsonl")
+@cli.flag("--force", "replace what is there, whatever it is")
+def export(options: Options) -> int:
+    """Write records, keys and thumbnails to a file."""
+    with (
+        cli.optional_packages("parquet"),
+        _bank(options.memory, "r") as bank,
+        open_output(options.out, EXPORT, force=options.force) as file,
+    ):
+        written = bank.export(file.name, options.format)
+    say(f"{options.out}: {written} cases")
+    return 0
+
+
+@memory_command.command("rekey")
+@MEMORY
+@cli.option("--key", "find neighbours by this; see build", KEYS, required=True)
+@cli.option("--out NEW", "must not exist", cli.path, required=True)
+def rekey(options: Options) -> int:
+    """Write it again with keys of another kind, without the photographs."""
+    with _bank(options.memory, "r") as bank:
+        written = bank.rekey(options.key, options.out)
+    say(f"{options.out}: {written} cases with keys of kind {options.key}")
+    return 0
+
+
+@contextmanager
+def _describer(options: Options, memory: str | None = None) -> Iterator[Model]:
+    """The model that describes anchors; for a remote one of a `memory` there, as that says."""
+    if options.remote is None:
+        from meiqa.engine.local import LocalModel
+        from meiqa.engine.package import EnginePackage
+
+        package = EnginePackage.open(options.package or embedded_assets() / "package")
+        yield LocalModel.open(package, options.device)
+        return
+    from meiqa.engine.remote import RemoteModel
+
+    if not options.keep_pictures:
+        raise UsageError(
+            "a remote model compares pictures, so its memory keeps them, scaled down",
+            hint="agree to that by --keep-pictures",
+        )
+    settings = _remote_settings(options, memory)
+    model = RemoteModel.connect(options.remote, memory or options.out, settings=settings)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def _remote_settings(options: Options, memory: str | None) -> RemoteSettings:
+    """How a remote model is asked: as a memory says that is there, or as the options say."""
+    from meiqa.engine.prompts import prompt_family
+    from meiqa.engine.remote import RemoteSettings
+
+    if memory is not None:
+        settings = RemoteSettings.of_memory(memory)
+        if options.model not in (None, settings.model):
+            raise UsageError(
+                f"the memory {memory} was made with another model",
+                seen=options.model,
+                allowed=settings.model,
+            )
+        return settings
+    if options.key != "summary":
+        raise UsageError(
+            "a remote model shows no visual tokens to make keys of", allowed="--key summary"
+        )
+    named = {
+        "prompt": options.prompt and prompt_family(options.prompt),
+        "cell_pixels": options.cell_pixels,
+        "max_pixels": options.max_pixels,
+    }
+    chosen = {name: value for name, value in named.items() if value is not None}
+    return RemoteSettings(options.model or "", **chosen)
+
+
+@contextmanager
+def _bank(path: str, mode: Literal["r", "rw"]) -> Iterator[MemoryBank]:
+    """A memory for the package that it was built with; the embedded anchors if it has none."""
+    from meiqa.memory import MemoryBank, holds_anchors, package_digest_of
+
+    anchors = Path(path) if holds_anchors(path) else embedded_assets() / "memory"
+    if not Path(path).is_dir():
+        raise StoreNotFound(
+            "there is no memory",
+            seen=path,
+            hint="meiqa memory build makes one",
+        )
+    digest = package_digest_of(anchors)
+    with MemoryBank.compose(anchors, path, mode, package_digest=digest) as bank:
+        yield bank

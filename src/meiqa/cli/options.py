@@ -1,0 +1,407 @@
+"""What commands share: options that check themselves, the engine they open, how they report."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import reduce
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from meiqa.errors import DecodeError, UsageError, install_hint
+from meiqa.formats import failure_line, json_text
+from meiqa.labels import LabelTable
+from meiqa.locations import embedded_assets
+from meiqa.types import Budget, Failure
+
+if TYPE_CHECKING:
+    from meiqa.engine.calibration import Calibration
+    from meiqa.engine.engine import Engine
+    from meiqa.engine.images import NamedBytes
+    from meiqa.memory import RetrievalPolicy
+
+EXIT_FAILURES = 1
+"""Some photos could not be assessed, or something essential is missing."""
+STDIN = frozenset({"-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"})
+_LARGEST_PIPED_BYTES = 1 << 30
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Options(SimpleNamespace):
+    """The values of a command's options and arguments, by their names."""
+
+
+class Option(click.Option):
+    """An option that may mean nothing without one of others, or beside them.
+
+    Args:
+        needs: options, separated by spaces, one of which has to be given with it.
+        excludes: options that can't be given with it.
+        several: any number of values may stand behind it.
+    """
+
+    def __init__(
+        self, names: Any, needs: str = "", excludes: str = "", several: bool = False, **more: Any
+    ) -> None:
+        super().__init__(names, **more)
+        self.needs, self.excludes, self.several = needs.split(), excludes.split(), several
+
+    def handle_parse_result(
+        self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]
+    ) -> Any:
+        """Refuse what means nothing, then read the value."""
+        if self.name in opts:
+            # Arguments that are missing stand there too, as None, () or a value of click's own.
+            named = {
+                n for n, v in opts.items() if isinstance(v, str | bool | list | tuple) and v != ()
+            }
+            given = {o for each in ctx.command.params if each.name in named for o in each.opts}
+            if self.needs and not given & {*self.needs}:
+                needed = " or ".join(self.needs)
+                raise click.UsageError(f"{self.opts[0]} means nothing without {needed}", ctx)
+            if beside := given & {*self.excludes}:
+                raise click.UsageError(f"{self.opts[0]} means nothing beside {min(beside)}", ctx)
+        return super().handle_parse_result(ctx, opts, args)
+
+
+class Command(click.Command):
+    """A command, which gets its `Options`; some may take several values: `--budgets 50 100`."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.short_help = (self.help or "").partition("\n")[0]  # click cuts others off
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Name such an option before each of its values, as click wants it."""
+        options = [each for each in self.params if isinstance(each, Option) and each.several]
+        several = {name for each in options for name in each.opts}
+        spread, current = [], ""
+        for token, behind in pairwise([*args, "--"]):
+            if token in several and not behind.startswith("-"):
+                current = token
+            elif current and not token.startswith("-"):
+                spread += [current, token]
+            else:
+                current = ""
+                spread.append(token)
+        return super().parse_args(ctx, spread)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it."""
+        return self.callback(Options(**ctx.params)) if self.callback else None
+
+
+class Group(click.Group):
+    """A group of commands."""
+
+    command_class = Command
+
+
+def number(
+    low: float = -math.inf, high: float = math.inf, *, above: bool = False
+) -> Callable[[str], float]:
+    """Make the type of finite numbers from `low` on, or above it, up to `high`."""
+    allowed = "a finite number"
+    if math.isfinite(low):
+        allowed = f"a number {'above' if above else 'from'} {low:g}"
+        allowed += f" up to {high:g}" if math.isfinite(high) else ""
+
+    def read(text: str) -> float:
+        with suppress(ValueError):
+            value = float(text)
+            if math.isfinite(value) and low <= value <= high and not (above and value == low):
+                return value
+        raise click.BadParameter(f"{text!r} is not {allowed}")
+
+    return read
+
+
+def path(text: str) -> str:
+    """Read a path of anything, be it there or not."""
+    if not text:
+        raise click.BadParameter("'' is no path")
+    return text
+
+
+def folder(text: str) -> str:
+    """Read the path of a directory, which is there."""
+    if not os.path.isdir(path(text)):
+        raise click.BadParameter(f"no directory {text}; `meiqa memory create` makes a new memory")
+    return text
+
+
+COUNT, POSITIVE = click.IntRange(min=0), click.IntRange(min=1)
+AMOUNT = number(0, above=True)
+
+
+def command(name: str | None = None) -> Callable[[Callable[[Options], int]], click.Command]:
+    """Make a function a command; its docstring is the help."""
+    return click.command(name, cls=Command)
+
+
+def option(spec: str, help: str | None = None, type: Any = str, **settings: Any) -> Decorator:
+    """Add an option.
+
+    Args:
+        spec: its name and what stands for its value, as "--k N", or just "--k" for choices.
+        help: what it does; the default is shown behind it.
+        type: of its value.
+        settings: of `Option`; `name` is what its value is called.
+    """
+    flag, _, metavar = spec.partition(" ")
+    names = [flag, *filter(None, [settings.pop("name", None)])]
+    if isinstance(type, tuple):
+        type = click.Choice(type)
+    if settings.get("several"):
+        settings["multiple"] = True
+    if settings.get("default") is not None:
+        settings.setdefault("show_default", True)
+    return click.option(
+        *names, cls=Option, help=help, type=type, metavar=metavar or None, **settings
+    )
+
+
+def flag(name: str, help: str, **settings: Any) -> Decorator:
+    """Add an option without a value."""
+    return click.option(name, cls=Option, is_flag=True, help=help, **settings)
+
+
+def argument(name: str, metavar: str, **settings: Any) -> Decorator:
+    """Add an argument; it isn't empty."""
+    return click.argument(name, type=path, metavar=metavar, **settings)
+
+
+def together(*options: Decorator) -> Decorator:
+    """Add several options."""
+    return lambda command: reduce(lambda made, each: each(made), reversed(options), command)
+
+
+def format_option(*formats: str) -> Decorator:
+    """Add --format; the first one is the default."""
+    return option("--format", type=formats, default=formats[0])
+
+
+def force_option(needs: str) -> Decorator:
+    """Add --force, of these outputs."""
+    return flag("--force", "replace what is there, whatever it is", needs=needs)
+
+
+PATHS = argument("paths", "PATH...", nargs=-1, required=True)
+BUDGET = option("--budget-ms N", "time for each photo (default: no limit)", AMOUNT)
+NEIGHBOURS = option(
+    "--k N", "how many neighbours to compare with (default: the package's number)", COUNT
+)
+EFFORT = together(BUDGET, NEIGHBOURS)
+PACKAGE = option("--package DIR", "engine package (default: the embedded)", path)
+DEVICES = ("cpu", "cuda", "tensorrt")
+DEVICE = option("--device", type=DEVICES, default="cpu")
+NO_VERIFY = flag("--no-verify", "do not check digests on opening")
+REMOTE = together(
+    option(
+        "--remote URL",
+        "a model behind an OpenAI-compatible server in place of a package; photos are sent there, "
+        "and --memory was made with it (docs/remote.md)",
+        excludes="--package --device --threads --no-verify",
+    ),
+    option("--model NAME", "what that server calls it (default: the memory's)", needs="--remote"),
+)
+EXCLUDE_ABOVE = option(
+    "--exclude-above C",
+    "no neighbours whose layout has a cosine above C with the photo's: near-duplicates "
+    "(default: 0.97; 1: only the photo itself)",
+    number(),
+)
+HEAD = option(
+    "--head",
+    "what makes the first score: the printed rating with the grade words, the expectation over "
+    "these words, or their graded response (default: the package's)",
+    ("text", "levels", "grm"),
+)
+LABELS = together(
+    argument("labels", "LABELS.csv"),
+    option("--images DIR", "where the images are", path, required=True),
+    option("--split S", "only the rows of this split"),
+    option("--limit N", "N photos, spread over the table", POSITIVE),
+    option(
+        "--mos-range LO HI",
+        "ends of the human scale (default: 0-1, 1-5 or 0-100, whichever holds all scores)",
+        number(),
+        nargs=2,
+    ),
+)
+
+
+def engine_options(memory: str = "the user's own", device: Decorator = DEVICE) -> Decorator:
+    """Add the options of an engine; `memory` is what is opened by default."""
+    return together(
+        PACKAGE,
+        option("--memory DIR", f"memory (default: {memory})", folder),
+        device,
+        option("--threads N", "of the runtime (default, and at most: one for each core)", POSITIVE),
+        NO_VERIFY,
+    )
+
+
+def budget_of(options: Options) -> Budget | None:
+    """Give what may be spent on a photo."""
+    return None if options.budget_ms is None else Budget(ms=options.budget_ms)
+
+
+def table_of(options: Options) -> LabelTable:
+    """Read the label table."""
+    table = LabelTable.read(options.labels, split=options.split, mos_range=options.mos_range)
+    return table.spread(options.limit)
+
+
+def engine_of(options: Options, *, learn: bool = False) -> Engine:
+    """Open the engine that the options name: where the command line meets the engine."""
+    head, remote = vars(options).get("head"), vars(options).get("remote")
+    with _uncollected():
+        from meiqa.engine.engine import Engine
+        from meiqa.engine.package import EnginePackage
+        from meiqa.engine.remote import RemoteSettings
+
+        if remote is not None:
+            if options.memory is None or options.package is not None or options.device != "cpu":
+                raise UsageError(
+                    "a remote model takes the place of a package and its device",
+                    hint="name the memory that was made with it, and no other: --memory DIR",
+                )
+            calibration = RemoteSettings.of_memory(options.memory).calibration
+            engine = Engine.connect(
+                remote,
+                options.memory,
+                model=options.model,
+                keep_pictures=learn and vars(options).get("keep_pictures", False),
+                head=head,
+                retrieval=_retrieval(options, calibration),
+            )
+        else:
+            path = options.package or embedded_assets() / "package"
+            package = EnginePackage.open(path, verify=not options.no_verify, head=head)
+            engine = Engine.open(
+                package,
+                options.memory,
+                device=options.device,
+                threads=options.threads,
+                learn=learn and (vars(options).get("admission") or "gated"),
+                retrieval=_retrieval(options, package.manifest.calibration),
+            )
+    if not engine.model.calibration.is_fitted:
+        say("warning: this model was never calibrated: scores and ± are raw; see meiqa calibrate")
+    return engine
+
+
+def _retrieval(options: Options, calibration: Calibration) -> RetrievalPolicy | None:
+    """How neighbours are chosen, where the options say it otherwise than the calibration."""
+    from meiqa.memory import RetrievalPolicy
+
+    above = vars(options).get("exclude_above")
+    if above is None:
+        return None
+    k, bins = calibration.neighbours, calibration.bins
+    return RetrievalPolicy(k=k, bins=bins, exclude_above=above)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Exempt what is imported and opened here from garbage collection: a command needs it all.
+
+    Looking through it while it is made and when the process ends takes a sixth of a cold score.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def photos_of(paths: Sequence[str]) -> tuple[list[str], list[Failure]]:
+    """Replace each directory by the photos in and below it, in order of their paths."""
+    from meiqa.engine.images import IMAGE_SUFFIXES
+
+    photos: list[str] = []
+    failures: list[Failure] = []
+    for path in paths:
+        if not os.path.isdir(path):
+            photos.append(path)
+            continue
+        unreadable: list[OSError] = []
+        found = [
+            os.path.join(folder, file)
+            for folder, _, files in os.walk(path, onerror=unreadable.append)
+            for file in files
+            if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
+        ]
+        errors = {str(e.filename): DecodeError(f"{e.filename}: {e.strerror}") for e in unreadable}
+        if not found and not errors:
+            hint = "give a directory with images"
+            errors = {path: DecodeError(f"{path} holds no photos", hint=hint)}
+        photos += sorted(found)
+        failures += [Failure(name, error) for name, error in errors.items()]
+    return photos, failures
+
+
+def sources(paths: Sequence[str]) -> list[str | NamedBytes]:
+    """Give what the engine reads photos from: paths, or for one of them standard input.
+
+    Raises:
+        UsageError: standard input is named twice.
+    """
+    from meiqa.engine.images import NamedBytes
+
+    if sum(path in STDIN for path in paths) > 1:
+        raise UsageError("standard input holds one photo", hint="name the others by their paths")
+    given: list[str | NamedBytes] = []
+    for path in paths:
+        if path not in STDIN:
+            given.append(path)
+            continue
+        data = sys.stdin.buffer.read(_LARGEST_PIPED_BYTES + 1)
+        if len(data) > _LARGEST_PIPED_BYTES:
+            raise DecodeError(f"{path} does not end", allowed="a photo of at most 1 GiB")
+        given.append(NamedBytes(data, path))
+    return given
+
+
+@contextmanager
+def optional_packages(extra: str) -> Iterator[None]:
+    """Say how to install what the engine itself does without."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "this command needs packages that are not installed",
+            seen=f"no {error.name}",
+            hint=install_hint(extra),
+        ) from error
+
+
+def say(line: str) -> None:
+    """Tell whoever runs the command."""
+    sys.stderr.write(f"meiqa: {line}\n")
+
+
+def print_report(report: Any, format: str, text: Callable[[Any], str]) -> None:
+    """Print a report as JSON, or as text."""
+    sys.stdout.write((json_text(report, indent=2) if format == "json" else text(report)) + "\n")
+
+
+def report_failures(failures: Sequence[Mapping[str, Any]], attempted: int) -> int:
+    """Say which photos could not be assessed; give the exit code."""
+    for failure in failures:
+        say(f"error: {failure_line(failure['path'], failure['error'])}")
+    if failures and attempted > 1:
+        say(f"{len(failures)} of {attempted} inputs could not be assessed")
+    return EXIT_FAILURES if failures else 0
