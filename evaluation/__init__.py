@@ -1,0 +1,1 @@
+"""How good scores are and how fast: what `meiqa eval`, `calibrate` and `bench` compute."""

@@ -1,0 +1,475 @@
+"""Fit the calibration of a model on its anchors, each judged against the others.
+
+The anchors were kept out of the model's training, and an anchor never meets itself, so they stand
+in for photographs that users bring. Fitted are the logistics of all score heads, the temperature
+of the comparisons (by the likelihood of people's order), sigma and lambda (by the error of the
+score), and how the posterior's deviation relates to the error seen. Measured are the number of
+neighbours that pays, and what a tight budget gives up first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+
+from meiqa.engine.calibration import Calibration, ScoreHead
+from meiqa.engine.estimates import (
+    HIGHEST,
+    LOWEST,
+    Posterior,
+    combine_correlated,
+    expected_grade,
+    graded_response,
+    preferences_of,
+    weighted,
+)
+from meiqa.engine.images import load_pixels
+from meiqa.engine.local import LocalModel
+from meiqa.engine.model import Model
+from meiqa.engine.package import EnginePackage
+from meiqa.engine.remote import RemoteModel
+from meiqa.engine.scoring import Scored
+from meiqa.errors import PackageCorrupted, UsageError
+from meiqa.evaluation.fitting import (
+    fitted_deviation,
+    fitted_head,
+    matched_logistic,
+    root_mean_square,
+)
+from meiqa.evaluation.metrics import srcc
+from meiqa.evaluation.recording import AskedOnce, Recorder
+from meiqa.kernels.thurstone import thurstone_map
+from meiqa.labels import LabelTable
+from meiqa.memory import MemoryBank, RetrievalPolicy
+
+Floats = NDArray[np.float64]
+Observations = tuple[Floats, Floats]
+"""Scores (N,) and their deviations from people's (N,)."""
+
+NEIGHBOURS = (4, 8, 16, 32)
+"""Numbers of neighbours that are tried, beside none."""
+TEMPERATURES = (0.01, 100.0)
+"""Between these a temperature is sought."""
+SIGMAS = (0.5, 0.7, 1.0, 1.5, 2.0, 2.5, 3.5)
+LAMBDAS = (0.01, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0, 30.0, 60.0, 100.0, 300.0)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+FEWEST_ANCHORS = 100
+REFLECTED_SHARE = 0.05
+"""Share of photos whose score moves enough to be reflected on."""
+LARGEST_GATE = 0.75
+"""The gate of ME-IQA, for models whose scores move that much."""
+FOLDS, DRAWS = 5, 500
+"""Of the cross-validation, and of the bootstrap, that the number of neighbours is chosen by."""
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """Comparisons of N photos with K neighbours each.
+
+    Attributes:
+        logits: (N, K, 2); scores, stds: (N, K) of the neighbours. Where a photo has fewer, the
+            logits are NaN.
+    """
+
+    logits: Floats
+    scores: Floats
+    stds: Floats
+
+    @classmethod
+    def empty(cls, photos: int, k: int) -> Compared:
+        """Make room for comparisons of so many photos."""
+        return cls(np.full((photos, k, 2), np.nan), *np.zeros((2, photos, k)))
+
+    def note(self, photo: int, scored: Scored) -> None:
+        """Fill in what a photo's comparisons said."""
+        found = len(scored.neighbours)
+        self.logits[photo, :found] = scored.logits
+        self.scores[photo, :found] = [case.score for case in scored.neighbours]
+        self.stds[photo, :found] = [case.std for case in scored.neighbours]
+
+    def of(self, chosen: NDArray[np.bool_]) -> Compared:
+        """Give those of some photos."""
+        return Compared(self.logits[chosen], self.scores[chosen], self.stds[chosen])
+
+    def one_order(self) -> Compared:
+        """Give the same with the photo shown first alone."""
+        return replace(self, logits=self.logits * [1.0, np.nan])
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What the model says of N anchors and of their neighbours.
+
+    Attributes:
+        human: (N,) human scores.
+        text, levels: (N,) raw score of each head; text is NaN where no rating could be read.
+        memory: (N,) what the memory's regression says without having seen the photo; NaN where it
+            has none.
+        compared: comparisons by the number of neighbours retrieved.
+        words: (N, 5) probabilities of the grade words; no graded response is fitted without them.
+    """
+
+    human: Floats
+    text: Floats
+    levels: Floats
+    memory: Floats
+    compared: dict[int, Compared]
+    words: Floats | None = None
+
+
+def calibrate_package(
+    model: str | Path,
+    memory: Path,
+    labels: Path,
+    images: Path,
+    limit: int = 500,
+    on_progress: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Fit a model's calibration on its anchors, and write it where the model has its own.
+
+    Args:
+        model: directory of the package, whose manifest is rewritten, or the URL of a remote
+            model, whose settings beside the memory are.
+        memory: anchors made by this model.
+        labels: the label table that the memory was built from; images: where its images are.
+        limit: anchors to judge, chosen by name; on_progress: called after each.
+
+    Returns:
+        JSON-ready: reached (SRCC and RMSE of each score on the anchors), neighbours (the held-out
+        error by their number), costs (how much greater it is without each part) and calibration.
+
+    Raises:
+        UsageError: there are too few anchors to fit a calibration on.
+        PackageError, StoreError, ImageError.
+    """
+    table = LabelTable.read(labels)
+    if isinstance(model, str):
+        remote = RemoteModel.connect(model, memory)
+        try:
+            fitted, report = calibrate(remote, memory, table, images, limit, on_progress)
+            remote.calibrate(fitted)
+        finally:
+            remote.close()
+    else:
+        package = EnginePackage.open(model)
+        opened = LocalModel.open(package)
+        fitted, report = calibrate(opened, memory, table, images, limit, on_progress)
+        package.rewritten(calibration=fitted)
+    return {**report, "calibration": asdict(fitted)}
+
+
+def calibrate(
+    model: Model,
+    memory: Path,
+    labels: LabelTable,
+    images: Path,
+    limit: int,
+    on_progress: Callable[[], None] = lambda: None,
+) -> tuple[Calibration, dict[str, Any]]:
+    """Judge anchors and fit; arguments and report are those of `calibrate_package`."""
+    rows = sorted(zip(labels.files, labels.scores_1_to_5(), strict=True), key=by_hash)[:limit]
+    with MemoryBank.open(memory, "r", package_digest=model.digest) as bank:
+        anchors = min(len(rows), bank.snapshot().count_anchors)
+        if anchors < FEWEST_ANCHORS:
+            raise UsageError(
+                "too few anchors to fit a calibration on",
+                seen=anchors,
+                allowed=f"{FEWEST_ANCHORS} or more",
+            )
+        judged = judge_anchors(model, bank, rows, images, on_progress)
+    return fitted_calibration(judged, model.calibration, model.head)
+
+
+def by_hash(row: tuple[str, float]) -> str:
+    """Give a place in an order that has nothing to do with scores."""
+    return hashlib.sha256(row[0].encode()).hexdigest()
+
+
+def judge_anchors(
+    model: Model,
+    bank: MemoryBank,
+    rows: Sequence[tuple[str, float]],
+    images: Path,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Judged:
+    """Score some anchors, files and human scores, each beside each number of neighbours."""
+    recorder = Recorder(AskedOnce(model), bank)
+    recalled = bank.snapshot().scores_left_out()
+    text, words, memory = [], [], []
+    tables = {k: Compared.empty(len(rows), k) for k in NEIGHBOURS}
+    for at, (file, _) in enumerate(rows):
+        pixels = load_pixels(images / file)
+        for k, table in tables.items():
+            scored = recorder.recorded(pixels, RetrievalPolicy(k=k, bins=model.calibration.bins))
+            table.note(at, scored)
+        description = scored.prediction.description
+        if description is None or description.key is None:
+            raise PackageCorrupted("the model writes nothing about an anchor", seen=file)
+        text.append(np.nan if description.rating is None else description.rating)
+        words.append(scored.prediction.words)
+        memory.append(recalled.get(pixels.digest, np.nan))
+        on_progress()
+    return Judged(
+        human=np.array([score for _, score in rows]),
+        text=np.array(text),
+        levels=np.array([expected_grade(each) for each in words]),
+        memory=np.array(memory),
+        compared=tables,
+        words=np.array(words),
+    )
+
+
+def fused_scores(
+    compared: Compared, prior: Floats, temperature: float, sigma: float, lam: float
+) -> Observations:
+    """Give posterior scores, kept on the scale, and deviations under given parameters."""
+    n, k, _ = compared.logits.shape
+    preferences = preferences_of(compared.logits.reshape(n * k, 2), temperature).reshape(n, k)
+    scores, stds = thurstone_map(prior, compared.scores, compared.stds, preferences, sigma, lam)
+    return np.clip(scores, LOWEST, HIGHEST), stds
+
+
+def fitted_temperature(human: Floats, compared: Compared) -> float:
+    """Fit the temperature under which people's order of photo and neighbour is the likeliest.
+
+    The fused score would be a poor judge of it: where comparisons weigh little it hardly depends on
+    them, and they would be told to users as surer than they are.
+    """
+    counts = (human[:, None] != compared.scores) & ~np.isnan(compared.logits).all(axis=2)
+    logits = compared.logits[counts]
+    better = (human[:, None] > compared.scores)[counts]
+    towards_people = np.where(better[:, None], logits, -logits)
+
+    def surprise(log_temperature: float) -> float:
+        chances = preferences_of(towards_people, float(np.exp(log_temperature)))
+        return -float(np.log(np.maximum(chances, np.finfo(float).tiny)).mean())
+
+    bounds = np.log(TEMPERATURES)
+    return float(np.exp(minimize_scalar(surprise, bounds=bounds, method="bounded").x))
+
+
+def fitted_fusion(
+    human: Floats, compared: Compared, prior: Floats, temperature: float
+) -> tuple[float, float]:
+    """Fit sigma and lambda: those with the smallest squared error of widened scores."""
+
+    def error(parameters: tuple[float, float]) -> float:
+        scores = fused_scores(compared, prior, temperature, *parameters)[0]
+        return root_mean_square(widened(scores, human) - human)
+
+    return min(itertools.product(SIGMAS, LAMBDAS), key=error)
+
+
+def widened(scores: Floats, human: Floats) -> Floats:
+    """Spread scores as wide as people's.
+
+    Otherwise comparisons would be credited with pulling scores to the middle.
+    """
+    factor = human.std() / max(float(scores.std()), 1e-9)
+    wide: Floats = (scores - scores.mean()) * factor + human.mean()
+    return wide
+
+
+def held_out_scores(human: Floats, compared: Compared, prior: Floats) -> Floats:
+    """Fuse each fold of N photos with temperature, sigma and lambda fitted on the others."""
+    scores = np.empty_like(prior)
+    for fold in range(FOLDS):
+        held = np.arange(len(human)) % FOLDS == fold
+        known = human[~held], compared.of(~held)
+        temperature = fitted_temperature(*known)
+        fusion = fitted_fusion(*known, prior[~held], temperature)
+        scores[held] = fused_scores(compared.of(held), prior[held], temperature, *fusion)[0]
+    return scores
+
+
+@dataclass(frozen=True)
+class Error:
+    """Root mean square error of scores spread as wide as people's, and the bootstrap's error."""
+
+    rmse: float
+    standard_error: float
+
+    @classmethod
+    def of(cls, scores: Floats, human: Floats) -> Error:
+        """Compare scores (N,) with human ones."""
+        squares = (widened(scores, human) - human) ** 2
+        drawn = np.random.default_rng(0).integers(len(human), size=(DRAWS, len(human)))
+        spread = np.sqrt(squares[drawn].mean(axis=1)).std()
+        return cls(float(np.sqrt(squares.mean())), float(spread))
+
+
+def fitted_neighbours(errors: dict[int, Error]) -> int:
+    """Choose the fewest neighbours whose error is within one standard error of the least."""
+    best = min(errors.values(), key=lambda error: error.rmse)
+    allowed = best.rmse + best.standard_error
+    return min(k for k, error in errors.items() if error.rmse <= allowed)
+
+
+def fitted_degradation(
+    errors: dict[int, Error], one_order: Error, unwritten: Error
+) -> tuple[tuple[str, ...], dict[str, float]]:
+    """Order what a tight budget gives up: what brings least goes first.
+
+    Half of the neighbours and one of the two orders save the same time, so these are compared.
+    A description is worth something to people whatever its rating brings: it goes before the
+    comparisons only if they bring more than one standard error, and more than the rating does.
+
+    Args:
+        errors: by the number of neighbours, 0 for the score before comparisons.
+        one_order: with the most neighbours, the photo shown first alone.
+        unwritten: before comparisons where nothing is written.
+
+    Returns:
+        The order, and by how much the error is greater without each part.
+    """
+    most = max(errors)
+    costs = {
+        "text": unwritten.rmse - errors[0].rmse,
+        "neighbours": errors[most // 2].rmse - errors[most].rmse,
+        "orders": one_order.rmse - errors[most].rmse,
+        "comparisons": errors[0].rmse - errors[most].rmse,
+    }
+    order = sorted(("neighbours", "orders"), key=costs.__getitem__)
+    text_first = costs["comparisons"] > max(errors[most].standard_error, costs["text"])
+    order.insert(0 if text_first else len(order), "text")
+    return tuple(order), costs
+
+
+def fitted_heads(judged: Judged, base: Calibration) -> tuple[Calibration, Floats, Floats]:
+    """Fit logistics and deviations of all heads; give the mapped scores (N,) of text and grades."""
+    levels = matched_logistic(judged.levels, judged.human)
+    by_grade = np.asarray(levels(judged.levels))
+    readable = ~np.isnan(judged.text)
+    by_text = by_grade.copy()
+    text = base.text
+    if readable.any():
+        text = matched_logistic(judged.text[readable], judged.human[readable])
+        by_text[readable] = text(judged.text[readable])
+    fitted = replace(
+        base,
+        text=text,
+        levels=levels,
+        text_std=root_mean_square(by_text - judged.human),
+        levels_std=root_mean_square(by_grade - judged.human),
+        graded=base.graded if judged.words is None else fitted_head(judged.words, judged.human),
+    )
+    return fitted, by_text, by_grade
+
+
+def by_graded_response(judged: Judged, base: Calibration) -> Observations:
+    """Give what the graded response says of the anchors."""
+    if base.graded is None or judged.words is None:
+        raise UsageError("the score head is the graded response, and there is none")
+    gradings = [graded_response(words, base.graded) for words in judged.words]
+    return np.array([g.score for g in gradings]), np.array([g.std for g in gradings])
+
+
+def with_memory(judged: Judged, base: Calibration, observed: Observations) -> Floats:
+    """Combine observations with the memory's regression, where there is one."""
+    if np.isnan(judged.memory).any():
+        return observed[0]
+    recalled_std = root_mean_square(judged.memory - judged.human)
+    recalled = np.clip(judged.memory, LOWEST, HIGHEST)
+    combined = (
+        combine_correlated(
+            Posterior(float(score), float(std)),
+            Posterior(float(memory), recalled_std),
+            base.memory_correlation,
+        )
+        for score, std, memory in zip(*observed, recalled, strict=True)
+    )
+    return np.array([posterior.score for posterior in combined])
+
+
+@dataclass(frozen=True, eq=False)
+class Priors:
+    """Scores (N,) before comparisons.
+
+    Attributes:
+        text, grade: of the printed rating and of the grade words, mapped.
+        initial: what is told as the initial score.
+        combined: what comparisons start from; unwritten: the same where nothing is written.
+    """
+
+    text: Floats
+    grade: Floats
+    initial: Floats
+    combined: Floats
+    unwritten: Floats
+
+
+def fitted_priors(judged: Judged, base: Calibration, head: ScoreHead) -> tuple[Calibration, Priors]:
+    """Fit the heads, the grade's share and how far their errors go with the memory's."""
+    human = judged.human
+    base, text, grade = fitted_heads(judged, base)
+
+    def mixed(share: float) -> Floats:
+        return (1.0 - share) * text + share * grade
+
+    base = replace(base, grade_share=min(SHARES, key=lambda s: root_mean_square(mixed(s) - human)))
+    alone = grade, np.full(len(human), base.levels_std)
+    if head == "grm":
+        alone = by_graded_response(judged, base)
+    observed = alone
+    if head == "text":
+        std = weighted(base.text_std, base.levels_std, base.grade_share)
+        observed = mixed(base.grade_share), np.full(len(human), std)
+    if not np.isnan(judged.memory).any():
+        shared = np.corrcoef(observed[0] - human, judged.memory - human)[0, 1]
+        base = replace(base, memory_correlation=float(np.clip(shared, 0.0, 1.0)))
+    combined, unwritten = (with_memory(judged, base, each) for each in (observed, alone))
+    initial = text if head == "text" else observed[0]
+    return base, Priors(text, grade, initial, combined, unwritten)
+
+
+def fitted_calibration(
+    judged: Judged, base: Calibration, head: ScoreHead = "text"
+) -> tuple[Calibration, dict[str, Any]]:
+    """Fit the whole calibration; the report is that of `calibrate_package`."""
+    human = judged.human
+    base, priors = fitted_priors(judged, base, head)
+    prior = priors.combined
+    errors = {0: Error.of(np.clip(prior, LOWEST, HIGHEST), human)}
+    for k, each in judged.compared.items():
+        errors[k] = Error.of(held_out_scores(human, each, prior), human)
+    most = judged.compared[max(judged.compared)]
+    one_order = Error.of(held_out_scores(human, most.one_order(), prior), human)
+    order, costs = fitted_degradation(errors, one_order, Error.of(priors.unwritten, human))
+    neighbours = fitted_neighbours(errors)
+    # Who asks for comparisons where none pay gets them as well as they can be.
+    compared = judged.compared[neighbours] if neighbours else most
+    temperature = fitted_temperature(human, compared)
+    sigma, lam = fitted_fusion(human, compared, prior, temperature)
+    scores, stds = fused_scores(compared, prior, temperature, sigma, lam)
+    scale, floor = fitted_deviation(scores - human, stds)
+    moved = float(np.quantile(np.abs(scores - priors.initial), 1.0 - REFLECTED_SHARE))
+    calibration = replace(
+        base,
+        temperature=temperature,
+        sigma=sigma,
+        lam=lam,
+        std_scale=scale,
+        std_floor=floor,
+        reflect_above=min(LARGEST_GATE, moved),
+        neighbours=neighbours,
+        degradation=order,
+    )
+    named = {"text": priors.text, "levels": priors.grade, "prior": prior, "fused": scores}
+    if base.graded is not None:
+        named["graded"] = by_graded_response(judged, base)[0]
+    if not np.isnan(judged.memory).any():
+        named["memory"] = judged.memory
+    reached = {
+        name: {"srcc": srcc(each, human), "rmse": root_mean_square(each - human)}
+        for name, each in named.items()
+    }
+    by_number = {str(k): asdict(error) for k, error in errors.items()}
+    return calibration, {"reached": reached, "neighbours": by_number, "costs": costs}
