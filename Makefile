@@ -4,19 +4,23 @@ BIN    := $(CURDIR)/$(VENV)/bin
 PY     := $(BIN)/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 SITE   := $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-ROOMS  := benchmarks engine export kernels memory serve training
+ROOMS  := engine evaluation export kernels memory serve
+LAB    := benchmarks training
 BUILD  := pyproject.toml CMakeLists.txt $(wildcard kernels/*.cpp)
 
 DEMO_INSTALLED := $(VENV)/.installed-demo
 TEST_INSTALLED := $(VENV)/.installed-test
 
-.PHONY: demo test lint rooms clean
+.PHONY: demo test quick lint rooms clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/meiqa demo
 
 test: $(TEST_INSTALLED)
 	$(PY) -m pytest
+
+quick: $(TEST_INSTALLED)
+	$(PY) -m pytest -q tests/engine tests/memory tests/kernels tests/meiqa -m 'not slow'
 
 lint: $(TEST_INSTALLED) rooms
 	$(BIN)/ruff check
@@ -31,6 +35,7 @@ rooms:
 	rm -rf build/rooms
 	mkdir -p build/rooms/meiqa
 	ln -s $(CURDIR)/src/meiqa/* $(addprefix $(CURDIR)/,$(ROOMS)) build/rooms/meiqa/
+	ln -s $(addprefix $(CURDIR)/,$(LAB)) build/rooms/
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

@@ -1,6 +1,6 @@
 """The comparisons of one photo: this engine beside transformers, from the same weights.
 
-`python -m meiqa.benchmarks.compare` asks for K = 32 neighbours in both orders, 64 answers, and
+`python -m benchmarks.compare` asks for K = 32 neighbours in both orders, 64 answers, and
 prints how often each way to them fits into the time of the fastest:
 
 * transformers: Qwen2.5-VL's text model in PyTorch reads every pair from its first token, all of
@@ -40,17 +40,24 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from meiqa.benchmarks.machine import machine, versions
-from meiqa.benchmarks.timing import quantiles_ms, times_in_turns_ms
-from meiqa.engine.comparing import WAVE
-from meiqa.engine.local import LocalVlm, Row, padded
+from benchmarks.timing import times_in_turns_ms
+from meiqa.engine.local import LocalModel
+from meiqa.engine.model import Prefix, VisualTokens
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.prompts import MEIQA, PromptFamily, layout
-from meiqa.engine.runtime.base import RowSession
-from meiqa.engine.runtime.fused import with_fused_layers
-from meiqa.engine.runtime.onnx import OnnxSession, open_sessions
-from meiqa.engine.vlm import ROWS_BY_THEMSELVES, Prefix, VisualTokens
+from meiqa.engine.prompts import MEIQA, PromptFamily, positions_of
+from meiqa.engine.runtime import open_graphs
+from meiqa.engine.runtime.decoder import (
+    ROWS_PER_CALL,
+    Decoder,
+    GraphDecoder,
+    KeyValues,
+    NativeDecoder,
+    Row,
+    padded,
+    read_layers,
+)
 from meiqa.errors import MeiqaError, UsageError
+from meiqa.evaluation.measuring import machine, quantiles_ms, versions
 from meiqa.kernels.cores import usable_cores
 from meiqa.kernels.decoder import FASTEST, KERNELS
 from meiqa.locations import embedded_assets
@@ -87,21 +94,21 @@ VISION = {
 class Asked:
     """One photo and its neighbours as a model has read them."""
 
-    vlm: LocalVlm
+    model: LocalModel
     photo: Prefix
     neighbours: Sequence[Prefix]
 
     @classmethod
-    def of(cls, vlm: LocalVlm, pictures: Sequence[VisualTokens]) -> Asked:
+    def of(cls, model: LocalModel, pictures: Sequence[VisualTokens]) -> Asked:
         """The first picture is the photo."""
-        photo, *neighbours = vlm.read(pictures)
-        return cls(vlm, photo, neighbours)
+        photo, *neighbours = model.prefill(pictures)
+        return cls(model, photo, neighbours)
 
     def answers(self) -> Answers:
         """(2 K,) by how much the first picture is ahead: the photo first, then second."""
-        shown_first = self.vlm.prefer_first([self.photo], [n.tokens for n in self.neighbours])
+        shown_first = self.model.prefer_first([self.photo], [n.tokens for n in self.neighbours])
         photos = [self.photo.tokens] * len(self.neighbours)
-        return np.concatenate([shown_first, self.vlm.prefer_first(self.neighbours, photos)])
+        return np.concatenate([shown_first, self.model.prefer_first(self.neighbours, photos)])
 
     def pairs(self) -> list[tuple[Prefix, Prefix]]:
         """First and second picture of all answers."""
@@ -112,12 +119,12 @@ class Asked:
     def prompts(self) -> list[Row]:
         """The whole prompt of each answer."""
         return [
-            whole_prompt(self.vlm, first.tokens, second.tokens) for first, second in self.pairs()
+            whole_prompt(self.model, first.tokens, second.tokens) for first, second in self.pairs()
         ]
 
     def shared(self, first: Prefix) -> int:
         """Tokens that do not depend on the second picture: the prefix, and what opens that one."""
-        return first.length + len(self.vlm.prompts.second_opening)
+        return first.opening.length + len(self.model.prompts.second_opening)
 
     def suffixes(self) -> list[Row]:
         """What depends on the second picture in each prompt."""
@@ -128,49 +135,36 @@ class Asked:
 
     def from_logits(self, logits: Floats) -> Answers:
         """By how much the first picture is ahead in logits (R, V)."""
-        first, second = self.vlm.prompts.verdict_ids
+        first, second = self.model.prompts.verdict_ids
         ahead: Answers = logits[:, first].astype(np.float64) - logits[:, second]
         return ahead
 
 
-def whole_prompt(vlm: LocalVlm, first: VisualTokens, second: VisualTokens) -> Row:
+def whole_prompt(model: LocalModel, first: VisualTokens, second: VisualTokens) -> Row:
     """A comparison from its first token."""
-    p, table = vlm.prompts, vlm.package.embedding
+    p, table = model.prompts, model.package.embedding
     before, between = p.opening, np.concatenate([p.closing, p.second_opening])
     question = np.concatenate([p.closing, p.compare])
     embeds = [table[before], first.values, table[between], second.values, table[question]]
-    positions, _ = layout([len(before), first.grid, len(between), second.grid, len(question)])
+    positions, _ = positions_of([len(before), first.grid, len(between), second.grid, len(question)])
     return Row(np.concatenate(embeds).astype(np.float32), positions)
 
 
-def without_reuse(asked: Asked, decoder: RowSession | OnnxSession) -> Callable[[], Answers]:
-    """The engine, as many whole prompts at a time as it takes."""
-    rows, shape, verdicts = asked.prompts(), asked.vlm.shape, asked.vlm.prompts.verdict_ids
-    nothing = np.zeros((shape.layers, 2, shape.kv_heads, 0, shape.head_dim), np.float32)
+def on_kernel(graph: Decoder, package: EnginePackage, threads: int, kernel: str) -> Decoder:
+    """Give a decoder on a native kernel; the graph itself where the package has no layers."""
+    layers = read_layers(package, kernel)
+    return graph if layers is None else NativeDecoder(graph, *layers, threads)
 
-    def logits(part: Sequence[Row]) -> Floats:
-        embeds, positions, steps = padded(part)
-        if isinstance(decoder, RowSession):
-            return decoder.last_logits(embeds, positions, steps, [nothing], verdicts)
-        count = len(part)
-        past = np.zeros((shape.layers, 2, count, shape.kv_heads, 1, 0, shape.head_dim), np.float32)
-        made = decoder.run(
-            {
-                "embeds": embeds[:, None],
-                "positions": positions[:, :, None],
-                "prefix": past[:, :, :, :, 0],
-                "prefix_lengths": np.zeros(count, np.int64),
-                "past": past,
-                "past_lengths": np.zeros((count, 1), np.int64),
-                "logit_positions": (steps - 1)[:, None, None],
-            }
-        )
-        return made["logits"][:, 0, 0][:, list(verdicts)]
+
+def without_reuse(asked: Asked, decoder: Decoder) -> Callable[[], Answers]:
+    """The engine, as many whole prompts at a time as it takes."""
+    shape, verdicts = asked.model.package.manifest.decoder, asked.model.prompts.verdict_ids
+    empty = np.zeros((shape.layers, 2, shape.kv_heads, 0, shape.head_dim), np.float32)
+    rows, nothing = asked.prompts(), KeyValues(empty, 0)
 
     def answers() -> Answers:
-        most = ROWS_BY_THEMSELVES if isinstance(decoder, RowSession) else WAVE
-        parts = [rows[at : at + most] for at in range(0, len(rows), most)]
-        first, second = np.concatenate([logits(part) for part in parts]).astype(np.float64).T
+        each = [nothing] * len(rows)
+        first, second = decoder.last_logits(rows, each, verdicts).astype(np.float64).T
         ahead: Answers = first - second
         return ahead
 
@@ -301,22 +295,22 @@ def _measured(
     ways: dict[str, Callable[[], Answers]] = {}
     asked: dict[str, Asked] = {}
     for precision, package in packages.items():
-        vision, decoder = open_sessions(package, "cpu", threads)
-        asked[precision] = Asked.of(LocalVlm(package, vision, decoder), pictures)
+        vision, session = open_graphs(package, ["vision", "decoder"], "cpu", threads)
+        graph: Decoder = GraphDecoder(session, package.manifest.decoder)
+        decoder = on_kernel(graph, package, threads, FASTEST)
+        asked[precision] = Asked.of(LocalModel(package, vision, decoder), pictures)
         ways[precision] = asked[precision].answers
-        graph = OnnxSession(package.path, package.manifest.graphs["decoder"], "cpu", threads)
-        if isinstance(decoder, RowSession):
+        if decoder is not graph:
             slower = [kernel for kernel in KERNELS if kernel != FASTEST]
-            others = {k: with_fused_layers(graph, package, threads, k) for k in slower}
-            for name, session in {**others, "graph": graph}.items():
-                by_other = Asked.of(LocalVlm(package, vision, session), pictures)
+            others = {k: on_kernel(graph, package, threads, k) for k in slower}
+            for name, other in {**others, "graph": graph}.items():
+                by_other = Asked.of(LocalModel(package, vision, other), pictures)
                 ways[f"{name}_{precision}"] = by_other.answers
         if precision == "fp32":
-            rows = decoder if isinstance(decoder, RowSession) else graph
-            ways["no_reuse"] = without_reuse(asked[precision], rows)
+            ways["no_reuse"] = without_reuse(asked[precision], decoder)
     rival, exact = Transformers(source, threads), asked["fp32"]
     ways["transformers"] = rival.from_scratch(exact)
-    for batch in sorted({WAVE, neighbours}):
+    for batch in sorted({ROWS_PER_CALL, neighbours}):
         ways[f"transformers_prefix_{batch}"] = rival.with_prefixes(exact, batch)
     differences = agreement(ways)
     slow = max(1, rounds * SLOW_ROUNDS // ROUNDS)
@@ -386,7 +380,7 @@ def multiplications(text: Any, asked: Asked, *, last_layer_whole: bool) -> int:
     other = 2 * width * heads * d + 3 * width * inner
     total = 0
     for row, (first, _) in zip(asked.prompts(), asked.pairs(), strict=True):
-        prefix = first.length if last_layer_whole else asked.shared(first)
+        prefix = first.opening.length if last_layer_whole else asked.shared(first)
         steps = len(row.embeds) - prefix
         seen = steps * prefix + steps * (steps + 1) // 2
         layer = steps * (width * keys * d + other) + 2 * heads * d * seen
@@ -505,7 +499,7 @@ def table_text(result: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its table, or JSON."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.benchmarks.compare", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="by default a random one is made")
     parser.add_argument("--neighbours", type=int, default=NEIGHBOURS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)

@@ -1,6 +1,6 @@
 """Descriptions written with drafts from the memory beside plain greedy writing, in turns.
 
-`python -m meiqa.benchmarks.drafting` describes photographs both ways in one process: the time of
+`python -m benchmarks.drafting` describes photographs both ways in one process: the time of
 each, drafts' retrieval included, how many calls of the decoder it takes, and whether the texts are
 the same. A photograph that the memory holds is no draft of itself.
 
@@ -16,26 +16,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from meiqa.benchmarks.machine import machine, versions
-from meiqa.engine.images import Pixels, load_pixels
-from meiqa.engine.judging import fitted_to, remembered_drafts
-from meiqa.engine.local import LocalVlm
+from meiqa.cli.score import demo_photos
+from meiqa.engine.images import ImageSource, Pixels, fit_to_grid, load_pixels
+from meiqa.engine.local import LocalModel
+from meiqa.engine.model import Description, Draft, Prefix
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.remembering import open_memory
-from meiqa.engine.runtime.base import Array, GraphSession
-from meiqa.engine.runtime.sessions import sessions_on
-from meiqa.engine.vlm import Description, Prefix
+from meiqa.engine.runtime import open_graphs
+from meiqa.engine.runtime.decoder import Array, GraphSession
+from meiqa.engine.scoring import DRAFTS
 from meiqa.engine.writing import PROPOSED_TOKENS
 from meiqa.errors import UsageError
+from meiqa.evaluation.measuring import machine, versions
 from meiqa.locations import embedded_assets
-from meiqa.memory import MemoryBank
-
-if TYPE_CHECKING:
-    from meiqa.engine.images import ImageSource
+from meiqa.memory import MemoryBank, retrieval_key
 
 __all__ = ["bench_drafting", "main", "table_text"]
 
@@ -78,17 +75,17 @@ def bench_drafting(
         UsageError: there are no photographs; ImageError: one of them cannot be judged.
     """
     opened = EnginePackage.open(package or embedded_assets() / "package")
-    vision, decoder = sessions_on("cpu", opened, threads, verify=True)
-    vlm = LocalVlm(opened, vision, decoder)
+    model = LocalModel.open(opened, threads=threads)
+    (decoder,) = open_graphs(opened, ["decoder"], "cpu", threads)
     kept = memory or embedded_assets() / "memory"
     plain: list[_Way] = []
     drafted: list[_Way] = []
-    with open_memory(kept, opened.digest, learn=False) as bank:
+    with MemoryBank.open(kept, package_digest=opened.digest) as bank:
         for source in _sources(images):
             pixels = load_pixels(source)
-            (prefix,) = vlm.read([vlm.encode(fitted_to(pixels, vlm.image))])
+            (prefix,) = model.prefill([model.encode(fit_to_grid(pixels, model.image))])
             for turn in range(rounds + 1):
-                pair = _plainly(vlm, prefix), _with_drafts(vlm, bank, prefix, pixels)
+                pair = _plainly(model, prefix), _with_drafts(model, bank, prefix, pixels)
                 if turn:
                     plain.append(pair[0])
                     drafted.append(pair[1])
@@ -98,7 +95,7 @@ def bench_drafting(
         "drafted": _summary(drafted),
         "identical": all(_same(*pair) for pair in zip(plain, drafted, strict=True)),
         "key_difference": max(_key_gap(*pair) for pair in zip(plain, drafted, strict=True)),
-        "rows_ms": _rows_ms(vlm, decoder, prefix, rounds),
+        "rows_ms": _rows_ms(model, decoder, prefix, rounds),
         "settings": {"rounds": rounds, "warm_up": 1, "photographs": len(plain) // rounds},
         "machine": machine(),
         "versions": versions("onnxruntime", "numpy"),
@@ -107,8 +104,6 @@ def bench_drafting(
 
 def _sources(images: Path | None) -> Sequence[ImageSource]:
     if images is None:
-        from meiqa.demo import demo_photos
-
         return [photo for _, photo in demo_photos()]
     found = sorted(path for path in images.rglob("*") if path.suffix.lower() in _SUFFIXES)
     if not found:
@@ -118,24 +113,27 @@ def _sources(images: Path | None) -> Sequence[ImageSource]:
     return found
 
 
-def _plainly(vlm: LocalVlm, prefix: Prefix) -> _Way:
+def _plainly(model: LocalModel, prefix: Prefix) -> _Way:
     began = time.perf_counter()
-    made = vlm.describe(prefix, vlm.prompts.family.summary_tokens)
+    made = model.describe(prefix, model.summary_tokens)
     return _Way(made, 1e3 * (time.perf_counter() - began))
 
 
-def _with_drafts(vlm: LocalVlm, bank: MemoryBank, prefix: Prefix, pixels: Pixels) -> _Way:
-    snapshot, projection = bank.snapshot(), vlm.package.array("key_projection.npy")
+def _with_drafts(model: LocalModel, bank: MemoryBank, prefix: Prefix, pixels: Pixels) -> _Way:
+    snapshot = bank.snapshot()
     began = time.perf_counter()
-    drafts = remembered_drafts(snapshot, bank.key_kind, prefix.tokens, projection, pixels.digest)
-    made = vlm.describe(prefix, vlm.prompts.family.summary_tokens, drafts)
+    guess = model.unwritten_key(prefix.tokens)
+    key = retrieval_key(bank.key_kind, guess, prefix.tokens.values)
+    cases = snapshot.retrieve(key, DRAFTS, pixels.digest)
+    drafts = [Draft(case.summary, case.score) for case in cases if case.summary]
+    made = model.describe(prefix, model.summary_tokens, drafts)
     return _Way(made, 1e3 * (time.perf_counter() - began))
 
 
 def _same(plain: _Way, drafted: _Way) -> bool:
     one, other = plain.made, drafted.made
-    return (one.text, one.rating, one.tokens, one.complete, one.unreadable) == (
-        *(other.text, other.rating, other.tokens, other.complete, other.unreadable),
+    return (one.text, one.rating, one.stats.tokens, one.stats.complete, one.unreadable) == (
+        *(other.text, other.rating, other.stats.tokens, other.stats.complete, other.unreadable),
     )
 
 
@@ -150,21 +148,23 @@ def _median_ms(ways: Sequence[_Way]) -> float:
 
 
 def _summary(ways: Sequence[_Way]) -> dict[str, float]:
-    times, efforts = np.array([way.ms for way in ways]), [way.made.effort for way in ways]
-    calls = sum(effort.calls for effort in efforts)
+    times, stats = np.array([way.ms for way in ways]), [way.made.stats for way in ways]
+    calls = sum(each.calls for each in stats)
     return {
         "n": len(ways),
         **{f"p{share}_ms": round(float(np.percentile(times, share)), 3) for share in (50, 95, 99)},
         "calls": round(calls / len(ways), 2),
-        "tokens": round(sum(way.made.tokens for way in ways) / len(ways), 2),
-        "drafted_per_call": round(sum(effort.drafted for effort in efforts) / calls, 2),
-        "accepted_per_call": round(sum(effort.accepted for effort in efforts) / calls, 2),
+        "tokens": round(sum(each.tokens for each in stats) / len(ways), 2),
+        "drafted_per_call": round(sum(each.drafted for each in stats) / calls, 2),
+        "accepted_per_call": round(sum(each.accepted for each in stats) / calls, 2),
     }
 
 
-def _rows_ms(vlm: LocalVlm, decoder: GraphSession, prefix: Prefix, rounds: int) -> dict[str, float]:
+def _rows_ms(
+    model: LocalModel, decoder: GraphSession, prefix: Prefix, rounds: int
+) -> dict[str, float]:
     """Median milliseconds of a first call that checks so many drafts, a row to each, in turns."""
-    s, tokens = vlm.shape, len(vlm.prompts.score) + PROPOSED_TOKENS
+    s, tokens = model.package.manifest.decoder, len(model.prompts.score) + PROPOSED_TOKENS
     wanted = np.arange(tokens - PROPOSED_TOKENS, tokens)
     position = np.arange(tokens, dtype=np.float32) + prefix.next_position
     times: dict[int, list[float]] = {rows: [] for rows in _ROWS}
@@ -173,8 +173,8 @@ def _rows_ms(vlm: LocalVlm, decoder: GraphSession, prefix: Prefix, rounds: int) 
             feeds: dict[str, Array] = {
                 "embeds": np.zeros((1, rows, tokens, s.embed_width), np.float32),
                 "positions": np.tile(position, (3, 1, rows, 1)),
-                "prefix": prefix.key_values[:, :, None],
-                "prefix_lengths": np.array([prefix.length], np.int64),
+                "prefix": prefix.key_values.array[:, :, None],
+                "prefix_lengths": np.array([prefix.opening.length], np.int64),
                 "past": np.zeros((s.layers, 2, 1, s.kv_heads, rows, 0, s.head_dim), np.float32),
                 "past_lengths": np.zeros((1, rows), np.int64),
                 "logit_positions": np.tile(wanted, (1, rows, 1)),
@@ -209,7 +209,7 @@ def table_text(result: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its table, or JSON."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.benchmarks.drafting")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.drafting")
     parser.add_argument("--images", type=Path, help="a folder of photographs")
     parser.add_argument("--rounds", type=int, default=_ROUNDS)
     parser.add_argument("--threads", type=int)

@@ -1,6 +1,6 @@
 """Resident memory of an export, measured on a random checkpoint with the shape of a real one.
 
-    python -m meiqa.benchmarks.export_memory --work DIR [--precision fp16]
+    python -m benchmarks.export_memory --work DIR [--precision fp16]
 
 Writes a checkpoint shaped like Qwen2.5-VL-3B (7.5 GB in bfloat16) into DIR, exports it in a process
 of its own, and prints the peak of that process as JSON. DIR needs about 17 GB, or 24 in fp32.
@@ -170,7 +170,7 @@ def measure(work: Path, precision: str) -> dict[str, object]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.benchmarks.export_memory")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.export_memory")
     parser.add_argument("--work", type=Path, required=True, help="an empty or new folder")
     parser.add_argument("--precision", choices=("fp32", "fp16", "int4"), default="fp16")
     arguments = parser.parse_args()

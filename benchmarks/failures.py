@@ -1,6 +1,6 @@
 """Pictures of where the model fails: distorted photographs that it scores above the untouched one.
 
-    python -m meiqa.benchmarks.failures DIR --index CSV --licence "Public domain" --out failures.png
+    python -m benchmarks.failures DIR --index CSV --licence "Public domain" --out failures.png
 
 Of each type of distortion the worst case is sought at the strongest level, among photographs that
 may be shown; drawn are the types in which the score rises most. Training has seen crops of most of
@@ -22,12 +22,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from meiqa.benchmarks.ladder import RUNGS, distortion_kinds, images_of
-from meiqa.benchmarks.plots import STYLE
-from meiqa.engine.pipeline import Engine
+from benchmarks.ladder import RUNGS, images_of
+from meiqa.engine.engine import Engine
 from meiqa.errors import MeiqaError, UsageError
+from meiqa.evaluation.plots import STYLE
 from meiqa.locations import embedded_assets
 from meiqa.progress import Progress
+from training.distortions import KINDS
 
 __all__ = ["Failing", "draw", "worst_of_each_type"]
 
@@ -67,11 +68,10 @@ def worst_of_each_type(
 
 def distorted_cases(engine: Engine, photograph: Path) -> Iterator[Failing]:
     """One photograph under each type."""
-    kinds = distortion_kinds()
-    images = list(images_of(photograph, kinds))
+    images = list(images_of(photograph, KINDS))
     strongest = images[RUNGS::RUNGS]
     before, *after = (engine.score(image, learn=False).score for image in (images[0], *strongest))
-    for kind, image, score in zip(kinds, strongest, after, strict=True):
+    for kind, image, score in zip(KINDS, strongest, after, strict=True):
         yield Failing(photograph.name, kind.name, images[0], image, before, score)
 
 
@@ -102,7 +102,7 @@ def licensed(index: Path, wanted: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.benchmarks.failures")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.failures")
     parser.add_argument("images", type=Path, help="folder of pristine photographs")
     parser.add_argument("--index", type=Path, required=True, help="CSV: file, size, licence")
     parser.add_argument(
@@ -120,7 +120,7 @@ def main() -> None:
             raise UsageError("no photograph has such a licence", seen=arguments.licence)
         with (
             Engine.open(memory=embedded_assets() / "memory", learn=False) as engine,
-            Progress(len(names), sys.stderr) as progress,
+            Progress(len(names)) as progress,
         ):
             photographs = [arguments.images / name for name in names]
             cases = worst_of_each_type(engine, photographs, progress.advance)

@@ -11,71 +11,107 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from meiqa.benchmarks.accuracy import photos_of
-from meiqa.benchmarks.ladder import photographs_of
-from meiqa.benchmarks.machine import machine, versions
-from meiqa.benchmarks.metrics import rmse, srcc
-from meiqa.benchmarks.recording import Parts, Recorded, Recorder
-from meiqa.benchmarks.screens import KINDS, rungs
-from meiqa.benchmarks.tables import Column, table_text
-from meiqa.engine.fusing import Z95
-from meiqa.engine.images import ImageSource, load_pixels
-from meiqa.engine.judging import fitted_to
-from meiqa.engine.manifest import SCORE_HEADS, ScoreHead
-from meiqa.engine.package import EnginePackage
-from meiqa.engine.scoring import Opinion, first_opinion, informed
-from meiqa.engine.vlm import Description, Prefix, Vlm
+from benchmarks.ladder import photographs_of
+from benchmarks.screens import KINDS, rungs
+from meiqa.engine.calibration import SCORE_HEADS, ScoreHead
+from meiqa.engine.engine import Engine
+from meiqa.engine.estimates import Z95, fold
+from meiqa.engine.images import load_pixels
+from meiqa.engine.model import Description, Model, Prefix
+from meiqa.engine.scoring import Prediction, Scorer
 from meiqa.errors import UsageError
+from meiqa.evaluation.accuracy import photos_of
+from meiqa.evaluation.measuring import Column, machine, table_text, versions
+from meiqa.evaluation.metrics import rmse, srcc
+from meiqa.evaluation.recording import AskedOnce, Recorder
 from meiqa.kernels.graded import multimodal, soft_grades
 from meiqa.labels import LabelTable
 from meiqa.locations import embedded_assets
+from meiqa.memory import MemoryBank, RetrievalPolicy
 from meiqa.progress import Progress
 
 __all__ = ["bench_grades", "bench_screens", "calibration_error", "grades_text", "main"]
 
 Floats = NDArray[np.float64]
+Answers = dict[str, tuple[Prefix, Any]]
+"""What was asked about the last photo, by question, with its prefix."""
 
 CLEAR_DEPTH = 0.01
 """A dip between two modes that a person would see in the numbers."""
 _BINS = 10
 
 
-@dataclass(frozen=True, eq=False)
-class Told:
-    """What a model said of one photo, said again to every head."""
+class HeadedModel:
+    """A model with another score head, over answers about one photo that all heads share."""
 
-    words: Floats
-    description: Description
+    def __init__(
+        self, model: Model, head: ScoreHead, answers: dict[str, tuple[Prefix, Any]]
+    ) -> None:
+        self._model, self.head, self._answers = model, head, answers
 
-    @classmethod
-    def by(cls, vlm: Vlm, prefix: Prefix, summary_tokens: int) -> Told:
-        """Ask the model for a grade word and a description with a rating."""
-        return cls(vlm.grade(prefix), vlm.describe(prefix, summary_tokens))
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
     def grade(self, prefix: Prefix) -> Floats:
-        """The words' probabilities (5,)."""
-        return self.words
+        """Give the words' probabilities (5,)."""
+        words: Floats = self._once("grade", prefix, lambda: self._model.grade(prefix))
+        return words
 
-    def describe(self, prefix: Prefix, *_: object) -> Description:
-        """The description."""
-        return self.description
+    def describe(self, prefix: Prefix, max_tokens: int, *_: object) -> Description:
+        """Give the description."""
+        made: Description = self._once(
+            "describe", prefix, lambda: self._model.describe(prefix, max_tokens)
+        )
+        return made
 
-    def opinion(self, prefix: Prefix, package: EnginePackage, head: ScoreHead) -> Opinion:
-        """What a head makes of it."""
-        manifest = package.manifest
-        tokens = manifest.prompt.summary_tokens
-        return first_opinion(cast(Vlm, self), prefix, manifest.calibration, tokens, head=head)
+    def _once(self, question: str, prefix: Prefix, ask: Callable[[], Any]) -> Any:
+        asked, _ = self._answers.get(question, (None, None))
+        if asked is not prefix:
+            self._answers[question] = prefix, ask()
+        return self._answers[question][1]
+
+
+class HeadRecorder(Recorder):
+    """Scores by one head what was asked once for all of them."""
+
+    def __init__(
+        self,
+        asked: AskedOnce,
+        memory: MemoryBank,
+        head: ScoreHead,
+        answers: Answers,
+    ) -> None:
+        super().__init__(asked, memory)
+        self.model = cast(Model, HeadedModel(asked.model, head, answers))
+
+    def predict(self, *arguments: Any) -> Prediction:
+        """Make this head's own prediction of the answers."""
+        return Scorer.predict(self, *arguments)
+
+
+def recorders_of(engine: Engine) -> dict[ScoreHead, HeadRecorder]:
+    """Give a recorder for each head.
+
+    Raises:
+        UsageError: the package has no graded response.
+    """
+    if engine.model.calibration.graded is None:
+        raise UsageError(
+            "the package has no graded response",
+            hint="fit one: python -m training.graded LABELS.csv --images DIR --package PACKAGE",
+        )
+    asked, answers = AskedOnce(engine.model), dict[str, tuple[Prefix, Any]]()
+    return {head: HeadRecorder(asked, engine.memory, head, answers) for head in SCORE_HEADS}
 
 
 def bench_grades(
-    parts: Parts,
+    engine: Engine,
     labels: LabelTable,
     images_dir: str | Path,
     *,
@@ -84,7 +120,7 @@ def bench_grades(
     """Judge the photos of a table by every head.
 
     Args:
-        parts: Model, package with a graded response, and memory.
+        engine: Of a package with a graded response.
         labels: The photos, relative to ``images_dir``, and their human scores.
         images_dir: Where the photos are.
         on_photo: Called after each photo.
@@ -100,26 +136,16 @@ def bench_grades(
         ImageError: a photo cannot be judged.
         UsageError: the directory is missing, or the package has no graded response.
     """
-    heads = heads_of(parts)
-    recorder, snapshot = Recorder(parts), parts.memory.snapshot()
-    rows: dict[ScoreHead, list[tuple[float, ...]]] = {head: [] for head in heads}
-    grades: dict[ScoreHead, list[Floats]] = {head: [] for head in heads}
-    summary_tokens = parts.package.manifest.prompt.summary_tokens
-    for photo_path in photos_of(labels, images_dir):
-        photo, told = told_of(parts, photo_path, summary_tokens)
-        for head in heads:
-            alone = told.opinion(photo.prefix, parts.package, head)
-            opinion = informed(
-                alone,
-                snapshot.regression,
-                photo.prefix.tokens.values,
-                parts.package.manifest.calibration,
-            )
-            judged = replace(photo, opinion=opinion)
-            near = judged.neighbours(snapshot, parts.policy, parts.memory.key_kind)
-            posterior = recorder.posterior(judged, near)
-            rows[head].append((alone.prior, alone.prior_std, posterior.score, posterior.std))
-            grades[head].append(alone.grades)
+    recorders = recorders_of(engine)
+    rows: dict[ScoreHead, list[tuple[float, ...]]] = {head: [] for head in recorders}
+    grades: dict[ScoreHead, list[Floats]] = {head: [] for head in recorders}
+    for photo in photos_of(labels, images_dir):
+        pixels = load_pixels(photo)
+        for head, recorder in recorders.items():
+            scored = recorder.recorded(pixels, engine.scorer.retrieval)
+            alone, fused = fold(scored.prediction.estimates), scored.posterior
+            rows[head].append((alone.score, alone.std, fused.score, fused.std))
+            grades[head].append(scored.prediction.grading.grades)
         on_photo()
     human = np.array(labels.scores_1_to_5())
     return {
@@ -130,28 +156,10 @@ def bench_grades(
         },
         "heads": {
             head: {**head_figures(np.array(rows[head]), human), **fit_of(grades[head], human)}
-            for head in heads
+            for head in recorders
         },
-        "default": parts.package.manifest.score_head,
+        "default": engine.model.head,
     }
-
-
-def told_of(parts: Parts, image: ImageSource, summary_tokens: int) -> tuple[Recorded, Told]:
-    """See, read and ask about a photo once; the opinion in what is recorded is the default's."""
-    vlm, pixels = parts.vlm, load_pixels(image)
-    (prefix,) = vlm.read([vlm.encode(fitted_to(pixels, vlm.image))])
-    told = Told.by(vlm, prefix, summary_tokens)
-    opinion = told.opinion(prefix, parts.package, parts.package.manifest.score_head)
-    key = told.description.key
-    if key is None:
-        raise UsageError("the model writes nothing about a photo", seen=pixels.name)
-    return Recorded(pixels.digest, prefix, opinion, key), told
-
-
-def heads_of(parts: Parts) -> tuple[ScoreHead, ...]:
-    """All heads, or UsageError if the package has no graded response."""
-    parts.package.headed("grm")
-    return SCORE_HEADS
 
 
 def mode_shares(grades: Sequence[Floats]) -> dict[str, float]:
@@ -213,12 +221,12 @@ def calibration_error(probabilities: ArrayLike, shares: ArrayLike) -> float:
 
 
 def bench_screens(
-    parts: Parts, photographs: Sequence[Path], *, on_photo: Callable[[], None] = lambda: None
+    engine: Engine, photographs: Sequence[Path], *, on_photo: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Judge pictures made from photographs, at four levels of blur and of compression each.
 
     Args:
-        parts: Model and package with a graded response.
+        engine: Of a package with a graded response.
         photographs: Pristine ones.
         on_photo: Called after each photograph.
 
@@ -229,18 +237,18 @@ def bench_screens(
         unspoilt picture's score from the photograph's), and for the softmax over the grade words
         and the graded response the shares with more than one mode.
     """
-    heads = heads_of(parts)
-    summary_tokens = parts.package.manifest.prompt.summary_tokens
+    recorders = recorders_of(engine)
     scores: dict[tuple[str, ScoreHead], list[float]] = {}
     grades: dict[tuple[str, ScoreHead], list[Floats]] = {}
     for photograph in photographs:
         pixels = load_pixels(photograph)
         for rung in rungs(pixels.array, int(pixels.digest[:8], 16)):
-            photo, told = told_of(parts, rung.pixels, summary_tokens)
-            for head in heads:
-                opinion = told.opinion(photo.prefix, parts.package, head)
-                scores.setdefault((rung.kind, head), []).append(opinion.prior)
-                grades.setdefault((rung.kind, head), []).append(opinion.grades)
+            made = load_pixels(rung.pixels)
+            for head, recorder in recorders.items():
+                prediction = recorder.recorded(made, RetrievalPolicy(k=0)).prediction
+                score = fold(prediction.estimates).score
+                scores.setdefault((rung.kind, head), []).append(score)
+                grades.setdefault((rung.kind, head), []).append(prediction.grading.grades)
         on_photo()
     ladders = {
         key: np.array(column).reshape(len(photographs), -1, 4) for key, column in scores.items()
@@ -251,7 +259,7 @@ def bench_screens(
             kind: {
                 "heads": {
                     head: ladder_figures(ladders[kind, head], ladders["photograph", head])
-                    for head in heads
+                    for head in recorders
                 },
                 "multimodal": {
                     "softmax": mode_shares(grades[kind, "levels"]),
@@ -330,7 +338,7 @@ _SCREEN_COLUMNS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its tables, or JSON."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.benchmarks.grades", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.grades", description=__doc__)
     parser.add_argument("labels", help="a label table")
     parser.add_argument("--images", required=True, help="where its images are")
     parser.add_argument("--split")
@@ -351,12 +359,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     steps = len(labels) + len(drawn_on)
     with (
-        Parts.opened(given.package, given.memory, threads=given.threads) as parts,
-        Progress(steps, sys.stderr) as progress,
+        Engine.open(given.package, given.memory, threads=given.threads, learn=False) as engine,
+        Progress(steps) as progress,
     ):
-        report = bench_grades(parts, labels, given.images, on_photo=progress.advance)
+        report = bench_grades(engine, labels, given.images, on_photo=progress.advance)
         if drawn_on:
-            report["screens"] = bench_screens(parts, drawn_on, on_photo=progress.advance)
+            report["screens"] = bench_screens(engine, drawn_on, on_photo=progress.advance)
     report |= {"machine": machine(), "versions": versions("numpy", "onnxruntime", "pillow")}
     as_json = given.format == "json"
     sys.stdout.write((json.dumps(report, indent=2) if as_json else grades_text(report)) + "\n")

@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.benchmarks.machine import machine, versions
-from meiqa.benchmarks.photographs import made_jpeg, photographs_in
-from meiqa.benchmarks.timing import quantiles_ms
-from meiqa.benchmarks.vectors import clustered_vectors
-from meiqa.engine.pipeline import Engine
+from benchmarks.processes import ENVIRONMENT
+from benchmarks.vectors import clustered_vectors
+from meiqa.engine.engine import Engine
+from meiqa.evaluation.measuring import machine, made_jpeg, photographs_in, quantiles_ms, versions
 from meiqa.memory import AnchorWriter, Case, MemoryBank, RetrievalPolicy
 
 __all__ = ["bench_growth", "main", "table_text"]
@@ -41,8 +40,8 @@ _NO_SITE = ("-S",) if sys.flags.no_site else ()  # a child starts as this interp
 _PEAK = """
 import sys
 from pathlib import Path
-from meiqa.benchmarks.processes import peak_kb
-from meiqa.engine.pipeline import (Engine)
+from benchmarks.processes import peak_kb
+from meiqa.engine.engine import Engine
 from meiqa.types import Assessment
 with Engine.open(memory=sys.argv[2], learn=False) as engine:
     photos = sorted(Path(sys.argv[1]).iterdir())[: int(sys.argv[3])]
@@ -169,9 +168,9 @@ def _peaks(files: Sequence[int], memory: Path, images: Path | None) -> dict[str,
         else:
             for path in photographs_in(images, max(files)):
                 (Path(folder) / Path(str(path)).name).symlink_to(Path(str(path)).resolve())
-        run = partial(subprocess.run, capture_output=True, text=True, check=True)
+        run = partial(subprocess.run, env=ENVIRONMENT, capture_output=True, text=True, check=True)
         for count in files:
-            command = [sys.executable, "-P", *_NO_SITE, "-c", _PEAK, folder, str(memory)]
+            command = [sys.executable, *_NO_SITE, "-c", _PEAK, folder, str(memory)]
             scored, peak = run([*command, str(count)]).stdout.split()
             rows.append({"files": int(scored), "peak_mb": round(int(peak) * 1024 / 1e6, 1)})
     return {"rows": rows, "ratio": round(rows[-1]["peak_mb"] / rows[0]["peak_mb"], 3)}

@@ -1,6 +1,6 @@
 """A memory built with interruptions ends the same as one built without: every array and record.
 
-    python -m meiqa.benchmarks.interrupted_build LABELS.csv --images DIR [--interruptions N]
+    python -m benchmarks.interrupted_build LABELS.csv --images DIR [--interruptions N]
 
 Runs `meiqa memory build` to its end and takes the time. Then runs it again to another place and
 interrupts it at random moments, by turns with SIGINT (Ctrl-C) and SIGKILL, each time starting the
@@ -28,11 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from meiqa.benchmarks.machine import machine, versions
-from meiqa.benchmarks.processes import module_command
+from benchmarks.processes import module_command
 from meiqa.errors import UsageError
+from meiqa.evaluation.measuring import machine, versions
 from meiqa.memory import Segment, verify_memory
-from meiqa.memory.generation import Generation
+from meiqa.memory.database import read_thumbnails
+from meiqa.memory.versions import open_version
 
 __all__ = ["differences", "interrupted_build", "main"]
 
@@ -88,10 +89,10 @@ def interrupted_build(
             raise UsageError("the build is too fast to be interrupted", seen=f"{seconds:.1f} s")
         _built(command, other)
         found = differences(whole, other)
-        generation = Generation.open(whole, "anchor")
+        version = open_version(whole, "anchor")
         return {
-            "anchors": len(generation),
-            "arrays": sorted(generation.segment.arrays),
+            "anchors": len(version),
+            "arrays": sorted(version.segment.arrays),
             "uninterrupted_s": round(seconds, 2),
             "interruptions": made,
             "differences": found,
@@ -108,7 +109,7 @@ def differences(first: Path, second: Path) -> list[str]:
     Raises:
         StoreError: one cannot be opened.
     """
-    one, other = (Generation.open(path, "anchor") for path in (first, second))
+    one, other = (open_version(path, "anchor") for path in (first, second))
     found = [
         f"{finding.file}: {finding.problem}"
         for path in (first, second)
@@ -128,11 +129,12 @@ def differences(first: Path, second: Path) -> list[str]:
         {row: replace(record, created=0.0) for row, record in each.records()}
         for each in (one, other)
     )
+    thumbnails, others_thumbnails = (_thumbnails(each.records_path) for each in (one, other))
     found += [
         f"record of row {row}"
         for row in sorted({*records, *others_records})
         if records.get(row) != others_records.get(row)
-        or (one.thumbnail(row) != other.thumbnail(row))
+        or thumbnails.get(row + 1) != others_thumbnails.get(row + 1)
     ]
     return found
 
@@ -140,6 +142,12 @@ def differences(first: Path, second: Path) -> list[str]:
 def _same(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
     same_kind = one.dtype == other.dtype and one.shape == other.shape
     return same_kind and one.tobytes() == other.tobytes()
+
+
+def _thumbnails(records: Path) -> dict[int, bytes]:
+    with closing(sqlite3.connect(records)) as connection:
+        revisions = [row for (row,) in connection.execute("SELECT revision FROM records")]
+        return read_thumbnails(records, connection, revisions)
 
 
 def _attributes(segment: Segment) -> dict[str, Any]:
@@ -216,7 +224,7 @@ def _remove(out: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run both builds and print JSON."""
     parser = argparse.ArgumentParser(
-        prog="python -m meiqa.benchmarks.interrupted_build", description=__doc__
+        prog="python -m benchmarks.interrupted_build", description=__doc__
     )
     parser.add_argument("labels", type=Path, metavar="LABELS.csv")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR")

@@ -16,27 +16,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.benchmarks.machine import machine, versions
-from meiqa.benchmarks.metrics import srcc
-from meiqa.benchmarks.tables import Column, table_text
+from meiqa.engine.engine import Engine
 from meiqa.engine.images import IMAGE_SUFFIXES, load_pixels
-from meiqa.engine.pipeline import Engine
 from meiqa.errors import UsageError
+from meiqa.evaluation.measuring import Column, machine, table_text, versions
+from meiqa.evaluation.metrics import srcc
 from meiqa.locations import embedded_assets
 from meiqa.types import Failure
-
-if TYPE_CHECKING:
-    from meiqa.training.distortions import DistortionKind
+from training.data import HELD_OUT_PRISTINE, SYNTHETIC_SIDE, name_hash
+from training.distortions import KINDS, LEVELS, DistortionKind, distort
 
 __all__ = [
     "IMAGES_A_PHOTOGRAPH",
     "bench_ladder",
-    "human_scores",
     "ladder_text",
     "main",
     "photographs_of",
@@ -115,7 +112,7 @@ def bench_ladder(
     """
     if not photographs:
         raise UsageError("there are no photographs to distort")
-    kinds = distortion_kinds()
+    kinds = KINDS
     started = time.perf_counter()
     scored = []
     for photograph in photographs:
@@ -141,8 +138,6 @@ def bench_ladder(
 
 def images_of(photograph: Path, kinds: Sequence[DistortionKind]) -> Iterator[Pixels]:
     """A photograph as it is, then under each type at levels 1-5."""
-    from meiqa.training.distortions import LEVELS, distort
-
     pixels = load_pixels(photograph)
     yield pixels.array
     for kind in kinds:
@@ -163,26 +158,12 @@ def report_of(scores: Floats, kinds: Sequence[DistortionKind]) -> dict[str, Any]
     return {"mean": mean, "worst": {"name": worst["name"], "srcc": worst["srcc"]}, "rows": rows}
 
 
-def distortion_kinds() -> tuple[DistortionKind, ...]:
-    """The types, which belong to training: an online room looks there only when it is asked to."""
-    from meiqa.training.distortions import KINDS
-
-    return KINDS
-
-
-def human_scores(table: Path) -> Floats:
-    """KADID-10k's mean human scores by type and level, (25, 5), from its table."""
-    from meiqa.training.distortions import kadid_scores
-
-    return kadid_scores(table).astype(np.float64)
-
-
 def photographs_of(folder: str | Path, index: str | Path | None = None) -> list[Path]:
     """Give the photographs in a folder, by name, or those that an index keeps out of training.
 
     Args:
         folder: Where they are.
-        index: CSV with the columns file, width and height, as `meiqa.training.data` reads it; the
+        index: CSV with the columns file, width and height, as `training.data` reads it; the
             photographs are those that it keeps unseen.
 
     Raises:
@@ -198,8 +179,6 @@ def photographs_of(folder: str | Path, index: str | Path | None = None) -> list[
 
 def unseen_names(index: Path) -> list[str]:
     """The files of an index that training keeps unseen."""
-    from meiqa.training.data import HELD_OUT_PRISTINE, SYNTHETIC_SIDE, name_hash
-
     try:
         with index.open(newline="") as table:
             sizes = {
@@ -250,7 +229,7 @@ _COLUMNS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark on the default package and print its table, or JSON."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.benchmarks.ladder", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ladder", description=__doc__)
     parser.add_argument("--images", required=True, help="a directory of pristine photographs")
     parser.add_argument("--index", help="CSV: only those that training keeps unseen")
     parser.add_argument("--limit", type=int, help="the first so many photographs")

@@ -31,15 +31,13 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 
-from meiqa.benchmarks.machine import machine, versions
-from meiqa.benchmarks.photographs import photographs_in
-from meiqa.benchmarks.processes import say
-from meiqa.benchmarks.tables import Column, table_text
+from benchmarks.processes import say
 from meiqa.errors import MeiqaError, ServiceUnreachable
+from meiqa.evaluation.measuring import Column, machine, photographs_in, table_text, versions
 
 __all__ = ["Asked", "Plan", "bench_load", "checks_of", "load_text", "phase_row"]
 
-_MODULE = "meiqa.benchmarks.load"
+_MODULE = "benchmarks.load"
 _SETTLED_S = 2.0
 _REFUSAL_MS = 50.0
 _SERVED = 0.99

@@ -1,13 +1,13 @@
 """Nearest keys among many: flat search, the frozen graph and three libraries on the same vectors.
 
-`python -m meiqa.benchmarks.memory` prints one row per size and index: recall of the true
+`python -m benchmarks.memory` prints one row per size and index: recall of the true
 neighbours, the time of one query, the time to open the saved index in a fresh process and what is
 resident after that. Each approximate index searches with the least effort (ef) that reaches the
 recall asked for, so that times are compared at the same recall; all graphs have M = 16 and are
 built with ef = 200. Flat search is one BLAS product, with as many threads as NumPy gives it; the
 others answer with one thread. The frozen index also says which effort it measured when it was made,
 and what that finds. A second table is about whole memories of as many anchors
-(`meiqa.benchmarks.opening`).
+(`benchmarks.opening`).
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.benchmarks.machine import machine, versions
-from meiqa.benchmarks.opening import bench_opening
-from meiqa.benchmarks.processes import asked_afresh, resident_kb, say
-from meiqa.benchmarks.vectors import clustered_vectors
-from meiqa.memory.frozen import FrozenIndex
-from meiqa.memory.index import RECALL, build_graph, freeze
-from meiqa.memory.recall import true_neighbours
+from benchmarks.opening import bench_opening
+from benchmarks.processes import asked_afresh, resident_kb, say
+from benchmarks.vectors import clustered_vectors
+from meiqa.evaluation.measuring import machine, versions
+from meiqa.memory.index import RECALL, FrozenIndex, build_graph, freeze, true_neighbours
 from meiqa.memory.segment import Segment, write_segment
 
 __all__ = ["bench_memory", "main", "table_text"]
@@ -253,7 +251,7 @@ def _crossover(
 
 
 def _opened_afresh(kind: Kind, path: Path, dims: int) -> dict[str, float]:
-    opened = asked_afresh("meiqa.benchmarks.memory", "--open", kind.name, path, dims)
+    opened = asked_afresh("benchmarks.memory", "--open", kind.name, path, dims)
     return {**opened, "file_mb": round(path.stat().st_size / 1e6, 3)}
 
 
@@ -400,7 +398,7 @@ _MODULES = {"faiss-cpu": "faiss"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its table, or JSON."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.benchmarks.memory", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--queries", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=0)

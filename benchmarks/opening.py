@@ -1,6 +1,6 @@
 """Opening a whole memory, records included: its time, what is resident then, what readers share.
 
-`python -m meiqa.benchmarks.opening --sizes N …` writes memories of N synthetic anchors through
+`python -m benchmarks.opening --sizes N …` writes memories of N synthetic anchors through
 `AnchorWriter`: keys of 384 numbers, four visual tokens of 16. Each is opened in fresh processes,
 once without looking at every byte (`open_ms`, as a command does that checks each case when it reads
 it) and once with `verify` (`verified_ms`, which hashes both files from end to end). Then the times
@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.benchmarks.machine import machine, versions
-from meiqa.benchmarks.processes import (
+from benchmarks.processes import (
     asked_afresh,
     memory_kb,
     reported_together,
@@ -34,13 +33,14 @@ from meiqa.benchmarks.processes import (
     say,
     wait_for_go,
 )
-from meiqa.benchmarks.vectors import clustered_vectors
+from benchmarks.vectors import clustered_vectors
+from meiqa.evaluation.measuring import machine, versions
 from meiqa.memory import AnchorWriter, Case, MemoryBank, RetrievalPolicy
 
 __all__ = ["bench_opening", "main", "write_synthetic_memory"]
 
 PACKAGE_DIGEST = "0" * 64
-_MODULE = "meiqa.benchmarks.opening"
+_MODULE = "benchmarks.opening"
 _OPENINGS, _VERIFIED_OPENINGS = 5, 2
 _READERS, _READER_QUERIES = 4, 100
 _WARM_UP = 20

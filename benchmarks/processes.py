@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "ENVIRONMENT",
     "asked_afresh",
     "memory_kb",
     "module_command",
@@ -20,12 +22,22 @@ __all__ = [
 ]
 
 _NO_SITE = ("-S",) if sys.flags.no_site else ()  # a child starts as this interpreter did
+_ROOT = str(Path(__file__).parents[1])
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH")))),
+}
+"""Of a child, which finds this folder wherever it starts."""
 
 
 def asked_afresh(module: str, *arguments: object) -> dict[str, Any]:
     """Run a module in a fresh process and give the JSON that it prints."""
     run = subprocess.run(
-        module_command(module, *arguments), stdout=subprocess.PIPE, text=True, check=True
+        module_command(module, *arguments),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     printed: dict[str, Any] = json.loads(run.stdout)
     return printed
@@ -38,7 +50,9 @@ def reported_together(count: int, module: str, *arguments: object) -> list[dict[
     """
     command = module_command(module, *arguments)
     readers = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(count)
     ]
     reports = []

@@ -1,6 +1,6 @@
 """What quantisation costs: packages of one checkpoint judge the same photographs.
 
-    python -m meiqa.benchmarks.quantisation LABELS.csv --images DIR --split val \\
+    python -m benchmarks.quantisation LABELS.csv --images DIR --split val \\
         --package fp32 PACKAGE MEMORY --package int8 PACKAGE MEMORY …
 
 The first package is what the others are compared with, and its calibration is used for all. Each
@@ -22,14 +22,11 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from meiqa.benchmarks.accuracy import evaluate
-from meiqa.engine.local import LocalVlm
-from meiqa.engine.manifest import Calibration
+from meiqa.engine.calibration import Calibration
+from meiqa.engine.engine import Engine
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import Engine
-from meiqa.engine.remembering import open_memory
-from meiqa.engine.runtime.sessions import sessions_on
 from meiqa.errors import MeiqaError, UsageError
+from meiqa.evaluation.accuracy import judge
 from meiqa.labels import LabelTable
 from meiqa.types import Assessment, Failure
 
@@ -39,9 +36,7 @@ Floats = NDArray[np.float64]
 def open_engine(package: EnginePackage, memory: Path, calibration: Calibration) -> Engine:
     """An engine on a package with another calibration than its own."""
     manifest = replace(package.manifest, calibration=calibration)
-    changed = EnginePackage(package.path, manifest)
-    vlm = LocalVlm(changed, *sessions_on("cpu", changed, None, verify=False))
-    return Engine(vlm, changed, open_memory(memory, changed.digest, learn=False))
+    return Engine.open(EnginePackage(package.path, manifest), memory, learn=False)
 
 
 def judged(engine: Engine, labels: LabelTable, images: Path) -> tuple[dict[str, Any], Floats]:
@@ -56,7 +51,7 @@ def judged(engine: Engine, labels: LabelTable, images: Path) -> tuple[dict[str, 
             sys.stderr.write(f"\r{len(scores)} of {len(labels)}")
 
     with engine:
-        report = evaluate(engine, labels, images, on_result=note)
+        report = judge(engine, labels, images, on_result=note).report()
     return report, np.array(scores)
 
 
@@ -94,7 +89,7 @@ def compared(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.benchmarks.quantisation")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantisation")
     parser.add_argument("labels", type=Path)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--split")

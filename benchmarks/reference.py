@@ -1,6 +1,6 @@
 """The reference mode on photographs that nobody trained on, under KADID-10k's distortions.
 
-    python -m meiqa.benchmarks.reference --data DATA [--package PACKAGE]
+    python -m benchmarks.reference --data DATA [--package PACKAGE]
 
 Every photograph is distorted by every type at every level. What people gave KADID's images of that
 type and level, on average, is what the scores are compared with: of the patterns without a
@@ -25,26 +25,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.benchmarks.ladder import (
-    MIDDLE,
-    TWO_SIDED,
-    distortion_kinds,
-    human_scores,
-    images_of,
-    photographs_of,
-)
-from meiqa.benchmarks.machine import machine, versions
-from meiqa.benchmarks.metrics import srcc
-from meiqa.benchmarks.similarity import METRICS, similarities
-from meiqa.benchmarks.tables import Column, table_text
-from meiqa.engine.images import load_pixels
-from meiqa.engine.judging import fitted_to
-from meiqa.engine.local import LocalVlm
+from benchmarks.ladder import MIDDLE, TWO_SIDED, images_of, photographs_of
+from benchmarks.similarity import METRICS, similarities
+from meiqa.engine.images import fit_to_grid, load_pixels
+from meiqa.engine.local import LocalModel
+from meiqa.engine.model import VisualTokens
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.patterns import PatternJudge, PatternOpinion, opened_patterns, required
-from meiqa.engine.runtime.sessions import sessions_on
-from meiqa.engine.vlm import VisualTokens
+from meiqa.engine.patterns import PatternScore, PatternScorer, opened_patterns, required
+from meiqa.engine.runtime import open_runtime
+from meiqa.evaluation.measuring import Column, machine, table_text, versions
+from meiqa.evaluation.metrics import srcc
 from meiqa.locations import embedded_assets
+from training.distortions import KINDS, kadid_scores
 
 __all__ = ["bench_reference", "main", "reference_text"]
 
@@ -130,9 +122,9 @@ def bench_reference(
 
 def judged(package: Path, distorted: Distorted, photograph: Path) -> Seen:
     """Put every distorted version of a photograph beside its references."""
-    vlm, judge = judges(package)
-    images = list(images_of(photograph, distortion_kinds()))
-    tokens = [vlm.encode(fitted_to(load_pixels(image), vlm.image)) for image in images]
+    model, judge = judges(package)
+    images = list(images_of(photograph, KINDS))
+    tokens = [model.encode(fit_to_grid(load_pixels(image), model.image)) for image in images]
     clean, versions_ = images[0], images[1:]
     mild = np.flatnonzero((distorted.wanted >= MILD_SCORE) & (distorted.kinds > 0))
     rng = np.random.default_rng(int(load_pixels(photograph).digest[:16], 16))
@@ -168,7 +160,7 @@ def judged(package: Path, distorted: Distorted, photograph: Path) -> Seen:
 
 
 def ladder_of(
-    judge: PatternJudge,
+    judge: PatternScorer,
     tokens: Sequence[VisualTokens],
     distorted: Distorted,
     rng: np.random.Generator,
@@ -184,7 +176,7 @@ def ladder_of(
     return np.array(rows)
 
 
-def opinion(judge: PatternJudge, photo: VisualTokens, reference: VisualTokens) -> PatternOpinion:
+def opinion(judge: PatternScorer, photo: VisualTokens, reference: VisualTokens) -> PatternScore:
     """What the engine says: two photos that are the same are never compared."""
     if np.array_equal(photo.values, reference.values):
         return judge.identical(photo)
@@ -192,11 +184,12 @@ def opinion(judge: PatternJudge, photo: VisualTokens, reference: VisualTokens) -
 
 
 @cache
-def judges(package: Path) -> tuple[LocalVlm, PatternJudge]:
+def judges(package: Path) -> tuple[LocalModel, PatternScorer]:
     """The package's model and patterns on one thread of this process."""
     opened = EnginePackage.open(package)
-    vlm = LocalVlm(opened, *sessions_on("cpu", opened, 1, verify=True))
-    return vlm, required(opened_patterns(opened, "cpu", 1), opened)
+    runtime = open_runtime(opened, threads=1, patterns=True)
+    model = LocalModel(opened, runtime.vision, runtime.decoder)
+    return model, required(opened_patterns(opened, runtime.patterns))
 
 
 def kind_names(package: Path) -> tuple[str, ...]:
@@ -217,7 +210,7 @@ def agreement(seen: Sequence[Seen], distorted: Distorted) -> dict[str, Any]:
         for name in names
     }
     types = []
-    for kind in distortion_kinds():
+    for kind in KINDS:
         here = np.s_[:, 5 * (kind.number - 1) : 5 * kind.number]
         row = {name: srcc(scores[name][here].ravel(), wanted[here].ravel()) for name in names}
         types.append({"type": kind.number, "name": kind.name, **row})
@@ -294,9 +287,7 @@ def reference_text(report: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its tables, or JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m meiqa.benchmarks.reference", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reference", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="with pristine/ and labels/")
     parser.add_argument("--package", type=Path, default=embedded_assets() / "package")
     parser.add_argument("--limit", type=int, help="the first so many photographs")
@@ -305,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     pristine = given.data / "pristine"
     photographs = photographs_of(pristine / "images", pristine / "index.csv")[: given.limit]
-    table = human_scores(given.data / "labels" / "KADID-10k.txt")
+    table = kadid_scores(given.data / "labels" / "KADID-10k.txt").astype(np.float64)
     report = bench_reference(given.package, photographs, table, given.workers)
     as_json = given.format == "json"
     text = json.dumps(report, indent=2) if as_json else reference_text(report)

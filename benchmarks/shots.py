@@ -1,6 +1,6 @@
 """Finding near-identical shots, and the best of them: where likeness begins, and who is chosen.
 
-`python -m meiqa.benchmarks.shots --images DIR` makes a burst of each of some photographs: five
+`python -m benchmarks.shots --images DIR` makes a burst of each of some photographs: five
 shots from a hand that moves, tilts and steps back a little, of which one is as good as the
 photograph and the others are blurred, shaken, noisy or compressed. Bursts of a real camera also
 differ by what moves before it, which this has not. Reported are the likenesses within a burst and
@@ -24,17 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from meiqa.benchmarks.machine import machine, versions
-from meiqa.engine.culling import grouped
-from meiqa.engine.images import IMAGE_SUFFIXES, load_pixels
-from meiqa.engine.judging import fitted_to
-from meiqa.engine.local import LocalVlm
+from meiqa.engine.engine import Engine
+from meiqa.engine.images import IMAGE_SUFFIXES, fit_to_grid, load_pixels
+from meiqa.engine.local import LocalModel
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import Engine
-from meiqa.engine.runtime.sessions import sessions_on
-from meiqa.engine.views import SIDE, likenesses, view_of
+from meiqa.engine.shots import SIDE, grouped, likenesses, view_of
+from meiqa.evaluation.measuring import machine, versions
 from meiqa.locations import embedded_assets
-from meiqa.memory import layout
+from meiqa.memory import spatial_descriptor
 from meiqa.progress import Progress
 
 __all__ = ["bench_shots", "main"]
@@ -124,12 +121,12 @@ def compressed(photo: Image.Image, quality: int) -> Image.Image:
 def layouts_of(shots: Sequence[Image.Image], path: Path | None) -> list[Floats]:
     """Layouts of the shots' visual tokens, for comparison."""
     package = EnginePackage.open(path or embedded_assets() / "package")
-    vlm = LocalVlm(package, *sessions_on("cpu", package, None, verify=False))
+    model = LocalModel.open(package)
     made = []
-    with Progress(len(shots), sys.stderr) as progress:
+    with Progress(len(shots)) as progress:
         for shot in shots:
-            tokens = vlm.encode(fitted_to(load_pixels(shot), vlm.image))
-            made.append(layout(tokens.values, tokens.grid))
+            tokens = model.encode(fit_to_grid(load_pixels(shot), model.image))
+            made.append(spatial_descriptor(tokens.values, tokens.grid))
             progress.advance()
     return made
 
@@ -178,7 +175,7 @@ def pairs_of(groups: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
 def chosen(bursts: Sequence[Sequence[Image.Image]], package: Path | None) -> dict[str, Any]:
     """How often the best of a burst is the shot that nothing was done to."""
     compared = alone = 0
-    with Engine.open(package, learn=False) as engine, Progress(len(bursts), sys.stderr) as progress:
+    with Engine.open(package, learn=False) as engine, Progress(len(bursts)) as progress:
         for shots in bursts:
             for number, shot in enumerate(shots):
                 shot.filename = str(number)  # type: ignore[attr-defined]
@@ -198,7 +195,7 @@ def quantiles(values: Floats, shares: Sequence[float]) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.benchmarks.shots")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.shots")
     parser.add_argument("--images", type=Path, required=True, help="photographs")
     parser.add_argument("--package", type=Path)
     parser.add_argument("--bursts", type=int, default=100)

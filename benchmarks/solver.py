@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq, minimize
 from scipy.special import erfcx, log_ndtr, ndtr
 
-from meiqa.benchmarks.machine import machine, versions
-from meiqa.benchmarks.timing import quantiles_ms, times_in_turns_ms
-from meiqa.kernels.joint import thurstone_joint
-from meiqa.kernels.thurstone import thurstone_map
+from benchmarks.timing import times_in_turns_ms
+from meiqa.evaluation.measuring import machine, quantiles_ms, versions
+from meiqa.kernels.thurstone import thurstone_joint, thurstone_map
 
 __all__ = ["bench_solver", "main", "table_text"]
 
@@ -71,7 +70,7 @@ def bench_solver(
             **{"sigma": SIGMA, "lam": LAM, "rounds": rounds, "seed": seed, "warm_up": 1},
         },
         "machine": machine(),
-        "versions": versions("numpy", "numba", "scipy", "choix"),
+        "versions": versions("numpy", "scipy", "choix"),
     }
 
 

@@ -1,14 +1,12 @@
-"""How benchmarks take times, and how they sum them up."""
+"""How benchmarks take times of several ways to do the same."""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-import numpy as np
-
-__all__ = ["quantiles_ms", "times_in_turns_ms"]
+__all__ = ["times_in_turns_ms"]
 
 
 def times_in_turns_ms(
@@ -41,15 +39,3 @@ def times_in_turns_ms(
                 way()
                 times[name].append(1e3 * (time.perf_counter() - began))
     return times
-
-
-def quantiles_ms(times_ms: Sequence[float]) -> dict[str, float]:
-    """Sum up times: number, least, and 50th, 95th and 99th percentile."""
-    p50, p95, p99 = np.percentile(times_ms, [50, 95, 99])
-    return {
-        "n": len(times_ms),
-        "min_ms": round(min(times_ms), 4),
-        "p50_ms": round(float(p50), 4),
-        "p95_ms": round(float(p95), 4),
-        "p99_ms": round(float(p99), 4),
-    }

@@ -1,7 +1,7 @@
 """The patterns' calibration, fitted on unseen photographs under every distortion.
 
-    python -m meiqa.training.calibrate_patterns --work WORK --patterns FILE
-    python -m meiqa.training.calibrate_patterns … --data DATA --package PACKAGE --memory MEMORY
+    python -m training.calibrate_patterns --work WORK --patterns FILE
+    python -m training.calibrate_patterns … --data DATA --package PACKAGE --memory MEMORY
 
 The first fits what follows from tokens alone. The second scores some of the photographs with the
 whole engine as well, to see how far its errors go with those of the patterns; the package must have
@@ -20,18 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar, nnls
 
-from meiqa.engine.fusing import Z95
+from meiqa.engine.calibration import IDENTITY, Logistic, PatternCalibration
+from meiqa.engine.engine import Engine
+from meiqa.engine.estimates import Z95
 from meiqa.engine.images import load_pixels
-from meiqa.engine.manifest import IDENTITY, Logistic, PatternCalibration
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import Engine
 from meiqa.errors import UsageError
-from meiqa.export.commands import run_command
 from meiqa.export.patterns import TrainedPatterns
-from meiqa.training.data import name_hash, pristine_names
-from meiqa.training.distortions import distort, kadid_scores
-from meiqa.training.pattern_pairs import TWO_SIDED, read_views
-from meiqa.training.patterns import Judged, judged, views_of
+from training.commands import run_command
+from training.data import name_hash, pristine_names
+from training.distortions import distort, kadid_scores
+from training.pattern_pairs import TWO_SIDED, read_views
+from training.patterns import Judged, judged, save_patterns, views_of
 
 Floats = NDArray[np.float64]
 LEAST_STD = 0.1
@@ -161,15 +161,17 @@ def recalibrate(folder: Path, calibration: PatternCalibration, report: dict[str,
     package = EnginePackage.open(folder)
     patterns = package.manifest.patterns
     if patterns is None:
-        raise UsageError("the package has no patterns", hint="python -m meiqa.export.patterns")
+        raise UsageError(
+            "the package has no patterns", hint="meiqa export --patterns FILE --out PACKAGE"
+        )
     merged = {**patterns.report, "calibration": report}
-    package.with_patterns(replace(patterns, calibration=calibration, report=merged))
+    package.rewritten(patterns=replace(patterns, calibration=calibration, report=merged))
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m meiqa.training.calibrate_patterns", description=__doc__
+        prog="python -m training.calibrate_patterns", description=__doc__
     )
     parser.add_argument("--work", type=Path, required=True, help="written by pattern_pairs")
     parser.add_argument("--patterns", type=Path, required=True)
@@ -188,7 +190,7 @@ def main() -> None:
     trained = replace(
         trained, calibration=calibration, report={**trained.report, "calibration": report}
     )
-    trained.save(given.patterns)
+    save_patterns(trained, given.patterns)
     if given.package is not None:
         recalibrate(given.package, calibration, report)
     print(json.dumps({**report, "fitted": calibration.__dict__}, indent=2, default=vars))

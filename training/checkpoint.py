@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-from meiqa.export.checkpoint import EMBEDDING, HEAD, read_json, read_tokenizer
+from meiqa.export.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    SINGLE,
+    StoredWeights,
+    read_json,
+    read_tokenizer,
+)
 from meiqa.export.decoder import DecoderConfig, SharedPrefixDecoder
 from meiqa.export.families.conv_hybrid import (
     FAMILY,
@@ -23,7 +30,6 @@ from meiqa.export.families.conv_hybrid import (
     decoder_config,
     tower_config,
 )
-from meiqa.export.weights import SINGLE, StoredWeights
 
 MIN_PIXELS, MAX_PIXELS = 128 * 128, 512 * 512
 

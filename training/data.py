@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from meiqa.export.commands import run_command
-from meiqa.training.attributes import measure_attributes
-from meiqa.training.distortions import KINDS, distort, kadid_scores
+from training.attributes import measure_attributes
+from training.commands import run_command
+from training.distortions import KINDS, distort, kadid_scores
 
 ANCHOR_COUNT = 1_024
 HELD_OUT_PRISTINE = 40
@@ -80,9 +80,9 @@ def name_hash(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def human_scored(data: Path) -> list[dict[str, str]]:
-    """Rows of BIQ2021's table."""
-    with (data / "biq2021" / "mos.csv").open() as table:
+def human_scored(data: Path, table_name: str = "mos.csv") -> list[dict[str, str]]:
+    """Rows of a table of BIQ2021."""
+    with (data / "biq2021" / table_name).open() as table:
         return list(csv.DictReader(table))
 
 
@@ -105,6 +105,13 @@ def read_pixels(path: Path) -> np.ndarray:
     """Decode to uint8 (H, W, 3)."""
     with Image.open(path) as image:
         return np.array(image.convert("RGB"))
+
+
+def cut_photograph(row: dict[str, str], data: Path) -> tuple[np.ndarray, Photograph]:
+    """Pixels and record of a cut that has the whole photograph's score."""
+    pixels = read_pixels(data / "biq2021" / "crops" / row["file"])
+    score = 1.0 + 4.0 * float(row["mos"])
+    return pixels, Photograph(row["file"], score, 0, 0, measure_attributes(pixels))
 
 
 def squared(pixels: np.ndarray) -> np.ndarray:
@@ -188,6 +195,7 @@ def prepare(data: Path, folder: Path, workers: int) -> None:
         "human": [row for row in rows if row["file"] not in anchors],
         "anchors": [row for row in rows if row["file"] in anchors],
     }
+    cuts = human_scored(data, "crops.csv") if (data / "biq2021" / "crops.csv").exists() else []
     distorted = {
         "distorted": pristine_names(data, held_out=False),
         "distorted_unseen": pristine_names(data, held_out=True),
@@ -196,10 +204,12 @@ def prepare(data: Path, folder: Path, workers: int) -> None:
     per_source = SYNTHETIC_PER_PHOTOGRAPH + PRISTINE_PER_PHOTOGRAPH
     copy_calibration_photographs(data, human["human"], folder / "calibration")
     write_labels(human["anchors"], folder / "anchors.csv")
+    shutil.copyfile(data / "labels" / "KADID-10k.txt", folder / "KADID-10k.txt")
     with ProcessPoolExecutor(workers) as pool:
-        for name, part in human.items():
-            if not (folder / f"{name}.jsonl").exists():
-                made = pool.map(partial(human_photograph, data=data), part, chunksize=16)
+        for name, part in {**human, "cuts": cuts}.items():
+            if part and not (folder / f"{name}.jsonl").exists():
+                read = cut_photograph if name == "cuts" else human_photograph
+                made = pool.map(partial(read, data=data), part, chunksize=16)
                 write_set(folder, name, len(part), iter(made))
         for name, sources in distorted.items():
             if not (folder / f"{name}.jsonl").exists():
@@ -212,7 +222,7 @@ def prepare(data: Path, folder: Path, workers: int) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.training.data", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.data", description=__doc__)
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with biq2021/, pristine/ and labels/"
     )

@@ -1,6 +1,6 @@
 """Stage 2: the decoder learns to read visual tokens: describe, rate, compare, reflect.
 
-    python -m meiqa.training.finetune --work WORK --minutes 35 --out training/default
+    python -m training.finetune --work WORK --minutes 35 --out training/default
 
 The convolutions of stage 1 stay as they are, so every photograph's cell statistics are computed
 once and training draws windows of cells from them. Prefixes are shared as in the engine: a
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,16 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meiqa.engine.prompts import MEIQA, Prompts, layout
-from meiqa.export.commands import run_command
-from meiqa.export.decoder import DecoderConfig, Segments
-from meiqa.export.families.conv_hybrid import ConvHybridConfig, ConvHybridTower
-from meiqa.training.checkpoint import ConvHybridVlm, TrainedVlm, save_checkpoint
-from meiqa.training.data import Photograph, PhotographSet
-from meiqa.training.pretrain import HIDDEN_SIZE, stage_folder
-from meiqa.training.texts import corpus_of, reflection_pair, scored_answer, train_tokenizer
-from meiqa.training.timed_run import Pace, TimedRun
-from meiqa.training.towers import MEAN, STD, JudgedTower, make_tower, normalised
+from meiqa.engine.prompts import MEIQA, Prompts, positions_of
+from meiqa.export.decoder import DecoderConfig, Segments, SharedPrefixDecoder
+from meiqa.export.families.conv_hybrid import ConvHybridTower
+from training.checkpoint import ConvHybridVlm, TrainedVlm, save_checkpoint
+from training.commands import run_command
+from training.data import Photograph, PhotographSet
+from training.pretrain import HIDDEN_SIZE, load_judged, stage_folder
+from training.texts import corpus_of, reflection_pair, scored_answer, train_tokenizer
+from training.timed_run import Pace, TimedRun
+from training.towers import MEAN, STD, normalised
 
 LAYERS, HEADS, KV_HEADS, INNER = 4, 4, 2, 640
 PREFERENCE_DEVIATION = 0.5
@@ -54,7 +55,8 @@ RATING_WEIGHT = 4.0
 class Recipe:
     """How stage 2 trains."""
 
-    minutes: float
+    minutes: float = math.inf
+    steps: float = math.inf
     prefixes: int = 16
     pairs_per_prefix: int = 3
     reflections: int = 4
@@ -64,8 +66,15 @@ class Recipe:
 
     @property
     def pace(self) -> Pace:
-        """Time budget, checkpoints and averaging."""
-        return Pace(self.minutes, 3.0, warm_up_steps=100, largest_norm=1.0, average_decay=0.995)
+        """Budget, checkpoints and averaging."""
+        return Pace(
+            self.minutes,
+            checkpoint_minutes=3.0,
+            warm_up_steps=100,
+            largest_norm=1.0,
+            average_decay=0.995,
+            steps=self.steps,
+        )
 
 
 @dataclass(frozen=True)
@@ -178,6 +187,18 @@ class ReadPictures:
     next_position: int
 
 
+def no_segments(decoder: SharedPrefixDecoder, prefixes: int, rows: int) -> Segments:
+    """Make empty prefixes and pasts."""
+    config, weight = decoder.config, decoder.norm.weight
+    layers, heads, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    return Segments(
+        prefix=weight.new_zeros(layers, 2, prefixes, heads, 0, width),
+        prefix_lengths=torch.zeros(prefixes, dtype=torch.long, device=weight.device),
+        past=weight.new_zeros(layers, 2, prefixes, heads, rows, 0, width),
+        past_lengths=torch.zeros(prefixes, rows, dtype=torch.long, device=weight.device),
+    )
+
+
 class Reader:
     """The model with its prompts: builds prefixes and continues them, as the engine does."""
 
@@ -206,10 +227,10 @@ class Reader:
         embeds = torch.cat(
             [self.embedded(p.opening, rows), tokens[:, None], self.embedded(p.closing, rows)], 2
         )
-        positions, after = layout([len(p.opening), grid, len(p.closing)])
+        positions, after = positions_of([len(p.opening), grid, len(p.closing)])
         decoder = self.model.language_model
         hidden, key_values = decoder.hidden_states(
-            embeds, self.spread(positions, rows), decoder.no_segments(*rows)
+            embeds, self.spread(positions, rows), no_segments(decoder, *rows)
         )
         lengths = torch.full(rows[:1], embeds.shape[2], device=embeds.device)
         return ReadPictures(
@@ -220,7 +241,7 @@ class Reader:
         """Hidden states (P, R, S, D) of rows (P, R, S, D) that continue the prefixes."""
         decoder = self.model.language_model
         rows = (embeds.shape[0], embeds.shape[1])
-        empty = decoder.no_segments(*rows)
+        empty = no_segments(decoder, *rows)
         segments = Segments(read.key_values, read.lengths, empty.past, empty.past_lengths)
         return decoder.hidden_states(embeds, self.spread(positions, rows), segments)[0]
 
@@ -231,7 +252,7 @@ class Reader:
 
     def asked(self, read: ReadPictures, question: np.ndarray) -> Tensor:
         """Next-token logits (P, V) after one question to every picture."""
-        positions, _ = layout([len(question)], read.next_position)
+        positions, _ = positions_of([len(question)], read.next_position)
         embeds = self.embedded(question, (read.lengths.shape[0], 1))
         return self.logits(self.continued(read, embeds, positions)[:, 0, -1])
 
@@ -247,7 +268,9 @@ class Reader:
         """
         p, rows = self.prompts, (partners.shape[0], partners.shape[1])
         question = np.concatenate([p.closing, p.compare])
-        positions, _ = layout([len(p.second_opening), grid, len(question)], read.next_position)
+        positions, _ = positions_of(
+            [len(p.second_opening), grid, len(question)], read.next_position
+        )
         embeds = torch.cat(
             [
                 self.embedded(p.second_opening, rows),
@@ -276,7 +299,7 @@ class Reader:
             weights[row, len(prompt) : len(prompt) + len(answer)] = np.where(
                 rating, RATING_WEIGHT, 1.0
             )
-        positions, _ = layout([longest - 1], read.next_position)
+        positions, _ = positions_of([longest - 1], read.next_position)
         table = self.model.language_model.embed_tokens
         hidden = self.continued(read, table(self.on_device(ids[:, :-1]))[:, None], positions)[:, 0]
         losses = functional.cross_entropy(
@@ -294,7 +317,7 @@ def level_targets(scores: Tensor) -> Tensor:
     return (-(distance**2) / (2 * LEVEL_DEVIATION**2)).softmax(-1)
 
 
-def soft_answer_loss(logits: Tensor, ids: np.ndarray | tuple[int, int], wanted: Tensor) -> Tensor:
+def soft_answer_loss(logits: Tensor, ids: np.ndarray | Sequence[int], wanted: Tensor) -> Tensor:
     """Cross-entropy of the whole vocabulary against probabilities of a few tokens."""
     chosen = logits.log_softmax(-1)[:, torch.as_tensor(ids, device=logits.device)]
     return -(wanted * chosen).sum(-1).mean()
@@ -385,13 +408,9 @@ def unseen_report(reader: Reader, anchors: CellSet, count: int) -> dict[str, flo
     }
 
 
-def load_pretrained(work: Path, *, abroad: bool) -> ConvHybridTower:
+def load_pretrained(path: Path) -> ConvHybridTower:
     """The averaged conv tower of stage 1."""
-    judged = JudgedTower(make_tower("conv", HIDDEN_SIZE), HIDDEN_SIZE)
-    folder = work / stage_folder("stage1-conv", abroad=abroad)
-    state = torch.load(folder / "checkpoint.pt", "cpu", weights_only=True)
-    judged.load_state_dict(state["average"])
-    tower = judged.tower.eval()
+    tower = load_judged(path).tower
     assert isinstance(tower, ConvHybridTower)
     return tower
 
@@ -407,7 +426,7 @@ def initial_model(tower: ConvHybridTower, vocabulary: int) -> ConvHybridVlm:
         num_key_value_heads=KV_HEADS,
         mrope_section=(8, 12, 12),
     )
-    model = ConvHybridVlm(ConvHybridConfig(HIDDEN_SIZE), text)
+    model = ConvHybridVlm(tower.config, text)
     nn.init.normal_(model.language_model.embed_tokens.weight, std=HIDDEN_SIZE**-0.5)
     model.visual.load_state_dict(tower.state_dict())
     return model
@@ -443,6 +462,7 @@ class Finetuning(TimedRun):
         reading = [
             tower.statistics_norm,
             tower.embed,
+            tower.whole,
             tower.blocks,
             tower.merger_norm,
             tower.merger,
@@ -475,10 +495,12 @@ class Finetuning(TimedRun):
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.training.finetune")
+    parser = argparse.ArgumentParser(prog="python -m training.finetune")
     parser.add_argument("--work", type=Path, required=True, help="folder with the data and stage 1")
     parser.add_argument("--out", type=Path, required=True, help="where the checkpoint is written")
+    parser.add_argument("--tower", type=Path, help="of stage 1 (default: the one in WORK)")
     parser.add_argument("--minutes", type=float, default=35.0)
+    parser.add_argument("--steps", type=float, default=math.inf, help="what else ends it")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--abroad", action="store_true", help="see no human-scored photograph")
@@ -486,7 +508,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     work, abroad = arguments.work, arguments.abroad
-    tower = load_pretrained(work, abroad=abroad).to(arguments.device)
+    stage1 = work / stage_folder("stage1-conv", abroad=abroad) / "checkpoint.pt"
+    tower = load_pretrained(arguments.tower or stage1).to(arguments.device)
     shares = {"distorted": 1.0} if abroad else {"human": HUMAN_SHARE, "distorted": 1 - HUMAN_SHARE}
     sources = [
         (cached_cells(tower, work, name, views=2 if name == "human" else 1), share)
@@ -497,7 +520,7 @@ def main() -> None:
     tokenizer = train_tokenizer(corpus_of(seen))
     model = initial_model(tower, tokenizer.get_vocab_size()).to(arguments.device)
     folder = work / stage_folder("stage2", abroad=abroad)
-    run = Finetuning(model, tokenizer, folder, Recipe(arguments.minutes))
+    run = Finetuning(model, tokenizer, folder, Recipe(arguments.minutes, arguments.steps))
     run.run(WindowSampler(sources, run.steps, arguments.device), anchors)
     save_checkpoint(TrainedVlm(run.average.cpu().eval(), tokenizer, MEAN, STD), arguments.out)
 

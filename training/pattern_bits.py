@@ -1,6 +1,6 @@
 """What 8 bits cost the patterns, and what they bring.
 
-    python -m meiqa.training.pattern_bits --work WORK --patterns FILE --package PACKAGE
+    python -m training.pattern_bits --work WORK --patterns FILE --package PACKAGE
 
 The patterns as they were trained, and as they are in the package, judge the photographs that
 nothing was trained on.
@@ -24,10 +24,10 @@ from meiqa.engine.manifest import Graph
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.onnx import OnnxSession
 from meiqa.errors import PackageCorrupted
-from meiqa.export.commands import run_command
 from meiqa.export.patterns import TrainedPatterns, pattern_graph
-from meiqa.training.pattern_pairs import read_views
-from meiqa.training.patterns import View, views_of
+from training.commands import run_command
+from training.pattern_pairs import read_views
+from training.patterns import View, views_of
 
 EVERY = 3
 """Every which version is judged."""
@@ -70,7 +70,7 @@ def judged(path: Path, graph: Graph, views: Sequence[View]) -> dict[str, float]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.training.pattern_bits")
+    parser = argparse.ArgumentParser(prog="python -m training.pattern_bits")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--patterns", type=Path, required=True)
     parser.add_argument("--package", type=Path, required=True)

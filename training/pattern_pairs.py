@@ -1,6 +1,6 @@
 """Aligned pictures for the patterns: photographs under KADID's distortions, as visual tokens.
 
-    python -m meiqa.training.pattern_pairs --data DATA --work WORK --package PACKAGE
+    python -m training.pattern_pairs --data DATA --work WORK --package PACKAGE
 
 All versions of one view are aligned, so any two of them are a pair of photograph and reference, a
 degraded one where neither is the untouched version. The package's own vision graph sees them: what
@@ -19,14 +19,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.images import load_pixels
-from meiqa.engine.judging import fitted_to
-from meiqa.engine.local import LocalVlm
+from meiqa.engine.images import fit_to_grid, load_pixels
+from meiqa.engine.local import LocalModel
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.runtime.sessions import sessions_on
-from meiqa.export.commands import run_command
-from meiqa.training.data import PRISTINE_SCORE, name_hash, pristine_names
-from meiqa.training.distortions import KINDS, LEVELS, distort, kadid_scores
+from training.commands import run_command
+from training.data import PRISTINE_SCORE, name_hash, pristine_names
+from training.distortions import KINDS, LEVELS, distort, kadid_scores
 
 FOLDERS = {False: "patterns", True: "patterns-unseen"}
 """Where pictures lie in the work folder: those to train on, and those kept unseen."""
@@ -147,14 +145,14 @@ def write_views(
     views = [source] if unseen else [source, cropped(source, rng)]
     versions = all_versions() if unseen else drawn_versions(len(views), rng)
     versions += parts_of(len(views) - 1, PARTS, rng)
-    vlm = encoder(package)
+    model = encoder(package)
     tokens, grids, touched = [], [], []
     for version in versions:
         view = views[version.view]
         if not version.whole:  # so that the part ends where cells do
-            view = fitted_to(load_pixels(view), vlm.image)
-        made = version_of(view, version, [seed], vlm.image.cell_pixels)
-        seen = vlm.encode(fitted_to(load_pixels(made), vlm.image))
+            view = fit_to_grid(load_pixels(view), model.image)
+        made = version_of(view, version, [seed], model.image.cell_pixels)
+        seen = model.encode(fit_to_grid(load_pixels(made), model.image))
         tokens.append(seen.values.astype(np.float16))
         grids.append(seen.grid)
         touched.append(version.mask(seen.grid).ravel())
@@ -226,17 +224,15 @@ def cropped(pixels: Bytes, rng: np.random.Generator, cell: int = 64) -> Bytes:
 
 
 @cache
-def encoder(package: Path) -> LocalVlm:
+def encoder(package: Path) -> LocalModel:
     """The package's model on one thread of this process."""
     opened = EnginePackage.open(package)
-    return LocalVlm(opened, *sessions_on("cpu", opened, 1, verify=True))
+    return LocalModel.open(opened, threads=1)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m meiqa.training.pattern_pairs", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m training.pattern_pairs", description=__doc__)
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with pristine/ and labels/"
     )

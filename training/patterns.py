@@ -1,8 +1,8 @@
 """Distortion patterns: a codebook over the frozen tower's tokens learns to judge and to name.
 
-    python -m meiqa.training.pattern_pairs --data DATA --work WORK --package PACKAGE
-    python -m meiqa.training.patterns --work WORK --package PACKAGE --out CHECKPOINT
-    python -m meiqa.export.patterns CHECKPOINT/patterns.safetensors PACKAGE
+    python -m training.pattern_pairs --data DATA --work WORK --package PACKAGE
+    python -m training.patterns --work WORK --package PACKAGE --out CHECKPOINT
+    meiqa export --patterns CHECKPOINT/patterns.safetensors --out PACKAGE
 
 Each step takes a few views and some versions of each, beside the untouched version or a degraded
 one, and windows of their cells. The tokens were computed once, so a step takes milliseconds.
@@ -19,18 +19,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from scipy.stats import rankdata, spearmanr
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meiqa.engine.manifest import IDENTITY, PatternCalibration
+from meiqa.engine.calibration import IDENTITY, PatternCalibration
 from meiqa.engine.package import EnginePackage
-from meiqa.export.commands import run_command
-from meiqa.export.patterns import FILE, DistortionPatterns, PatternConfig, TrainedPatterns
-from meiqa.training.checkpoint import load_checkpoint
-from meiqa.training.data import PhotographSet
-from meiqa.training.distortions import KINDS
-from meiqa.training.pattern_pairs import TWO_SIDED, Views, read_views
+from meiqa.export.patterns import (
+    FILE,
+    RECORD,
+    DistortionPatterns,
+    PatternConfig,
+    TrainedPatterns,
+)
+from training.checkpoint import load_checkpoint
+from training.commands import run_command
+from training.data import PhotographSet
+from training.distortions import KINDS
+from training.pattern_pairs import TWO_SIDED, Views, read_views
 
 NONE = "none"
 MILD_SCORE = 3.6
@@ -308,6 +315,25 @@ def alikeness(patterns: Tensor, sample: int = 256) -> Tensor:
     return apart / (len(some) * (len(some) - 1))
 
 
+def settle(model: DistortionPatterns) -> None:
+    """Give all patterns length 1, for matches to be cosines."""
+    with torch.no_grad():
+        model.patterns.weight.copy_(functional.normalize(model.patterns.weight, dim=-1))
+
+
+def save_patterns(trained: TrainedPatterns, path: Path) -> None:
+    """Write weights in half precision, and everything else as metadata."""
+    record = {
+        "config": asdict(trained.module.config),
+        "source": trained.source,
+        "kinds": trained.kinds,
+        "calibration": asdict(trained.calibration),
+        "report": trained.report,
+    }
+    weights = {n: w.half().contiguous() for n, w in trained.module.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt", RECORD: json.dumps(record)})
+
+
 def train(
     views: list[View],
     width: int,
@@ -319,7 +345,7 @@ def train(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = DistortionPatterns(PatternConfig(width, len(KINDS) + 1, recipe.patterns))
-    model.settle()
+    settle(model)
     votes = [model.kinds.weight, model.strengths.weight, model.sharpness]
     others = [p for p in model.parameters() if all(p is not vote for vote in votes)]
     # Each pattern's vote is a small part of every answer, so it may move faster.
@@ -343,7 +369,7 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        model.settle()
+        settle(model)
         if step % 250 == 0:
             seconds = time.perf_counter() - started
             print(f"step {step}: loss {loss:.4f}, alike {apart:.4f}, {seconds:.0f} s", flush=True)
@@ -448,7 +474,7 @@ def figures(found: Judged) -> dict[str, float]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.training.patterns", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.patterns", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="written by pattern_pairs")
     parser.add_argument("--package", type=Path, required=True, help="whose tower made the tokens")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint's folder")
@@ -479,7 +505,7 @@ def main() -> None:
         UNCALIBRATED,
         report,
     )
-    trained.save(given.out / FILE)
+    save_patterns(trained, given.out / FILE)
     print(json.dumps(report, indent=2))
 
 

@@ -1,9 +1,10 @@
 """Stage 1: the vision tower learns to judge crops.
 
-    python -m meiqa.training.pretrain --work WORK --tower conv --minutes 30
+    python -m training.pretrain --work WORK --tower conv --minutes 30
 
-Half of each batch is human-scored photographs, half distorted pristine ones; with `--abroad` all
-are distorted ones, for a model that has never seen the photographs it is to judge. The learning
+Half of each batch is human-scored photographs, half steps of ladders: one place of a photograph at
+two levels of one damage, and a little that is no picture at all. With `--abroad` all are ladders of
+pristine photographs, for a model that has never seen the photographs it is to judge. The learning
 rate follows the share of the time budget that is spent, so that a run fits the time there is; a
 killed run resumes from its last checkpoint.
 """
@@ -12,88 +13,239 @@ from __future__ import annotations
 
 import argparse
 import copy
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meiqa.export.commands import run_command
-from meiqa.export.families.conv_hybrid import ConvHybridTower
-from meiqa.training.backbone import begin_from_imagenet
-from meiqa.training.data import PhotographSet
-from meiqa.training.timed_run import Pace, TimedRun
-from meiqa.training.towers import JudgedTower, make_tower, normalised
+from meiqa.export.families.conv_hybrid import Standardised
+from training.backbone import (
+    begin_from_checkpoint,
+    begin_from_imagenet,
+    begin_from_votes,
+)
+from training.commands import run_command
+from training.data import PRISTINE_SCORE, SYNTHETIC_SIDE, PhotographSet
+from training.distortions import LEVELS, TONES, damage_scores, distort
+from training.timed_run import Pace, TimedRun
+from training.towers import ConvTower, JudgedTower, make_tower, normalised
 
 HIDDEN_SIZE = 256
-CROP = 256
-HUMAN_SHARE = 0.5
+HUMAN_SHARE = 0.45
 """Share of a batch that is human-scored, unless the model is trained abroad."""
+LADDER_SHARE, REPEATED_SHARE = 0.2, 0.08
+"""Pairs of steps, and human-scored crops that are shown twice, for each crop of a batch."""
+SIZES = ((192, 32, 0.3), (256, 24, 0.35), (384, 12, 0.2), (512, 10, 0.15))
+"""Side of the crops, how many of them, and how often: parts teach much at little cost, the whole
+is what is judged."""
+FEWEST_ORDERED = 3
+LADDER_SOFTNESS = 0.15
+MADE_WEIGHT = 0.3
+UNNAMED = -100
+FINE_JPEG = TONES[-1].number
+STANDARDISED_BATCHES = 12
+SMALLEST_DEVIATION = 0.05
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How stage 1 trains."""
 
-    minutes: float
-    batch: int = 24
+    minutes: float = math.inf
+    steps: float = math.inf
     human_share: float = HUMAN_SHARE
-    learning_rate: float = 1e-3
-    convolutions_share: float = 0.2
+    sizes: tuple[tuple[int, int, float], ...] = SIZES
+    learning_rate: float = 6e-4
+    taught_share: float = 0.17
     weight_decay: float = 0.05
 
     @property
     def pace(self) -> Pace:
-        """Time budget, checkpoints and averaging."""
-        return Pace(self.minutes, 4.0, warm_up_steps=200, largest_norm=2.0, average_decay=0.995)
+        """Budget, checkpoints and averaging."""
+        return Pace(
+            self.minutes,
+            checkpoint_minutes=5.0,
+            warm_up_steps=100,
+            largest_norm=2.0,
+            average_decay=0.995,
+            steps=self.steps,
+        )
 
 
 @dataclass(frozen=True)
 class CropBatch:
-    """Crops and what is known about them."""
+    """Crops and what is known about them.
+
+    Attributes:
+        images: (B, 3, S, S); scores: (B,); human: (B,) whether people gave the score.
+        kinds: (B,) distortion, 0 for none, `UNNAMED` for what has no name; levels: (B,).
+        same: (M, 2) crops that show the same and look as good.
+        ladders: (L, 2) crops of one place, the better first.
+    """
 
     images: Tensor
     scores: Tensor
     kinds: Tensor
     levels: Tensor
     human: Tensor
+    same: Tensor
+    ladders: Tensor
 
     def to(self, device: torch.device) -> CropBatch:
         """The batch on a device."""
         return CropBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-class CropSampler:
-    """Draws random flipped crops from a human-scored and a distorted set."""
+@dataclass(frozen=True)
+class Crop:
+    """Pixels of a crop, its score, distortion and level, and whether people gave the score."""
 
-    def __init__(self, human: PhotographSet, distorted: PhotographSet, seed: int) -> None:
-        self.sets = (human, distorted)
+    pixels: np.ndarray
+    score: float
+    kind: int = 0
+    level: int = 0
+    human: bool = False
+
+
+class CropSampler:
+    """Draws crops of photographs, their repetitions, and steps of ladders inside a photograph."""
+
+    def __init__(
+        self, human: Sequence[PhotographSet], pristine: PhotographSet, scores: np.ndarray, seed: int
+    ) -> None:
+        """Draw from human-scored sets and from undistorted photographs.
+
+        Args:
+            human: sets of human-scored photographs; none when the model is trained abroad.
+            pristine: its photographs without a distortion are used.
+            scores: (32, 5) of every distortion and level.
+            seed: of all choices.
+        """
+        self.human, self.pristine, self.scores = human, pristine, scores
+        self.sound = [i for i, p in enumerate(pristine.photographs) if p.kind == 0]
         self.rng = np.random.default_rng(seed)
 
-    def crop(self, pixels: np.ndarray) -> np.ndarray:
-        """One crop, flipped left to right half of the time."""
-        top, left = self.rng.integers(0, np.array(pixels.shape[:2]) - CROP + 1)
-        cut = pixels[top : top + CROP, left : left + CROP]
-        return cut[:, ::-1] if self.rng.random() < 0.5 else cut
-
-    def batch(self, size: int, human_share: float) -> CropBatch:
-        """`size` crops, the first `human_share` of them human-scored."""
-        humans = round(size * human_share)
-        crops, photographs = [], []
-        for source, count in zip(self.sets, (humans, size - humans), strict=True):
-            for index in self.rng.integers(0, len(source.photographs), count):
-                crops.append(self.crop(source.pixels[index]))
-                photographs.append(source.photographs[index])
+    def batch(self, size: int, human_share: float, side: int) -> CropBatch:
+        """`size` crops of `side` pixels; without people's scores, ladders only."""
+        humans = round(size * human_share) if self.human else 0
+        pairs = (size - humans) // 2 if not humans else round(size * LADDER_SHARE)
+        repeated = min(humans, round(size * REPEATED_SHARE))
+        plain = max(0, size - humans - repeated - 2 * pairs)
+        crops: list[Crop] = []
+        for number in range(humans):
+            crop, again = self.scored(side)
+            crops += [crop, again] if number < repeated else [crop]
+        for _ in range(pairs):
+            crops += self.steps(side)
+        crops += [self.plain(side) for _ in range(plain)]
+        first = humans + repeated + 2 * torch.arange(pairs)
         return CropBatch(
-            normalised(torch.from_numpy(np.stack(crops))),
-            torch.tensor([p.score for p in photographs]),
-            torch.tensor([p.kind for p in photographs]),
-            torch.tensor([float(p.level) for p in photographs]),
-            torch.arange(size) < humans,
+            normalised(torch.from_numpy(np.stack([crop.pixels for crop in crops]))),
+            torch.tensor([crop.score for crop in crops]),
+            torch.tensor([crop.kind for crop in crops]),
+            torch.tensor([float(crop.level) for crop in crops]),
+            torch.tensor([crop.human for crop in crops]),
+            torch.stack([2 * torch.arange(repeated), 2 * torch.arange(repeated) + 1], 1),
+            torch.stack([first, first + 1], 1),
         )
+
+    def place(self, shape: tuple[int, ...], side: int) -> np.ndarray:
+        """Top and left of a crop."""
+        return self.rng.integers(0, np.array(shape[:2]) - side + 1)
+
+    def cut(self, pixels: np.ndarray, place: np.ndarray, side: int) -> np.ndarray:
+        """One crop."""
+        top, left = place
+        return np.ascontiguousarray(pixels[top : top + side, left : left + side])
+
+    def beside(self, shape: tuple[int, ...], place: np.ndarray, side: int) -> np.ndarray:
+        """A place a little aside, as a hand moves between two shots."""
+        moved = place + self.rng.integers(-(side // 32), side // 32 + 1, 2)
+        return np.clip(moved, 0, np.array(shape[:2]) - side)
+
+    def scored(self, side: int) -> tuple[Crop, Crop]:
+        """A human-scored photograph's crop, and the same once more, as good to the eye."""
+        fitting = [s for s in self.human if s.pixels.shape[1] >= side]
+        source = min(fitting, key=lambda s: s.pixels.shape[1])
+        index = self.rng.integers(len(source.photographs))
+        pixels, score = source.pixels[index], source.photographs[index].score
+        if self.rng.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        place = self.place(pixels.shape, side)
+        again = self.cut(pixels, self.beside(pixels.shape, place, side), side)
+        return (
+            Crop(self.cut(pixels, place, side), score, human=True),
+            Crop(self.repeated(again), score, human=True),
+        )
+
+    def repeated(self, cut: np.ndarray) -> np.ndarray:
+        """Mirrored, trimmed, stored or exposed a little differently."""
+        side = len(cut)
+        mirrored, trimmed, stored, exposed = self.rng.random(4) < (0.5, 0.3, 0.3, 0.3)
+        if mirrored:
+            cut = np.ascontiguousarray(cut[:, ::-1])
+        if trimmed:
+            off = int(self.rng.integers(1, 7))
+            inner = Image.fromarray(cut[off:, off:])
+            cut = np.array(inner.resize((side, side), Image.Resampling.BICUBIC))
+        if exposed:
+            gain = 2.0 ** self.rng.uniform(-0.05, 0.05)
+            cut = np.rint(np.clip(cut * gain, 0, 255)).astype(np.uint8)
+        if stored:
+            cut = distort(cut, FINE_JPEG, 1, self.rng)
+        return cut
+
+    def source(self, side: int) -> tuple[np.ndarray, float]:
+        """Pixels and score of a photograph to be damaged."""
+        wide = [s for s in self.human if s.pixels.shape[1] > self.pristine.pixels.shape[1]]
+        if wide and (side > self.pristine.pixels.shape[1] or self.rng.random() < 0.3):
+            index = self.rng.integers(len(wide[0].photographs))
+            return wide[0].pixels[index], wide[0].photographs[index].score
+        return self.pristine.pixels[self.rng.choice(self.sound)], PRISTINE_SCORE
+
+    def steps(self, side: int) -> list[Crop]:
+        """Two levels of one damage to one photograph, the better first."""
+        pixels, score = self.source(side)
+        kind = int(self.rng.integers(1, len(self.scores) + 1))
+        lower = int(self.rng.integers(0, LEVELS))
+        higher = lower + 1 if self.rng.random() < 0.7 else int(self.rng.integers(1, LEVELS + 1))
+        mirrored, moved = self.rng.random(2) < 0.5
+        place = self.place(pixels.shape, side)
+        crops = []
+        for number, level in enumerate((lower, higher)):
+            at = self.beside(pixels.shape, place, side) if number and moved else place
+            cut = self.cut(pixels, at, side)
+            if mirrored:
+                cut = np.ascontiguousarray(cut[:, ::-1])
+            if level:
+                cut = distort(cut, kind, level, self.rng)
+            wanted = float(self.scores[kind - 1, level - 1]) if level else PRISTINE_SCORE
+            # What is bad already loses less.
+            kept = 1 + (score - 1) * (min(PRISTINE_SCORE, wanted) - 1) / (PRISTINE_SCORE - 1)
+            crops.append(Crop(cut, kept, kind if level else 0, level))
+        return sorted(crops, key=lambda crop: -crop.score)
+
+    def plain(self, side: int) -> Crop:
+        """What is no picture of anything: a tone, a shade between two, noise."""
+        first, second = self.rng.integers(0, 256, (2, 3))
+        if self.rng.random() < 0.5:
+            first = second = np.repeat(self.rng.choice([0, 255, 128, first[0]]), 3)
+        elif self.rng.random() < 0.5:
+            second = first
+        share = np.linspace(0, 1, side)[:, None, None]
+        shade = np.broadcast_to(first + share * (second - first), (side, side, 3))
+        strength = self.rng.choice([0, 0, 2, 20, 80])
+        grain = self.rng.normal(0, 1, (side, side, int(self.rng.choice([1, 3])))) * strength
+        pixels = np.rint(np.clip(shade + grain, 0, 255)).astype(np.uint8)
+        return Crop(pixels, 1.0, UNNAMED)
 
 
 def stage_folder(name: str, *, abroad: bool) -> str:
@@ -108,16 +260,28 @@ def correlation_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
     return 1 - correlation
 
 
-def batch_loss(model: JudgedTower, batch: CropBatch) -> Tensor:
-    """Score (value and order), distortion type and level."""
+def batch_loss(model: JudgedTower, batch: CropBatch) -> dict[str, Tensor]:
+    """Score (value and order), steps of ladders, repetitions, distortion type and level."""
     score, kind, level = model(batch.images)
-    made = ~batch.human
-    ordered = batch.human if batch.human.any() else made
-    value = functional.smooth_l1_loss(score, batch.scores, beta=0.5)
-    order = correlation_loss(score[ordered], batch.scores[ordered])
-    named = functional.cross_entropy(kind[made], batch.kinds[made])
-    graded = functional.smooth_l1_loss(level[made], batch.levels[made])
-    return value + 0.5 * order + 0.3 * named + 0.2 * graded
+    ordered, made = batch.human, ~batch.human
+    if ordered.sum() < FEWEST_ORDERED:
+        ordered = made
+    better, worse = batch.ladders.unbind(1)
+    first, again = batch.same.unbind(1)
+    lacking = batch.scores[better] - batch.scores[worse] - (score[better] - score[worse])
+    off = functional.smooth_l1_loss(score, batch.scores, beta=0.5, reduction="none")
+    losses = {
+        # What damage costs is a setting: it counts less than what people said.
+        "value": (off[~made].mean() if batch.human.any() else 0) + MADE_WEIGHT * off[made].mean(),
+        "order": correlation_loss(score[ordered], batch.scores[ordered]),
+        "ladder": 2 * LADDER_SOFTNESS * functional.softplus(lacking / LADDER_SOFTNESS).mean(),
+        "named": 0.2
+        * functional.cross_entropy(kind[made], batch.kinds[made], ignore_index=UNNAMED),
+        "graded": 0.1 * functional.smooth_l1_loss(level[made], batch.levels[made]),
+    }
+    if len(first):
+        losses["same"] = functional.smooth_l1_loss(score[first], score[again], beta=0.1)
+    return losses
 
 
 @torch.no_grad()
@@ -135,78 +299,175 @@ def judged_scores(model: JudgedTower, pixels: np.ndarray, batch: int = 8) -> np.
 class Pretraining(TimedRun):
     """A resumable run of stage 1."""
 
-    def __init__(self, work: Path, tower: str, recipe: Recipe, device: torch.device) -> None:
-        torch.manual_seed(0)
-        self.recipe, self.device = recipe, device
-        self.model = JudgedTower(make_tower(tower, HIDDEN_SIZE), HIDDEN_SIZE)
-        if isinstance(self.model.tower, ConvHybridTower):
-            begin_from_imagenet(self.model.tower)
-        self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = copy.deepcopy(self.model)
+    def __init__(self, model: JudgedTower, folder: Path, recipe: Recipe) -> None:
+        self.recipe, self.model = recipe, model
+        self.average = copy.deepcopy(model)
         optimiser = torch.optim.AdamW(
             self.parameter_groups(), recipe.learning_rate, weight_decay=recipe.weight_decay
         )
-        parts: dict[str, nn.Module] = {"model": self.model, "average": self.average}
-        folder = work / stage_folder(f"stage1-{tower}", abroad=recipe.human_share == 0.0)
+        parts: dict[str, nn.Module] = {"model": model, "average": self.average}
         super().__init__(folder, parts, optimiser, recipe.pace)
 
     def parameter_groups(self) -> list[dict[str, object]]:
-        """All at full rate, but convolutions that ImageNet has taught already."""
+        """All at full rate, but convolutions that have been taught already.
+
+        And what reads the statistics: there are so many that a step at full rate overturns it.
+        """
         tower, rate = self.model.tower, self.recipe.learning_rate
         taught: list[nn.Parameter] = []
-        if isinstance(tower, ConvHybridTower):
-            taught = [*tower.stem.parameters(), *tower.stages.parameters()]
+        if isinstance(tower, ConvTower):
+            assert tower.overview is not None
+            slow = (tower.stem, tower.stages, tower.overview, tower.embed)
+            taught = [p for m in slow for p in m.parameters() if p.requires_grad]
         known = {id(parameter) for parameter in taught}
-        fresh = [p for p in self.model.parameters() if id(p) not in known]
+        fresh = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
         return [
             {"params": fresh, "lr": rate},
-            {"params": taught, "lr": rate * self.recipe.convolutions_share},
+            {"params": taught, "lr": rate * self.recipe.taught_share},
         ]
 
-    def step(self, sampler: CropSampler) -> float:
-        """One optimiser step; returns the loss."""
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.score.weight.device
+
+    def step(self, sampler: CropSampler) -> dict[str, float]:
+        """One optimiser step; returns the losses."""
         self.model.train()
-        batch = sampler.batch(self.recipe.batch, self.recipe.human_share)
-        loss = batch_loss(self.model, batch.to(self.device))
-        self.descend(loss)
-        return float(loss.detach())
+        sizes = self.recipe.sizes
+        shares = np.array([share for *_, share in sizes])
+        side, count, _ = sizes[sampler.rng.choice(len(sizes), p=shares / shares.sum())]
+        batch = sampler.batch(count, self.recipe.human_share, side)
+        losses = batch_loss(self.model, batch.to(self.device))
+        self.descend(torch.stack(list(losses.values())).sum())
+        return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def standardise(self, sampler: CropSampler) -> None:
+        """Measure what the statistics usually are, where that is not known yet."""
+        norm = getattr(self.model.tower, "statistics_norm", None)
+        if not isinstance(norm, Standardised) or not bool((norm.scale == 1).all()):
+            return
+        assert isinstance(self.model.tower, ConvTower)
+        side, count, _ = self.recipe.sizes[-1]
+        seen = torch.cat(
+            [
+                self.model.tower.cell_features(
+                    sampler.batch(count, self.recipe.human_share, side).images.to(self.device)
+                ).flatten(0, 2)
+                for _ in range(STANDARDISED_BATCHES)
+            ]
+        )
+        for norm in self.model.tower.statistics_norm, self.average.tower.statistics_norm:
+            assert isinstance(norm, Standardised)
+            norm.mean.copy_(seen.mean(0))
+            norm.scale.copy_(1 / (seen.std(0) + SMALLEST_DEVIATION))
 
     def unseen_srcc(self, judged: PhotographSet, count: int) -> float:
         """Rank correlation of the average's scores on photographs kept out of training."""
-        scores = judged_scores(self.average, judged.pixels[:count])
-        return float(spearmanr(scores, judged.scores[:count]).statistic)
+        # Spread over the table, which is sorted by kind of photograph.
+        chosen = np.linspace(0, len(judged.photographs) - 1, count).astype(int)
+        scores = judged_scores(self.average, judged.pixels[chosen])
+        return float(spearmanr(scores, judged.scores[chosen]).statistic)
 
     def run(self, sampler: CropSampler, judged: PhotographSet, judged_count: int) -> None:
         """Train until the time is spent, with a log line and a checkpoint every few minutes."""
         self.run_until_spent(
-            lambda: {"loss": self.step(sampler)},
-            lambda: {
-                "crops": self.steps * self.recipe.batch,
-                "unseen_srcc": self.unseen_srcc(judged, judged_count),
-            },
+            lambda: self.step(sampler),
+            lambda: {"unseen_srcc": self.unseen_srcc(judged, judged_count)},
         )
+
+
+def begun(name: str, votes: Path | None, begin: Path | None) -> JudgedTower:
+    """A tower with the convolutions it begins with and fresh heads, or one that is to go on."""
+    torch.manual_seed(0)
+    if begin is not None and begin.is_file():
+        model = load_judged(begin)
+    else:
+        model = JudgedTower(make_tower(name, HIDDEN_SIZE), HIDDEN_SIZE)
+        if isinstance(model.tower, ConvTower):
+            teach(model.tower, votes, begin)
+    if isinstance(model.tower, ConvTower):
+        model.tower.keep_what_is_known()
+    return model
+
+
+def teach(tower: ConvTower, votes: Path | None, checkpoint: Path | None) -> None:
+    """Give both eyes the convolutions they begin with."""
+    if checkpoint is None:
+        begin_from_imagenet(tower)
+    else:
+        begin_from_checkpoint(tower, checkpoint)
+    if votes is not None:
+        assert tower.overview is not None
+        begin_from_votes(tower.overview, votes)
+
+
+def load_judged(path: Path) -> JudgedTower:
+    """The conv tower with its heads, from a checkpoint of a run or the file that `--out` wrote."""
+    judged = JudgedTower(make_tower("conv", HIDDEN_SIZE), HIDDEN_SIZE)
+    if path.suffix == ".safetensors":
+        state = {name: value.float() for name, value in load_file(path).items()}
+    else:
+        state = torch.load(path, "cpu", weights_only=True)["average"]
+    judged.load_state_dict(state)
+    return judged.eval()
+
+
+def save_judged(model: JudgedTower, path: Path) -> None:
+    """Write a tower with its heads in half precision."""
+    halves = {name: value.half().contiguous().cpu() for name, value in model.state_dict().items()}
+    save_file(halves, path, metadata={"format": "pt"})
+
+
+def load_sampler(work: Path, *, abroad: bool, seed: int) -> CropSampler:
+    """The sampler of prepared sets; the photographs that were cut are not everywhere."""
+    names = [] if abroad else ["cuts", "human"]
+    return CropSampler(
+        [PhotographSet.load(work, name) for name in names if (work / f"{name}.jsonl").exists()],
+        PhotographSet.load(work, "distorted"),
+        damage_scores(work / "KADID-10k.txt"),
+        seed,
+    )
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.training.pretrain")
+    parser = argparse.ArgumentParser(prog="python -m training.pretrain")
     parser.add_argument("--work", type=Path, required=True, help="folder written by training.data")
     parser.add_argument("--tower", choices=("conv", "vit"), default="conv")
+    parser.add_argument("--votes", type=Path, help="NIMA's weights, for the overview")
+    parser.add_argument(
+        "--begin",
+        type=Path,
+        help="a checkpoint's folder, for its convolutions, or a tower to go on with",
+    )
+    parser.add_argument("--out", type=Path, help="write the tower there at the end (safetensors)")
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--steps", type=float, default=math.inf, help="what else ends it")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--bfloat16", action="store_true", help="convolve in half precision")
     parser.add_argument("--abroad", action="store_true", help="see no human-scored photograph")
     parser.add_argument("--judged", type=int, default=256, help="unseen photographs in a log line")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    recipe = Recipe(arguments.minutes, human_share=0.0 if arguments.abroad else HUMAN_SHARE)
-    run = Pretraining(arguments.work, arguments.tower, recipe, arguments.device)
-    sampler = CropSampler(
-        PhotographSet.load(arguments.work, "human"),
-        PhotographSet.load(arguments.work, "distorted"),
-        seed=run.steps,
-    )
+    abroad = arguments.abroad
+    share = 0.0 if abroad else HUMAN_SHARE
+    recipe = Recipe(arguments.minutes, arguments.steps, human_share=share)
+    if abroad:
+        recipe = replace(recipe, sizes=tuple(size for size in SIZES if size[0] <= SYNTHETIC_SIDE))
+    model = begun(arguments.tower, arguments.votes, arguments.begin)
+    model.to(arguments.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if isinstance(model.tower, ConvTower):
+        model.tower.in_half = arguments.bfloat16
+    folder = arguments.work / stage_folder(f"stage1-{arguments.tower}", abroad=abroad)
+    run = Pretraining(model, folder, recipe)
+    sampler = load_sampler(arguments.work, abroad=abroad, seed=run.steps)
+    run.standardise(sampler)
     run.run(sampler, PhotographSet.load(arguments.work, "anchors"), arguments.judged)
+    if arguments.out is not None:
+        save_judged(run.average, arguments.out)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from meiqa.engine.prompts import MEIQA
-from meiqa.training.attributes import describe_attributes
-from meiqa.training.data import Photograph
-from meiqa.training.distortions import KINDS
 from meiqa.types import quality_word
+from training.attributes import describe_attributes
+from training.data import Photograph
+from training.distortions import KINDS
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",

@@ -23,10 +23,11 @@ class Pace:
     """How long a run takes and how it moves.
 
     Attributes:
-        minutes: time budget, steps only; checkpoint_minutes: between checkpoints.
+        minutes: time budget of the steps; checkpoint_minutes: between checkpoints.
         warm_up_steps: steps over which the learning rate rises from zero.
         largest_norm: gradients are clipped to it.
         average_decay: how much of the weights' moving average a step keeps.
+        steps: what else ends the run, where the same is wanted of any machine.
     """
 
     minutes: float
@@ -34,6 +35,7 @@ class Pace:
     warm_up_steps: int
     largest_norm: float
     average_decay: float
+    steps: float = math.inf
 
 
 class TimedRun:
@@ -85,10 +87,15 @@ class TimedRun:
         torch.save(state, self.folder / "checkpoint.tmp")
         (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")
 
+    @property
+    def spent(self) -> float:
+        """Share of the budget that is spent, of time or of steps."""
+        time_spent = self.spent_s / (60 * self.pace.minutes)
+        return min(1.0, max(time_spent, self.steps / self.pace.steps))
+
     def rate_factor(self) -> float:
-        """Share of the full learning rate: warm-up, then a cosine over the time budget."""
-        share = min(1.0, self.spent_s / (60 * self.pace.minutes))
-        cosine = 0.5 * (1 + math.cos(math.pi * share))
+        """Share of the full learning rate: warm-up, then a cosine over the budget."""
+        cosine = 0.5 * (1 + math.cos(math.pi * self.spent))
         return min(1.0, (self.steps + 1) / self.pace.warm_up_steps) * (0.02 + 0.98 * cosine)
 
     def descend(self, loss: Tensor) -> None:
@@ -107,20 +114,20 @@ class TimedRun:
     def run_until_spent(
         self, step: Callable[[], dict[str, float]], report: Callable[[], dict[str, float]]
     ) -> None:
-        """Train until the time is spent.
+        """Train until the budget is spent.
 
         Args:
             step: makes one step and returns its losses.
             report: what is measured at each checkpoint; its time does not count.
         """
-        limit_s, every_s = 60 * self.pace.minutes, 60 * self.pace.checkpoint_minutes
+        every_s = 60 * self.pace.checkpoint_minutes
         losses: list[dict[str, float]] = []
         next_save_s = self.spent_s + every_s
-        while self.spent_s < limit_s:
+        while self.spent < 1.0:
             began = time.perf_counter()
             losses.append(step())
             self.spent_s += time.perf_counter() - began
-            if self.spent_s >= min(next_save_s, limit_s):
+            if self.spent >= 1.0 or self.spent_s >= next_save_s:
                 self.save()
                 self._log(losses, report())
                 losses, next_save_s = [], self.spent_s + every_s

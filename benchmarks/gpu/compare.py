@@ -1,6 +1,6 @@
 """The comparisons of one photo on a CUDA device, with a decoder in the shape of Qwen2.5-VL-3B.
 
-    python -m meiqa.benchmarks.gpu.compare --format json > benchmarks/results/compare-<gpu>.json
+    python -m benchmarks.gpu.compare --format json > benchmarks/results/compare-<gpu>.json
 
 Needs the extras `gpu` and `export` in one environment, and about 24 GB on the device and in the
 folder for temporary files. Weights are random: latency does not depend on them. Both sides compute
@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.benchmarks.machine import machine, versions
-from meiqa.benchmarks.timing import quantiles_ms, times_in_turns_ms
-from meiqa.errors import DeviceUnavailable, MeiqaError
+from benchmarks.timing import times_in_turns_ms
+from meiqa.errors import DeviceUnavailable, MeiqaError, install_hint
+from meiqa.evaluation.measuring import machine, quantiles_ms, versions
 
 __all__ = ["bench_gpu_compare", "main"]
 
@@ -104,7 +104,7 @@ def cuda_torch() -> Any:
         torch = importlib.import_module("torch")
     except ImportError as error:
         raise DeviceUnavailable(
-            "PyTorch is not installed", hint="pip install 'meiqa[gpu,export]'"
+            "PyTorch is not installed", hint=install_hint("gpu,export")
         ) from error
     if not torch.cuda.is_available():
         raise DeviceUnavailable(
@@ -152,16 +152,17 @@ def exported(torch: Any, model: Any, config: Any, folder: Path) -> Path:
     """The shared-prefix graph with the model's weights, multiplying in fp16."""
     decoder = importlib.import_module("meiqa.export.decoder").SharedPrefixDecoder
     graphs = importlib.import_module("meiqa.export.graphs")
-    shape = importlib.import_module("meiqa.export.checkpoint").decoder_shape_of(config)
-    weights = importlib.import_module("meiqa.export.weights")
+    checkpoint = importlib.import_module("meiqa.export.checkpoint")
+    layers = importlib.import_module("meiqa.export.layers")
+    shape = config.shape
     stored = {**model.state_dict(), "lm_head.weight": model.embed_tokens.weight}
-    with weights.weightless():
+    with checkpoint.weightless():
         empty = decoder(config).eval()
-    graph = graphs.decoder_graph(
+    graph = graphs.traced(
         empty, graphs.decoder_interface(shape), lambda name: stored[name].detach().float().cpu()
     )
-    importlib.import_module("meiqa.export.half").halved(graph)
-    graphs.save_graph(graph, folder / "decoder.onnx")
+    layers.halve(graph)
+    layers.save_graph(graph, folder / "decoder.onnx")
     torch.cuda.empty_cache()
     return folder / "decoder.onnx"
 
@@ -305,7 +306,7 @@ class Ways:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark and print JSON; without a CUDA device, say so and give 2."""
-    parser = argparse.ArgumentParser(prog="python -m meiqa.benchmarks.gpu.compare")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.compare")
     parser.add_argument("--neighbours", type=int, default=NEIGHBOURS)
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
