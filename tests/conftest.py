@@ -1,17 +1,16 @@
-"""A tiny random model, exported once a session, with a memory; fixtures import PyTorch late."""
+"""A tiny random model with a memory, as tests/export/make_tiny.py wrote it."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.engine.samples import SIZES, build_anchors, picture
+from meiqa.engine.package import EnginePackage
 
-if TYPE_CHECKING:
-    from meiqa.engine.package import EnginePackage
+TINY = Path(__file__).parent / "data" / "tiny"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,35 +22,38 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a copy of the committed files, in which `patterned` is a whole package."""
+    copy = tmp_path_factory.mktemp("committed") / "tiny"
+    shutil.copytree(TINY / "fp32", copy / "patterned")
+    return Path(shutil.copytree(TINY, copy, dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_files: Path) -> Path:
     """Give the folder of a random model's checkpoint."""
-    from tests.export import tiny
-
-    return tiny.save(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    return tiny_files / "checkpoint"
 
 
 @pytest.fixture(scope="session")
-def package(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> EnginePackage:
+def package(tiny_files: Path) -> EnginePackage:
     """Give the random model's fp32 package; tests that change files copy it."""
-    from tests.export import tiny
-
-    pictures = [picture(seed, size) for seed, size in enumerate(SIZES)]
-    return tiny.export_float(checkpoint, tmp_path_factory.mktemp("fp32") / "package", pictures)
+    return EnginePackage.open(tiny_files / "fp32")
 
 
 @pytest.fixture(scope="session")
-def int8_package(
-    checkpoint: Path, package: EnginePackage, tmp_path_factory: pytest.TempPathFactory
-) -> EnginePackage:
+def int8_package(tiny_files: Path) -> EnginePackage:
     """Give the random model's INT8 package."""
-    from tests.export import tiny
-
-    pictures = [picture(seed, size) for seed, size in enumerate(SIZES)]
-    out = tmp_path_factory.mktemp("int8") / "package"
-    return tiny.export_from(package, checkpoint, out, "int8", pictures)
+    return EnginePackage.open(tiny_files / "int8")
 
 
 @pytest.fixture(scope="session")
-def anchors(package: EnginePackage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def patterned(tiny_files: Path) -> EnginePackage:
+    """Give the fp32 package with distortion patterns of random weights."""
+    return EnginePackage.open(tiny_files / "patterned")
+
+
+@pytest.fixture(scope="session")
+def anchors(tiny_files: Path) -> Path:
     """Give a memory of 24 anchors made by the fp32 package, to be copied before writing."""
-    return build_anchors(tmp_path_factory.mktemp("memory") / "anchors", package)
+    return tiny_files / "anchors"

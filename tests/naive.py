@@ -6,7 +6,6 @@ import itertools
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 from scipy.special import erfcx, expit, log_ndtr, ndtri
 
 from meiqa.kernels.graph import Graph
@@ -80,32 +79,6 @@ def thurstone_slope(
 def hazard(z: float) -> float:
     """Return φ(z)/Φ(z)."""
     return float(np.sqrt(2.0 / np.pi) / erfcx(-z / np.sqrt(2.0)))
-
-
-def thurstone_map(
-    prior: Floats,
-    neighbour_scores: Floats,
-    neighbour_stds: Floats,
-    preferences: Floats,
-    sigma: float,
-    lam: float,
-) -> tuple[Floats, Floats]:
-    """Find each photo's root of the slope by Brent's method, the curvature by differences."""
-    scores, stds = [], []
-    for i in range(len(prior)):
-        rest = (prior[i], neighbour_scores[i], neighbour_stds[i], preferences[i], sigma, lam)
-        reach = 1.0
-        while thurstone_slope(prior[i] - reach, *rest) > 0.0:
-            reach *= 2.0
-        while thurstone_slope(prior[i] + reach, *rest) < 0.0:
-            reach *= 2.0
-        low, high = prior[i] - reach, prior[i] + reach
-        score = brentq(thurstone_slope, low, high, args=rest, xtol=1e-14, rtol=1e-14)
-        h = 1e-4 * sigma
-        rise = thurstone_slope(score + h, *rest) - thurstone_slope(score - h, *rest)
-        scores.append(score)
-        stds.append(1.0 / np.sqrt(rise / (2.0 * h)))
-    return np.array(scores), np.array(stds)
 
 
 def thurstone_closed_form(
@@ -242,6 +215,31 @@ def thurstone_joint(
     score[free] = x
     std[free] = np.sqrt(np.diag(np.linalg.inv(hessian)))
     return score, std
+
+
+def thurstone_map(
+    prior: Floats,
+    neighbour_scores: Floats,
+    neighbour_stds: Floats,
+    preferences: Floats,
+    sigma: float,
+    lam: float,
+) -> tuple[Floats, Floats]:
+    """Solve each photo alone, as one free item among known ones."""
+    scores, stds = [], []
+    for i in range(len(prior)):
+        asked = np.flatnonzero(~np.isnan(preferences[i]))
+        score, std = thurstone_joint(
+            np.append(prior[i], neighbour_scores[i, asked]),
+            np.full(1 + len(asked), lam),
+            np.append(np.nan, neighbour_stds[i, asked]),
+            np.stack([np.zeros(len(asked), np.int64), 1 + np.arange(len(asked))], axis=1),
+            preferences[i, asked],
+            sigma,
+        )
+        scores.append(score[0])
+        stds.append(std[0])
+    return np.array(scores), np.array(stds)
 
 
 def grade_probabilities(ability: float, discrimination: float, first: float, step: float) -> Floats:

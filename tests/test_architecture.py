@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = PROJECT["tool"]["scikit-build"]["wheel"]["packages"]
-ONLINE = ["benchmarks", "engine", "kernels", "memory", "meiqa", "serve"]
-OFFLINE_ONLY = {"torch", "transformers", "meiqa.export", "meiqa.training"}
+LABORATORY = {"benchmarks", "training"}
+ONLINE = ["engine", "evaluation", "kernels", "memory", "meiqa", "serve"]
+OFFLINE_ONLY = {"torch", "transformers", "meiqa.export", *LABORATORY}
 IMPORT_NAMES = {"pillow": "PIL", "scikit-image": "skimage"}
 
 
@@ -62,22 +63,25 @@ def declared(*extras: str) -> set[str]:
 
 
 EXTRAS_OF = {
-    "meiqa.benchmarks.export_memory": ("cpu", "export"),
-    "meiqa.benchmarks.failures": ("cpu", "plots"),
-    "meiqa.benchmarks.load": ("cpu", "serve"),
-    "meiqa.benchmarks.memory": ("cpu", "bench", "index"),
-    "meiqa.benchmarks.plots": ("cpu", "plots"),
-    "meiqa.benchmarks.solver": ("cpu", "bench"),
     "meiqa.client": ("serve",),
-    "meiqa.memory.exporting": ("parquet",),
-    "meiqa.memory.index": ("index",),
     "meiqa.engine.completions": ("cpu", "serve"),
+    "meiqa.evaluation.ablation": ("cpu", "eval"),
+    "meiqa.evaluation.calibration": ("cpu", "eval"),
+    "meiqa.evaluation.fitting": ("eval",),
+    "meiqa.evaluation.metrics": ("eval",),
+    "meiqa.evaluation.naturalness": ("eval",),
+    "meiqa.evaluation.peers": ("cpu", "eval"),
+    "meiqa.evaluation.plots": ("cpu", "plots"),
+    "meiqa.evaluation.speed": ("cpu", "bench"),
+    "meiqa.kernels.hnsw": ("index",),
+    "meiqa.memory.index": ("index",),
+    "meiqa.memory.maintenance": ("parquet",),
 }
 """Modules that need more, of which a command says so where it is not installed."""
 
 
 def test_every_room_is_packaged() -> None:
-    rooms = {init.parent.name for init in ROOT.glob("*/__init__.py")} - {"tests"}
+    rooms = {init.parent.name for init in ROOT.glob("*/__init__.py")} - {"tests", *LABORATORY}
     assert set(PACKAGES.values()) == rooms | {"src/meiqa"}
     assert all(target.split("/")[-1] == Path(folder).name for target, folder in PACKAGES.items())
 

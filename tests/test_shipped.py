@@ -13,17 +13,18 @@ from PIL import Image
 
 import meiqa
 from meiqa import Assessment, Budget, Engine, cli
-from meiqa.demo import demo_photos
+from meiqa.cli.score import demo_photos
 from meiqa.engine.package import EnginePackage
 
 ASSETS = Path(meiqa.__file__).parent / "assets"
 LARGEST_ASSETS_BYTES = 40 << 20
+K = 32
 
 
 @pytest.fixture(scope="module")
 def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A contrast memory of this module's own."""
-    return tmp_path_factory.mktemp("shipped") / "memory"
+    return tmp_path_factory.mktemp("shipped")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def engine(memory: Path) -> Iterator[Engine]:
 def assessed(engine: Engine) -> dict[str, Assessment]:
     """Every photo of the demo, nothing learnt."""
     photos = demo_photos()
-    results = engine.score_many([photo for _, photo in photos], learn=False)
+    results = engine.score_many([photo for _, photo in photos], k=K, learn=False)
     found = {}
     for (name, _), result in zip(photos, results, strict=True):
         assert isinstance(result, Assessment)
@@ -67,7 +68,7 @@ def test_comparisons_move_scores_and_are_listed(assessed: dict[str, Assessment])
     moved = [a for a in assessed.values() if abs(a.score - a.initial_score) > 0.05]
     assert moved
     for assessment in moved:
-        assert len(assessment.neighbours) == 32
+        assert len(assessment.neighbours) == K
         assert all(
             0 <= n.preference <= 1 for n in assessment.neighbours if n.preference is not None
         )
@@ -82,9 +83,11 @@ def test_a_score_is_the_same_alone_in_a_batch_reversed_and_on_one_thread(
     photos = dict(demo_photos())
     together = {name: assessed[name].score for name in names}
     for threads, order in ((1, names), (2, names[::-1])):
-        with Engine.open(memory=tmp_path / str(threads), threads=threads) as engine:
-            alone = engine.score(photos[names[3]], learn=False).score
-            batch = engine.score_many([photos[name] for name in order], learn=False)
+        memory = tmp_path / str(threads)
+        memory.mkdir()
+        with Engine.open(memory=memory, threads=threads) as engine:
+            alone = engine.score(photos[names[3]], k=K, learn=False).score
+            batch = engine.score_many([photos[name] for name in order], k=K, learn=False)
             scores = {name: r.score for name, r in zip(order, batch, strict=True)}  # type: ignore[union-attr]
         assert alone == pytest.approx(together[names[3]], abs=1e-3)
         assert scores == pytest.approx(together, abs=1e-3)
@@ -92,21 +95,21 @@ def test_a_score_is_the_same_alone_in_a_batch_reversed_and_on_one_thread(
 
 def test_a_reflection_is_remembered_and_met_again(engine: Engine) -> None:
     for _, photo in demo_photos():
-        if engine.score(photo).reflection is not None:
+        if engine.score(photo, k=K).reflection is not None:
             break
     else:
         pytest.fail("no photo of the demo was reflected on")
     # The same scene from nearer is another photo, and no duplicate; it looks like the one learnt.
     width, height = photo.size
     twin = photo.crop((width // 8, height // 8, width, height))
-    origins = {neighbour.origin for neighbour in engine.score(twin, learn=False).neighbours}
+    origins = {neighbour.origin for neighbour in engine.score(twin, k=K, learn=False).neighbours}
     assert "contrast" in origins
 
 
 def test_a_small_budget_is_kept_and_says_what_it_cost(engine: Engine) -> None:
     _, photo = demo_photos()[0]
-    engine.score(photo, budget=Budget(ms=1000), learn=False)
-    hurried = engine.score(photo, budget=Budget(ms=40), learn=False)
+    engine.score(photo, budget=Budget(ms=1000), k=K, learn=False)
+    hurried = engine.score(photo, budget=Budget(ms=40), k=K, learn=False)
     assert hurried.degraded
     assert hurried.summary is None
 
@@ -118,6 +121,7 @@ def test_json_has_the_names_that_tools_parse(
     photo.save(tmp_path / "photo.png")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut short")
     command = ["score", str(tmp_path), "--no-learn", "--memory", str(memory), "--format", "json"]
+    command += ["--k", str(K)]
     assert cli.main(command) == 1
     printed = capsys.readouterr()
     broken, good = json.loads(printed.out)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meiqa.benchmarks.compare import agreement, bench_compare, table_text
+from benchmarks.compare import agreement, bench_compare, table_text
 from meiqa.errors import MeiqaError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from meiqa.benchmarks.drafting import bench_drafting, table_text
+from benchmarks.drafting import bench_drafting, table_text
 from meiqa.engine.package import EnginePackage
 from meiqa.errors import UsageError
 from tests.engine.samples import PHOTOS

@@ -9,8 +9,8 @@ from typing import cast
 import numpy as np
 from PIL import Image
 
-from meiqa.benchmarks.failures import draw, worst_of_each_type
-from meiqa.engine.pipeline import Engine
+from benchmarks.failures import draw, worst_of_each_type
+from meiqa.engine.engine import Engine
 from tests.engine.samples import picture
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meiqa.benchmarks.gpu import compare
+from benchmarks.gpu import compare
 from meiqa.errors import DeviceUnavailable
 
 

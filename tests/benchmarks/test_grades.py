@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from meiqa.benchmarks.grades import (
+from benchmarks.grades import (
     calibration_error,
     grades_text,
     ladder_figures,
     main,
     mode_shares,
 )
-from meiqa.benchmarks.screens import KINDS, rungs
-from meiqa.engine.manifest import NEUTRAL_GRADED
+from benchmarks.screens import KINDS, rungs
+from meiqa.engine.calibration import NEUTRAL_GRADED
+from meiqa.engine.engine import Engine
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import Engine
 from meiqa.errors import UsageError
 from tests.engine.samples import picture
 
@@ -31,7 +31,7 @@ from tests.engine.samples import picture
 def graded_package(package: EnginePackage, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = shutil.copytree(package.path, tmp_path_factory.mktemp("graded") / "package")
     calibration = replace(package.manifest.calibration, graded=NEUTRAL_GRADED)
-    EnginePackage.open(copy).with_calibration(calibration)
+    EnginePackage.open(copy).rewritten(calibration=calibration)
     return copy
 
 
@@ -77,7 +77,8 @@ def test_heads_score_as_the_engine_does_with_them(
     human = np.array([1.5, 3.0, 4.5])
     photos = [photographs / f"{at}.png" for at in range(3)]
     for head in ("text", "levels", "grm"):
-        with Engine.open(graded_package, anchors, threads=1, learn=False, head=head) as engine:
+        headed = EnginePackage.open(graded_package, head=head)
+        with Engine.open(headed, anchors, threads=1, learn=False) as engine:
             scores = np.array([engine.score(photo, learn=False).score for photo in photos])
         error = float(np.sqrt(np.mean((scores - human) ** 2)))
         assert report["heads"][head]["fused"]["rmse"] == pytest.approx(error, abs=1e-6)
@@ -102,7 +103,7 @@ def test_a_package_without_a_graded_response_is_refused(
     package: EnginePackage, photographs: Path, anchors: Path
 ) -> None:
     given = [str(photographs / "labels.csv"), "--images", str(photographs)]
-    with pytest.raises(UsageError, match=r"no graded response.*meiqa.training.graded"):
+    with pytest.raises(UsageError, match=r"no graded response.*training.graded"):
         main([*given, "--package", str(package.path), "--memory", str(anchors), "--threads", "1"])
 
 

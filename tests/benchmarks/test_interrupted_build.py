@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from meiqa.benchmarks.interrupted_build import differences, main
+from benchmarks.interrupted_build import differences, main
 from meiqa.errors import UsageError
 from meiqa.memory import Segment, write_segment
 from tests.engine.samples import picture

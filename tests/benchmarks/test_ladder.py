@@ -11,23 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from meiqa import cli
-from meiqa.benchmarks.ladder import (
+from benchmarks.ladder import (
     IMAGES_A_PHOTOGRAPH,
     Rungs,
     bench_ladder,
     images_of,
     ladder_text,
+    main,
     photographs_of,
 )
-from meiqa.commands import options
 from meiqa.engine.images import load_pixels
 from meiqa.errors import DecodeError, UsageError
 from meiqa.locations import embedded_assets
-from meiqa.training.data import HELD_OUT_PRISTINE, pristine_names
-from meiqa.training.distortions import KINDS
 from meiqa.types import Assessment, Failure
 from tests.engine.samples import picture
+from training.data import HELD_OUT_PRISTINE, pristine_names
+from training.distortions import KINDS
 
 
 class DifferenceEngine:
@@ -133,18 +132,19 @@ def test_the_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    memories: list[str] = []
+    memories: list[Path] = []
 
-    def open_engine(package: str | None, memory: str, **_: object) -> DifferenceEngine:
+    def opened(memory: Path, learn: bool) -> DifferenceEngine:
+        assert not learn
         memories.append(memory)
         return DifferenceEngine()
 
-    monkeypatch.setattr(options, "open_engine", open_engine)
-    command = ["bench", "ladder", "--images", str(tmp_path), "--limit", "1", "--k", "2"]
-    assert cli.main([*command, "--format", "json"]) == 0
+    monkeypatch.setattr("benchmarks.ladder.Engine.open", opened)
+    command = ["--images", str(tmp_path), "--limit", "1", "--k", "2"]
+    main([*command, "--format", "json"])
     assert json.loads(capsys.readouterr().out)["photographs"] == 1
-    assert cli.main(command) == 0
+    main(command)
     assert capsys.readouterr().out.startswith("photographs: 1, types of distortion: 25;")
-    assert memories == 2 * [str(embedded_assets() / "memory")]
-    assert cli.main(["bench", "ladder", "--images", str(tmp_path / "none")]) == 2
-    assert "no such directory" in capsys.readouterr().err
+    assert memories == 2 * [embedded_assets() / "memory"]
+    with pytest.raises(UsageError, match="no such directory"):
+        main(["--images", str(tmp_path / "none")])

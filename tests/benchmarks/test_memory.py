@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meiqa.benchmarks import memory
-from meiqa.benchmarks.memory import bench_memory, main
-from meiqa.benchmarks.processes import asked_afresh
-from meiqa.benchmarks.vectors import clustered_vectors
+from benchmarks import memory
+from benchmarks.memory import bench_memory, main
+from benchmarks.processes import asked_afresh
+from benchmarks.vectors import clustered_vectors
 from meiqa.memory.index import RECALL
 
 COLUMNS = {"n", "index", "recall", "p50_ms", "p99_ms", "open_ms", "resident_mb"}
@@ -81,7 +81,7 @@ def test_the_frozen_index_knows_the_effort_that_it_needs(
 
 def test_each_index_is_opened_in_a_process_of_its_own(saved: Path, small: object) -> None:
     path = saved / "300x32-0.frozen"
-    opened = asked_afresh("meiqa.benchmarks.memory", "--open", "frozen", path, 32)
+    opened = asked_afresh("benchmarks.memory", "--open", "frozen", path, 32)
     assert opened["open_ms"] > 0
     assert opened["resident_mb"] < 1
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from meiqa.benchmarks import opening
-from meiqa.benchmarks.opening import PACKAGE_DIGEST, bench_opening, write_synthetic_memory
-from meiqa.benchmarks.vectors import clustered_vectors
+from benchmarks import opening
+from benchmarks.opening import PACKAGE_DIGEST, bench_opening, write_synthetic_memory
+from benchmarks.vectors import clustered_vectors
 from meiqa.memory import AnchorWriter, MemoryBank, verify_memory
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import meiqa
-from meiqa.benchmarks.reference import (
+from benchmarks.reference import (
     Distorted,
     Seen,
     agreement,
@@ -17,16 +17,15 @@ from meiqa.benchmarks.reference import (
     naming,
     reference_text,
 )
-from meiqa.benchmarks.similarity import METRICS
-from meiqa.demo import demo_photos
-from meiqa.engine.images import load_pixels
-from meiqa.engine.judging import fitted_to
-from meiqa.engine.local import LocalVlm
+from benchmarks.similarity import METRICS
+from meiqa.cli.score import demo_photos
+from meiqa.engine.images import fit_to_grid, load_pixels
+from meiqa.engine.local import LocalModel
+from meiqa.engine.model import VisualTokens
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.patterns import PatternJudge, opened_patterns
-from meiqa.engine.runtime.sessions import sessions_on
-from meiqa.engine.vlm import VisualTokens
-from meiqa.training.distortions import KINDS, distort
+from meiqa.engine.patterns import PatternScorer, opened_patterns
+from meiqa.engine.runtime import open_runtime
+from training.distortions import KINDS, distort
 
 ROOT = Path(__file__).parents[2]
 LADDER_KINDS = (1, 10, 11)
@@ -36,23 +35,23 @@ LADDER_KINDS = (1, 10, 11)
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> EnginePackage:
     """Give the embedded package with the patterns that lie beside its checkpoint's weights."""
-    from meiqa.export.patterns import FILE, TrainedPatterns, add_patterns
+    from meiqa.export.patterns import FILE, TrainedPatterns, write_patterns
 
     folder = tmp_path_factory.mktemp("shipped") / "package"
     shutil.copytree(Path(meiqa.__file__).parent / "assets" / "package", folder)
-    return add_patterns(TrainedPatterns.load(ROOT / "training" / "default" / FILE), folder)
+    return write_patterns(TrainedPatterns.load(ROOT / "training" / "default" / FILE), folder)
 
 
 @pytest.fixture(scope="module")
-def vlm(shipped: EnginePackage) -> LocalVlm:
+def model(shipped: EnginePackage) -> LocalModel:
     """Give its model."""
-    return LocalVlm(shipped, *sessions_on("cpu", shipped, 1, verify=False))
+    return LocalModel.open(shipped, threads=1)
 
 
 @pytest.fixture(scope="module")
-def judge(shipped: EnginePackage) -> PatternJudge:
+def judge(shipped: EnginePackage) -> PatternScorer:
     """Give its patterns."""
-    patterns = opened_patterns(shipped, "cpu", 1)
+    patterns = opened_patterns(shipped, open_runtime(shipped, threads=1, patterns=True).patterns)
     assert patterns is not None
     return patterns
 
@@ -63,21 +62,21 @@ def photographs() -> list[np.ndarray]:
     return [np.asarray(photo) for name, photo in demo_photos() if "clean" in name][:4]
 
 
-def tokens(vlm: LocalVlm, pixels: np.ndarray) -> VisualTokens:
-    return vlm.encode(fitted_to(load_pixels(pixels), vlm.image))
+def tokens(model: LocalModel, pixels: np.ndarray) -> VisualTokens:
+    return model.encode(fit_to_grid(load_pixels(pixels), model.image))
 
 
 def test_the_gate_trusts_a_reference_less_the_worse_it_is(
-    vlm: LocalVlm, judge: PatternJudge, photographs: list[np.ndarray]
+    model: LocalModel, judge: PatternScorer, photographs: list[np.ndarray]
 ) -> None:
     weights = np.zeros((len(photographs), len(LADDER_KINDS), 4))
     stds = np.zeros_like(weights)
     for p, clean in enumerate(photographs):
-        photo = tokens(vlm, distort(clean, 9, 4, np.random.default_rng(0)))
+        photo = tokens(model, distort(clean, 9, 4, np.random.default_rng(0)))
         for k, kind in enumerate(LADDER_KINDS):
             for rung, level in enumerate((0, 3, 4, 5)):
                 worse = distort(clean, kind, level, np.random.default_rng(1)) if level else clean
-                found = judge.judge(photo, tokens(vlm, worse))
+                found = judge.judge(photo, tokens(model, worse))
                 weights[p, k, rung], stds[p, k, rung] = found.weight, found.std
     mean = weights.mean(axis=(0, 1))
     assert (np.diff(mean) < 0).all(), mean
@@ -86,14 +85,14 @@ def test_the_gate_trusts_a_reference_less_the_worse_it_is(
 
 
 def test_a_photo_scores_lower_beside_its_original_the_more_it_is_distorted(
-    vlm: LocalVlm, judge: PatternJudge, photographs: list[np.ndarray]
+    model: LocalModel, judge: PatternScorer, photographs: list[np.ndarray]
 ) -> None:
     for kind in (1, 10, 11):
         scores = [
             [
                 judge.judge(
-                    tokens(vlm, distort(clean, kind, level, np.random.default_rng(0))),
-                    tokens(vlm, clean),
+                    tokens(model, distort(clean, kind, level, np.random.default_rng(0))),
+                    tokens(model, clean),
                 ).score
                 for level in (1, 3, 5)
             ]
@@ -103,20 +102,20 @@ def test_a_photo_scores_lower_beside_its_original_the_more_it_is_distorted(
 
 
 def test_strong_distortions_are_named(
-    vlm: LocalVlm, judge: PatternJudge, photographs: list[np.ndarray]
+    model: LocalModel, judge: PatternScorer, photographs: list[np.ndarray]
 ) -> None:
     listed = 0
     kinds = (2, 8, 10, 11, 13, 22)
     for clean in photographs:
         for kind in kinds:
             distorted = distort(clean, kind, 5, np.random.default_rng(0))
-            named = judge.judge(tokens(vlm, distorted)).distortions
+            named = judge.judge(tokens(model, distorted)).distortions
             listed += KINDS[kind - 1].name in {one.kind for one in named}
     assert listed >= 0.6 * len(kinds) * len(photographs)
 
 
 def test_the_map_shows_which_half_is_distorted(
-    vlm: LocalVlm, judge: PatternJudge, photographs: list[np.ndarray]
+    model: LocalModel, judge: PatternScorer, photographs: list[np.ndarray]
 ) -> None:
     excess = []
     for clean in photographs:
@@ -125,7 +124,7 @@ def test_the_map_shows_which_half_is_distorted(
             mixed = clean.copy()
             half = clean.shape[1] // 2
             mixed[:, :half] = distorted[:, :half]
-            cells = judge.judge(tokens(vlm, mixed), tokens(vlm, clean)).map
+            cells = judge.judge(tokens(model, mixed), tokens(model, clean)).map
             middle = cells.shape[1] // 2
             excess.append(cells[:, :middle].mean() - cells[:, -middle:].mean())
     # Where the rest of a photograph is nearly empty, the tower's attention carries noise over.

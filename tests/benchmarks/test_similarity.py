@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from meiqa.benchmarks.similarity import (
+from benchmarks.similarity import (
     multi_scale_ssim,
     psnr,
     similarities,

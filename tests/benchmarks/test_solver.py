@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from meiqa.benchmarks import solver
-from meiqa.benchmarks.solver import bench_solver, main
+from benchmarks import solver
+from benchmarks.solver import bench_solver, main
 
 
 @pytest.fixture(scope="module")

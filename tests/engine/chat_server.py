@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from meiqa.engine.images import load_pixels
-from meiqa.engine.local import LocalVlm, Row
-from meiqa.engine.prompts import layout
-from meiqa.engine.vlm import Prefix, VisualTokens
+from meiqa.engine.local import LocalModel
+from meiqa.engine.model import Prefix, VisualTokens
+from meiqa.engine.prompts import positions_of
+from meiqa.engine.runtime.decoder import Row
 from meiqa.engine.writing import Writing
 
 MODEL = "meiqa-default"
@@ -55,7 +56,7 @@ def rendered(body: dict[str, Any]) -> tuple[str, list[bytes]]:
 class ChatModel:
     """A local model that answers chat completions, one at a time."""
 
-    vlm: LocalVlm
+    model: LocalModel
     lock: threading.Lock = field(default_factory=threading.Lock)
     seen: dict[bytes, VisualTokens] = field(default_factory=dict)
     read: dict[bytes, Prefix] = field(default_factory=dict)
@@ -71,49 +72,49 @@ class ChatModel:
 
     def _taken_apart(self, text: str, pictures: list[bytes]) -> tuple[Prefix, list[Any]]:
         opening, *rest = text.split("\0")
-        family = self.vlm.prompts.family
+        family = self.model.prompts.family
         assert opening == family.opening
         assert rest[0].startswith(family.closing)
         for data in pictures:
             if data not in self.seen:
-                self.seen[data] = self.vlm.encode(load_pixels(data).array)
+                self.seen[data] = self.model.encode(load_pixels(data).array)
         first = pictures[0]
         if first not in self.read:
-            self.read[first] = self.vlm.read([self.seen[first]])[0]
-        pieces: list[Any] = [self.vlm.prompts.ids(rest[0].removeprefix(family.closing))]
+            self.read[first] = self.model.prefill([self.seen[first]])[0]
+        pieces: list[Any] = [self.model.prompts.ids(rest[0].removeprefix(family.closing))]
         for picture, following in zip(pictures[1:], rest[1:], strict=True):
-            pieces += [self.seen[picture], self.vlm.prompts.ids(following)]
+            pieces += [self.seen[picture], self.model.prompts.ids(following)]
         return self.read[first], pieces
 
     def _next_token(
         self, prefix: Prefix, pieces: list[Any], body: dict[str, Any]
     ) -> dict[str, Any]:
-        vlm = self.vlm
+        model = self.model
         extents = [
             piece.grid if isinstance(piece, VisualTokens) else len(piece) for piece in pieces
         ]
         embeds = [
-            piece.values if isinstance(piece, VisualTokens) else vlm._embed(piece)
+            piece.values if isinstance(piece, VisualTokens) else model.embed(piece)
             for piece in pieces
         ]
-        positions, _ = layout(extents, prefix.next_position)
-        made = vlm._call([Row(np.concatenate(embeds), positions)], vlm._stacked([prefix]))
-        logits = made["logits"][0, 0, 0].astype(np.float64)
+        row = Row(np.concatenate(embeds), positions_of(extents, prefix.next_position)[0])
+        every = range(model.package.manifest.decoder.vocab_size)
+        logits = model.decoder.last_logits([row], [prefix.opening], every)[0].astype(np.float64)
         logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
         best = np.argsort(-logprobs)[: body["top_logprobs"]]
         named = [
-            {"token": vlm.prompts.text([int(token)]), "logprob": float(logprobs[token])}
+            {"token": model.prompts.text([int(token)]), "logprob": float(logprobs[token])}
             for token in best
         ]
         content = [{**named[0], "top_logprobs": named}]
         return answer(named[0]["token"], "length", 1, {"content": content})
 
     def _written(self, prefix: Prefix, question: np.ndarray, limit: int) -> dict[str, Any]:
-        writing = Writing(self.vlm, prefix, question, limit)
-        while writing.next_token != self.vlm.prompts.stop and len(writing.tokens) < limit:
+        writing = Writing(self.model, prefix, question, limit)
+        while writing.next_token != self.model.prompts.stop and len(writing.tokens) < limit:
             writing.accept()
-        stopped = writing.next_token == self.vlm.prompts.stop
-        text = self.vlm.prompts.text(writing.tokens)
+        stopped = writing.next_token == self.model.prompts.stop
+        text = self.model.prompts.text(writing.tokens)
         return answer(text, "stop" if stopped else "length", len(writing.tokens), None)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from meiqa.engine.engine import Engine
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import Engine
-from tests.engine.samples import K, calibrated_copy
+from tests.engine.samples import K, calibrated_copy, fake_anchors
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +18,12 @@ def engine(package: EnginePackage, anchors: Path) -> Iterator[Engine]:
     """Give an engine that cannot learn."""
     with Engine.open(package.path, anchors, threads=1, learn=False) as engine:
         yield engine
+
+
+@pytest.fixture(scope="session")
+def remembered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a memory of 24 anchors made by a `FakeModel`."""
+    return fake_anchors(tmp_path_factory.mktemp("fake") / "anchors")
 
 
 @pytest.fixture

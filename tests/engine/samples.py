@@ -1,21 +1,26 @@
-"""Pictures drawn from a seed, and an anchor memory of them."""
+"""Pictures drawn from a seed, anchor memories of them, and engines without a runtime."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meiqa.engine.engine import Engine
 from meiqa.engine.images import fit_to_grid, load_pixels
-from meiqa.engine.local import LocalVlm
+from meiqa.engine.local import LocalModel
+from meiqa.engine.model import Model, VisualTokens
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.vlm import VisualTokens
-from meiqa.memory import AnchorWriter, Case, MemoryBank
+from meiqa.engine.prompts import PromptFamily
+from meiqa.engine.runtime.decoder import GraphSession
+from meiqa.engine.scoring import Scorer
+from meiqa.memory import AnchorWriter, Case, MemoryBank, RetrievalPolicy
+from meiqa.testing import FakeClock, FakeModel
 from meiqa.types import Assessment, Failure
 
 Picture = NDArray[np.uint8]
@@ -42,39 +47,50 @@ def picture(seed: int, size: tuple[int, int] = (160, 224)) -> Picture:
 PHOTOS = [picture(seed, SIZES[seed % len(SIZES)]) for seed in range(7)]
 
 
-def open_vlm(package: EnginePackage, threads: int = 1) -> LocalVlm:
+def toned(score: float, seed: int = 0, size: tuple[int, int] = (64, 96)) -> Picture:
+    """A picture that a `FakeModel` gives about this score, for its brightness."""
+    level = 255.0 * (score - 1.0) / 4.0
+    contrast = min(level, 255.0 - level, 40.0) / 128.0
+    shapes = picture(seed, size).astype(np.float64)
+    return (level + contrast * (shapes - shapes.mean())).clip(0, 255).astype(np.uint8)
+
+
+def open_model(package: EnginePackage, threads: int = 1) -> LocalModel:
     """The package's model on the CPU."""
-    return LocalVlm(package, *open_sessions(package, "cpu", threads))
+    return LocalModel.open(package, "cpu", threads)
 
 
-def seen(vlm: LocalVlm, pixels: Picture) -> VisualTokens:
+def asking(model: LocalModel, family: PromptFamily) -> LocalModel:
+    """The same model, asked in another family's words; it sees no new pictures."""
+    package = model.package
+    other = replace(package, manifest=replace(package.manifest, prompt=family))
+    return LocalModel(other, cast(GraphSession, None), model.decoder)
+
+
+def seen(model: Model, pixels: Picture) -> VisualTokens:
     """A picture of any size as the model sees it."""
-    image = vlm.image
-    return vlm.encode(
-        fit_to_grid(
-            pixels,
-            multiple=image.cell_pixels,
-            min_pixels=image.min_pixels,
-            max_pixels=image.max_pixels,
-        )
-    )
+    return model.encode(fit_to_grid(load_pixels(pixels), model.image))
 
 
 def build_anchors(path: Path, package: EnginePackage) -> Path:
     """An anchor memory of pictures of four sizes with scores spread over 1-5."""
-    vlm = open_vlm(package)
-    width = package.manifest.decoder.hidden_size
-    with AnchorWriter(path, package.digest, width, width) as writer:
-        for number in range(ANCHORS):
-            pixels = picture(1000 + number, SIZES[number % len(SIZES)])
-            tokens = seen(vlm, pixels)
-            description = vlm.describe(vlm.read([tokens])[0], 8)
+    pictures = [picture(1000 + number, SIZES[number % len(SIZES)]) for number in range(ANCHORS)]
+    return write_anchors(path, open_model(package), pictures)
+
+
+def write_anchors(path: Path, model: Model, pictures: Sequence[Picture]) -> Path:
+    """An anchor memory of pictures, from the worst to the best."""
+    with AnchorWriter(path, model.digest, *model.widths) as writer:
+        for number, pixels in enumerate(pictures):
+            tokens = seen(model, pixels)
+            description = model.describe(model.prefill([tokens])[0], 8)
+            assert description.key is not None
             writer.add(
                 Case(
                     id=f"anchor-{number:02d}",
                     origin="anchor",
                     image_digest=load_pixels(pixels).digest,
-                    score=1.0 + 4.0 * number / (ANCHORS - 1),
+                    score=1.0 + 4.0 * number / (len(pictures) - 1),
                     std=0.2,
                     summary=description.text,
                     key=description.key,
@@ -86,11 +102,28 @@ def build_anchors(path: Path, package: EnginePackage) -> Path:
     return path
 
 
+def fake_anchors(path: Path, count: int = ANCHORS) -> Path:
+    """An anchor memory of a `FakeModel`, whose scores are those that it would give."""
+    scores = np.linspace(1.0, 5.0, count)
+    return write_anchors(
+        path, FakeModel(), [toned(score, 2000 + i) for i, score in enumerate(scores)]
+    )
+
+
+def fake_engine(model: FakeModel, anchors: Path, clock: FakeClock | None = None) -> Engine:
+    """An engine over a `FakeModel` and its memory, which it only reads; time is the clock's."""
+    bank = MemoryBank.open(anchors, "r", package_digest=model.digest)
+    scorer = Scorer(model, bank, RetrievalPolicy(k=model.calibration.neighbours))
+    if clock is not None:
+        scorer.clock = clock
+    return Engine(scorer)
+
+
 def calibrated_copy(package: EnginePackage, folder: Path, **changes: float) -> EnginePackage:
     """A copy of a package with another calibration."""
     shutil.copytree(package.path, folder)
     calibration = replace(package.manifest.calibration, **changes)  # type: ignore[arg-type]
-    return EnginePackage(folder, package.manifest).with_calibration(calibration)
+    return EnginePackage(folder, package.manifest).rewritten(calibration=calibration)
 
 
 def read_memory(package: EnginePackage, path: Path) -> MemoryBank:

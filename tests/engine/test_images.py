@@ -17,8 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from meiqa.engine.images import fit_to_grid, load_pixels
-from meiqa.errors import DecodeError, ImageError, ImageTooLarge, MeiqaError, UsageError
+from meiqa.engine.images import Pixels, fit_to_grid, grid_of, load_pixels
+from meiqa.engine.manifest import ImageProcessing
+from meiqa.errors import (
+    DecodeError,
+    ImageError,
+    ImageTooLarge,
+    ImageTooSmall,
+    MeiqaError,
+    UsageError,
+)
 
 LOSSY = {"JPEG", "WEBP", "AVIF"}
 
@@ -349,9 +357,18 @@ def test_damaged_bytes_never_raise_anything_else(noise: bytes, format: str) -> N
             load_pixels(bytes(data))
 
 
-def test_an_array_that_fits_comes_back_itself() -> None:
-    array = np.zeros((56, 84, 3), np.uint8)
-    assert fit_to_grid(array, multiple=28, min_pixels=56 * 84, max_pixels=56 * 84) is array
+def limits(multiple: int, low: int, high: int) -> ImageProcessing:
+    """Give a package's limits of the area that its vision tower sees."""
+    return ImageProcessing(multiple, 1, low, high, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def blank(height: int, width: int) -> Pixels:
+    return load_pixels(np.zeros((height, width, 3), np.uint8))
+
+
+def test_a_photo_that_fits_comes_back_itself() -> None:
+    photo = blank(56, 84)
+    assert fit_to_grid(photo, limits(28, 56 * 84, 56 * 84)) is photo.array
 
 
 def smart_resize(height: int, width: int, factor: int, low: int, high: int) -> tuple[int, int]:
@@ -371,15 +388,16 @@ def smart_resize(height: int, width: int, factor: int, low: int, high: int) -> t
     ("height", "width"), [(1, 1), (3, 7), (97, 64), (480, 640), (1000, 99), (1500, 2000)]
 )
 def test_grid_follows_smart_resize(height: int, width: int) -> None:
-    limits = (28, 4 * 784, 256 * 784)
-    expected = smart_resize(height, width, *limits)
-    fitted = fit_to_grid(
-        np.zeros((height, width, 3), np.uint8),
-        multiple=limits[0],
-        min_pixels=limits[1],
-        max_pixels=limits[2],
-    )
-    assert fitted.shape == (*expected, 3)
+    expected = smart_resize(height, width, 28, 4 * 784, 256 * 784)
+    rows, columns = grid_of(height, width, limits(28, 4 * 784, 256 * 784))
+    assert (28 * rows, 28 * columns) == expected
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 17), (97, 64), (480, 640), (1500, 2000)])
+def test_photos_are_resized_to_their_grid(height: int, width: int) -> None:
+    image = limits(28, 4 * 784, 256 * 784)
+    fitted, grid = fit_to_grid(blank(height, width), image), grid_of(height, width, image)
+    assert fitted.shape == (28 * grid[0], 28 * grid[1], 3)
     assert fitted.flags.c_contiguous
 
 
@@ -395,32 +413,32 @@ def test_grid_keeps_its_limits(
     height: int, width: int, multiple: int, fewest: int, spread: int
 ) -> None:
     low, high = fewest * multiple**2, (fewest + spread) * multiple**2
-    array = np.zeros((height, width, 3), np.uint8)
-    try:
-        fitted = fit_to_grid(array, multiple=multiple, min_pixels=low, max_pixels=high)
-    except ImageError:
-        assert max(height, width) > 100 * min(height, width)
-        return
-    assert fitted.shape[0] % multiple == 0
-    assert fitted.shape[1] % multiple == 0
-    assert low <= fitted.shape[0] * fitted.shape[1] <= high
+    rows, columns = grid_of(height, width, limits(multiple, low, high))
+    assert min(rows, columns) >= 1
+    assert low <= rows * columns * multiple**2 <= high
 
 
 def test_elongated_photos_are_refused_at_101_to_1() -> None:
-    limits = {"multiple": 28, "min_pixels": 784, "max_pixels": 784 * 300}
-    assert fit_to_grid(np.zeros((2, 200, 3), np.uint8), **limits).size > 0
-    for shape in ((2, 201, 3), (201, 2, 3)):
-        with pytest.raises(ImageError, match="too elongated"):
-            fit_to_grid(np.zeros(shape, np.uint8), **limits)
+    image = limits(28, 784, 784 * 300)
+    assert fit_to_grid(blank(16, 1600), image).size > 0
+    for height, width in ((16, 1601), (1601, 16)):
+        with pytest.raises(ImageError, match=r"<array> is too elongated.*at most 100:1; crop it"):
+            fit_to_grid(blank(height, width), image)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (15, 200), (200, 15)])
+def test_small_photos_are_refused(height: int, width: int) -> None:
+    with pytest.raises(ImageTooSmall, match=rf"<array> is too small.*{width} x {height}.*16"):
+        fit_to_grid(blank(height, width), limits(28, 784, 784 * 300))
 
 
 def test_limits_that_no_size_meets() -> None:
     with pytest.raises(UsageError, match="pixel limits"):
-        fit_to_grid(np.zeros((9, 9, 3), np.uint8), multiple=28, min_pixels=785, max_pixels=1000)
+        fit_to_grid(blank(99, 99), limits(28, 785, 1000))
 
 
 def test_resizing_keeps_a_flat_colour_and_the_layout(photo: Image.Image) -> None:
     array = np.asarray(photo)
-    fitted = fit_to_grid(array, multiple=28, min_pixels=784, max_pixels=784 * 300)
+    fitted = fit_to_grid(load_pixels(photo), limits(28, 784, 784 * 300))
     assert fitted.shape == (56, 84, 3)
     assert np.abs(fitted.mean(axis=(0, 1)) - array.mean(axis=(0, 1))).max() < 3

@@ -11,11 +11,18 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from meiqa.engine.manifest import GRAPHS
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.runtime import onnx, optimised
-from meiqa.engine.runtime.base import GraphSession
-from meiqa.engine.runtime.onnx import OnnxSession, kept_graph, open_sessions
-from meiqa.engine.runtime.optimised import MOST_KEPT, KeptGraph, kept_graphs
+from meiqa.engine.runtime import onnx
+from meiqa.engine.runtime.decoder import GraphSession
+from meiqa.engine.runtime.onnx import (
+    MOST_KEPT,
+    KeptGraph,
+    OnnxSession,
+    kept_graph,
+    kept_graphs,
+    open_onnx,
+)
 from meiqa.errors import PackageCorrupted
 
 
@@ -32,7 +39,7 @@ def created(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     create = onnxruntime.InferenceSession
 
     def recording(source: object, *args: object, **options: object) -> object:
-        made.append(not isinstance(source, bytes))
+        made.append(Path(str(source)).suffix != ".graph")
         return create(source, *args, **options)
 
     monkeypatch.setattr(onnx.onnxruntime, "InferenceSession", recording)
@@ -53,10 +60,10 @@ def vision_session(package: EnginePackage) -> OnnxSession:
 def test_the_second_opening_takes_what_the_first_kept(
     int8_package: EnginePackage, cache: Path, created: list[bool]
 ) -> None:
-    first = open_sessions(int8_package, "cpu", 2)
+    first = open_onnx(int8_package, GRAPHS, "cpu", 2)
     assert created == [True, True]
     assert len(list(cache.glob("*.graph"))) == len(list(cache.iterdir())) == 2
-    second = open_sessions(int8_package, "cpu", 2)
+    second = open_onnx(int8_package, GRAPHS, "cpu", 2)
     assert created[2:] == [False, False]
     wanted = answered(first[0], int8_package)
     np.testing.assert_array_equal(answered(second[0], int8_package), wanted)
@@ -72,10 +79,8 @@ def test_what_is_damaged_is_optimised_anew(
     if damage == "none of ONNX Runtime's":
         place = kept_graph(package, "vision")
         assert place is not None
-        unfinished = place.begin()
-        assert unfinished is not None
-        unfinished.write_bytes(b"a graph of another program")
-        place.keep(unfinished)
+        with place.written() as unfinished:
+            unfinished.write_bytes(b"a graph of another program")
     else:
         changed = sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:]
         kept.write_bytes({"cut": sound[:-100], "changed": changed, "empty": b""}[damage])
@@ -126,13 +131,14 @@ def test_what_is_kept_answers_as_a_graph_that_is_not(
             np.testing.assert_array_equal(found[output], values)
 
 
-def test_two_writers_have_a_file_each(package: EnginePackage) -> None:
+def test_two_writers_have_a_file_each(package: EnginePackage, cache: Path) -> None:
     place = kept_graph(package, "vision")
     assert place is not None
-    one, other = place.begin(), place.begin()
-    assert one is not None
-    assert other is not None
-    assert one != other
+    with place.written() as one, place.written() as other:
+        assert one != other
+        one.write_bytes(b"one")
+        other.write_bytes(b"other")
+    assert [file.read_bytes()[:3] for file in cache.iterdir()] == [b"one"]
 
 
 def test_where_the_processor_is_not_known_nothing_is_kept(
@@ -151,13 +157,25 @@ def test_where_nothing_can_be_written_nothing_is_kept(
     assert answered(vision_session(package), package).size
 
 
+def test_where_there_is_no_home_nothing_is_kept(
+    package: EnginePackage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MEIQA_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert answered(vision_session(package), package).size
+
+
 def test_a_full_disk_leaves_nothing(
     package: EnginePackage, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(unfinished: Path, path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(optimised.os, "replace", full)
+    monkeypatch.setattr(onnx.os, "replace", full)
     assert answered(vision_session(package), package).size
     assert list(cache.iterdir()) == []
 
@@ -165,14 +183,12 @@ def test_a_full_disk_leaves_nothing(
 def test_those_not_used_for_longest_are_removed(cache: Path) -> None:
     for number in range(MOST_KEPT + 3):
         kept = KeptGraph((str(number),))
-        unfinished = kept.begin()
-        assert unfinished is not None
-        unfinished.write_bytes(b"graph")
-        kept.keep(unfinished)
+        with kept.written() as unfinished:
+            unfinished.write_bytes(b"graph")
         os.utime(kept.path, (number, number))
-        assert KeptGraph(("0",)).read() == b"graph"
-    assert KeptGraph(("1",)).read() is None
-    assert KeptGraph((str(MOST_KEPT + 2),)).read() == b"graph"
+        assert KeptGraph(("0",)).is_sound()
+    assert not KeptGraph(("1",)).is_sound()
+    assert KeptGraph((str(MOST_KEPT + 2),)).is_sound()
     assert len(list(kept_graphs().iterdir())) == MOST_KEPT
 
 

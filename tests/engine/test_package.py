@@ -9,12 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from meiqa.engine.manifest import IDENTITY, UNCALIBRATED, Calibration, Logistic, Manifest
+from meiqa.engine.calibration import UNCALIBRATED, Logistic
+from meiqa.engine.manifest import Manifest, TensorRtEngine
 from meiqa.engine.package import EnginePackage
-from meiqa.errors import PackageCorrupted, PackageError, PackageNotFound, SchemaUnsupported
+from meiqa.errors import (
+    PackageCorrupted,
+    PackageError,
+    PackageNotFound,
+    SchemaUnsupported,
+    UsageError,
+)
 
 FILES = (
     *("decoder.onnx", "decoder.onnx.data", "embedding.npy", "key_projection.npy"),
@@ -167,11 +173,6 @@ def test_a_graph_is_described_by_names(folder: Path, name: str, value: object) -
     assert "names" in refusal(folder, PackageCorrupted)
 
 
-def test_the_ends_of_what_is_allowed_are_allowed() -> None:
-    for share in (0, 1.0):
-        replace(UNCALIBRATED, grade_share=share, std_floor=0.0, reflect_above=0, neighbours=0)
-
-
 def test_the_digest_is_computed_once(package: EnginePackage) -> None:
     manifest = Manifest.from_json(package.manifest.to_json())
     assert manifest.digest is manifest.digest
@@ -192,27 +193,43 @@ def test_a_calibration_is_kept_and_does_not_change_the_digest(folder: Path) -> N
         sigma=0.42,
         neighbours=8,
     )
-    before.with_calibration(fitted)
+    before.rewritten(calibration=fitted)
     after = EnginePackage.open(folder)
     assert after.manifest.calibration == fitted
     assert after.digest == before.digest
     assert {file.name for file in folder.iterdir()} == {"manifest.json", *FILES}
 
 
-def test_a_calibration_survives_json() -> None:
-    values = json.loads(json.dumps(UNCALIBRATED, default=vars))
-    assert Calibration.from_dict(values) == UNCALIBRATED
+def test_a_rewritten_manifest_keeps_what_others_changed(folder: Path) -> None:
+    before = EnginePackage.open(folder)
+    engine = TensorRtEngine(
+        *("patterns", "patterns.engine", "0", "tensorrt", "10", "8.9", "fp16"), {}, 1, 0.0
+    )
+    before.rewritten(engines=[engine])
+    after = before.rewritten(calibration=replace(UNCALIBRATED, sigma=0.5))
+    assert after.manifest.engines == (engine,)
+    assert after.manifest == EnginePackage.open(folder).manifest
+    assert before.rewritten(engines=[]).manifest.engines == ()
+    assert after.rewritten(score_head="levels").manifest.calibration.sigma == 0.5
 
 
-@pytest.mark.parametrize("raw", [1.0, 2.7, 3.3, 4.9])
-def test_the_logistic_is_the_formula(raw: float) -> None:
-    b1, b2, b3, b4, b5 = 1.2, 1.7, 3.1, 0.5, 1.4
-    wanted = b1 * (0.5 - 1 / (1 + np.exp(b2 * (raw - b3)))) + b4 * raw + b5
-    assert 1 < wanted < 5
-    assert float(Logistic(b1, b2, b3, b4, b5)(raw)) == pytest.approx(wanted, abs=1e-12)
+def test_another_head_is_of_this_process_alone(folder: Path) -> None:
+    assert EnginePackage.open(folder, head="levels").manifest.score_head == "levels"
+    assert EnginePackage.open(folder).manifest.score_head == "text"
+    with pytest.raises(UsageError, match="text, levels, grm"):
+        EnginePackage.open(folder, head="softmax")
+    with pytest.raises(UsageError, match=r"no graded response.*fit one"):
+        EnginePackage.open(folder, head="grm")
 
 
-def test_the_logistic_stays_on_the_scale() -> None:
-    steep = Logistic(9.0, 1e3, 3.0, 0.0, 3.0)
-    assert steep(np.array([-1e6, 1e6])).tolist() == [1.0, 5.0]
-    assert IDENTITY(np.array([0.0, 2.5, 77.0])).tolist() == [1.0, 2.5, 5.0]
+@pytest.mark.parametrize("profile", [{"cells": [[1], [2]]}, {"cells": 3}, 3])
+def test_an_engine_says_which_shapes_it_accepts(folder: Path, profile: object) -> None:
+    engine = TensorRtEngine(
+        *("vision", "v.engine", "0", "tensorrt", "10", "8.9", "fp16"),
+        {"cells": ((1,), (2,), (3,))},
+        *(1, 0.0),
+    )
+    assert EnginePackage.open(folder).rewritten(engines=[engine]).manifest.engines == (engine,)
+    assert EnginePackage.open(folder).manifest.engines == (engine,)
+    rewrite(folder, lambda values: values["engines"][0].update(profile=profile))
+    refusal(folder, PackageCorrupted)

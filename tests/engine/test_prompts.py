@@ -17,7 +17,16 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.prompts import FAMILIES, MEIQA, PromptFamily, Prompts, layout, prompt_family
+from meiqa.engine.prompts import (
+    FAMILIES,
+    MEIQA,
+    PromptFamily,
+    Prompts,
+    Reply,
+    parse_reply,
+    positions_of,
+    prompt_family,
+)
 from meiqa.errors import PackageCorrupted, UsageError
 
 MERGE = 2
@@ -63,14 +72,14 @@ def reference_positions(pieces: list[int | tuple[int, int]]) -> tuple[np.ndarray
     ids=str,
 )
 def test_positions_are_those_of_transformers(pieces: list[int | tuple[int, int]]) -> None:
-    positions, following = layout(pieces)
+    positions, following = positions_of(pieces)
     wanted, wanted_following = reference_positions(pieces)
     np.testing.assert_array_equal(positions, wanted)
     assert following == wanted_following
 
 
 def test_positions_by_hand() -> None:
-    positions, following = layout([2, (2, 3), 1])
+    positions, following = positions_of([2, (2, 3), 1])
     assert positions.tolist() == [
         [0, 1, 2, 2, 2, 2, 2, 2, 5],
         [0, 1, 2, 2, 2, 3, 3, 3, 5],
@@ -80,9 +89,9 @@ def test_positions_by_hand() -> None:
 
 
 def test_a_suffix_goes_on_where_its_prefix_ended() -> None:
-    whole, following = layout([4, (2, 3), 2, (3, 1), 5])
-    _, middle = layout([4, (2, 3)])
-    suffix, end = layout([2, (3, 1), 5], middle)
+    whole, following = positions_of([4, (2, 3), 2, (3, 1), 5])
+    _, middle = positions_of([4, (2, 3)])
+    suffix, end = positions_of([2, (3, 1), 5], middle)
     np.testing.assert_array_equal(suffix, whole[:, 4 + 6 :])
     assert end == following
 
@@ -272,3 +281,35 @@ def test_a_file_that_is_no_object_is_refused(
         path.write_bytes(content)
     with pytest.raises(UsageError, match=said):
         prompt_family(str(path))
+
+
+RATED, GRADED = FAMILIES["visualquality-r1"], FAMILIES["levels"]
+
+
+@pytest.mark.parametrize(
+    ("text", "cut", "wanted"),
+    [
+        ("Soft.</think>\n<answer>3.25</answer>", False, Reply("Soft.", 3.25, True, True)),
+        ("Soft.</think><answer>3.2", True, Reply("Soft.", None, True, True)),
+        ("Soft.</think><answer>3.2", False, Reply("Soft.", 3.2, True, True)),
+        ("Soft.</think><answer>3.2</answer><answer>4", True, Reply("Soft.", None, True, True)),
+        (" Soft. ", True, Reply("Soft.", None, False, False)),
+        (" Soft. ", False, Reply("Soft.", None, False, True)),
+        ("Soft. <answer>4.5</answer>", False, Reply("Soft.", 4.5, False, True)),
+        ("Soft. <answer>4.5", True, Reply("Soft. <answer>4.5", None, False, False)),
+        ("<answer>2</answer>", False, Reply("<answer>2</answer>", 2.0, False, True)),
+        ("Soft.</think><answer>7</answer>", False, Reply("Soft.", None, True, True)),
+        ("Soft.</think>3.5", False, Reply("Soft.", None, True, True)),
+        ('S</think><answer>{"rating": 1.5}</answer>', False, Reply("S", 1.5, True, True)),
+        ("", False, Reply("", None, False, True)),
+    ],
+)
+def test_a_reply_is_taken_apart(text: str, cut: bool, wanted: Reply) -> None:
+    assert parse_reply(text, RATED, cut=cut) == wanted
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_no_rating_is_read_where_none_is_asked_for(cut: bool) -> None:
+    found = parse_reply("Soft. 4.5", GRADED, cut=cut)
+    assert found == Reply("Soft. 4.5", None, marked=False, complete=not cut)
+    assert parse_reply("Soft.<|im_end|>", GRADED, cut=cut) == Reply("Soft.", None, True, True)

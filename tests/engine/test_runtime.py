@@ -9,10 +9,11 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
+from meiqa.engine.engine import Engine
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import Engine
-from meiqa.engine.runtime.onnx import open_sessions
+from meiqa.engine.runtime import open_runtime, usable_threads
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, StoreMismatch, UsageError
+from meiqa.kernels.cores import usable_cores
 
 
 def test_cuda_where_there_is_none(
@@ -34,6 +35,28 @@ def test_threads_must_be_positive(package: EnginePackage, anchors: Path, threads
         Engine.open(package.path, anchors, threads=threads, learn=False)
 
 
+def test_more_threads_than_cores_are_as_many_as_there_are_cores(
+    package: EnginePackage, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert usable_threads(10_000) == usable_cores()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    caplog.clear()
+    assert usable_threads(usable_cores()) == usable_threads(None) == usable_cores()
+    assert usable_threads(1) == 1
+    assert not caplog.records
+    open_runtime(package, threads=10_000)
+    (record,) = caplog.records
+    assert "10000" in record.message
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_fewer_threads_than_one_are_refused(package: EnginePackage, threads: int) -> None:
+    with pytest.raises(UsageError, match="threads"):
+        usable_threads(threads)
+    with pytest.raises(UsageError, match="threads"):
+        open_runtime(package, threads=threads)
+
+
 @pytest.mark.parametrize("name", ["vision.onnx", "decoder.onnx"])
 @pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x08"], ids=repr)
 def test_a_file_that_is_no_graph(
@@ -42,7 +65,7 @@ def test_a_file_that_is_no_graph(
     folder = Path(shutil.copytree(package.path, tmp_path / "copy"))
     (folder / name).write_bytes(content)
     with pytest.raises(PackageCorrupted) as caught:
-        open_sessions(EnginePackage.open(folder, verify=False), "cpu", 1)
+        open_runtime(EnginePackage.open(folder, verify=False), threads=1)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -57,7 +80,7 @@ def test_a_graph_of_another_interface(package: EnginePackage, graph: str, kind: 
     }
     changed = EnginePackage(package.path, replace(manifest, graphs=other))
     with pytest.raises(PackageCorrupted, match=rf"{graph}\.onnx has other {kind}.*something"):
-        open_sessions(changed, "cpu", 1)
+        open_runtime(changed, threads=1)
 
 
 def test_a_truncated_graph(package: EnginePackage, tmp_path: Path) -> None:
@@ -65,7 +88,7 @@ def test_a_truncated_graph(package: EnginePackage, tmp_path: Path) -> None:
     whole = (folder / "decoder.onnx").read_bytes()
     (folder / "decoder.onnx").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(PackageCorrupted, match=r"decoder\.onnx"):
-        open_sessions(EnginePackage.open(folder, verify=False), "cpu", 1)
+        open_runtime(EnginePackage.open(folder, verify=False), threads=1)
 
 
 @pytest.mark.parametrize("name", ["vision", "decoder"])
@@ -74,7 +97,7 @@ def test_truncated_weights(package: EnginePackage, tmp_path: Path, name: str) ->
     weights = folder / f"{name}.onnx.data"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(PackageCorrupted, match=rf"{name}\.onnx"):
-        open_sessions(EnginePackage.open(folder, verify=False), "cpu", 1)
+        open_runtime(EnginePackage.open(folder, verify=False), threads=1)
 
 
 def test_a_memory_of_another_package(int8_package: EnginePackage, anchors: Path) -> None:

@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from meiqa.engine.engine import Engine
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import Engine
 from tests.engine.samples import PHOTOS, K, Picture, assessed, build_anchors
-
-"""Alone, in a batch, in reverse, with one and two threads, warm and cold: one score."""
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8"])

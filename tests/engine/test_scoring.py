@@ -1,133 +1,297 @@
-"""The first opinion: the printed rating, or the grade word where it can't be read."""
+"""A photo's score: what the model says, what is remembered, and what becomes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from meiqa.engine.drafting import Draft
-from meiqa.engine.grading import expected_grade
-from meiqa.engine.manifest import UNCALIBRATED, Logistic
-from meiqa.engine.scoring import first_opinion, informed
-from meiqa.engine.vlm import Description, Prefix, VisualTokens, Vlm
-from meiqa.memory import Regression
-
-PREFIX = Prefix(
-    np.zeros((1, 2, 1, 3, 4), np.float32), VisualTokens(np.zeros((1, 4), np.float32), (1, 1)), 3
+from meiqa.engine.budget import most_informative
+from meiqa.engine.calibration import NEUTRAL_GRADED, Logistic
+from meiqa.engine.engine import Engine
+from meiqa.engine.estimates import Estimate, before_comparisons, combine_correlated, fold
+from meiqa.engine.images import load_pixels
+from meiqa.engine.model import (
+    NEVER,
+    Description,
+    Draft,
+    Floats,
+    GenerationStats,
+    Prefix,
+    StopRule,
+    VisualTokens,
 )
-KEY = np.ones(4, np.float32)
+from meiqa.engine.scoring import Prediction, Scored, ScoreRequest
+from meiqa.memory import token_features
+from meiqa.testing import FAKE_CALIBRATION, FakeClock, FakeModel
+from meiqa.types import Budget
+from tests.engine.samples import ANCHORS, K, fake_anchors, fake_engine, toned
+
+KEY = np.ones(2, np.float32)
+PHOTO = toned(3.2, 77)
 
 
-class Scripted:
-    """The part of a model that gives opinions; it says what it is told to."""
+class Scripted(FakeModel):
+    """A model that says what it is told to, whatever it sees."""
 
     def __init__(
-        self, rating: float | None, grades: Sequence[float], complete: bool, asked: bool
+        self,
+        rating: float | None,
+        grades: Sequence[float],
+        *,
+        complete: bool = True,
+        asked: bool = True,
+        **options: Any,
     ) -> None:
-        self._rating = rating
-        self._unreadable = asked and rating is None
-        self._grades = np.array(grades)
-        self._complete = complete
+        super().__init__(**options)
+        stats, unreadable = GenerationStats(7, complete), asked and rating is None
+        self.said = Description("soft and dark", KEY, rating, unreadable, stats)
+        self.grades = np.array(grades, np.float64)
 
     def describe(
         self,
         prefix: Prefix,
         max_tokens: int,
         drafts: Sequence[Draft] = (),
-        enough: Callable[[], bool] = lambda: False,
+        stop: StopRule = NEVER,
     ) -> Description:
-        return Description(
-            "soft and dark", KEY, self._rating, self._unreadable, self._complete, tokens=7
-        )
+        return self.said
 
     def grade(self, prefix: Prefix) -> NDArray[np.float64]:
-        return self._grades
+        return self.grades
 
 
-def scripted(
-    rating: float | None, grades: Sequence[float], *, complete: bool = True, asked: bool = True
-) -> Vlm:
-    return cast(Vlm, Scripted(rating, grades, complete, asked))
+@pytest.fixture
+def anchors(remembered: Path) -> Path:
+    return remembered
 
 
-def test_the_printed_rating_is_the_score() -> None:
-    opinion = first_opinion(scripted(3.27, [1, 0, 0, 0, 0]), PREFIX, UNCALIBRATED, 96)
-    assert opinion.score == 3.27
-    assert opinion.prior == pytest.approx((3.27 + 1.0) / 2)
-    assert (opinion.summary, opinion.written_tokens) == ("soft and dark", 7)
-    assert not opinion.unreadable
-    assert not opinion.shortened
+def predicted(model: FakeModel, anchors: Path, tokens: int = 96) -> Prediction:
+    scorer = fake_engine(model, anchors).scorer
+    prefix, _ = scorer.prefill(load_pixels(PHOTO))
+    return scorer.predict(prefix, tokens)
 
 
-def test_an_unreadable_rating_falls_back_to_the_grade_word_and_says_so() -> None:
-    opinion = first_opinion(scripted(None, [0, 0, 0.5, 0.5, 0]), PREFIX, UNCALIBRATED, 96)
-    assert (opinion.score, opinion.prior) == (3.5, 3.5)
-    assert opinion.unreadable
-    assert opinion.summary == "soft and dark"
-    assert opinion.key is KEY
+def scored(engine: Engine, request: ScoreRequest) -> Scored:
+    decoded = load_pixels(request.image)
+    return engine.scorer.score(lambda: decoded, request, engine.memory.snapshot())
 
 
-def test_a_family_without_a_printed_rating_is_scored_by_grade_word_alone() -> None:
-    calibration = replace(UNCALIBRATED, levels_std=0.4, text_std=0.8, grade_share=0.75)
-    vlm = scripted(None, [0, 0, 0.5, 0.5, 0], asked=False)
-    opinion = first_opinion(vlm, PREFIX, calibration, 96)
-    assert (opinion.score, opinion.prior, opinion.prior_std) == (3.5, 3.5, 0.4)
-    assert not opinion.unreadable
-    assert opinion.summary == "soft and dark"
+# What the model says
 
 
-def test_without_a_description_nothing_is_unreadable() -> None:
-    opinion = first_opinion(scripted(None, [0, 1, 0, 0, 0]), PREFIX, UNCALIBRATED, 0)
-    assert (opinion.score, opinion.prior) == (2.0, 2.0)
-    assert not opinion.unreadable
-    assert (opinion.summary, opinion.key, opinion.written_tokens) == (None, None, 0)
+def test_the_printed_rating_is_the_initial_score(anchors: Path) -> None:
+    found = predicted(Scripted(3.27, [1, 0, 0, 0, 0]), anchors)
+    assert [each.name for each in found.estimates] == ["rating", "grade"]
+    assert found.estimates[0].score == 3.27
+    assert fold(found.estimates).score == pytest.approx((3.27 + 1.0) / 2)
+    assert found.description is not None
+    assert (found.description.text, found.stats.tokens) == ("soft and dark", 7)
 
 
-def test_the_calibration_maps_and_weighs_rating_and_grade() -> None:
+def test_an_unreadable_rating_falls_back_to_the_grade_word_and_says_so(anchors: Path) -> None:
+    model = Scripted(None, [0, 0, 0.5, 0.5, 0])
+    found = predicted(model, anchors)
+    assert [(each.name, each.score) for each in found.estimates] == [("grade", 3.5)]
+    result = fake_engine(model, anchors).score(PHOTO)
+    assert "rating unreadable: scored by grade word" in result.degraded
+    assert (result.initial_score, result.summary) == (3.5, "soft and dark")
+    read = fake_engine(Scripted(2.5, [0, 0, 0.5, 0.5, 0]), anchors).score(PHOTO)
+    assert not any("unreadable" in note for note in read.degraded)
+    assert read.initial_score == 2.5
+
+
+def test_a_family_without_a_printed_rating_is_scored_by_grade_word_alone(anchors: Path) -> None:
+    calibration = replace(FAKE_CALIBRATION, levels_std=0.4, text_std=0.8, grade_share=0.75)
+    model = Scripted(None, [0, 0, 0.5, 0.5, 0], asked=False, calibration=calibration)
+    found = predicted(model, anchors)
+    posterior = fold(found.estimates)
+    assert (posterior.score, posterior.std) == (3.5, 0.4)
+    assert not any(
+        "unreadable" in note for note in fake_engine(model, anchors).score(PHOTO).degraded
+    )
+
+
+def test_without_a_description_nothing_is_unreadable(anchors: Path) -> None:
+    found = predicted(Scripted(None, [0, 1, 0, 0, 0]), anchors, tokens=0)
+    assert fold(found.estimates).score == 2.0
+    assert found.description is None
+    assert found.stats == GenerationStats()
+
+
+@pytest.mark.parametrize("head", ["levels", "grm"])
+def test_another_head_scores_by_the_grade_words_whatever_is_printed(
+    anchors: Path, head: Any
+) -> None:
+    calibration = replace(FAKE_CALIBRATION, graded=NEUTRAL_GRADED)
+    for rating in (1.0, None):
+        model = Scripted(rating, [0, 0, 0, 1, 0], calibration=calibration, head=head)
+        result = fake_engine(model, anchors).score(PHOTO, k=0)
+        assert result.score == result.initial_score > 3.5
+        assert result.summary == "soft and dark"
+        assert not any("unreadable" in note for note in result.degraded)
+
+
+def test_the_calibration_maps_and_weighs_rating_and_grade(anchors: Path) -> None:
     calibration = replace(
-        UNCALIBRATED,
+        FAKE_CALIBRATION,
         levels=Logistic(0.0, 1.0, 3.0, 0.5, 1.0),
         text=Logistic(0.0, 1.0, 3.0, 0.25, 1.0),
         levels_std=0.4,
         text_std=0.8,
         grade_share=0.75,
     )
-    opinion = first_opinion(scripted(4.8, [0, 0, 0, 1, 0]), PREFIX, calibration, 96)
-    assert opinion.score == pytest.approx(2.2)
-    assert opinion.prior == pytest.approx(0.25 * 2.2 + 0.75 * 3.0)
-    assert opinion.prior_std == pytest.approx(0.25 * 0.8 + 0.75 * 0.4)
+    model = Scripted(4.8, [0, 0, 0, 1, 0], calibration=calibration)
+    found = fold(predicted(model, anchors).estimates)
+    assert found.score == pytest.approx(0.25 * 2.2 + 0.75 * 3.0)
+    assert found.std == pytest.approx(0.25 * 0.8 + 0.75 * 0.4)
+    result = fake_engine(model, anchors).score(PHOTO, k=0)
+    assert result.initial_score == pytest.approx(2.2)
+    assert (result.score, result.std) == pytest.approx((found.score, found.std))
+    assert not any("not calibrated" in note for note in result.degraded)
 
 
 @pytest.mark.parametrize(("printed", "score"), [(77.0, 5.0), (0.0, 1.0)])
-def test_a_rating_off_the_scale_is_kept_on_it(printed: float, score: float) -> None:
-    assert first_opinion(scripted(printed, [1] * 5), PREFIX, UNCALIBRATED, 96).score == score
+def test_a_rating_off_the_scale_is_kept_on_it(anchors: Path, printed: float, score: float) -> None:
+    assert predicted(Scripted(printed, [0.2] * 5), anchors).estimates[0].score == score
 
 
-def test_what_the_memory_says_is_joined_to_the_prior() -> None:
-    calibration = replace(
-        UNCALIBRATED, levels_std=0.5, text_std=0.5, grade_share=0.0, memory_correlation=0.0
+def test_a_cut_description_is_marked(anchors: Path) -> None:
+    result = fake_engine(Scripted(3.0, [0, 0, 1, 0, 0], complete=False), anchors).score(PHOTO)
+    assert "summary cut at the token limit" in result.degraded
+
+
+def test_a_package_that_was_never_calibrated_says_so(anchors: Path) -> None:
+    result = fake_engine(FakeModel(), anchors).score(PHOTO)
+    assert result.degraded == (
+        "package not calibrated: score and deviation are not fitted to people's",
     )
-    opinion = first_opinion(scripted(2.0, [1] * 5), PREFIX, calibration, 96)
-    tokens = np.float32([[1, 3], [3, 3]])  # means 2 and 3, deviations 1 and 0
-    regression = Regression(np.array([0.5, 1.0, -1.0, 7.0]), 1.0, 0.5)
-    both = informed(opinion, regression, tokens, calibration)
-    assert both.memory_score == pytest.approx(4.0)
-    assert both.prior == pytest.approx(3.0)
-    assert both.prior_std == pytest.approx(0.5 / np.sqrt(2))
-    assert both.score == opinion.score
-    assert informed(opinion, None, tokens, calibration) is opinion
 
 
-def test_a_cut_description_is_marked() -> None:
-    vlm = scripted(3.0, [0, 0, 1, 0, 0], complete=False)
-    assert first_opinion(vlm, PREFIX, UNCALIBRATED, 16).shortened
+# What is remembered
 
 
-def test_the_expected_grade() -> None:
-    assert expected_grade(np.array([0.1, 0.2, 0.4, 0.2, 0.1])) == pytest.approx(3.0)
-    assert expected_grade(np.array([0, 0, 0, 0, 1.0])) == 5.0
+def test_without_neighbours_the_models_own_score_stands(anchors: Path) -> None:
+    calibration = replace(FAKE_CALIBRATION, grade_share=0.0, text_std=0.37)
+    result = fake_engine(FakeModel(calibration=calibration), anchors).score(PHOTO, k=0)
+    assert result.neighbours == ()
+    assert result.score == result.initial_score
+    assert result.std == 0.37
+    assert result.reflection is None
+
+
+def test_each_estimate_is_one_entry_and_the_score_is_their_fold(tmp_path: Path) -> None:
+    """A memory of sixty knows a regression, too."""
+    engine = fake_engine(FakeModel(), fake_anchors(tmp_path / "many", 60))
+    found, regression = scored(engine, ScoreRequest(PHOTO)), engine.memory.snapshot().regression
+    assert regression is not None
+    names = [each.name for each in found.estimates]
+    assert names == ["rating", "grade", "regression", "comparisons"]
+    assert found.posterior == fold(found.estimates)
+    recalled = found.estimate("regression")
+    assert recalled is not None
+    assert recalled.score == regression.score(token_features(found.prefix.tokens.values))
+    assert (recalled.std, recalled.correlation) == (regression.std, 0.5)
+    own = fold(found.prediction.estimates)
+    assert before_comparisons(found.estimates) == combine_correlated(
+        own, fold([Estimate("regression", recalled.score, recalled.std)]), 0.5
+    )
+    assessment = found.assessment(engine.memory.snapshot())
+    assert assessment.memory_score == recalled.score
+    assert assessment.score == found.posterior.score
+
+
+def test_a_few_anchors_make_no_regression(anchors: Path) -> None:
+    engine = fake_engine(FakeModel(), anchors)
+    assert scored(engine, ScoreRequest(PHOTO)).estimate("regression") is None
+    assert engine.score(PHOTO).memory_score is None
+
+
+def test_every_neighbour_is_compared_with_once_in_both_orders(anchors: Path) -> None:
+    model = FakeModel()
+    found = scored(fake_engine(model, anchors), ScoreRequest(PHOTO, k=ANCHORS))
+    assert found.logits.shape == (ANCHORS, 2)
+    assert not np.isnan(found.logits).any()
+    assert model.calls["pair"] == found.counters["comparisons"] == 2 * ANCHORS
+    # The better the neighbour, the less likely is it that the photo looks better.
+    worst_first = np.argsort([case.score for case in found.neighbours])
+    assert (np.diff(found.preferences[worst_first]) < 0).all()
+
+
+def test_a_precision_asks_the_most_informative_first(anchors: Path) -> None:
+    engine = fake_engine(FakeModel(), anchors)
+    found = scored(engine, ScoreRequest(PHOTO, Budget(std=0.45), k=ANCHORS))
+    asked = set(np.flatnonzero(~np.isnan(found.preferences)).tolist())
+    prior, calibration = before_comparisons(found.estimates), engine.model.calibration
+    ordered = most_informative(
+        (prior.score, 1 / np.sqrt(2 * calibration.lam)),
+        np.array([case.score for case in found.neighbours]),
+        np.array([case.std for case in found.neighbours]),
+        np.full(ANCHORS, np.nan),
+        calibration.sigma,
+    )
+    assert asked == {*ordered[:8].tolist()}
+    assert found.posterior.std <= 0.45
+
+
+def test_neighbours_are_as_many_as_is_said(anchors: Path) -> None:
+    engine = fake_engine(FakeModel(), anchors)
+    assert len(engine.score(PHOTO).neighbours) == K
+    assert len(engine.score(PHOTO, k=5).neighbours) == 5
+    assert len(engine.score(PHOTO, k=1000).neighbours) == ANCHORS
+
+
+class Keyless(FakeModel):
+    """A model of a package whose keys can't be guessed."""
+
+    def unwritten_key(self, tokens: VisualTokens) -> Floats:
+        return np.zeros(2, np.float32)
+
+
+@pytest.mark.parametrize("kind", [FakeModel, Keyless])
+def test_without_a_key_the_choice_of_neighbours_says_so(
+    anchors: Path, kind: type[FakeModel]
+) -> None:
+    clock = FakeClock()
+    model = kind(clock=clock, ms={"token": 20.0, "pair": 1.0})
+    result = fake_engine(model, anchors, clock).score(PHOTO, budget=Budget(ms=50))
+    assert result.summary is None
+    assert len(result.neighbours) == K
+    assert any("no image key" in note for note in result.degraded) == (kind is Keyless)
+
+
+# What becomes of it
+
+
+def test_an_assessment_says_what_was_found_and_what_it_took(anchors: Path) -> None:
+    engine = fake_engine(FakeModel(), anchors)
+    found = scored(engine, ScoreRequest(PHOTO))
+    said = found.assessment(engine.memory.snapshot())
+    assert said.path == "<array>"
+    assert (said.score, said.std, said.ci95) == (
+        found.posterior.score,
+        found.posterior.std,
+        found.posterior.ci95,
+    )
+    assert [n.preference for n in said.neighbours] == found.preferences.tolist()
+    assert [n.id for n in said.neighbours] == [case.id for case in found.neighbours]
+    assert sum(said.grades.values()) == pytest.approx(1.0)
+    assert 0 < said.percentile < 100
+    stages = ["decode", "read", "describe", "retrieve", "compare", "fuse", "patterns", "total"]
+    assert list(said.timings_ms) == stages
+    assert said.counters["visual_tokens"] == 24
+    assert said.counters["written_tokens"] == said.counters["writing_calls"] == 19
+
+
+def test_a_score_of_a_set_is_the_score_alone(anchors: Path) -> None:
+    engine, photos = fake_engine(FakeModel(), anchors), [toned(2.0, 5), toned(4.0, 6)]
+    alone = [engine.score(photo).score for photo in photos]
+    ranking = engine.rank(photos)
+    assert [photo.alone for photo in ranking.photos] == alone[::-1]
+    unmet = engine.rank(photos, rivals=0)
+    assert [photo.score for photo in unmet.photos] == pytest.approx(alone[::-1], abs=1e-6)

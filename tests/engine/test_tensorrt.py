@@ -7,6 +7,7 @@ host's and ONNX Runtime computes. Tests marked `gpu` run real engines.
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,26 +20,27 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from meiqa.engine.local import LocalVlm
-from meiqa.engine.manifest import Profile, TensorRtEngine
+from meiqa.engine.local import LocalModel
+from meiqa.engine.manifest import GRAPHS, Profile, TensorRtEngine
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime import tensorrt
-from meiqa.engine.runtime.onnx import OnnxSession, open_sessions
+from meiqa.engine.runtime.decoder import GraphDecoder, GraphSession
+from meiqa.engine.runtime.onnx import OnnxSession
 from meiqa.engine.runtime.tensorrt import (
     Gpu,
     TensorRt,
     TensorRtSession,
     fitting_profile,
     hull,
-    load_tensorrt,
+    installed_tensorrts,
     matching_engine,
     open_gpu,
-    open_tensorrt_sessions,
+    open_tensorrt,
     without_empty_axes,
 )
-from meiqa.errors import DeviceUnavailable, PackageCorrupted, UsageError
+from meiqa.errors import DeviceUnavailable, PackageCorrupted, UsageError, install_hint
 from meiqa.export import engines
-from meiqa.export.profiles import Limits, decoder_profiles, vision_profiles
+from meiqa.export.engines import Limits, decoder_profiles, vision_profiles
 from meiqa.locations import embedded_assets
 from tests.engine.samples import PHOTOS, seen
 
@@ -68,6 +70,11 @@ def engine_record(package: EnginePackage, graph: str, **changes: Any) -> TensorR
         build_s=1.0,
     )
     return replace(made, **changes)
+
+
+def model_on(package: EnginePackage, vision: GraphSession, decoder: GraphSession) -> LocalModel:
+    """A package's model over two graph sessions."""
+    return LocalModel(package, vision, GraphDecoder(decoder, package.manifest.decoder))
 
 
 class TestShapes:
@@ -141,13 +148,13 @@ class TestShapes:
 class TestWhatIsInstalled:
     def test_no_tensorrt(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tensorrt, "_imported", _missing)
-        with pytest.raises(DeviceUnavailable, match=r"TensorRT.*pip install meiqa\[rtx\]"):
-            load_tensorrt()
+        with pytest.raises(DeviceUnavailable, match=f"TensorRT.*{re.escape(install_hint('rtx'))}"):
+            installed_tensorrts()[0]
 
     def test_no_cuda_bindings(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime"):
             monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(DeviceUnavailable, match=r"CUDA.*pip install meiqa\[rtx\]"):
+        with pytest.raises(DeviceUnavailable, match=f"CUDA.*{re.escape(install_hint('rtx'))}"):
             open_gpu()
 
     def test_a_driver_that_is_missing(self) -> None:
@@ -372,16 +379,16 @@ class TestSession:
     def test_a_model_behind_it_is_the_model_on_the_cpu(
         self, package: EnginePackage, open_session: Opener
     ) -> None:
-        """Empty prefixes and pasts, all three calls and every profile, through `LocalVlm`."""
+        """Empty prefixes and pasts, all three calls and every profile, through `LocalModel`."""
         vision, _ = open_session("vision")
         decoder, calls = open_session("decoder")
-        ours = LocalVlm(package, vision, decoder)
+        ours = model_on(package, vision, decoder)
         # The graphs themselves: the native decoder rounds in another order.
         graphs = (package.manifest.graphs[name] for name in ("vision", "decoder"))
-        theirs = LocalVlm(package, *(OnnxSession(package.path, g, "cpu", 1) for g in graphs))
+        theirs = model_on(package, *(OnnxSession(package.path, g, "cpu", 1) for g in graphs))
         answers = []
         for vlm in (ours, theirs):
-            prefixes = vlm.read([seen(vlm, photo) for photo in PHOTOS[:3]])
+            prefixes = vlm.prefill([seen(vlm, photo) for photo in PHOTOS[:3]])
             tokens = [prefix.tokens for prefix in prefixes]
             answers.append(
                 (
@@ -482,7 +489,7 @@ class TestOpening:
         return EnginePackage(tmp_path, replace(package.manifest, engines=records))
 
     def test_vision_and_decoder(self, recorded: EnginePackage) -> None:
-        vision, decoder = open_tensorrt_sessions(recorded)
+        vision, decoder = open_tensorrt(recorded, GRAPHS)
         assert vision.outputs == ("tokens",)
         assert decoder.outputs == ("logits", "hidden", "key_values")
         assert vision.run({"cells": np.zeros((2, 3, 12288), np.float32)})["tokens"].shape == (
@@ -493,22 +500,22 @@ class TestOpening:
     def test_a_changed_file(self, recorded: EnginePackage) -> None:
         (recorded.path / "engines" / "decoder.engine").write_bytes(b"abd")
         with pytest.raises(PackageCorrupted, match=r"decoder\.engine.*SHA-256"):
-            open_tensorrt_sessions(recorded)
-        open_tensorrt_sessions(recorded, verify=False)
+            open_tensorrt(recorded, GRAPHS)
+        open_tensorrt(recorded, GRAPHS, verify=False)
 
     def test_an_engine_of_other_shapes_than_recorded(self, recorded: EnginePackage) -> None:
         vision, decoder = recorded.manifest.engines
         narrow = replace(vision, profile={"cells": ((1, 1, 12288),) * 3})
         other = replace(recorded.manifest, engines=(narrow, decoder))
         with pytest.raises(PackageCorrupted, match=r"vision\.engine.*shapes.*meiqa build"):
-            open_tensorrt_sessions(EnginePackage(recorded.path, other))
+            open_tensorrt(EnginePackage(recorded.path, other), GRAPHS)
 
     def test_a_package_without_engines(
         self, package: EnginePackage, recorded: EnginePackage
     ) -> None:
         none = EnginePackage(package.path, replace(package.manifest, engines=()))
         with pytest.raises(DeviceUnavailable, match=r"no engines.*--compute-capability 8\.9"):
-            open_tensorrt_sessions(none)
+            open_tensorrt(none, GRAPHS)
 
 
 # --- With a GPU ---------------------------------------------------------------------------------
@@ -518,12 +525,12 @@ class TestOpening:
 def built(package: EnginePackage, tmp_path: Path) -> EnginePackage:
     """A copy of the package with engines for the device that is here."""
     try:
-        load_tensorrt()
+        runtime = installed_tensorrts()[0]
         capability = open_gpu().capability
     except DeviceUnavailable as error:
         pytest.skip(str(error))
-    if capability not in engines.buildable(load_tensorrt()):
-        pytest.skip(f"{load_tensorrt().name} has no engines for compute capability {capability}")
+    if capability not in engines.buildable(runtime):
+        pytest.skip(f"{runtime.name} has no engines for compute capability {capability}")
     copy = Path(shutil.copytree(package.path, tmp_path / "package"))
     engines.build_engines(copy, [capability])
     return EnginePackage.open(copy)
@@ -531,11 +538,11 @@ def built(package: EnginePackage, tmp_path: Path) -> EnginePackage:
 
 @pytest.mark.gpu
 def test_real_engines_agree_with_the_cpu(built: EnginePackage) -> None:
-    ours = LocalVlm(built, *open_tensorrt_sessions(built))
-    theirs = LocalVlm(built, *open_sessions(built, "cpu", 1))
+    ours = model_on(built, *open_tensorrt(built, GRAPHS))
+    theirs = LocalModel.open(built, "cpu", 1)
     results = []
     for vlm in (ours, theirs):
-        prefixes = vlm.read([seen(vlm, photo) for photo in PHOTOS])
+        prefixes = vlm.prefill([seen(vlm, photo) for photo in PHOTOS])
         tokens = [prefix.tokens for prefix in prefixes]
         paired = vlm.prefer_first(prefixes, tokens[::-1])
         results.append([*vlm.grade(prefixes[0]), *vlm.prefer_first(prefixes[:1], tokens), *paired])
@@ -544,7 +551,7 @@ def test_real_engines_agree_with_the_cpu(built: EnginePackage) -> None:
 
 @pytest.mark.gpu
 def test_real_engines_refuse_other_shapes(built: EnginePackage) -> None:
-    vision, _ = open_tensorrt_sessions(built)
+    vision, _ = open_tensorrt(built, GRAPHS)
     with pytest.raises(UsageError, match="cells"):
         vision.run({"cells": np.zeros((65, 65, 12288), np.float32)})
 
@@ -554,6 +561,6 @@ def test_a_damaged_engine_is_refused(built: EnginePackage) -> None:
     file = built.path / built.manifest.engines[0].file
     file.write_bytes(b"damaged")
     with pytest.raises(PackageCorrupted, match=file.name):
-        open_tensorrt_sessions(built)
+        open_tensorrt(built, GRAPHS)
     with pytest.raises(PackageCorrupted, match="meiqa build"):
-        open_tensorrt_sessions(built, verify=False)
+        open_tensorrt(built, GRAPHS, verify=False)

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from meiqa.export.graphs import save_graph
-from meiqa.export.piecewise import PiecewiseSession
+from meiqa.export.layers import save_graph
+from meiqa.export.verify import PiecewiseSession
 
 Floats = NDArray[np.float32]
 

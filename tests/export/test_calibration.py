@@ -1,20 +1,39 @@
-"""What is noted of a graph's values is what NumPy says of all calls together."""
+"""What is observed, which layer gets which precision, and what the study keeps in float."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
 
+from meiqa.engine.local import LocalModel
+from meiqa.engine.package import EnginePackage
+from meiqa.engine.runtime.decoder import GraphDecoder, GraphSession
+from meiqa.export import calibration
 from meiqa.export.calibration import (
     SAMPLED_ROWS,
     WRITING_EVERY,
+    Answers,
+    Assignment,
+    Group,
     Observer,
     ObservingSession,
+    Quantisation,
+    SensitivityStudy,
+    groups_of,
+    observe,
     observing,
 )
-from meiqa.export.graphs import save_graph
-from meiqa.export.int8 import values_to_observe
+from meiqa.export.layers import halve, save_graph
+from meiqa.export.rounding import Range, quantise_int4, quantise_int8, values_to_observe
+from meiqa.export.verify import DECODER_SHAPES, PiecewiseSession, random_feeds
+from tests.engine.samples import SIZES, picture, seen
 from tests.export.small_graphs import Floats, convolution, linear, normal
 
 
@@ -86,3 +105,291 @@ def test_a_linear_layer_without_a_call_has_nothing_observed(tmp_path: Path) -> N
     save_graph(made, tmp_path / "graph.onnx")
     with observing(tmp_path / "graph.onnx", values_to_observe(made)) as session:
         assert session.observed() == {}
+
+
+Sessions = Mapping[str, GraphSession]
+PRECISIONS = ("int8", "int4")
+
+
+def opened(package: EnginePackage, sessions: Sessions) -> LocalModel:
+    """A package's model on other graphs."""
+    decoder = GraphDecoder(sessions["decoder"], package.manifest.decoder)
+    return LocalModel(package, sessions["vision"], decoder)
+
+
+@pytest.fixture(scope="module")
+def files(package: EnginePackage, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Give the float graphs, in a folder that may be written to."""
+    folder = Path(shutil.copytree(package.path, tmp_path_factory.mktemp("float") / "package"))
+    return {name: folder / f"{name}.onnx" for name in ("vision", "decoder")}
+
+
+@pytest.fixture(scope="module")
+def quantisations(package: EnginePackage, files: dict[str, Path]) -> dict[str, Quantisation]:
+    """Give the model, calibrated, on its way to each precision."""
+
+    def exercise(sessions: Sessions) -> None:
+        model = opened(package, sessions)
+        pictures = [seen(model, picture(n, size)) for n, size in enumerate(SIZES)]
+        prefixes = model.prefill(pictures)
+        for prefix in prefixes:
+            model.grade(prefix)
+            model.describe(prefix, 8)
+            model.prefer_first([prefix], [prefixes[0].tokens])
+        rng = np.random.default_rng(1)
+        for sizes in DECODER_SHAPES:
+            sessions["decoder"].run(random_feeds(package.manifest.decoder, sizes, rng))
+
+    observed = observe(files, exercise)
+    return {precision: Quantisation(files, precision, observed) for precision in PRECISIONS}
+
+
+def saved(quantisation: Quantisation, plan: Mapping[str, Assignment], folder: Path) -> Sessions:
+    for name in plan:
+        save_graph(quantisation.graph(name, plan[name]), folder / f"{name}.onnx")
+        onnx.checker.check_model(folder / f"{name}.onnx", full_check=True)
+    return {name: PiecewiseSession(folder / f"{name}.onnx") for name in plan}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("sizes", DECODER_SHAPES, ids=str)
+def test_the_decoder_takes_all_shapes(
+    package: EnginePackage,
+    files: dict[str, Path],
+    quantisations: dict[str, Quantisation],
+    tmp_path: Path,
+    precision: str,
+    sizes: tuple[int, ...],
+) -> None:
+    quantisation = quantisations[precision]
+    decoder = saved(quantisation, quantisation.default(), tmp_path)["decoder"]
+    feeds = random_feeds(package.manifest.decoder, sizes, np.random.default_rng(0))
+    exact, made = PiecewiseSession(files["decoder"]).run(feeds), decoder.run(feeds)
+    for name, wanted in exact.items():
+        assert made[name].shape == wanted.shape
+        error = np.linalg.norm(made[name] - wanted) / np.linalg.norm(wanted)
+        assert 0 < error < (0.2 if precision == "int8" else 0.6), name
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_do_not_see_each_other(
+    package: EnginePackage,
+    quantisations: dict[str, Quantisation],
+    tmp_path: Path,
+    precision: str,
+) -> None:
+    quantisation = quantisations[precision]
+    decoder = saved(quantisation, quantisation.default(), tmp_path)["decoder"]
+    rng = np.random.default_rng(0)
+    many = random_feeds(package.manifest.decoder, (1, 7, 5, 13, 0, 1), rng)
+    many["embeds"][:, 0] *= 100
+    rows = {"embeds": 1, "positions": 2, "past": 4, "past_lengths": 1, "logit_positions": 1}
+    one = {n: v.take([3], axis=rows[n]) if n in rows else v for n, v in many.items()}
+    among, alone = decoder.run(many), decoder.run(one)
+    np.testing.assert_allclose(alone["logits"][0, 0], among["logits"][0, 3], rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(alone["hidden"][0, 0], among["hidden"][0, 3], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_tower_takes_all_sizes(
+    package: EnginePackage,
+    files: dict[str, Path],
+    quantisations: dict[str, Quantisation],
+    tmp_path: Path,
+    precision: str,
+) -> None:
+    quantisation = quantisations[precision]
+    made_sessions = saved(quantisation, quantisation.default(), tmp_path)
+    exact = {name: PiecewiseSession(file) for name, file in files.items()}
+    for number, size in enumerate([*SIZES, (64, 64)]):
+        models = (opened(package, sessions) for sessions in (exact, made_sessions))
+        wanted, made = (seen(model, picture(number + 50, size)).values for model in models)
+        assert 0 < np.linalg.norm(made - wanted) / np.linalg.norm(wanted) < 0.1
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 1.0), ("int8", 0.3), ("int4", 0.2)])
+def test_weights_take_their_share_of_the_bytes(
+    files: dict[str, Path],
+    quantisations: dict[str, Quantisation],
+    tmp_path: Path,
+    precision: str,
+    share: float,
+) -> None:
+    quantisation = quantisations["int4"]
+    plan = {layer.name: precision for layer in quantisation.layers("decoder")}
+    saved(quantisation, {"decoder": plan}, tmp_path)
+    sizes = [
+        Path(f"{f}.data").stat().st_size for f in (files["decoder"], tmp_path / "decoder.onnx")
+    ]
+    assert share * 0.7 < sizes[1] / sizes[0] <= share
+
+
+def test_by_rule_pixels_and_logits_stay_in_float(quantisations: dict[str, Quantisation]) -> None:
+    for precision, quantisation in quantisations.items():
+        plan = quantisation.default()
+        kept = {name: [la for la, p in plan[name].items() if p == "fp16"] for name in plan}
+        assert kept == {"vision": ["stem.conv.weight"], "decoder": ["lm_head.weight"]}
+        assert set(plan["decoder"].values()) == {precision, "fp16"}
+        assert set(plan["vision"].values()) == {"int8", "fp16"}
+
+
+def test_without_pictures_4_bits_leave_the_tower_in_half(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    quantisation = Quantisation(files, "int4", {})
+    plan = quantisation.default()
+    assert set(plan["vision"].values()) == {"fp16"}
+    assert set(plan["decoder"].values()) == {"int4", "fp16"}
+    saved(quantisation, plan, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        halve,
+        lambda made: quantise_int8(made, {"x": Range.between(-1, 1)}, lambda layer: True),
+        lambda made: quantise_int4(made, {}, lambda layer: True),
+    ],
+    ids=["half", "int8", "int4"],
+)
+def test_weights_are_read_when_saved_and_not_before(
+    tmp_path: Path, rewrite: Callable[[ir.Model], None]
+) -> None:
+    def unread() -> ir.TensorProtocol:
+        raise InterruptedError("the weight is read")
+
+    made = linear(np.ones((64, 64), np.float32))
+    lazy = ir.LazyTensor(unread, dtype=ir.DataType.FLOAT, shape=ir.Shape([64, 64]))
+    made.graph.initializers["w"].const_value = lazy
+    rewrite(made)
+    with pytest.raises(InterruptedError):
+        save_graph(made, tmp_path / "graph.onnx")
+
+
+def test_nothing_chosen_is_the_float_model_smoothed(
+    package: EnginePackage,
+    files: dict[str, Path],
+    quantisations: dict[str, Quantisation],
+    tmp_path: Path,
+) -> None:
+    smoothed = saved(quantisations["int8"], {"vision": {}, "decoder": {}}, tmp_path)
+    feeds = random_feeds(package.manifest.decoder, (2, 3, 4, 5, 6, 1), np.random.default_rng(0))
+    exact = PiecewiseSession(files["decoder"]).run(feeds)
+    for name, made in smoothed["decoder"].run(feeds).items():
+        np.testing.assert_allclose(made, exact[name], atol=1e-5 * np.abs(exact[name]).max())
+    weight = "layers.0.mlp.down_proj.weight"
+    changed = [
+        {w.name: w.raw_data for w in onnx.load(file).graph.initializer}[weight]
+        for file in (files["decoder"], tmp_path / "decoder.onnx")
+    ]
+    assert changed[0] != changed[1]
+
+
+PICTURES = [picture(n, (128, 192)) for n in (70, 71, 72)]
+
+
+def study(package: EnginePackage, quantisation: Quantisation, folder: Path) -> SensitivityStudy:
+    def open_model(sessions: Mapping[str, GraphSession]) -> LocalModel:
+        return opened(package, sessions)
+
+    return SensitivityStudy(quantisation, open_model, PICTURES, folder)
+
+
+def test_layers_are_grouped_by_kind_and_shares_add_up(
+    quantisations: dict[str, Quantisation],
+) -> None:
+    groups = {group.name: group for group in groups_of(quantisations["int8"])}
+    assert set(groups["layers.*.mlp.down_proj.weight"].layers) == {
+        f"layers.{n}.mlp.down_proj.weight" for n in range(2)
+    }
+    convolutions = groups["convolutions"]
+    assert convolutions.chained
+    assert next(iter(convolutions.layers)) == "stem.conv.weight"
+    assert len(convolutions.layers) == len([n for n in all_layers(quantisations) if "conv" in n])
+    assert sum(group.shares.byte_share for group in groups.values()) == pytest.approx(1)
+    assert sum(group.shares.work_share for group in groups.values()) == pytest.approx(1)
+    stem = convolutions.layers["stem.conv.weight"]
+    assert stem.work_share > 3 * stem.byte_share
+    assert convolutions.shares.work_share > convolutions.shares.byte_share
+
+
+def all_layers(quantisations: dict[str, Quantisation]) -> list[str]:
+    return [layer.name for layer in quantisations["int8"].layers("vision")]
+
+
+@pytest.mark.parametrize("fewest", [0, 1, 7, 100])
+def test_convolutions_are_quantised_from_one_on(
+    package: EnginePackage,
+    quantisations: dict[str, Quantisation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fewest: int,
+) -> None:
+    names = [name for name in all_layers(quantisations) if "conv" in name]
+
+    def bears(_: SensitivityStudy, group: Group, __: str) -> bool:
+        return not group.chained or names.index(next(iter(group.layers))) >= fewest
+
+    monkeypatch.setattr(SensitivityStudy, "_bears", bears)
+    plan = study(package, quantisations["int8"], tmp_path).plan()["vision"]
+    assert [name for name in names if plan[name] == "fp16"] == names[:fewest]
+    assert {plan[name] for name in names[fewest:]} <= {"int8"}
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(1e9, "int8"), (0.0, "fp16")])
+def test_the_budget_decides(
+    package: EnginePackage,
+    quantisations: dict[str, Quantisation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    budget: float,
+    kept: str,
+) -> None:
+    monkeypatch.setitem(calibration.BUDGETS, "int8", budget)
+    made = study(package, quantisations["int8"], tmp_path)
+    plan = made.plan()
+    assert {p for of_graph in plan.values() for p in of_graph.values()} == {kept}
+    for name in plan:
+        assert set(plan[name]) == {layer.name for layer in quantisations["int8"].layers(name)}
+    assert list(tmp_path.iterdir()) == []
+    for row in made.table:
+        assert row["borne"] == (budget > 0)
+        assert 0 < row["grade_move"] < 1
+
+
+def test_only_layers_that_fail_alone_go_up_the_ladder(
+    package: EnginePackage,
+    quantisations: dict[str, Quantisation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weak = "layers.1.mlp.down_proj.weight"
+
+    def bears(_: SensitivityStudy, group: Group, precision: str) -> bool:
+        return weak not in group.layers or precision == "int8"
+
+    monkeypatch.setattr(SensitivityStudy, "_bears", bears)
+    plan = study(package, quantisations["int4"], tmp_path).plan()
+    assert [name for name, p in plan["decoder"].items() if p != "int4"] == [weak]
+    assert plan["decoder"][weak] == "int8"
+
+
+def test_layers_that_fail_only_together_go_up_together(
+    package: EnginePackage,
+    quantisations: dict[str, Quantisation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SensitivityStudy, "_bears", lambda _, group, __: len(group.layers) == 1)
+    plan = study(package, quantisations["int8"], tmp_path).plan()
+    assert plan["decoder"]["layers.0.mlp.down_proj.weight"] == "fp16"
+    assert plan["decoder"]["lm_head.weight"] == "int8"
+
+
+def test_moves_are_mean_changes() -> None:
+    def answers(grades: Sequence[float], preferences: Any) -> Answers:
+        return Answers(np.array(grades), np.array(preferences))
+
+    one, other = answers([1, 2], [[0.5], [0.5]]), answers([1.5, 1.5], [[0.5], [0.9]])
+    assert one.moves_to(other) == pytest.approx((0.5, 0.2))
+    assert one.moves_to(one) == (0, 0)

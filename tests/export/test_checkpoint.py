@@ -12,9 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from meiqa.errors import PackageCorrupted, PackageError, PackageNotFound
-from meiqa.export.checkpoint import Checkpoint
-from meiqa.export.weights import INDEX, SINGLE, StoredWeights, digest_of, give_weights, weightless
-from meiqa.training.checkpoint import load_checkpoint, save_checkpoint
+from meiqa.export.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    StoredWeights,
+    digest_of,
+    give_weights,
+    weightless,
+)
+from training.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextMod
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
-from meiqa.engine.prompts import layout
+from meiqa.engine.prompts import positions_of
 from meiqa.export.decoder import DecoderConfig, Segments, SharedPrefixDecoder
+from training.finetune import no_segments
 
 TOLERANCE = 1e-4
 WIDTH = 64
-POSITIONS, _ = layout([5, (3, 4), 4, (2, 2), 4])
+POSITIONS, _ = positions_of([5, (3, 4), 4, (2, 2), 4])
 """(3, LENGTH): text, a picture of 3 x 4, text, a picture of 2 x 2, text."""
 LENGTH = POSITIONS.shape[1]
 VISUAL = torch.tensor([0] * 5 + [1] * 12 + [0] * 4 + [1] * 4 + [0] * 4, dtype=torch.bool)
@@ -78,7 +79,7 @@ def twins(request: pytest.FixtureRequest) -> Twins:
         head = torch.randn(head.shape) * 0.25
     ours = SharedPrefixDecoder(config).eval()
     ours.load_state_dict({**reference.state_dict(), "lm_head.weight": head})
-    embeds = torch.randn(1, LENGTH, config.embed_width)
+    embeds = torch.randn(1, LENGTH, config.shape.embed_width)
     embeds[:, ~VISUAL, WIDTH:] = 0
     return Twins(ours, embeds, reference_hidden(reference, embeds) @ head.detach().T)
 
@@ -153,13 +154,13 @@ def positions() -> Tensor:
 
 def test_a_whole_sequence(twins: Twins, positions: Tensor) -> None:
     assert twins.wanted.std() > 0.1
-    made, _ = run(twins.ours, twins.embeds, positions, twins.ours.no_segments(1, 1))
+    made, _ = run(twins.ours, twins.embeds, positions, no_segments(twins.ours, 1, 1))
     torch.testing.assert_close(made, twins.wanted, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("cut", [1, 5, 17, 28])
 def test_a_prefix_and_what_follows(twins: Twins, positions: Tensor, cut: int) -> None:
-    empty = twins.ours.no_segments(1, 1)
+    empty = no_segments(twins.ours, 1, 1)
     _, key_values = run(twins.ours, twins.embeds[:, :cut], positions[:, :cut], empty)
     segments = Segments(
         key_values[:, :, :, :, 0], torch.tensor([cut]), empty.past, empty.past_lengths
@@ -169,7 +170,7 @@ def test_a_prefix_and_what_follows(twins: Twins, positions: Tensor, cut: int) ->
 
 
 def test_a_prefix_a_past_and_one_token(twins: Twins, positions: Tensor) -> None:
-    empty = twins.ours.no_segments(1, 1)
+    empty = no_segments(twins.ours, 1, 1)
     _, key_values = run(twins.ours, twins.embeds[:, :-1], positions[:, :-1], empty)
     segments = Segments(
         key_values[:, :, :, :, 0, :17],
@@ -183,7 +184,7 @@ def test_a_prefix_a_past_and_one_token(twins: Twins, positions: Tensor) -> None:
 
 @pytest.mark.parametrize("order", [[0, 2, 1], [1, 0, 2], [2, 1, 0]])
 def test_the_three_axes_are_told_apart(twins: Twins, positions: Tensor, order: list[int]) -> None:
-    made, _ = run(twins.ours, twins.embeds, positions[order], twins.ours.no_segments(1, 1))
+    made, _ = run(twins.ours, twins.embeds, positions[order], no_segments(twins.ours, 1, 1))
     assert (made - twins.wanted).abs().max() > 100 * TOLERANCE
 
 
@@ -191,7 +192,7 @@ def test_each_feature_counts(twins: Twins, positions: Tensor) -> None:
     for start in range(WIDTH, twins.embeds.shape[-1], WIDTH):
         without = twins.embeds.clone()
         without[..., start : start + WIDTH] = 0
-        made, _ = run(twins.ours, without, positions, twins.ours.no_segments(1, 1))
+        made, _ = run(twins.ours, without, positions, no_segments(twins.ours, 1, 1))
         assert (made - twins.wanted).abs().max() > 100 * TOLERANCE
 
 

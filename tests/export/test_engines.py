@@ -21,31 +21,35 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, save
 
-from meiqa.engine.grading import expected_grade
-from meiqa.engine.images import _grid
-from meiqa.engine.local import LocalVlm
-from meiqa.engine.manifest import GRAPHS, PATTERNS, TensorRtEngine
+from meiqa.engine.estimates import expected_grade
+from meiqa.engine.images import grid_of
+from meiqa.engine.local import LocalModel
+from meiqa.engine.manifest import GRAPHS, PATTERNS, ImageProcessing, TensorRtEngine
 from meiqa.engine.package import EnginePackage, file_digest, write_manifest
-from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.runtime.tensorrt import TensorRt, hull, load_tensorrt, loaded_engine, open_gpu
+from meiqa.engine.runtime.decoder import GraphDecoder
+from meiqa.engine.runtime.tensorrt import (
+    TensorRt,
+    hull,
+    installed_tensorrts,
+    loaded_engine,
+    open_gpu,
+)
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, PackageError, UsageError
 from meiqa.export import engines as building
 from meiqa.export.engines import (
     BuildStep,
-    _Build,
+    EngineBuild,
+    Limits,
     build_engines,
     builder_for,
-    graphs_for,
-)
-from meiqa.export.package import ExportOptions, export_package
-from meiqa.export.profiles import (
-    Limits,
     decoder_profiles,
+    graphs_for,
     grid_boxes,
     longest_side,
     profile_of,
     vision_profiles,
 )
+from meiqa.export.package import ExportOptions, export_package
 from meiqa.locations import embedded_assets, user_cache
 from tests.engine.samples import PHOTOS, seen
 
@@ -119,7 +123,7 @@ class TestBuiltEngines:
             file = package.path / engine.file
             assert file.stat().st_size == engine.size_bytes
             assert file_digest(file) == engine.sha256
-            assert engine.version == load_tensorrt().version
+            assert engine.version == installed_tensorrts()[0].version
             assert engine.runtime in file.name
             assert engine.version in file.name
             assert f"sm{engine.compute_capability.replace('.', '')}" in file.name
@@ -165,7 +169,7 @@ class TestBuiltEngines:
             pass
         else:
             pytest.skip("there is a GPU: tests/engine/test_tensorrt.py runs the engines")
-        runtime = load_tensorrt()
+        runtime = installed_tensorrts()[0]
         for engine in made:
             with pytest.raises(PackageCorrupted, match=r"cudaError|CUDA") as caught:
                 loaded_engine(package.path / engine.file, engine, runtime)
@@ -193,7 +197,7 @@ class TestBuiltEngines:
 @needs_builder
 class TestBuilding:
     def test_a_rebuild_replaces_record_and_file(self, copied: Path) -> None:
-        runtime = load_tensorrt()
+        runtime = installed_tensorrts()[0]
         before = [
             TensorRtEngine(
                 graph=graph,
@@ -217,7 +221,7 @@ class TestBuilding:
         (copied / "engines").mkdir()
         for engine in before:
             (copied / engine.file).touch()
-        EnginePackage.open(copied).with_engines(before)
+        EnginePackage.open(copied).rewritten(engines=before)
         made = build_engines(copied, ["8.9"], limits=Limits(batch=2))
         assert made[1].profile["embeds"][2][0] == 2
         kept = [engine for index, engine in enumerate(before) if index % 3 != 0]
@@ -367,7 +371,7 @@ def test_limits_start_at_one(name: str) -> None:
 
 
 def test_building_needs_no_pytorch() -> None:
-    code = "import sys, meiqa.export.engines, meiqa.export.half; print('torch' in sys.modules)"
+    code = "import sys, meiqa.export.engines; print('torch' in sys.modules)"
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -379,13 +383,14 @@ class TestProfiles:
     def test_the_boxes_hold_every_photo(self, most: int) -> None:
         random = np.random.default_rng(most)
         boxes = grid_boxes(most)
+        image = ImageProcessing(14, 2, 1, most * 28**2, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         for _ in range(2000):
             aspect = 100 ** random.uniform(0, 1)
             area = random.uniform(0.1, 3) * most * 28**2
             short = max(1, round((area / aspect) ** 0.5))
             sides = [short, int(short * aspect)]
             height, width = random.permutation(sides)
-            rows, columns = _grid(height, width, 28, 1, most * 28**2)
+            rows, columns = grid_of(height, width, image)
             assert any(rows <= a and columns <= b for a, b in boxes), (rows, columns)
 
     @pytest.mark.parametrize("most", [1, 64, 149, 1280, 16384])
@@ -465,15 +470,17 @@ class TestSignedActivations:
     def test_answers_stay_close(
         self, int8_package: EnginePackage, rewritten: dict[str, Path]
     ) -> None:
-        theirs = LocalVlm(int8_package, *open_sessions(int8_package, "cpu", 1))
-        ours = LocalVlm(int8_package, *(OrtSession(rewritten[name]) for name in GRAPHS))
-        tokens = [[seen(vlm, photo) for photo in PHOTOS] for vlm in (theirs, ours)]
+        theirs = LocalModel.open(int8_package, "cpu", 1)
+        vision, decoder = (OrtSession(rewritten[name]) for name in GRAPHS)
+        shape = int8_package.manifest.decoder
+        ours = LocalModel(int8_package, vision, GraphDecoder(decoder, shape))
+        tokens = [[seen(model, photo) for photo in PHOTOS] for model in (theirs, ours)]
         for wanted, made in zip(*tokens, strict=True):
             off = np.linalg.norm(made.values - wanted.values) / np.linalg.norm(wanted.values)
             assert off < 0.15
         grades = [
-            [expected_grade(vlm.grade(prefix)) for prefix in vlm.read(seen_by)]
-            for vlm, seen_by in zip((theirs, ours), tokens, strict=True)
+            [expected_grade(model.grade(prefix)) for prefix in model.prefill(seen_by)]
+            for model, seen_by in zip((theirs, ours), tokens, strict=True)
         ]
         assert np.abs(np.subtract(*grades)).mean() < 0.03
 
@@ -501,16 +508,16 @@ class TestTimingCache:
     @pytest.fixture
     def build(
         self, int8_package: EnginePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> Callable[[str], _Build]:
+    ) -> Callable[[str], EngineBuild]:
         monkeypatch.setenv("MEIQA_CACHE", str(tmp_path / "cache"))
 
-        def made(name: str) -> _Build:
+        def made(name: str) -> EngineBuild:
             runtime = TensorRt(name, "10.16.2", None, None)
-            return _Build(int8_package, runtime, "vision", "int8", "8.7", None)
+            return EngineBuild(int8_package, runtime, "vision", "int8", "8.7", None)
 
         return made
 
-    def test_a_later_build_starts_from_it(self, build: Callable[[str], _Build]) -> None:
+    def test_a_later_build_starts_from_it(self, build: Callable[[str], EngineBuild]) -> None:
         known = []
         config = SimpleNamespace(
             create_timing_cache=lambda content: known.append(content),
@@ -518,13 +525,13 @@ class TestTimingCache:
             get_timing_cache=lambda: SimpleNamespace(serialize=lambda: b"timings"),
         )
         for _ in range(2):
-            with build("tensorrt")._timing_cache(config):
+            with build("tensorrt").timing_cache(config):
                 pass
         assert known == [b"", b"timings"]
         assert [path.name for path in user_cache().iterdir()] == ["timing-10.16.2-sm87.cache"]
 
-    def test_rtx_has_none(self, build: Callable[[str], _Build]) -> None:
-        with build("tensorrt_rtx")._timing_cache(None):
+    def test_rtx_has_none(self, build: Callable[[str], EngineBuild]) -> None:
+        with build("tensorrt_rtx").timing_cache(None):
             pass
         assert not user_cache().exists()
 

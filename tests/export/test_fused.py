@@ -9,9 +9,18 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from meiqa.engine.runtime.fused import LAYERS_FILE, FusedSession, decoder_of
+from meiqa.engine.runtime.decoder import (
+    LAYERS_FILE,
+    GraphDecoder,
+    KeyValues,
+    NativeDecoder,
+    Row,
+    floats,
+    layers_of,
+)
 from meiqa.export import fused
-from meiqa.export.checkpoint import decoder_shape_of
+from meiqa.export.calibration import Quantisation, observe
+from meiqa.export.checkpoint import weightless
 from meiqa.export.decoder import DecoderConfig, SharedPrefixDecoder
 from meiqa.export.fused import (
     LARGEST_SHARE,
@@ -19,11 +28,9 @@ from meiqa.export.fused import (
     fused_difference,
     write_fused_layers,
 )
-from meiqa.export.graphs import decoder_graph, decoder_interface, save_graph
-from meiqa.export.piecewise import PiecewiseSession
-from meiqa.export.quantise import Quantisation, observe
-from meiqa.export.verify import random_feeds
-from meiqa.export.weights import weightless
+from meiqa.export.graphs import decoder_interface, traced
+from meiqa.export.layers import save_graph
+from meiqa.export.verify import PiecewiseSession, random_feeds
 from meiqa.memory.segment import Segment, write_segment
 
 TEXT = DecoderConfig(
@@ -35,7 +42,7 @@ TEXT = DecoderConfig(
     num_key_value_heads=1,
     mrope_section=(4, 6, 6),
 )
-SHAPE = decoder_shape_of(TEXT)
+SHAPE = TEXT.shape
 ROWS, STEPS, PREFIX_STEPS = 5, 7, 11
 
 
@@ -50,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
     with weightless():
         empty = SharedPrefixDecoder(TEXT).eval()
-    graph = decoder_graph(empty, decoder_interface(SHAPE), lambda name: weights[name])
+    graph = traced(empty, decoder_interface(SHAPE), lambda name: weights[name])
     save_graph(graph, folder / "decoder.onnx")
     return folder
 
@@ -76,19 +83,18 @@ def test_the_layers_answer_as_the_graph_does(
     place = folder if precision == "fp32" else int8_folder
     assert write_fused_layers(place, TEXT, precision)
     segment = Segment.open(place / LAYERS_FILE)
-    graph = PiecewiseSession(place / "decoder.onnx")
-    head = np.asarray(segment.arrays["lm_head"], np.float32)
-    session = FusedSession(graph, decoder_of(segment.arrays, segment.attributes), head, 2)
+    graph = GraphDecoder(PiecewiseSession(place / "decoder.onnx"), SHAPE)
+    layers = layers_of(segment.arrays, segment.attributes)
+    native = NativeDecoder(graph, layers, floats(segment.arrays["lm_head"]), 2)
     sizes = (1, ROWS, STEPS, PREFIX_STEPS, 0, 1)
-    feeds = dict(random_feeds(SHAPE, sizes, np.random.default_rng(2)))
-    feeds["prefix_lengths"] = np.array([PREFIX_STEPS])
-    wanted = session.run(feeds)["logits"][0, :, 0]
-    made = session.last_logits(
-        feeds["embeds"][0],
-        feeds["positions"][:, 0],
-        feeds["logit_positions"][0, :, 0] + 1,
-        [feeds["prefix"][:, :, 0]],
-        range(TEXT.vocab_size),
+    feeds = random_feeds(SHAPE, sizes, np.random.default_rng(2))
+    prefix = KeyValues(floats(feeds["prefix"][:, :, 0]), PREFIX_STEPS)
+    rows = [
+        Row(floats(feeds["embeds"][0, row, :steps]), floats(feeds["positions"][:, 0, row, :steps]))
+        for row, steps in enumerate((feeds["logit_positions"][0, :, 0] + 1).tolist())
+    ]
+    wanted, made = (
+        decoder.last_logits(rows, [prefix], range(TEXT.vocab_size)) for decoder in (graph, native)
     )
     # In INT8 the head is in half precision, and a value may fall on the other side of a step.
     tolerance = 1e-4 if precision == "fp32" else 0.02 * float(np.abs(wanted).max())
@@ -123,7 +129,7 @@ def test_layers_of_other_shapes_are_refused(int8_folder: Path, part: str) -> Non
     # A range of its own is not another shape, but cannot be meant: its input is also the query's.
     arrays[name] = 2 * arrays[name] if part == "input" else arrays[name][:-1]
     with pytest.raises(ValueError, match=r"should have|round the same input"):
-        decoder_of(arrays, segment.attributes)
+        layers_of(arrays, segment.attributes)
 
 
 def test_int8_layers_are_bytes(int8_folder: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 
 from meiqa.engine.manifest import DecoderShape
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.runtime.base import GraphSession
-from meiqa.engine.runtime.onnx import open_sessions
+from meiqa.engine.runtime import open_graphs
+from meiqa.engine.runtime.decoder import GraphSession
 from meiqa.export.checkpoint import Checkpoint
-from meiqa.export.piecewise import PiecewiseSession
-from meiqa.export.verify import Feeds, TorchSession, random_feeds
+from meiqa.export.graphs import TorchSession
+from meiqa.export.verify import Feeds, PiecewiseSession, random_feeds
 from tests.export.tiny import reference_sessions
 
 TOLERANCE = 1e-4
@@ -47,7 +47,8 @@ def reference(checkpoint: Path) -> tuple[TorchSession, TorchSession]:
 
 @pytest.fixture(scope="module")
 def sessions(package: EnginePackage) -> tuple[GraphSession, GraphSession]:
-    return open_sessions(package, "cpu", 1)
+    vision, decoder = open_graphs(package, ["vision", "decoder"], "cpu", 1)
+    return vision, decoder
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,17 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from meiqa.engine.calibration import NEUTRAL_GRADED
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import MEIQA
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export import package as packaging
+from meiqa.export.calibration import pictures_in
+from meiqa.export.checkpoint import Checkpoint
+from meiqa.export.layers import temporary_folder
 from meiqa.export.package import Export, ExportOptions, export_package
-from meiqa.export.pictures import pictures_in
-from meiqa.export.piecewise import PiecewiseSession
-from meiqa.export.temporary import temporary_folder
-from tests.engine.samples import open_vlm, picture, seen
+from meiqa.export.verify import PiecewiseSession
+from tests.engine.samples import open_model, picture, seen
 from tests.export.tiny import copy_graphs
 
 PICTURES = [picture(0)]
@@ -54,10 +56,10 @@ def test_int8_is_smaller_and_says_nearly_the_same(
     packages = (package, int8_package)
     sizes = [(p.path / "decoder.onnx.data").stat().st_size for p in packages]
     assert sizes[1] < sizes[0]
-    exact, rounded = (seen(open_vlm(p), picture(77)) for p in packages)
+    exact, rounded = (seen(open_model(p), picture(77)) for p in packages)
     assert 0 < relative_difference(exact.values, rounded.values) < 0.1
-    exact_prefix, rounded_prefix = (open_vlm(p).read([exact])[0] for p in packages)
-    assert 0 < relative_difference(exact_prefix.key_values, rounded_prefix.key_values) < 0.1
+    exact_read, rounded_read = (open_model(p).prefill([exact])[0].opening.array for p in packages)
+    assert 0 < relative_difference(exact_read, rounded_read) < 0.1
 
 
 def test_attention_stays_in_float(int8_package: EnginePackage) -> None:
@@ -213,7 +215,7 @@ def test_what_a_killed_export_left_is_removed_and_what_another_makes_is_not(
     below.mkdir()
     killer = (
         "import os, pathlib, signal\n"
-        "from meiqa.export.temporary import temporary_folder\n"
+        "from meiqa.export.layers import temporary_folder\n"
         f"with temporary_folder(pathlib.Path({str(below)!r}), '.package.partial-') as folder:\n"
         "    (folder / 'decoder.onnx').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -299,3 +301,16 @@ def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
         pictures_in(tmp_path, 3)
     with pytest.raises(UsageError, match="no folder"):
         pictures_in(tmp_path / "nowhere", 3)
+
+
+@pytest.mark.parametrize("head", ["text", "levels", "grm"])
+def test_the_manifest_names_the_score_head(head: str, checkpoint: Path, tmp_path: Path) -> None:
+    export = Export(Checkpoint.open(checkpoint), tmp_path, ExportOptions("fp32", score_head=head))
+    manifest = export.manifest({})
+    assert manifest.score_head == head
+    assert manifest.calibration.graded == (NEUTRAL_GRADED if head == "grm" else None)
+
+
+def test_another_score_head_is_refused() -> None:
+    with pytest.raises(UsageError, match="text, levels, grm"):
+        ExportOptions("fp32", score_head="softmax")

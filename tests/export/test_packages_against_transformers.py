@@ -16,19 +16,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from meiqa.engine.local import LocalVlm
+from meiqa.engine.local import LocalModel
+from meiqa.engine.model import VisualTokens
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import Prompts
-from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.vlm import VisualTokens
+from meiqa.engine.runtime import open_graphs
 from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.package import ExportOptions, export_package
-from meiqa.export.tasks import TASK
 from meiqa.export.verify import random_feeds
 from tests.engine.samples import picture
 from tests.export import tiny_qwen
 from tests.export.tiny import reference_sessions
 
+TASK = "image-text-to-text"
 TOLERANCE = 1e-4
 SIZES = ((128, 128), (64, 256), (256, 64), (112, 144))
 GRIDS = [(1, 1), (1, 5), (7, 1), *[(h, w) for h in (2, 3, 4, 6, 9) for w in (1, 4, 5, 8)]]
@@ -41,7 +41,7 @@ class Twins:
     model: PreTrainedModel
     checkpoint: Path
     package: EnginePackage
-    vlm: LocalVlm
+    vlm: LocalModel
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
@@ -54,9 +54,9 @@ def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     else:
         tiny_qwen.save(tiny_qwen.make_qwen3_vl(tied=True), checkpoint)
     package = export_package(checkpoint, folder / "package", ExportOptions("fp32"))
-    loader = TasksManager.get_model_class_for_task(TASK, model_type=request.param)
+    loader = TasksManager.get_model_class_for_task("image-text-to-text", model_type=request.param)
     model = loader.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    return Twins(model, checkpoint, package, LocalVlm(package, *open_sessions(package, "cpu", 1)))
+    return Twins(model, checkpoint, package, LocalModel.open(package, "cpu", 1))
 
 
 def cells_of(twins: Twins, pixels: NDArray[np.uint8]) -> Tensor:
@@ -110,7 +110,7 @@ def test_the_greedy_text_is_the_same(twins: Twins, size: tuple[int, int]) -> Non
         )
     length = len(prompts.opening) + len(tokens.values) + len(after)
     wanted = prompts.tokenizer.decode(written[0, length:].tolist()).strip()
-    made = twins.vlm.describe(twins.vlm.read([tokens])[0], 24)
+    made = twins.vlm.describe(twins.vlm.prefill([tokens])[0], 24)
     assert len(wanted) > 12
     assert made.text == wanted
 
@@ -125,7 +125,7 @@ def test_the_logits_of_a_comparison_are_the_same(twins: Twins, sizes: tuple[int,
         logits = twins.model(**asked(twins, [first, second], p.opening, between, question)).logits
     one, two = p.verdict_ids
     wanted = float(logits[0, -1, one] - logits[0, -1, two])
-    made = twins.vlm.prefer_first(twins.vlm.read([tokens]), [other])
+    made = twins.vlm.prefer_first(twins.vlm.prefill([tokens]), [other])
     assert abs(wanted) > 100 * TOLERANCE
     assert made == pytest.approx([wanted], abs=TOLERANCE)
 
@@ -148,6 +148,7 @@ def test_the_decoder_graph_equals_pytorch(twins: Twins, seed: int) -> None:
     sizes = rng.integers((1, 1, 1, 0, 0, 1), (4, 5, 9, 30, 12, 4))
     feeds = random_feeds(twins.package.manifest.decoder, sizes.tolist(), rng)
     wanted = reference_sessions(Checkpoint.open(twins.checkpoint))[1].run(feeds)
-    made = open_sessions(twins.package, "cpu", 1)[1].run(feeds)
+    (decoder,) = open_graphs(twins.package, ["decoder"], "cpu", 1)
+    made = decoder.run(feeds)
     for name, values in wanted.items():
         np.testing.assert_allclose(made[name], values, atol=TOLERANCE, rtol=0)

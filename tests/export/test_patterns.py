@@ -1,4 +1,4 @@
-"""Patterns become a graph, and only of the tower that they were trained for."""
+"""Patterns become a graph of their tower alone, in 8 bits where that moves no score."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from meiqa.engine.images import fit_to_grid, load_pixels
 from meiqa.engine.manifest import PATTERNS, TensorRtEngine
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.onnx import OnnxSession
 from meiqa.errors import PackageCorrupted, PackageNotFound, UsageError
+from meiqa.export import patterns
+from meiqa.export.engines import pattern_profiles
 from meiqa.export.package import Export
 from meiqa.export.patterns import (
     FILE,
     DistortionPatterns,
     TrainedPatterns,
     add_patterns,
+    write_patterns,
 )
-from meiqa.export.profiles import pattern_profiles
-from tests.export.random_patterns import random_patterns
+from tests.engine.samples import SIZES, picture
+from tests.export.tiny import random_patterns
+from training.patterns import save_patterns
 
 Floats = NDArray[np.float64]
 
@@ -93,7 +98,7 @@ def test_the_graph_says_what_its_naive_twin_says(
     package: EnginePackage, folder: Path, cells: int
 ) -> None:
     trained = random_patterns(package)
-    made = add_patterns(trained, folder).manifest.patterns
+    made = write_patterns(trained, folder).manifest.patterns
     assert made is not None
     session = OnnxSession(folder, made.graph, "cpu", 1)
     rng = np.random.default_rng(cells)
@@ -106,7 +111,7 @@ def test_the_graph_says_what_its_naive_twin_says(
 
 
 def test_the_graph_is_plain_onnx_of_one_small_file(package: EnginePackage, folder: Path) -> None:
-    add_patterns(random_patterns(package), folder)
+    write_patterns(random_patterns(package), folder)
     graph = onnx.load(folder / f"{PATTERNS}.onnx", load_external_data=False)
     assert {node.domain for node in graph.graph.node} <= {"", "ai.onnx"}
     assert not list(folder.glob(f"{PATTERNS}.onnx.*"))
@@ -114,7 +119,7 @@ def test_the_graph_is_plain_onnx_of_one_small_file(package: EnginePackage, folde
 
 def test_patterns_are_read_as_they_were_written(package: EnginePackage, tmp_path: Path) -> None:
     trained = random_patterns(package)
-    trained.save(tmp_path / FILE)
+    save_patterns(trained, tmp_path / FILE)
     read = TrainedPatterns.load(tmp_path / FILE)
     assert (read.source, read.kinds, read.calibration) == (
         trained.source,
@@ -127,7 +132,7 @@ def test_patterns_are_read_as_they_were_written(package: EnginePackage, tmp_path
 
 def test_patterns_of_another_tower_are_refused(package: EnginePackage, folder: Path) -> None:
     with pytest.raises(UsageError, match="another checkpoint"):
-        add_patterns(random_patterns(package, source="0" * 64), folder)
+        write_patterns(random_patterns(package, source="0" * 64), folder)
     assert EnginePackage.open(folder).manifest.patterns is None
 
 
@@ -150,13 +155,13 @@ def test_an_export_takes_what_lies_beside_the_weights(
     export.options = type("Options", (), {"say": staticmethod(lambda step: None)})()
     export.add_patterns()
     assert EnginePackage.open(folder).manifest.patterns is None
-    random_patterns(package).save(tmp_path / FILE)
+    save_patterns(random_patterns(package), tmp_path / FILE)
     export.add_patterns()
     assert EnginePackage.open(folder).manifest.patterns is not None
 
 
 def test_new_patterns_drop_the_engines_of_the_old(package: EnginePackage, folder: Path) -> None:
-    made = add_patterns(random_patterns(package), folder)
+    made = write_patterns(random_patterns(package), folder)
     common = {"file": "f", "sha256": "0", "runtime": "tensorrt_rtx", "version": "1"}
     engines = [
         TensorRtEngine(
@@ -170,15 +175,98 @@ def test_new_patterns_drop_the_engines_of_the_old(package: EnginePackage, folder
         )
         for graph in ("vision", PATTERNS)
     ]
-    made.with_engines(engines)
-    again = add_patterns(random_patterns(package), folder)
+    made.rewritten(engines=engines)
+    again = write_patterns(random_patterns(package), folder)
     assert [engine.graph for engine in again.manifest.engines] == ["vision"]
 
 
 def test_a_profile_holds_every_grid(package: EnginePackage, folder: Path) -> None:
-    made = add_patterns(random_patterns(package), folder)
+    made = write_patterns(random_patterns(package), folder)
     (profile,) = pattern_profiles(made)
     image = made.manifest.image
     least, _, most = profile["tokens"]
     assert least[0] == 1
     assert most[0] == image.max_pixels // image.cell_pixels**2
+
+
+@pytest.fixture
+def pictures(package: EnginePackage) -> list[np.ndarray]:
+    given = [picture(seed, size) for seed, size in enumerate(SIZES)]
+    return [fit_to_grid(load_pixels(each), package.manifest.image) for each in given]
+
+
+def quantised(folder: Path) -> bool:
+    nodes = onnx.load(folder / f"{PATTERNS}.onnx").graph.node
+    return any(node.op_type == "QuantizeLinear" for node in nodes)
+
+
+def test_an_int8_package_has_its_patterns_in_8_bits(
+    int8_package: EnginePackage, tmp_path: Path, pictures: list[np.ndarray]
+) -> None:
+    folder = copied(int8_package, tmp_path)
+    in_floats = write_patterns(random_patterns(int8_package), folder).manifest.patterns
+    assert in_floats is not None
+    assert not quantised(folder)
+    tokens = np.random.default_rng(0).normal(size=(2, 6, in_floats_width(folder)))
+    feeds = dict(zip(("tokens", "reference"), tokens.astype(np.float32), strict=True))
+    wanted = OnnxSession(folder, in_floats.graph, "cpu", 1).run(feeds)["scores"]
+    made = write_patterns(random_patterns(int8_package), folder, pictures).manifest.patterns
+    assert made is not None
+    assert made.report["rounding"]["bits"] == 8
+    assert 0 < made.report["rounding"]["move"] <= patterns.LARGEST_MOVE
+    assert quantised(folder)
+    found = OnnxSession(folder, made.graph, "cpu", 1).run(feeds)["scores"]
+    assert 0 < np.abs(found - wanted).max() < 0.2
+    assert EnginePackage.open(folder).manifest.patterns == made  # its digest is the new one's
+    assert not list(folder.glob("*.int8"))
+
+
+def test_where_8_bits_would_move_scores_floats_stay(
+    int8_package: EnginePackage,
+    tmp_path: Path,
+    pictures: list[np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patterns, "LARGEST_MOVE", 0.0)
+    folder = copied(int8_package, tmp_path)
+    made = write_patterns(random_patterns(int8_package), folder, pictures).manifest.patterns
+    assert made is not None
+    assert made.report["rounding"]["bits"] == 32
+    assert not quantised(folder)
+
+
+def test_other_packages_keep_floats(
+    package: EnginePackage, tmp_path: Path, pictures: list[np.ndarray]
+) -> None:
+    folder = copied(package, tmp_path)
+    made = write_patterns(random_patterns(package), folder, pictures).manifest.patterns
+    assert made is not None
+    assert "rounding" not in made.report
+    assert not quantised(folder)
+
+
+def test_an_int8_package_wants_photographs(int8_package: EnginePackage, tmp_path: Path) -> None:
+    folder = copied(int8_package, tmp_path)
+    save_patterns(random_patterns(int8_package), tmp_path / FILE)
+    with pytest.raises(UsageError, match="int8 needs photographs"):
+        add_patterns(folder, tmp_path / FILE)
+    pictures = [picture(seed, size) for seed, size in enumerate(SIZES)]
+    made = add_patterns(folder, tmp_path / FILE, pictures)
+    assert made.manifest.patterns is not None
+    assert made.manifest.patterns.report["rounding"]["bits"] == 8
+
+
+def test_a_float_package_takes_a_codebook_without_photographs(
+    package: EnginePackage, folder: Path, tmp_path: Path
+) -> None:
+    save_patterns(random_patterns(package), tmp_path / FILE)
+    assert add_patterns(folder, tmp_path / FILE).manifest.patterns is not None
+    assert not quantised(folder)
+
+
+def copied(package: EnginePackage, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(package.path, tmp_path / "package"))
+
+
+def in_floats_width(folder: Path) -> int:
+    return EnginePackage.open(folder).manifest.decoder.embed_width

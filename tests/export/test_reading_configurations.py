@@ -135,7 +135,7 @@ def test_published_figures_that_were_not_written_out() -> None:
         tower = qwen2_5_vl.make_tower(config)
     assert len(tower.blocks) == 32
     assert (tower.side, tower.full_blocks) == (4, (7, 15, 23, 31))
-    assert qwen2_5_vl.grid(config) == (14, 2)
+    assert qwen2_5_vl.FAMILY.grid(config) == (14, 2)
 
 
 @every_family

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from meiqa.engine.manifest import Graph
 from meiqa.export.families import qwen2_5_vl, qwen3_vl
 from meiqa.export.families.base import Config, Family
-from meiqa.export.graphs import Interface, save_graph, vision_graph
+from meiqa.export.graphs import traced
+from meiqa.export.layers import save_graph
 from tests.export import tiny_qwen
 from tests.export.tiny_qwen import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, WIDTH
 
@@ -120,8 +122,8 @@ def exported(
     ours = twins(request.param).ours
     weights = dict(ours.named_parameters())
     tokens = ("tokens", twins(request.param).made(random_cells(1, 1)).shape[1])
-    interface = Interface({"cells": ("h", "w", CELL_VALUES)}, {"tokens": tokens})
-    graph = vision_graph(ours, interface, lambda name: weights[name].detach())
+    interface = Graph("vision.onnx", None, {"cells": ("h", "w", CELL_VALUES)}, {"tokens": tokens})
+    graph = traced(ours, interface, lambda name: weights[name].detach())
     save_graph(graph, path)
     return request.param, onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 

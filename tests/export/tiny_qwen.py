@@ -16,7 +16,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from meiqa.training.texts import corpus_of, train_tokenizer
+from training.texts import corpus_of, train_tokenizer
 
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 8, 2, 2
 CELL_PIXELS = PATCH_SIZE * MERGE_SIZE

@@ -12,7 +12,7 @@ from numba import config
 from numpy.typing import NDArray
 
 from meiqa.kernels.graph import Graph, check_graph
-from meiqa.kernels.hnsw import search_graph, search_graph_many, workspace
+from meiqa.kernels.hnsw import search_graph, workspace
 from tests import naive
 
 Keys = NDArray[np.float16]
@@ -63,7 +63,6 @@ def assert_as_naive(
     expected = [naive.hnsw_search(graph, query, count, eligible, effort) for query in queries]
     found = [search_graph(graph, query, count, eligible, effort).tolist() for query in queries]
     assert found == expected
-    assert search_graph_many(graph, queries, count, eligible, effort).tolist() == expected
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 40])
@@ -149,13 +148,11 @@ def test_an_empty_graph_has_no_neighbours() -> None:
     graph = linked(np.empty((0, 3), np.float16))
     check_graph(graph)
     assert search_graph(graph, np.ones(3, np.float32), 4, None, 8).tolist() == []
-    assert search_graph_many(graph, np.ones((2, 3), np.float32), 4, None, 8).shape == (2, 0)
-    assert search_graph_many(graph, np.ones((0, 3), np.float32), 4, None, 8).shape == (0, 0)
 
 
 def test_a_workspace_serves_many_searches() -> None:
     graph = linked(random_keys(97, 3))
-    work = workspace(graph, 3, 4)
+    work = workspace(graph)
     for query in random_queries(600, 3):  # more than there are marks
         expected = search_graph(graph, query, 3, None, 4)
         assert search_graph(graph, query, 3, None, 4, work).tolist() == expected.tolist()
@@ -246,5 +243,6 @@ def test_bad_arguments_are_refused() -> None:
         search_graph(graph, np.ones(6, np.float32)[::2], 1, None, 4)
     with pytest.raises(ValueError, match="eligible"):
         search_graph(graph, query, 1, np.ones(96, bool), 4)
-    with pytest.raises(ValueError, match="smaller search"):
-        search_graph(graph, query, 5, None, 4, workspace(graph, 4, 4))
+    smaller = workspace(linked(random_keys(96, 3)))
+    with pytest.raises(ValueError, match="smaller graph"):
+        search_graph(graph, query, 5, None, 4, smaller)

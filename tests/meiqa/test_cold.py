@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from meiqa.benchmarks.photographs import made_jpeg
+from meiqa.evaluation.measuring import made_jpeg
 
 NOT_NEEDED = {
     *("numba", "llvmlite", "scipy", "hnswlib"),  # solvers and searches of more than one photo
     *("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx", "matplotlib"),
-    *("meiqa.benchmarks", "meiqa.export", "meiqa.training", "meiqa.serve"),
+    *("meiqa.evaluation", "meiqa.export", "meiqa.serve"),
     *("importlib.metadata", "email", "PIL.TiffImagePlugin", "numpy.ma"),
 }
 PROBE = """

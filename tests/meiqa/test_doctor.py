@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from meiqa import cli, doctor
-from meiqa.commands import options
-from meiqa.errors import PackageNotFound
+from meiqa import cli
+from meiqa.cli import doctor, options
+from meiqa.errors import PackageNotFound, install_hint
 from meiqa.locations import user_memory
 
 Output = pytest.CaptureFixture[str]
@@ -20,7 +20,7 @@ def test_a_healthy_installation(engine: Any, tmp_path: Path, capsys: Output) -> 
     assert cli.main(["doctor", "--format", "json", "--memory", str(tmp_path)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["package"] == {
-        "path": "/packages/grey",
+        "path": "/packages/fake",
         "digest": "ab" * 32,
         "verified": True,
     }
@@ -28,7 +28,7 @@ def test_a_healthy_installation(engine: Any, tmp_path: Path, capsys: Output) -> 
         "path": str(tmp_path),
         "writable": True,
         "anchors": 3,
-        "contrast": 1,
+        "contrast": 0,
     }
     assert report["native_kernel"] is True
     assert "CPUExecutionProvider" in report["providers"]
@@ -38,8 +38,8 @@ def test_a_healthy_installation(engine: Any, tmp_path: Path, capsys: Output) -> 
 def test_text(engine: Any, tmp_path: Path, capsys: Output) -> None:
     assert cli.main(["doctor", "--no-verify", "--memory", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "/packages/grey (digests not verified)" in text
-    assert "3 anchors, 1 contrast cases" in text
+    assert "/packages/fake (digests not verified)" in text
+    assert "3 anchors, 0 contrast cases" in text
     assert text.endswith("Everything is there.\n")
 
 
@@ -49,7 +49,7 @@ def test_a_missing_package_is_listed_with_its_command(
     def refuse(*_: object, **__: object) -> None:
         raise PackageNotFound("no engine package", hint="meiqa export CHECKPOINT")
 
-    monkeypatch.setattr(options, "open_engine", refuse)
+    monkeypatch.setattr(options, "engine_of", refuse)
     assert cli.main(["doctor", "--memory", str(tmp_path)]) == 1
     assert "no engine package; meiqa export CHECKPOINT" in capsys.readouterr().out
 
@@ -70,7 +70,7 @@ def test_missing_runtime_and_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "ONNX Runtime is not installed",
         "the native kernel cannot be loaded: no meiqa.kernels._native",
     ]
-    assert all(entry["hint"] == "pip install 'meiqa[cpu]'" for entry in report["missing"])
+    assert all(entry["hint"] == install_hint("cpu") for entry in report["missing"])
     assert report["providers"] == []
 
 

@@ -4,18 +4,20 @@ import csv
 import io
 import json
 import math
+import random
 from dataclasses import replace
 
 import pytest
 
+from meiqa.cli.eval import evaluation_text
 from meiqa.errors import DecodeError
 from meiqa.formats import (
     CSV_COLUMNS,
+    ResultWriter,
     comparison_phrase,
-    evaluation_text,
     json_text,
-    result_writer,
-    telling_comparisons,
+    reasons_for,
+    reasons_phrase,
     total_ms,
     write_comparison,
 )
@@ -36,7 +38,7 @@ def assessment() -> Assessment:
         percentile=61.0,
         summary='Sharp, "warm"\nlight',
         neighbours=(
-            Neighbour("as expected", "anchor", 3.1, 0.1, 0.5),
+            Neighbour("as expected", "anchor", 3.1, 0.1, 0.55),
             Neighbour("not asked", "anchor", 1.0, 0.1, None),
             Neighbour("upset", "contrast", 4.5, 0.1, 0.9),
             Neighbour("mild", "anchor", 3.1, 0.1, 0.7),
@@ -47,7 +49,7 @@ def assessment() -> Assessment:
 
 def written(format: str, *results: Assessment | Failure) -> str:
     stream = io.StringIO()
-    with result_writer(format, stream) as writer:  # type: ignore[arg-type]
+    with ResultWriter(format, stream) as writer:  # type: ignore[arg-type]
         for result in results:
             writer.write(result)
     return stream.getvalue()
@@ -63,7 +65,7 @@ def test_json_array_is_complete_when_a_run_is_cut_short(assessment: Assessment) 
     stream = io.StringIO()
 
     def cut_short() -> None:
-        with result_writer("json", stream) as writer:
+        with ResultWriter("json", stream) as writer:
             writer.write(assessment)
             raise RuntimeError
 
@@ -95,10 +97,32 @@ def test_text_tells_the_whole_way(assessment: Assessment) -> None:
         FAILURE,
     )
     assert "3.46 ± 0.21  good   (initial 3.10, better than 61 % of the anchors, 15 ms)" in text
-    assert "beats upset (4.50) 90 %, beats mild (3.10) 70 % (3 compared)" in text
+    assert "beats as expected (3.10) 55 % (3 compared)" in text
     assert "on reflection: Warmer." in text
     assert "note: one order; not remembered" in text
     assert "b.jpg" not in text
+
+
+def test_every_format_rounds_alike(assessment: Assessment) -> None:
+    long = replace(
+        assessment,
+        score=3.456789012345,
+        percentile=61.23456,
+        neighbours=(Neighbour("a", "anchor", 2.345678901, 0.1, 0.123456789),),
+        grades={"good": 0.123456789},
+        timings_ms={"total": 12.3456789},
+    )
+    (row,) = csv.DictReader(io.StringIO(written("csv", long)))
+    (values,) = json.loads(written("json", long))
+    assert (row["score"], row["percentile"], row["total_ms"]) == ("3.4568", "61.2", "12.3")
+    assert (values["score"], values["percentile"]) == (3.4568, 61.2)
+    assert values["timings_ms"] == {"total": 12.3}
+    assert values["neighbours"][0] == {
+        **{"id": "a", "origin": "anchor"},
+        **{"score": 2.3457, "preference": 0.1235},
+    }
+    assert values["grades"] == {"good": 0.1235}
+    assert json.loads(written("jsonl", long)) == values
 
 
 def test_text_without_anchors_claims_no_percentile(assessment: Assessment) -> None:
@@ -107,9 +131,43 @@ def test_text_without_anchors_claims_no_percentile(assessment: Assessment) -> No
     assert len(text.splitlines()) == 2
 
 
-def test_telling_comparisons_are_the_least_expected(assessment: Assessment) -> None:
-    assert [one.id for one in telling_comparisons(assessment)] == ["upset", "mild"]
-    assert len(telling_comparisons(assessment, count=9)) == 3
+def neighbour(score: float, preference: float | None) -> Neighbour:
+    return Neighbour(f"{score}", "anchor", score, 0.1, preference)
+
+
+def chosen(score: float, *neighbours: Neighbour) -> tuple[bool, list[float]]:
+    reasons, agree = reasons_for(score, neighbours)
+    return agree, [each.score for each in reasons]
+
+
+def test_reasons_are_the_closest_on_either_side_that_agree() -> None:
+    around = [neighbour(2.0, 0.9), neighbour(2.9, 0.8), neighbour(3.2, 0.3), neighbour(4.5, 0.1)]
+    assert chosen(3.0, *around) == (True, [2.9, 3.2])
+    upset = neighbour(3.1, 0.9)  # it was beaten, though it scores higher
+    assert chosen(3.0, upset, *around) == (True, [2.9, 3.2])
+    assert chosen(3.0, neighbour(3.1, None), *around) == (True, [2.9, 3.2])
+    assert chosen(3.0) == (True, [])
+
+
+def test_a_photo_out_of_its_neighbours_line_is_told_so(assessment: Assessment) -> None:
+    against = (neighbour(2.9, 0.2), neighbour(2.8, 0.1), neighbour(3.9, 0.7), neighbour(4.5, 0.1))
+    assert chosen(3.456, *against) == (False, [2.9, 3.9])
+    told = reasons_phrase(replace(assessment, neighbours=against))
+    assert told == "its neighbours say otherwise: loses to 2.9 (2.90) 80 %, beats 3.9 (3.90) 70 %"
+    assert reasons_phrase(replace(assessment, neighbours=())) == ""
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_reasons_never_contradict_the_score_unsaid(seed: int) -> None:
+    chance = random.Random(seed)
+    score = chance.uniform(1, 5)
+    neighbours = [
+        neighbour(chance.uniform(1, 5), chance.random()) for _ in range(chance.randrange(9))
+    ]
+    reasons, agree = reasons_for(score, neighbours)
+    for each in reasons:
+        assert each.preference is not None
+        assert ((each.preference > 0.5) == (score > each.score)) is agree
 
 
 def test_a_defeat_is_told_from_the_winners_side() -> None:
@@ -137,7 +195,7 @@ def test_comparison(format: str) -> None:
     if format == "text":
         assert text.startswith("b.jpg looks better than a.jpg with probability 0.80\n")
     elif format == "csv":
-        assert next(csv.DictReader(io.StringIO(text)))["preference"] == "0.2"
+        assert next(csv.DictReader(io.StringIO(text)))["preference"] == "0.2000"
     else:
         assert json.loads(text) == comparison.to_dict()
 

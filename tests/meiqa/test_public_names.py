@@ -20,8 +20,11 @@ def test_public_names_are_pinned() -> None:
         "AnswerUnreadable",
         "Assessment",
         "Budget",
+        "CulledPhoto",
+        "Culling",
         "DecodeError",
         "DeviceUnavailable",
+        "Distortion",
         "Engine",
         "Failure",
         "ImageError",
@@ -37,6 +40,9 @@ def test_public_names_are_pinned() -> None:
         "PackageNotFound",
         "PackageUnwritable",
         "PairComparison",
+        "RankedPhoto",
+        "Ranking",
+        "Reference",
         "SchemaUnsupported",
         "ServiceError",
         "ServiceUnreachable",
@@ -83,9 +89,25 @@ def test_version_is_the_installed_one() -> None:
     assert meiqa.__version__ == version("meiqa")
 
 
-@pytest.mark.parametrize("statement", ["import meiqa", "import meiqa.cli; meiqa.cli.main(['-h'])"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import meiqa",
+        "import meiqa.cli; meiqa.cli.main(['-h'])",
+        "import meiqa.types, meiqa.errors",
+    ],
+)
 def test_import_and_help_load_nothing_heavy(statement: str) -> None:
-    heavy = ["numpy", "numba", "onnxruntime", "PIL", "scipy", "tokenizers"]
+    heavy = ["numpy", "numba", "onnxruntime", "PIL", "scipy", "tokenizers", "meiqa.cli.options"]
     check = f"import sys\n{statement}\nsys.exit(' '.join(set({heavy}) & set(sys.modules)) or 0)"
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_every_result_of_a_public_method_is_public() -> None:
+    results = {
+        name
+        for name, value in vars(types).items()
+        if inspect.isclass(value) and issubclass(value, types.Result) and value is not types.Result
+    }
+    assert results <= set(meiqa.__all__)

@@ -2,11 +2,24 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 
 from meiqa.errors import DecodeError, UsageError
-from meiqa.types import Assessment, Budget, Failure, Neighbour, PairComparison, quality_word
+from meiqa.types import (
+    Assessment,
+    Budget,
+    CulledPhoto,
+    Culling,
+    Failure,
+    Neighbour,
+    PairComparison,
+    RankedPhoto,
+    Ranking,
+    quality_word,
+)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +99,44 @@ def test_json_of_a_failure() -> None:
 def test_json_of_a_comparison() -> None:
     values = PairComparison("a", "b", 0.7, 3.0, 2.0, {"total": 5.0}).to_dict()
     assert list(values) == [
-        "first",
-        "second",
-        "preference",
-        "first_score",
-        "second_score",
-        "timings_ms",
+        *("first", "second", "preference", "first_score", "second_score"),
+        *("timings_ms", "degraded"),
     ]
+
+
+def test_json_of_sets() -> None:
+    ranked = RankedPhoto(1, "a", 3.00001, 0.2, 2.9, 4, 1, "Sharp.")
+    values = Ranking((ranked,), (Failure("b", DecodeError("b is empty")),), ("pairs",)).to_dict()
+    assert values["photos"] == [
+        {
+            **{"rank": 1, "path": "a", "score": 3.0, "std": 0.2, "alone": 2.9},
+            **{"compared": 4, "places": 1},
+        }
+    ]
+    assert values["failures"] == [{"path": "b", "error": "b is empty", "hint": None}]
+    assert values["degraded"] == ["pairs"]
+    shot = CulledPhoto(2, "a", 3.0, 0.2, 2.9, 0.987654)
+    values = Culling(((shot,),)).to_dict()
+    assert values["groups"] == [
+        [
+            {
+                **{"place": 2, "best": False, "path": "a", "score": 3.0, "std": 0.2},
+                **{"alone": 2.9, "likeness": 0.9877},
+            }
+        ]
+    ]
+
+
+def test_what_is_not_finite_is_null() -> None:
+    values = Assessment("p", math.nan, 0.2, (1.0, math.inf), 3.1, "good", math.nan, None).to_dict()
+    assert (values["score"], values["ci95"], values["percentile"]) == (None, [1.0, None], None)
+
+
+@pytest.mark.parametrize("limit", ["300", [1], True, Budget()])
+def test_budget_refuses_what_is_no_number(limit: Any) -> None:
+    with pytest.raises(TypeError, match=r"a budget's ms is a number, not "):
+        Budget(ms=limit)
+
+
+def test_budget_takes_numbers_of_numpy() -> None:
+    assert Budget(ms=np.float32(3.0)).ms == 3

@@ -44,7 +44,7 @@ def tokens_as_stored(tokens: NDArray[Any]) -> NDArray[Any]:
     return np.array(rounded)
 
 
-def naive_layout(tokens: NDArray[Any], grid: tuple[int, int]) -> NDArray[Any]:
+def naive_descriptor(tokens: NDArray[Any], grid: tuple[int, int]) -> NDArray[Any]:
     """Average a fine enough copy of the grid in 4 x 4 blocks, take the mean off, scale."""
     rows, columns = grid
     cells = tokens.astype(np.float64).reshape(rows, columns, -1)
@@ -65,7 +65,7 @@ def naive_retrieve(
     query: NDArray[Any],
     policy: RetrievalPolicy,
     exclude_digest: str | None,
-    layout: NDArray[Any] | None = None,
+    descriptor: NDArray[Any] | None = None,
 ) -> list[str]:
     by_score = sorted(anchors, key=lambda case: (case.score, case.id))
     bin_of = {case.id: i * policy.bins // len(anchors) for i, case in enumerate(by_score)}
@@ -73,9 +73,9 @@ def naive_retrieve(
     def may_be_taken(case: Case) -> bool:
         if case.image_digest == exclude_digest:
             return False
-        if layout is None or policy.exclude_above == 1:
+        if descriptor is None or policy.exclude_above == 1:
             return True
-        likeness = float(naive_layout(tokens_as_stored(case.tokens), case.grid) @ layout)
+        likeness = float(naive_descriptor(tokens_as_stored(case.tokens), case.grid) @ descriptor)
         return likeness <= policy.exclude_above
 
     anchors = [case for case in anchors if may_be_taken(case)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import zlib
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,13 @@ def build_anchors(path: Path, cases: Iterable[Case] = (), digest: str = DIGEST) 
             writer.add(case, provenance="a laboratory")
         writer.finish()
     return path
+
+
+def uses_of(path: Path) -> dict[str, tuple[int, float]]:
+    """How often contrast cases were retrieved, and when last, as it is on the disk."""
+    with closing(sqlite3.connect(path / "cases.sqlite3")) as database:
+        rows = database.execute("SELECT id, retrieved, last_retrieved FROM uses").fetchall()
+    return {case_id: (retrieved, last) for case_id, retrieved, last in rows}
 
 
 def python_child(program: str, *arguments: object) -> subprocess.Popen[str]:

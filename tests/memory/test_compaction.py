@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +20,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meiqa.errors import StoreError, StoreMismatch, StoreUnwritable
+from meiqa.errors import StoreError, StoreUnwritable
 from meiqa.memory import (
     Case,
     ContrastPolicy,
     MemoryBank,
     RetrievalPolicy,
-    layout,
+    spatial_descriptor,
     verify_memory,
 )
-from meiqa.memory.generation_writer import written_generation
-from meiqa.memory.lock import WriterLock
 from meiqa.types import Origin
 from tests.memory.naive_retrieval import naive_retrieve
 from tests.memory.samples import (
@@ -48,6 +53,27 @@ def all_cases(bank: MemoryBank) -> dict[tuple[str, str], Case]:
     cases = {(case.origin, case.id): case for case in found}
     assert len(cases) == len(found)
     return cases
+
+
+@contextmanager
+def once(owner: Any, name: str, act: Callable[..., object]) -> Iterator[None]:
+    """Let something happen when a function is called, before it does its work.
+
+    Once; but if `act` gives False, with the next call.
+    """
+    real = getattr(owner, name)
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        setattr(owner, name, real)
+        if act(*arguments) is False:
+            setattr(owner, name, interrupted)
+        return real(*arguments, **options)
+
+    setattr(owner, name, interrupted)
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)
 
 
 def tied_case(number: int, origin: Origin, image: int) -> Case:
@@ -138,7 +164,7 @@ def live_through(
     key = np.random.default_rng(built).standard_normal(KEY_WIDTH, np.float32)
     exclude = data.draw(st.sampled_from([None, "image 3"]))
     seen = make_case(f"{data.draw(st.integers(0, 40))}")
-    look = data.draw(st.sampled_from([None, layout(seen.tokens, seen.grid)]))
+    look = data.draw(st.sampled_from([None, spatial_descriptor(seen.tokens, seen.grid)]))
     found = [case.id for case in snapshot.retrieve(key, policy, exclude, look)]
     assert found == naive_retrieve(anchors, contrast, key, policy, exclude, look)
     if anchors:
@@ -164,7 +190,7 @@ def test_an_added_anchor_is_found_at_once_and_after_compaction(tmp_path: Path) -
             assert opened.snapshot().count_anchors == 31
 
 
-def test_snapshots_outlive_the_generations_they_show(tmp_path: Path) -> None:
+def test_snapshots_outlive_the_versions_they_show(tmp_path: Path) -> None:
     path = build_anchors(tmp_path / "m", make_cases(7, "anchor"))
     with open_bank(path) as bank:
         for case in make_cases(3, "contrast"):
@@ -181,7 +207,7 @@ def test_snapshots_outlive_the_generations_they_show(tmp_path: Path) -> None:
         assert_same_case(by_id[case.id], case)
 
 
-def test_old_generations_and_unfinished_files_go_away(tmp_path: Path) -> None:
+def test_old_versions_and_unfinished_files_go_away(tmp_path: Path) -> None:
     path = build_anchors(tmp_path / "m", make_cases(3, "anchor"))
     with open_bank(path) as bank:
         for number in range(3):
@@ -203,38 +229,31 @@ def test_old_generations_and_unfinished_files_go_away(tmp_path: Path) -> None:
     assert verify_memory(path) == []
 
 
-def test_what_happens_during_a_compaction_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_happens_during_a_compaction_is_kept(tmp_path: Path) -> None:
     path = build_anchors(tmp_path / "m")
     bank = open_bank(path)
     for case in make_cases(4, "contrast"):
         bank.remember(case, provenance="a test")
     bank.compact()
+    doubtful = make_case("contrast-0001")
+    object.__setattr__(doubtful, "std", 4.0)
+    bank.remember(doubtful, provenance="a test")
+    bank.compact()
     for name in ("x", "y", "z"):
-        bank.remember(make_case(name), provenance="a test")
-    frozen = bank._store.frozen
+        case = make_case(name)
+        object.__setattr__(case, "std", 4.0 if name == "y" else 0.25)
+        bank.remember(case, provenance="a test")
 
-    def change_meanwhile(origin: Origin) -> Any:
-        context = frozen(origin)
+    def change_meanwhile(_: Path, to: Path) -> bool:
+        if to.name != "contrast-3.sqlite3":  # what is begun once it is known what is merged
+            return False
+        bank.remember(make_case("x", score=1.25), provenance="a test")
+        bank.remember(make_case("new"), provenance="a test")
+        assert bank.evict(keep=6) == 2  # "y" and "contrast-0001"
+        return True
 
-        class Meanwhile:
-            def __enter__(self) -> Any:
-                view = context.__enter__()
-                bank.remember(make_case("x", score=1.25), provenance="a test")
-                bank.remember(make_case("new"), provenance="a test")
-                with bank._store.changing() as change:
-                    change.drop("contrast", ["y", "contrast-0001"])
-                return view
-
-            def __exit__(self, *error: Any) -> None:
-                context.__exit__(*error)
-
-        return Meanwhile()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bank._store, "frozen", change_meanwhile)
-        bank._compactor.compact("contrast")
+    with once(os, "replace", change_meanwhile):
+        assert bank.compact()
     expected = {"contrast-0000", "contrast-0002", "contrast-0003", "x", "z", "new"}
     for _ in range(2):
         found = {case_id: case for (_, case_id), case in all_cases(bank).items()}
@@ -247,9 +266,7 @@ def test_what_happens_during_a_compaction_is_kept(
 
 
 @pytest.mark.parametrize("moment", ["before the swap", "after the swap"])
-def test_a_compaction_that_stops_half_way_loses_nothing(
-    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compaction_that_stops_half_way_loses_nothing(tmp_path: Path, moment: str) -> None:
     path = build_anchors(tmp_path / "m", make_cases(5, "anchor"))
     bank = open_bank(path)
     bank.add_anchor(make_case("new", "anchor"), provenance="a test")
@@ -257,15 +274,24 @@ def test_a_compaction_that_stops_half_way_loses_nothing(
     bank.remove(["anchor-0001"])
     before = all_cases(bank)
 
-    def stop(*_: object) -> None:
-        raise StoreUnwritable("the disk is full")
+    segment = path / "anchors.seg"
+    built = segment.stat().st_ino
 
-    name = "publish" if moment == "before the swap" else "forget_merged"
-    target = "meiqa.memory.segment_writer" if name == "publish" else "meiqa.memory.journal.Journal"
-    with monkeypatch.context() as patch:
-        patch.setattr(f"{target}.{name}", stop)
-        with pytest.raises(StoreUnwritable, match="disk is full"):
-            bank.compact()
+    def stop_before(_: Path, to: Path) -> bool:
+        if to == segment:
+            raise OSError(errno.ENOSPC, "the disk is full")
+        return False
+
+    def stop_after(*_: object) -> bool:
+        # The new name is durable next; nothing has been taken from the WAL yet.
+        if segment.stat().st_ino != built:
+            raise OSError(errno.ENOSPC, "the disk is full")
+        return False
+
+    name, stop = ("replace", stop_before) if moment == "before the swap" else ("open", stop_after)
+    with once(os, name, stop), pytest.raises(StoreUnwritable, match="disk is full"):
+        bank.compact()
+    assert (segment.stat().st_ino == built) == (moment == "before the swap")
     for _ in range(2):
         after = all_cases(bank)
         assert after.keys() == before.keys()
@@ -279,26 +305,25 @@ def test_a_compaction_that_stops_half_way_loses_nothing(
     assert verify_memory(path) == []
 
 
-def test_a_reader_that_is_overtaken_opens_the_next_generation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The segment it has mapped names records that are removed before it opens them."""
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_reader_that_is_overtaken_opens_the_next_version(tmp_path: Path, verify: bool) -> None:
+    """The segment it has mapped names records that are removed just when it opens them."""
     path = build_anchors(tmp_path / "m", make_cases(3, "anchor"))
     with open_bank(path) as bank:
         bank.add_anchor(make_case("new", "anchor"), provenance="a test")
-        from meiqa.memory import generation
 
-        described = generation._described
-
-        def overtake(*arguments: Any) -> Any:
-            found = described(*arguments)
-            monkeypatch.setattr(generation, "_described", described)
+        def overtake(database: object, *_: object) -> bool:
+            if "anchors.sqlite3" not in str(database):
+                return False
             bank.compact()
-            return found
+            return True
 
-        monkeypatch.setattr(generation, "_described", overtake)
-        with open_bank(path, "r") as reader:
+        with (
+            once(sqlite3, "connect", overtake),
+            open_bank(path, "r", verify=verify) as reader,
+        ):
             assert reader.snapshot().count_anchors == 4
+            assert not (path / "anchors.sqlite3").exists()
 
 
 def test_the_background_compacts_what_was_learnt(tmp_path: Path) -> None:
@@ -306,36 +331,39 @@ def test_the_background_compacts_what_was_learnt(tmp_path: Path) -> None:
     with open_bank(path, policy=ContrastPolicy(compact_after=10)) as bank:
         for case in make_cases(25, "contrast"):
             bank.remember(case, provenance="a test")
-        bank._compactor.wait()
+    with open_bank(path, "r") as bank:  # closing has waited for the background
         contrast = bank.statistics().origins["contrast"]
-        assert contrast.generation >= 1
-        assert contrast.cases == 25
-        assert contrast.recent < 25
+    assert contrast.version >= 1
+    assert contrast.cases == 25
+    assert contrast.recent < 25
 
 
 def test_a_failed_background_compaction_is_told_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*_: object) -> None:
-        raise StoreUnwritable("the disk is full")
+    path = build_anchors(tmp_path / "m")
 
-    monkeypatch.setattr("meiqa.memory.segment_writer.publish", full)
-    path = build_anchors_before(tmp_path / "m", monkeypatch)
+    def full(_: Path, to: Path) -> bool:
+        if to.name == "contrast.seg":
+            raise OSError(errno.ENOSPC, "the disk is full")
+        return False
+
     with (
         caplog.at_level(logging.WARNING),
+        once(os, "replace", full),
         open_bank(path, policy=ContrastPolicy(compact_after=2)) as bank,
     ):
         for case in make_cases(9, "contrast"):
             bank.remember(case, provenance="a test")
-            bank._compactor.wait()
+            wait_for_the_background()
         assert bank.snapshot().count_contrast == 9
     assert caplog.text.count("was not compacted") == 1
 
 
-def build_anchors_before(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    with monkeypatch.context() as patch:
-        patch.setattr("meiqa.memory.segment_writer.publish", os.replace)
-        return build_anchors(path)
+def wait_for_the_background() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "memory compaction":
+            thread.join()
 
 
 def test_anchors_elsewhere_are_not_copied(tmp_path: Path) -> None:
@@ -363,54 +391,47 @@ def test_a_reader_may_not_compact(tmp_path: Path) -> None:
         bank.compact()
 
 
-def test_cases_of_an_older_format_are_refused(tmp_path: Path) -> None:
-    path = build_anchors(tmp_path / "m")
-    (path / "contrast.sqlite3").write_bytes(b"")
-    with pytest.raises(StoreMismatch, match=r"another meiqa.*rm .*contrast\.sqlite3"):
-        open_bank(path)
-
-
-def test_an_unpublished_generation_leaves_nothing(tmp_path: Path) -> None:
-    path = build_anchors(tmp_path / "m", make_cases(2, "anchor"))
-    with open_bank(path, "r") as bank:
-        identity = bank._store.identity
-    before = sorted(path.iterdir())
-    with written_generation(path, "anchor", identity, 2, []):
-        pass
-    assert sorted(path.iterdir()) == before
-
-
-def test_a_snapshot_across_a_compaction_misses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The reader has looked for generations when one appears and the journal is emptied."""
+def test_a_snapshot_across_a_compaction_misses_nothing(tmp_path: Path) -> None:
+    """The reader has looked for versions when one appears and the WAL is emptied."""
     path = build_anchors(tmp_path / "m", make_cases(3, "anchor"))
     with open_bank(path) as bank, open_bank(path, "r") as reader:
         for name in ("x", "y"):
             bank.remember(make_case(name), provenance="a test")
             bank.add_anchor(make_case(name, "anchor"), provenance="a test")
-        assert reader._store._journal is not None
-        refresh = reader._store._journal.refresh
+        looked = []
 
-        def overtake() -> None:
-            monkeypatch.setattr(reader._store._journal, "refresh", refresh)
+        def overtake(looked_at: Path) -> bool:
+            looked.append(str(looked_at))
+            if len(looked) == 1:
+                return False
             assert bank.compact()
-            refresh()
+            return True
 
-        monkeypatch.setattr(reader._store._journal, "refresh", overtake)
-        snapshot = reader.snapshot()
+        with once(os, "stat", overtake):
+            snapshot = reader.snapshot()
+        assert [Path(file).name for file in looked] == ["anchors.seg", "contrast.seg"]
         assert (snapshot.count_anchors, snapshot.count_contrast) == (5, 2)
 
 
 def test_a_snapshot_does_not_wait_for_a_writer(tmp_path: Path) -> None:
     path = build_anchors(tmp_path / "m", make_cases(3, "anchor"))
-    with open_bank(path) as bank:
+    with open_bank(path) as bank, ThreadPoolExecutor(1) as other:
         bank.remember(make_case("x"), provenance="a test")
-        with bank._store.changing() as change:
-            change.drop("contrast", ["x"])
-            with ThreadPoolExecutor(1) as other:
-                snapshot = other.submit(bank.snapshot).result(timeout=10)
-            assert snapshot.count_contrast == 1
+        begun, go_on = threading.Event(), threading.Event()
+
+        def hold(*_: object) -> None:
+            begun.set()
+            assert go_on.wait(60)
+
+        # The writer looks at the clock in the middle of what it commits as one.
+        with once(time, "time", hold):
+            bank.snapshot().retrieve(np.ones(KEY_WIDTH, np.float32), EVERYTHING, None)
+            forgotten = other.submit(bank.forget)
+            assert begun.wait(60)
+            assert bank.snapshot().count_contrast == 1
+            assert not forgotten.done()
+            go_on.set()
+        assert forgotten.result(60) == 1
         assert bank.snapshot().count_contrast == 0
 
 
@@ -423,23 +444,18 @@ def test_an_image_of_a_replaced_case_is_free_again(tmp_path: Path) -> None:
         assert {case_id for _, case_id in all_cases(bank)} == {"a", "b"}
 
 
-def test_a_writer_keeps_the_records_of_the_writer_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has looked at the generation before it holds the lock, and a compaction came between."""
+def test_a_writer_keeps_the_records_of_the_writer_before(tmp_path: Path) -> None:
+    """It has looked at the version before it holds the lock, and a compaction came between."""
     path = build_anchors(tmp_path / "m", make_cases(3, "anchor"))
-    lock = WriterLock
 
-    def overtaken(lock_path: Path) -> WriterLock:
-        monkeypatch.setattr("meiqa.memory.store.WriterLock", lock)
+    def overtake(*_: object) -> None:
         with open_bank(path) as other:
             other.add_anchor(make_case("new", "anchor"), provenance="a test")
             other.compact()
-        return lock(lock_path)
 
-    monkeypatch.setattr("meiqa.memory.store.WriterLock", overtaken)
-    for _ in range(2):
-        with open_bank(path) as bank:
-            assert bank.snapshot().count_anchors == 4
-            assert len(all_cases(bank)) == 4
+    with once(fcntl, "flock", overtake):
+        for _ in range(2):
+            with open_bank(path) as bank:
+                assert bank.snapshot().count_anchors == 4
+                assert len(all_cases(bank)) == 4
     assert verify_memory(path) == []

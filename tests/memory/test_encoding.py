@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from meiqa.memory.encoding import (
+from meiqa.memory.cases import (
     decode_keys,
     dequantise_tokens,
     encode_key,
@@ -30,10 +30,10 @@ values = st.floats(-(2.0**99), 2.0**99, width=32)
     )
 )
 def test_tokens_come_back_within_half_a_level(tokens: NDArray[Any]) -> None:
-    encoded = quantise_tokens(tokens)
-    back = dequantise_tokens(encoded)
-    assert encoded.levels.dtype == np.dtype(np.int8)
-    assert encoded.scales.dtype == back.dtype == np.dtype(np.float32)
+    levels, scales = quantise_tokens(tokens)
+    back = dequantise_tokens(levels, scales)
+    assert levels.dtype == np.dtype(np.int8)
+    assert scales.dtype == back.dtype == np.dtype(np.float32)
     assert back.shape == tokens.shape
     peaks = np.abs(tokens.astype(np.float64)).max(axis=1, keepdims=True, initial=0.0)
     bound = np.where(peaks < 1e-30, peaks, peaks * (1 / 254 + 2e-7))
@@ -44,13 +44,13 @@ def test_tokens_come_back_within_half_a_level(tokens: NDArray[Any]) -> None:
 def test_one_loud_token_does_not_coarsen_the_others(tokens: int) -> None:
     quiet = np.random.default_rng(tokens).standard_normal((tokens, 97), np.float32)
     loud = np.full((1, 97), 1e6, np.float32)
-    both = dequantise_tokens(quantise_tokens(np.concatenate([loud, quiet])))
-    np.testing.assert_array_equal(both[1:], dequantise_tokens(quantise_tokens(quiet)))
+    both = dequantise_tokens(*quantise_tokens(np.concatenate([loud, quiet])))
+    np.testing.assert_array_equal(both[1:], dequantise_tokens(*quantise_tokens(quiet)))
 
 
 def test_silent_tokens_come_back_as_zeros() -> None:
     tokens = np.array([[0.0, 0.0], [1e-40, -1e-31]], np.float32)
-    np.testing.assert_array_equal(dequantise_tokens(quantise_tokens(tokens)), np.zeros((2, 2)))
+    np.testing.assert_array_equal(dequantise_tokens(*quantise_tokens(tokens)), np.zeros((2, 2)))
 
 
 @pytest.mark.parametrize("width", [1, 3, 7, 97])

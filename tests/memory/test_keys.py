@@ -18,7 +18,7 @@ from meiqa.memory import (
     retrieval_key,
     verify_memory,
 )
-from meiqa.memory.encoding import unit_rows
+from meiqa.memory.cases import unit_rows
 from meiqa.types import KeyKind
 from tests.memory.samples import (
     DIGEST,
@@ -27,6 +27,7 @@ from tests.memory.samples import (
     build_anchors,
     make_case,
     make_cases,
+    uses_of,
 )
 
 EVERYTHING = RetrievalPolicy(k=1000)
@@ -165,12 +166,12 @@ def test_rekeying_gives_what_building_gives(tmp_path: Path, kind: KeyKind, compa
         bank.remember(make_case("later"), provenance="writes the counters")
     with MemoryBank.open(source, package_digest=DIGEST) as bank:
         assert bank.rekey(kind, tmp_path / "new") == 6
-        records, uses = list(bank.cases()), bank._store.uses()
+        records = list(bank.cases())
     with MemoryBank.open(tmp_path / "new", package_digest=DIGEST, verify=True) as bank:
         assert bank.key_kind == kind
         assert list(bank.cases()) == records
-        assert bank._store.uses() == uses
-        assert uses["learnt"][0] == 1
+    assert uses_of(tmp_path / "new") == uses_of(source)
+    assert uses_of(source)["learnt"][0] == 1
     assert verify_memory(tmp_path / "new") == []
     found = keys_of(tmp_path / "new")
     wanted = {name: keyed(make_case(name), kind).key for name in found}

@@ -13,7 +13,6 @@ import pytest
 
 from meiqa.errors import StoreError, UsageError
 from meiqa.memory import Case, ContrastPolicy, MemoryBank, RetrievalPolicy
-from meiqa.memory.policies import worth
 from tests.memory.samples import (
     DIGEST,
     KEY_WIDTH,
@@ -21,6 +20,7 @@ from tests.memory.samples import (
     build_anchors,
     make_case,
     make_cases,
+    uses_of,
 )
 
 DAY = 86_400.0
@@ -77,11 +77,7 @@ def test_near_duplicates_merge_and_add_up_their_uses(path: Path, compacted: bool
         assert learnt(bank) == ["newer", "other"]
         found = bank.snapshot().retrieve(first.key, RetrievalPolicy(k=1, anchor_share=0), None)
         assert_same_case(found[0], newer)
-    with open_bank(path) as bank:
-        assert {case_id: uses[0] for case_id, uses in bank._store.uses().items()} == {
-            "newer": 4,
-            "other": 3,
-        }
+    assert {name: uses[0] for name, uses in uses_of(path).items()} == {"newer": 4, "other": 3}
 
 
 def test_what_only_reads_alike_stays(path: Path) -> None:
@@ -104,12 +100,13 @@ def test_the_same_picture_described_otherwise_merges(path: Path) -> None:
 
 
 def test_worth_follows_its_formula() -> None:
-    assert worth(0, 0.0, 0.0, 30.0) == 1.0
-    assert worth(5, 0.0, 0.0, 30.0) == 6.0
-    assert worth(0, 60 * DAY, 0.0, 30.0) == 0.25
-    assert worth(0, 0.0, 1.0, 30.0) == pytest.approx(0.2)
-    assert worth(3, 15 * DAY, 0.25, 30.0) == pytest.approx(4 / math.sqrt(2) / 1.25)
-    assert worth(1, -DAY, 0.0, 30.0) == 2.0
+    worth = ContrastPolicy(half_life_days=30.0).worth
+    assert worth(0, 0.0, 0.0) == 1.0
+    assert worth(5, 0.0, 0.0) == 6.0
+    assert worth(0, 60 * DAY, 0.0) == 0.25
+    assert worth(0, 0.0, 1.0) == pytest.approx(0.2)
+    assert worth(3, 15 * DAY, 0.25) == pytest.approx(4 / math.sqrt(2) / 1.25)
+    assert worth(1, -DAY, 0.0) == 2.0
 
 
 @pytest.mark.parametrize("compacted", [False, True])

@@ -9,7 +9,7 @@ import pytest
 
 from meiqa.errors import StoreCorrupted
 from meiqa.memory import AnchorWriter, Case, MemoryBank, Regression, token_features
-from meiqa.memory.regression import FEWEST_PHOTOS, MOST_PHOTOS, Sample
+from meiqa.memory.cases import FEWEST_PHOTOS, MOST_PHOTOS, Sample
 from meiqa.types import Origin
 
 DIGEST = "ab12"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from meiqa.errors import StoreMismatch, UsageError
-from meiqa.memory import Case, MemoryBank, RetrievalPolicy, Snapshot, layout
+from meiqa.memory import Case, MemoryBank, RetrievalPolicy, Snapshot, spatial_descriptor
 from tests.memory.naive_retrieval import naive_retrieve
 from tests.memory.samples import DIGEST, KEY_WIDTH, build_anchors, make_case, make_cases
 
@@ -37,9 +38,9 @@ def retrieve(
     key: NDArray[Any],
     policy: RetrievalPolicy,
     exclude: str | None = None,
-    layout: NDArray[Any] | None = None,
+    descriptor: NDArray[Any] | None = None,
 ) -> list[str]:
-    return [case.id for case in snapshot.retrieve(key, policy, exclude, layout)]
+    return [case.id for case in snapshot.retrieve(key, policy, exclude, descriptor)]
 
 
 def query(seed: int = 3) -> NDArray[Any]:
@@ -209,7 +210,7 @@ def test_near_duplicates_of_the_query_are_left_out(
     seen, own = make_case("seen").tokens, anchors[3].image_digest
     for k in (1, 7, 32, 300):
         policy = RetrievalPolicy(k=k, exclude_above=above, stratified=stratified)
-        look = layout(seen, (4, 1))
+        look = spatial_descriptor(seen, (4, 1))
         expected = naive_retrieve(anchors, contrast, query(k), policy, own, look)
         assert retrieve(snapshot, query(k), policy, own, look) == expected
 
@@ -219,7 +220,7 @@ def test_what_is_described_alike_is_no_duplicate(tmp_path: Path) -> None:
     key = query()
     anchors = [make_case(f"a{number}", "anchor", key=key) for number in range(5)]
     snapshot = snapshot_of(tmp_path / "m", anchors, [])
-    look = layout(anchors[2].tokens * np.float32(1.1), anchors[2].grid)
+    look = spatial_descriptor(anchors[2].tokens * np.float32(1.1), anchors[2].grid)
     found = retrieve(snapshot, key, RetrievalPolicy(), "another", look)
     assert found == ["a0", "a1", "a3", "a4"]
     everything = RetrievalPolicy(exclude_above=1.0)
@@ -241,3 +242,54 @@ def test_what_is_described_alike_is_no_duplicate(tmp_path: Path) -> None:
 def test_senseless_policies_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         RetrievalPolicy(**options)  # type: ignore[arg-type]
+
+
+class Traced:
+    """The SQL statements that are run through connections opened while this is entered."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.run: dict[str, list[str]] = {}
+        connect = sqlite3.connect
+
+        def traced(database: str, *arguments: Any, **options: Any) -> sqlite3.Connection:
+            connection = connect(database, *arguments, **options)
+            name = Path(str(database).partition("?")[0]).name
+            connection.set_trace_callback(self.run.setdefault(name, []).append)
+            return connection
+
+        monkeypatch.setattr(sqlite3, "connect", traced)
+
+    def taken(self) -> dict[str, list[str]]:
+        """Give what was run since the last call, by database."""
+        taken = {name: list(statements) for name, statements in self.run.items() if statements}
+        for statements in self.run.values():
+            statements.clear()
+        return taken
+
+
+def test_a_retrieval_takes_one_statement_for_each_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of neighbours, and with near-duplicates that are left out."""
+    traced = Traced(monkeypatch)
+    anchors, contrast = make_cases(97, "anchor"), make_cases(40, "contrast")
+    build_anchors(tmp_path / "m", anchors)
+    with MemoryBank.open(tmp_path / "m", "rw", package_digest=DIGEST) as bank:
+        for case in contrast[:30]:
+            bank.remember(case, provenance="a test")
+        bank.compact()
+        for case in contrast[30:]:
+            bank.remember(case, provenance="a test")
+        bank.snapshot().retrieve(query(), RetrievalPolicy(), None)
+        traced.taken()
+        for k in (8, 32, 100):
+            for case in (anchors[3], contrast[3], make_case("unseen")):
+                look = spatial_descriptor(case.tokens, case.grid)
+                snapshot = bank.snapshot()
+                assert traced.taken() == {"cases.sqlite3": ["PRAGMA data_version"]}
+                snapshot.retrieve(case.key, RetrievalPolicy(k=k), "unseen", look)
+                run = traced.taken()
+                assert set(run) == {"anchors.sqlite3", "contrast-1.sqlite3"}
+                for statements in run.values():
+                    (statement,) = statements
+                    assert statement.startswith("SELECT revision, id,")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 import sys
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meiqa.errors import StoreNotFound, UsageError
+from meiqa.errors import StoreNotFound, UsageError, install_hint
 from meiqa.memory import MemoryBank, RetrievalPolicy, Segment, verify_memory, write_segment
 from tests.memory.samples import DIGEST, KEY_WIDTH, build_anchors, make_case, make_cases
 
@@ -124,10 +125,10 @@ def test_statistics_count_and_weigh(path: Path) -> None:
         taken = bank.statistics()
         scores = [record.score for record in bank.cases("anchor")]
     anchors, contrast = taken.origins["anchor"], taken.origins["contrast"]
-    assert (anchors.cases, anchors.recent, anchors.hidden, anchors.generation) == (9, 3, 1, 1)
-    assert (contrast.cases, contrast.recent, contrast.generation) == (7, 2, 1)
+    assert (anchors.cases, anchors.recent, anchors.tombstones, anchors.version) == (9, 3, 1, 1)
+    assert (contrast.cases, contrast.recent, contrast.version) == (7, 2, 1)
     assert anchors.segment_bytes == (path / "anchors.seg").stat().st_size
-    assert taken.journal_bytes > 0
+    assert taken.wal_bytes > 0
     assert sum(anchors.histogram) == 9
     assert anchors.histogram[-1] == sum(score >= 4.5 for score in scores)
     assert (anchors.index, anchors.recall) == ("flat", None)
@@ -159,7 +160,7 @@ def test_an_export_names_the_extra_that_it_needs(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with MemoryBank.open(path, "r", package_digest=DIGEST) as bank:
-        with pytest.raises(UsageError, match=r"pip install 'meiqa\[parquet\]'"):
+        with pytest.raises(UsageError, match=re.escape(install_hint("parquet"))):
             bank.export(tmp_path / "out", "parquet")
         with pytest.raises(UsageError, match="allowed: jsonl, parquet"):
             bank.export(tmp_path / "out", "csv")  # type: ignore[arg-type]

@@ -16,11 +16,10 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from meiqa.engine.engine import Engine
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import Engine
-from meiqa.serve.access import Keys, add_key
+from meiqa.serve.access import Keys, Settings, add_key
 from meiqa.serve.app import create_app
-from meiqa.serve.settings import Settings
 from tests.engine.samples import picture
 
 Serve = Callable[..., TestClient]

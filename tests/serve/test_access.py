@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from meiqa.errors import AccessDenied, KeyRequired, UsageError
-from meiqa.serve.access import Keys, add_key, is_loopback
-from meiqa.serve.server import listen
-from meiqa.serve.settings import Settings
+from meiqa.serve.access import Keys, Settings, add_key, is_loopback
+from meiqa.serve.app import listen
 from tests.serve.conftest import Serve, jpeg
 
 

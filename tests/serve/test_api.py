@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from meiqa.engine.engine import Engine
 from meiqa.engine.images import NamedBytes
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.pipeline import Engine
-from meiqa.serve.access import Keys
-from meiqa.serve.logs import log_to
-from meiqa.serve.settings import Settings
+from meiqa.serve.access import Keys, Settings
+from meiqa.serve.middleware import log_to
 from meiqa.types import Budget
 from tests.serve.conftest import Serve, jpeg
 
@@ -234,13 +233,9 @@ def test_requests_are_logged_as_json_and_without_secrets(
 
 
 def test_several_engines_share_the_work(serve: Serve, engine: Engine) -> None:
-    from meiqa.engine.local import LocalVlm
     from meiqa.serve.app import create_app
-    from tests.engine.samples import open_vlm
 
-    vlm: LocalVlm = open_vlm(engine.package)
-    second = Engine(vlm, engine.package, engine.memory)
-    app = create_app([engine, second], Settings(budget_ms=30_000))
+    app = create_app([engine, engine.beside(threads=1)], Settings(budget_ms=30_000))
     with TestClient(app, base_url="http://localhost") as api, ThreadPoolExecutor(6) as pool:
         names = {thread.name for thread in threading.enumerate()}
         assert {"engine-0", "engine-1"} <= names

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,36 +12,38 @@ from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
 
-from meiqa.errors import Overloaded
 from meiqa.serve import live
-from meiqa.serve.access import Keys
-from meiqa.serve.app import Service, create_app
-from meiqa.serve.live import MOST_FRAME_BYTES, Newest
-from meiqa.serve.settings import Settings
-from meiqa.serve.viewing import FAST_NEIGHBOURS
-from tests.serve.greys import GreyEngine, grey
+from meiqa.serve.access import Keys, Settings
+from meiqa.serve.app import create_app
+from meiqa.serve.camera import FAST_NEIGHBOURS
+from meiqa.serve.live import MOST_FRAME_BYTES
+from meiqa.serve.routes import Service
+from tests.serve.fakes import FakeEngine, grey
 
 LIVE = "ws://localhost/v1/live"
+WAIT_S = 60.0
+"""Nothing takes so long: it only ends a test that would hang."""
 HELLO = {"type": "hello", "token": None, "camera_hz": 30}
 
 
 @pytest.fixture
-def greys() -> Iterator[GreyEngine]:
+def greys() -> Iterator[FakeEngine]:
     """Give an engine, and let it go in the end."""
-    engine = GreyEngine()
+    engine = FakeEngine()
     yield engine
     engine.open.set()
 
 
-def client_of(engine: GreyEngine, settings: Settings | None = None) -> TestClient:
+def client_of(engine: FakeEngine, settings: Settings | None = None) -> TestClient:
     settings = settings or Settings(budget_ms=60_000)
     return TestClient(create_app([engine.as_engine()], settings), base_url="http://localhost")
 
 
 @pytest.fixture
-def client(greys: GreyEngine) -> Iterator[TestClient]:
+def client(greys: FakeEngine) -> Iterator[TestClient]:
     """Give a service without keys, which is never too busy for a frame."""
     with client_of(greys) as client:
+        greys.forget()
         yield client
 
 
@@ -71,7 +73,7 @@ def test_every_frame_gets_an_answer_with_its_number(client: TestClient) -> None:
 
 
 def test_the_fast_path_asks_few_neighbours_and_never_learns(
-    client: TestClient, greys: GreyEngine
+    client: TestClient, greys: FakeEngine
 ) -> None:
     with client.websocket_connect(LIVE) as camera:
         camera.send_json(HELLO)
@@ -83,7 +85,7 @@ def test_the_fast_path_asks_few_neighbours_and_never_learns(
 
 
 def test_a_still_picture_is_assessed_in_full(
-    client: TestClient, greys: GreyEngine, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, greys: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = iter(0.25 * i for i in range(1000))
     monkeypatch.setattr(live, "clock", lambda: next(now))
@@ -106,28 +108,18 @@ def test_the_dark_gets_the_right_instruction(client: TestClient) -> None:
         assert ask(camera, grey(20))["instruction"]["code"] == "more-light"
 
 
-def test_frames_are_dropped_not_queued(
-    client: TestClient, greys: GreyEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arrived = threading.Semaphore(0)
-
-    class Counted(Newest):
-        def put(self, jpeg: bytes, came_s: float) -> None:
-            super().put(jpeg, came_s)
-            arrived.release()
-
-    monkeypatch.setattr(live, "Newest", Counted)
+def test_frames_are_dropped_not_queued(client: TestClient, greys: FakeEngine) -> None:
     greys.open.clear()
     with client.websocket_connect(LIVE) as camera:
         camera.send_json(HELLO)
         camera.receive_json()
         camera.send_bytes(grey(10))
-        assert greys.begun.wait(5)
-        for level in (20, 30, 40, 50):
-            camera.send_bytes(grey(level))
-        for _ in range(5):
-            assert arrived.acquire(timeout=5)
-        assert held_bytes(client) < len(grey(10)) + len(grey(50)) + 1
+        assert greys.begun.wait(WAIT_S)
+        last = grey(50, (96, 128))
+        for frame in (grey(20), grey(30), grey(40), last):
+            camera.send_bytes(frame)
+        while held_bytes(client) != len(grey(10)) + len(last):
+            time.sleep(0.001)  # until the last one has come, and all but two are gone
         greys.open.set()
         first, second = camera.receive_json(), camera.receive_json()
         assert (first["frame"], second["frame"], second["dropped"]) == (0, 4, 3)
@@ -147,7 +139,7 @@ def test_a_broken_frame_is_a_problem_and_the_next_one_an_answer(client: TestClie
 
 
 def test_a_failing_engine_is_a_problem_without_particulars(
-    client: TestClient, greys: GreyEngine
+    client: TestClient, greys: FakeEngine
 ) -> None:
     greys.fails = RuntimeError("secret path")
     with client.websocket_connect(LIVE) as camera:
@@ -160,13 +152,13 @@ def test_a_failing_engine_is_a_problem_without_particulars(
         assert ask(camera, grey(100))["type"] == "answer"
 
 
-def test_nothing_is_held_once_the_camera_is_gone(client: TestClient, greys: GreyEngine) -> None:
+def test_nothing_is_held_once_the_camera_is_gone(client: TestClient, greys: FakeEngine) -> None:
     greys.open.clear()
     with client.websocket_connect(LIVE) as camera:
         camera.send_json(HELLO)
         camera.receive_json()
         camera.send_bytes(grey(10))
-        assert greys.begun.wait(5)
+        assert greys.begun.wait(WAIT_S)
         camera.send_bytes(grey(20))
     greys.open.set()
     assert held_bytes(client) == 0
@@ -205,7 +197,7 @@ def test_what_is_no_frame_ends_it(client: TestClient, message: str | bytes, code
         assert closed.value.code == code
 
 
-def test_with_keys_a_camera_needs_one(greys: GreyEngine, keys: tuple[Keys, str, str]) -> None:
+def test_with_keys_a_camera_needs_one(greys: FakeEngine, keys: tuple[Keys, str, str]) -> None:
     known, reader, _ = keys
     with client_of(greys, Settings(budget_ms=60_000, keys=known)) as client:
         for token in (None, "guess", 7):
@@ -226,8 +218,9 @@ def test_another_sites_page_gets_nowhere(client: TestClient) -> None:
     assert closed.value.code == 1008
 
 
-def test_a_busy_service_says_so_and_goes_on(greys: GreyEngine) -> None:
+def test_a_busy_service_says_so_and_goes_on(greys: FakeEngine) -> None:
     with client_of(greys, Settings(budget_ms=100, reserve_ms=50_000)) as client:
+        greys.forget()
         greys.open.clear()
         asking = threading.Thread(
             target=client.post,
@@ -235,7 +228,7 @@ def test_a_busy_service_says_so_and_goes_on(greys: GreyEngine) -> None:
             kwargs={"content": grey(200), "headers": {"Content-Type": "image/jpeg"}},
         )
         asking.start()
-        assert greys.begun.wait(5)
+        assert greys.begun.wait(WAIT_S)
         with client.websocket_connect(LIVE) as camera:
             camera.send_json(HELLO)
             camera.receive_json()
@@ -247,13 +240,14 @@ def test_a_busy_service_says_so_and_goes_on(greys: GreyEngine) -> None:
             assert ask(camera, grey(100))["type"] == "answer"
 
 
-def test_the_newest_frame_refuses_what_the_service_cannot_hold() -> None:
-    def refuse(count: int) -> None:
-        if count > 0:
-            raise Overloaded("full")
-
-    async def fill() -> None:
-        with pytest.raises(Overloaded):
-            Newest(refuse).put(b"frame", 0.0)
-
-    asyncio.run(fill())
+def test_a_frame_that_the_service_cannot_hold_ends_it(greys: FakeEngine) -> None:
+    settings = Settings(budget_ms=60_000, max_held_bytes=len(grey(100)) - 1)
+    with client_of(greys, settings) as client, client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        camera.send_bytes(grey(100))
+        assert camera.receive_json()["problem"]["type"] == "urn:meiqa:problem:overloaded"
+        with pytest.raises(WebSocketDisconnect) as closed:
+            camera.receive_json()
+        assert closed.value.code == 1013
+        assert held_bytes(client) == 0

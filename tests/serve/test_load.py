@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from meiqa.benchmarks.load import (
+from benchmarks.load import (
     Asked,
     Plan,
     bench_load,

@@ -14,7 +14,9 @@ import pytest
 
 from meiqa.cli import main
 from meiqa.client import Client, Retries
-from meiqa.errors import ServiceUnreachable
+from meiqa.engine.engine import Engine
+from meiqa.errors import ServiceUnreachable, install_hint
+from meiqa.serve.app import engines_sharing
 from tests.serve.conftest import Started, jpeg
 
 
@@ -39,6 +41,16 @@ def test_it_finishes_what_it_accepted_when_it_is_told_to_end(started: Started) -
     assert len(scored) >= 3
     assert log.count('"path": "/v1/score", "status": 200') == len(scored)
     assert all(isinstance(error, ServiceUnreachable) for error in others)  # came too late
+
+
+def test_engines_side_by_side_give_the_same_answers() -> None:
+    def first(threads: int | None) -> Engine:
+        return Engine.open(threads=threads, learn=False)
+
+    with engines_sharing(first, 2, "cpu", 1) as engines:
+        one, two = (engine.score(jpeg(1), learn=False) for engine in engines)
+    assert one.distortions == two.distortions != ()
+    assert one.score == pytest.approx(two.score, abs=1e-3)
 
 
 def client_waits(url: str) -> float:
@@ -80,5 +92,5 @@ def test_without_the_extra_it_names_it() -> None:
         env={**os.environ},
     )
     assert run.returncode == 2
-    assert "pip install 'meiqa[serve]'" in run.stderr
+    assert install_hint("serve") in run.stderr
     assert run.stderr.count("\n") == 1

@@ -15,9 +15,9 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from meiqa.engine.pipeline import Engine
+from meiqa.engine.engine import Engine
+from meiqa.serve.access import Settings
 from meiqa.serve.app import create_app
-from meiqa.serve.settings import Settings
 from tests.engine.samples import picture
 from tests.serve.conftest import Serve, jpeg
 

@@ -6,9 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meiqa.training.distortions import KINDS, LEVELS, Bytes, distort, kadid_scores
+from training.distortions import (
+    KINDS,
+    LEVELS,
+    TONE_SCORES,
+    TONES,
+    Bytes,
+    damage_scores,
+    distort,
+    kadid_scores,
+)
 
-NUMBERS = [kind.number for kind in KINDS]
+NUMBERS = [kind.number for kind in (*KINDS, *TONES)]
 TWO_SIDED = {18, 25}
 
 
@@ -30,8 +39,9 @@ def _distance(number: int, level: int, pixels: Bytes) -> float:
 
 
 def test_kinds_are_numbered_in_kadid_order() -> None:
-    assert list(range(1, 26)) == NUMBERS
-    assert len({kind.name for kind in KINDS}) == 25
+    assert list(range(1, 33)) == NUMBERS
+    assert len(KINDS) == 25
+    assert len({kind.name for kind in (*KINDS, *TONES)}) == 32
 
 
 @pytest.mark.parametrize("level", range(1, LEVELS + 1))
@@ -112,8 +122,8 @@ def test_white_noise_has_the_stated_variance() -> None:
         (np.zeros((8, 8), np.uint8), 1, 1, r"\(H, W, 3\)"),
         (np.zeros((8, 8, 4), np.uint8), 1, 1, r"\(H, W, 3\)"),
         (np.zeros((0, 8, 3), np.uint8), 1, 1, "non-empty"),
-        (np.zeros((8, 8, 3), np.uint8), 0, 1, "number must be 1 to 25"),
-        (np.zeros((8, 8, 3), np.uint8), 26, 1, "number must be 1 to 25"),
+        (np.zeros((8, 8, 3), np.uint8), 0, 1, "number must be 1 to 32"),
+        (np.zeros((8, 8, 3), np.uint8), 33, 1, "number must be 1 to 32"),
         (np.zeros((8, 8, 3), np.uint8), 1, 0, "level must be 1 to 5"),
         (np.zeros((8, 8, 3), np.uint8), 1, 6, "level must be 1 to 5"),
     ],
@@ -131,7 +141,7 @@ def _write_table(path: Path, rows: list[str]) -> Path:
 def _rows(image: str, score: float) -> list[str]:
     return [
         f"KADID-10k/images/{image}_{number:02d}_{level:02d}.png,X,r.png,{score + level}"
-        for number in NUMBERS
+        for number in range(1, len(KINDS) + 1)
         for level in range(1, LEVELS + 1)
     ]
 
@@ -154,3 +164,19 @@ def test_scores_refuse_other_images(tmp_path: Path, name: str) -> None:
     table = _write_table(tmp_path / "t.txt", [f"{name},X,r.png,3"])
     with pytest.raises(ValueError, match="not a KADID-10k image"):
         kadid_scores(table)
+
+
+def test_grey_is_a_style_when_the_original_is_not_beside_it(tmp_path: Path) -> None:
+    table = tmp_path / "KADID-10k.txt"
+    rows = [
+        f"images/I01_{number:02}_{level:02}.png,{4.5 - 0.5 * level}"
+        for number in range(1, 26)
+        for level in range(1, 6)
+    ]
+    table.write_text("\n".join(["dis_img_path,score", *rows]))
+    scores = damage_scores(table)
+    assert scores.shape == (32, LEVELS)
+    assert (scores[[0, 24]] == kadid_scores(table)[[0, 24]]).all()
+    assert scores[6, 3] > 4
+    assert (scores[25:] == TONE_SCORES).all()
+    assert (np.diff(TONE_SCORES, axis=1) < 0).all()

@@ -12,19 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from meiqa.engine.grading import graded_response
+from meiqa.engine.estimates import graded_response
 from meiqa.engine.package import EnginePackage
 from meiqa.errors import UsageError
+from meiqa.evaluation.fitting import Response, fitted_head, fitted_response, surprise
 from meiqa.kernels.graded import LEAST_STEP, grade_moments, multimodal, soft_grades
-from meiqa.training import graded
-from meiqa.training.graded import (
-    Response,
-    cross_validated,
-    fitted_head,
-    fitted_response,
-    surprise,
-    votes_of,
-)
+from training import graded
+from training.graded import cross_validated, votes_of
 
 Floats = NDArray[np.float64]
 TRUE = Response(
@@ -52,7 +46,7 @@ def test_known_parameters_are_found_from_votes() -> None:
     errors = found.probabilities(levels) - TRUE.probabilities(levels)
     assert np.abs(errors).mean() < 0.005
     assert np.abs(errors).max() < 0.03
-    abilities = found.ability(levels)
+    abilities = levels @ np.array(found.weights) + found.offset
     assert (abilities.mean(), abilities.std()) == pytest.approx((0.0, 1.0), abs=1e-9)
 
 

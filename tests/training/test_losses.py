@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from meiqa.training.finetune import LEVEL_DEVIATION, level_targets, soft_answer_loss
-from meiqa.training.pretrain import correlation_loss
+from training.finetune import LEVEL_DEVIATION, level_targets, soft_answer_loss
+from training.pretrain import correlation_loss
 
 
 def test_grades_are_soft_around_the_score() -> None:

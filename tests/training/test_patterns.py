@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from meiqa.training.calibrate_patterns import checked, fitted
-from meiqa.training.pattern_pairs import Version, Views, all_versions, parts_of, version_of
-from meiqa.training.patterns import (
+from training.calibrate_patterns import checked, fitted
+from training.pattern_pairs import Version, Views, all_versions, parts_of, version_of
+from training.patterns import (
     UNCALIBRATED,
     Judged,
     Recipe,
@@ -59,7 +60,7 @@ def test_patterns_learn_to_judge_and_to_name() -> None:
         [view for views in toy_views(count, seed) for view in views_of(views)]
         for count, seed in ((24, 1), (8, 2))
     )
-    recipe = Recipe(patterns=32, minutes=1.0, steps=150, views=4, versions=8)
+    recipe = Recipe(patterns=32, minutes=math.inf, steps=150, views=4, versions=8)
     found = figures(judged(train(seen, WIDTH, recipe), unseen))
     assert found["alone"] > 0.75
     assert found["hybrid"] > 0.85

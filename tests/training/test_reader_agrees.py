@@ -10,15 +10,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from meiqa.engine.local import LocalVlm
+from meiqa.engine.local import LocalModel
+from meiqa.engine.model import Prefix, VisualTokens
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.runtime.base import Array, GraphSession
-from meiqa.engine.runtime.onnx import open_sessions
-from meiqa.engine.vlm import Prefix, VisualTokens
-from meiqa.training.checkpoint import load_checkpoint
-from meiqa.training.finetune import Reader, ReadPictures
-from meiqa.training.towers import MEAN, STD, normalised
+from meiqa.engine.runtime import open_graphs
+from meiqa.engine.runtime.decoder import Array, GraphDecoder, GraphSession
 from tests.engine.samples import picture
+from training.checkpoint import load_checkpoint
+from training.finetune import Reader, ReadPictures
+from training.towers import MEAN, STD, normalised
 
 TOLERANCE = 1e-4
 GRID = (2, 3)
@@ -56,18 +56,20 @@ def trained(reader: Reader) -> ReadPictures:
 
 @pytest.fixture
 def decoder(package: EnginePackage) -> Overheard:
-    return Overheard(open_sessions(package, "cpu", 1)[1])
+    (session,) = open_graphs(package, ["decoder"], "cpu", 1)
+    return Overheard(session)
 
 
 @pytest.fixture
-def vlm(package: EnginePackage, decoder: Overheard) -> LocalVlm:
-    return LocalVlm(package, open_sessions(package, "cpu", 1)[0], decoder)
+def model(package: EnginePackage, decoder: Overheard) -> LocalModel:
+    (vision,) = open_graphs(package, ["vision"], "cpu", 1)
+    return LocalModel(package, vision, GraphDecoder(decoder, package.manifest.decoder))
 
 
 @pytest.fixture
-def prefixes(vlm: LocalVlm, trained: ReadPictures, decoder: Overheard) -> list[Prefix]:
+def prefixes(model: LocalModel, trained: ReadPictures, decoder: Overheard) -> list[Prefix]:
     """Give training's visual tokens as the engine reads them."""
-    read = vlm.read([VisualTokens(tokens.numpy(), GRID) for tokens in trained.tokens])
+    read = model.prefill([VisualTokens(tokens.numpy(), GRID) for tokens in trained.tokens])
     decoder.logits.clear()
     return read
 
@@ -77,23 +79,23 @@ def assert_near(made: NDArray[np.float32], wanted: torch.Tensor) -> None:
     np.testing.assert_allclose(made.reshape(wanted.shape), wanted.numpy(), atol=TOLERANCE, rtol=0)
 
 
-def test_pixels_are_normalised_alike(vlm: LocalVlm, trained: ReadPictures) -> None:
-    assert (vlm.image.mean, vlm.image.std) == (MEAN, STD)
+def test_pixels_are_normalised_alike(model: LocalModel, trained: ReadPictures) -> None:
+    assert (model.image.mean, model.image.std) == (MEAN, STD)
     for pixels, tokens in zip(PICTURES, trained.tokens, strict=True):
-        seen = vlm.encode(pixels)
+        seen = model.encode(pixels)
         assert seen.grid == GRID
         assert_near(seen.values, tokens)
 
 
 def test_prefixes_are_alike(prefixes: list[Prefix], trained: ReadPictures) -> None:
     for index, prefix in enumerate(prefixes):
-        assert prefix.length == trained.lengths[index]
+        assert prefix.opening.length == trained.lengths[index]
         assert prefix.next_position == trained.next_position
-        assert_near(prefix.key_values, trained.key_values[:, :, index])
+        assert_near(prefix.opening.array, trained.key_values[:, :, index])
 
 
 def test_grades_are_asked_alike(
-    vlm: LocalVlm,
+    model: LocalModel,
     decoder: Overheard,
     prefixes: list[Prefix],
     reader: Reader,
@@ -102,12 +104,12 @@ def test_grades_are_asked_alike(
     with torch.no_grad():
         wanted = reader.asked(trained, reader.prompts.levels)
     for prefix, logits in zip(prefixes, wanted, strict=True):
-        vlm.grade(prefix)
+        model.grade(prefix)
         assert_near(decoder.logits.pop(), logits)
 
 
 def test_descriptions_are_asked_alike(
-    vlm: LocalVlm,
+    model: LocalModel,
     decoder: Overheard,
     prefixes: list[Prefix],
     reader: Reader,
@@ -118,17 +120,17 @@ def test_descriptions_are_asked_alike(
         reflected = reader.asked(trained, reader.prompts.reflect(SUMMARY, 2.0, 3.5))
     for prefix, first, corrected in zip(prefixes, described, reflected, strict=True):
         decoder.logits.clear()
-        vlm.describe(prefix, 1)
+        model.describe(prefix, 1)
         assert_near(decoder.logits[0][0, 0, 0], first)
         decoder.logits.clear()
-        vlm.reflect(prefix, SUMMARY, 2.0, 3.5)
+        model.reflect(prefix, SUMMARY, 2.0, 3.5)
         # What follows in the same call is behind tokens of the draft.
         assert_near(decoder.logits[0][0, 0, 0], corrected)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one-first", "paired"])
 def test_comparisons_are_asked_alike(
-    vlm: LocalVlm,
+    model: LocalModel,
     decoder: Overheard,
     prefixes: list[Prefix],
     reader: Reader,
@@ -142,7 +144,7 @@ def test_comparisons_are_asked_alike(
     for first, (others, logits) in enumerate(zip(partners.tolist(), wanted, strict=True)):
         seconds = [prefixes[other].tokens for other in others]
         firsts = [prefixes[first]] * (1 if shared else len(seconds))
-        verdicts = vlm.prefer_first(firsts, seconds)
+        verdicts = model.prefer_first(firsts, seconds)
         assert_near(decoder.logits.pop(), logits)
         difference = logits[:, first_id] - logits[:, second_id]
         np.testing.assert_allclose(verdicts, difference.numpy(), atol=TOLERANCE, rtol=0)

@@ -7,9 +7,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from meiqa.engine.prompts import MEIQA, Prompts
-from meiqa.training.attributes import measure_attributes
-from meiqa.training.data import Photograph
-from meiqa.training.texts import (
+from tests.engine.samples import picture
+from training.attributes import measure_attributes
+from training.data import Photograph
+from training.texts import (
     VOCABULARY,
     corpus_of,
     describe,
@@ -18,7 +19,6 @@ from meiqa.training.texts import (
     scored_answer,
     train_tokenizer,
 )
-from tests.engine.samples import picture
 
 
 def photograph(seed: int, score: float, kind: int, level: int) -> Photograph:

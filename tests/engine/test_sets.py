@@ -1,0 +1,264 @@
+"""Photos of a set are put in order by comparing them with each other."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+
+from meiqa.engine.budget import Deadline, PairTime
+from meiqa.engine.calibration import UNCALIBRATED, Calibration
+from meiqa.engine.comparing import Comparer, Pictured, PrefixCache
+from meiqa.engine.engine import Engine
+from meiqa.engine.model import Prefix, VisualTokens
+from meiqa.engine.sets import (
+    Candidate,
+    culled,
+    joint_scores,
+    order_of,
+    preference_of,
+    ranked,
+    solve,
+)
+from meiqa.errors import UsageError
+from meiqa.testing import FakeModel
+from meiqa.types import Neighbour, RankedPhoto
+from tests.engine.samples import PHOTOS, Picture, fake_engine, picture, toned
+from tests.engine.views import at
+
+ALWAYS = PairTime(Deadline())
+
+
+def candidate(name: str, prior: float, *neighbours: Neighbour, quality: float = 3.0) -> Candidate:
+    """A photo that scored `prior` alone, and is of another quality when it is compared."""
+    tokens = FakeModel(lambda pixels: quality).encode(np.zeros((32, 48, 3), np.uint8))
+    return Candidate(name, name, tokens.values, tokens.grid, prior, prior, neighbours)
+
+
+@dataclass(frozen=True)
+class Eyes(Comparer):
+    """A comparer that notes who was compared."""
+
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+
+    def preferences(self, first: Pictured, others: Sequence[Pictured]) -> NDArray[np.float64]:
+        self.pairs.extend((first.image_digest, other.image_digest) for other in others)
+        return super().preferences(first, others)
+
+
+def eyes(calibration: Calibration = UNCALIBRATED) -> Eyes:
+    return Eyes(FakeModel(calibration=calibration), PrefixCache())
+
+
+def in_order(photos: Sequence[Candidate], rivals: int) -> tuple[RankedPhoto, ...]:
+    return ranked(photos, solve(photos, eyes(), rivals, ALWAYS))
+
+
+def test_comparisons_mend_the_order() -> None:
+    """Two photos were taken for each other alone; compared, they change places."""
+    photos = [
+        candidate("best", 4.0, quality=4.0),
+        candidate("good", 2.9, quality=3.5),
+        candidate("poor", 3.1, quality=2.5),
+        candidate("bad", 1.0, quality=1.0),
+    ]
+    asked = eyes()
+    solution = solve(photos, asked, 2, ALWAYS)
+    places = ranked(photos, solution)
+    assert [place.path for place in places] == ["best", "good", "poor", "bad"]
+    assert [place.rank for place in places] == [1, 2, 3, 4]
+    assert [place.places for place in places] == [0, 1, -1, 0]
+    assert [place.compared for place in places] == [1, 2, 2, 1]
+    assert asked.pairs == [("best", "poor"), ("poor", "good"), ("good", "bad")]
+    assert all(later.score <= earlier.score for earlier, later in itertools.pairwise(places))
+    assert (solution.left_out, solution.pairs) == (0, 3)
+
+
+def test_comparing_narrows_the_scores() -> None:
+    scores = np.linspace(1, 5, 9).tolist()
+    photos = [candidate(f"{score:.1f}", score, quality=score) for score in scores]
+    alone = {place.path: place.std for place in in_order(photos, rivals=0)}
+    for place in in_order(photos, rivals=4):
+        assert place.std < alone[place.path]
+
+
+def test_a_remembered_photo_that_two_were_compared_with_holds_both() -> None:
+    anchor = Neighbour("a", "anchor", 3.0, 0.1, 0.9)
+    unasked = Neighbour("b", "anchor", 1.0, 0.1, None)
+    photos = [candidate("x", 3.0, anchor, unasked), candidate("y", 3.0, anchor)]
+    scores, stds = joint_scores(photos, [(0, 1)], [0.5], UNCALIBRATED)
+    assert scores[0] == pytest.approx(scores[1])
+    assert scores[0] > 3.0
+    assert stds[0] < 1 / np.sqrt(2 * UNCALIBRATED.lam)
+
+
+def test_equal_scores_keep_their_order() -> None:
+    assert order_of([2.0, 3.0, 2.0, 3.0]) == [1, 3, 0, 2]
+
+
+def test_a_group_is_culled_by_comparing_and_not_by_scores_alone() -> None:
+    def shot(path: str, quality: float, alone: float, degrees: float) -> Candidate:
+        made, (view,) = candidate(path, alone, quality=quality), at(degrees)
+        return replace(made, summary=f"seen {path}", view=view)
+
+    photos = [
+        shot("blurred", 1.0, 3.1, 1),
+        shot("other", 3.0, 3.0, 90),
+        shot("sharp", 4.0, 3.0, 4),
+        shot("shaken", 2.0, 2.9, 7),
+    ]
+    (first, second), solutions = culled(photos, eyes(), 0.95, ALWAYS)
+    assert [photo.path for photo in first] == ["sharp", "shaken", "blurred"]
+    assert [photo.place for photo in first] == [1, 2, 3]
+    assert [photo.path for photo in second] == ["other"]
+    assert first[0].likeness == 1.0
+    assert all(0.95 < photo.likeness <= 1.0 + 1e-6 for photo in first)
+    assert first[0].summary == "seen sharp"
+    assert first[2].alone == 3.1
+    assert [solution.pairs for solution in solutions] == [3, 0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    priors=st.tuples(st.floats(1, 5), st.floats(1, 5)),
+    qualities=st.tuples(st.floats(1, 5), st.floats(1, 5)),
+    preference=st.floats(0, 1),
+    std_scale=st.floats(0, 2),
+    std_floor=st.floats(0, 1),
+)
+def test_a_preference_never_contradicts_the_scores(
+    priors: tuple[float, float],
+    qualities: tuple[float, float],
+    preference: float,
+    std_scale: float,
+    std_floor: float,
+) -> None:
+    anchor = Neighbour("a", "anchor", 3.0, 0.1, preference)
+    photos = [
+        candidate("x", priors[0], anchor, quality=qualities[0]),
+        candidate("y", priors[1], quality=qualities[1]),
+    ]
+    calibration = replace(UNCALIBRATED, std_scale=std_scale, std_floor=std_floor)
+    solution = solve(photos, eyes(calibration), 2, ALWAYS)
+    found = preference_of(solution)
+    first, second = (posterior.score for posterior in solution.posteriors)
+    assert 0.0 <= found <= 1.0
+    assert (found > 0.5) <= (first >= second)
+    assert (found < 0.5) <= (first <= second)
+    # Of two at the same end of the scale, the preference still tells the better.
+    assert (found == 0.5) <= (first == second)
+
+
+class Contrary(FakeModel):
+    """A model whose comparisons have nothing to do with its scores."""
+
+    def prefer_first(
+        self, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]
+    ) -> NDArray[np.float64]:
+        asked = super().prefer_first(firsts, seconds)
+        return 4.0 * np.sin(1e3 * asked)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_two_photos_side_by_side_are_of_one_mind(engine: Engine, seed: int) -> None:
+    pair = engine.compare(picture(seed), picture(seed + 100))
+    assert (pair.preference > 0.5) == (pair.first_score > pair.second_score)
+
+
+def test_a_model_of_two_minds_gives_one_answer(remembered: Path) -> None:
+    """Its scores say one thing and its comparisons another."""
+    engine, random, overruled = fake_engine(Contrary(), remembered), np.random.default_rng(4), 0
+    for seed in range(30):
+        alone = random.uniform(2.5, 3.5, 2)
+        photos = [toned(score, 2 * seed + index) for index, score in enumerate(alone)]
+        pair = engine.compare(*photos)
+        assert (pair.preference > 0.5) == (pair.first_score > pair.second_score)
+        overruled += (pair.preference > 0.5) != (alone[0] > alone[1])
+    assert overruled > 3
+
+
+def test_an_engine_ranks_photos_and_lists_what_it_cannot_judge(engine: Engine) -> None:
+    ranking = engine.rank([*PHOTOS[:4], b"no photo"], k=4)
+    assert [photo.rank for photo in ranking.photos] == [1, 2, 3, 4]
+    assert {photo.compared for photo in ranking.photos} <= {2, 3, 4}
+    assert [failure.path for failure in ranking.failures] == ["<bytes>"]
+    alone = [engine.score(photo, k=4, learn=False).score for photo in PHOTOS[:4]]
+    assert sorted(photo.alone for photo in ranking.photos) == pytest.approx(sorted(alone), abs=1e-3)
+
+
+def test_the_order_given_does_not_matter(engine: Engine) -> None:
+    scores = [photo.score for photo in engine.rank(PHOTOS[:4], k=4).photos]
+    again = [photo.score for photo in engine.rank(PHOTOS[:4][::-1], k=4).photos]
+    assert scores == pytest.approx(again, abs=1e-3)
+
+
+def test_a_photo_of_a_set_is_read_once(remembered: Path) -> None:
+    model = FakeModel()
+    with fake_engine(model, remembered) as engine:
+        engine.rank([toned(score, 7) for score in (2.0, 2.5, 3.0, 3.5)], k=0)
+    assert (model.calls["encode"], model.calls["prefill"]) == (4, 4)
+
+
+def test_two_photos_are_decoded_and_read_once(remembered: Path) -> None:
+    model = FakeModel()
+    with fake_engine(model, remembered) as engine:
+        engine.compare(toned(2.0), toned(3.0))
+    assert model.calls["encode"] == 2
+
+
+def test_nothing_to_rank(engine: Engine) -> None:
+    assert engine.rank([]).photos == ()
+    assert engine.cull([]).groups == ()
+
+
+@pytest.mark.parametrize("rivals", [-2, 3])
+def test_there_are_as_many_rivals_before_as_behind(engine: Engine, rivals: int) -> None:
+    with pytest.raises(UsageError, match="rivals"):
+        engine.rank([], rivals=rivals)
+
+
+def shots_of(photo: Picture) -> list[Picture]:
+    shaken = gaussian_filter(photo, (2, 2, 0))
+    return [photo, np.roll(photo, 2, axis=1), shaken]
+
+
+def test_an_engine_culls_and_lists_what_it_cannot_judge(engine: Engine) -> None:
+    scenes = [picture(seed) for seed in (11, 12)]
+    photos = [shot for scene in scenes for shot in shots_of(scene)]
+    seen: list[None] = []
+    culling = engine.cull([*photos, b"no photo"], k=2, on_photo=lambda: seen.append(None))
+    assert [len(group) for group in culling.groups] == [3, 3]
+    assert [failure.path for failure in culling.failures] == ["<bytes>"]
+    assert len(seen) == 7
+    for group in culling.groups:
+        assert [photo.place for photo in group] == list(range(1, len(group) + 1))
+        assert all(a.score >= b.score - 1e-9 for a, b in itertools.pairwise(group))
+
+
+def test_copies_are_one_group(engine: Engine) -> None:
+    culling = engine.cull([PHOTOS[0], PHOTOS[1], PHOTOS[0]], k=2, alike=1.0)
+    assert sorted(map(len, culling.groups)) == [1, 2]
+
+
+@pytest.mark.parametrize("alike", [0.0, -0.5, 1.5, float("nan")])
+def test_likeness_is_a_cosine(engine: Engine, alike: float) -> None:
+    with pytest.raises(UsageError, match="cosine"):
+        engine.cull([], alike=alike)
+
+
+def test_two_photos_side_by_side(engine: Engine) -> None:
+    forth = engine.compare(PHOTOS[0], PHOTOS[1])
+    back = engine.compare(PHOTOS[1], PHOTOS[0])
+    assert forth.preference == pytest.approx(1 - back.preference, abs=1e-4)
+    assert (forth.first_score, forth.second_score) == pytest.approx(
+        (back.second_score, back.first_score), abs=1e-3
+    )
+    assert engine.compare(PHOTOS[0], PHOTOS[0]).preference == pytest.approx(0.5, abs=1e-4)
