@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
-import meiqa.kernels
+from meiqa.kernels import graph
 
 SEARCH = """
 import numpy as np
@@ -39,25 +40,31 @@ def test_the_tests_pass_with_the_jit_off() -> None:
 def installed_where_nothing_may_be_written(folder: Path) -> dict[str, str]:
     """Copy the kernels as a package; give an environment in which they are found.
 
-    A file in the place of the cache's folder keeps even root from writing.
+    A file in the place of the cache's folder keeps even root from writing. Run it with `-S`, or an
+    editable install is found before the copy.
     """
     kernels = folder / "meiqa" / "kernels"
     kernels.mkdir(parents=True)
     (folder / "meiqa" / "__init__.py").touch()
     for name in ("__init__.py", "graph.py", "hnsw.py"):
-        (kernels / name).write_bytes((Path(meiqa.kernels.__path__[0]) / name).read_bytes())
+        (kernels / name).write_bytes((Path(graph.__file__).parent / name).read_bytes())
         (kernels / name).chmod(0o444)
     (kernels / "__pycache__").touch()
     kernels.chmod(0o555)
     home = {"HOME": "/dev/null/home", "XDG_CACHE_HOME": "/dev/null/cache"}
     kept = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
-    return {**kept, **home, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    found = os.pathsep.join([str(folder), sysconfig.get_path("purelib")])
+    return {**kept, **home, "PYTHONPATH": found, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def test_searches_uncached_where_nothing_may_be_written(tmp_path: Path) -> None:
     environment = installed_where_nothing_may_be_written(tmp_path)
     run = subprocess.run(
-        [sys.executable, "-c", SEARCH], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-S", "-c", SEARCH],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (run.returncode, run.stdout) == (0, "[1, 0]\n"), run.stderr
 
@@ -65,5 +72,6 @@ def test_searches_uncached_where_nothing_may_be_written(tmp_path: Path) -> None:
 def test_the_place_that_numba_is_given_is_used(tmp_path: Path) -> None:
     environment = installed_where_nothing_may_be_written(tmp_path)
     environment["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
-    subprocess.run([sys.executable, "-c", "import meiqa.kernels.hnsw"], env=environment, check=True)
+    run = [sys.executable, "-S", "-c", "import meiqa.kernels.hnsw"]
+    subprocess.run(run, env=environment, check=True)
     assert list((tmp_path / "cache").iterdir())
