@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from meiqa.engine.budget import CostModel, Plan
+from meiqa.engine.budget import SHORT_SUMMARY_TOKENS, CostModel, Plan
 from meiqa.engine.engine import Engine
 from meiqa.engine.local import LocalModel
 from meiqa.engine.package import EnginePackage
@@ -272,8 +272,13 @@ def test_costs_are_measured_on_photos_and_kept(remembered: Path, tmp_path: Path)
     assert later.costs() == costs
 
 
-@pytest.mark.parametrize(("k", "fewest"), [(0, 0), (2, 2), (32, 4)])
-def test_the_least_worth_doing_is_a_few_comparisons(remembered: Path, k: int, fewest: int) -> None:
+@pytest.mark.parametrize(
+    ("k", "least"),
+    [(0, Plan(SHORT_SUMMARY_TOKENS, 0)), (2, Plan(0, 2)), (32, Plan(0, 4))],
+)
+def test_the_least_worth_doing_is_a_few_comparisons_or_a_short_text(
+    remembered: Path, k: int, least: Plan
+) -> None:
     engine = fake_engine(FakeModel(), remembered)
     engine.scorer.retrieval = RetrievalPolicy(k=k)
-    assert engine.least_ms() == engine.scorer.costs().of(Plan(0, fewest))
+    assert engine.least_ms() == engine.scorer.costs().of(least)
