@@ -106,12 +106,13 @@ def test_a_reflection_is_remembered_and_met_again(engine: Engine) -> None:
     assert "contrast" in origins
 
 
-def test_a_small_budget_is_kept_and_says_what_it_cost(engine: Engine) -> None:
+def test_a_budget_that_nothing_fits_gives_up_all_and_says_so(engine: Engine) -> None:
     _, photo = demo_photos()[0]
     engine.score(photo, budget=Budget(ms=1000), k=K, learn=False)
-    hurried = engine.score(photo, budget=Budget(ms=40), k=K, learn=False)
-    assert hurried.degraded
+    hurried = engine.score(photo, budget=Budget(ms=1), k=K, learn=False)
+    assert hurried.degraded == ("no summary", "initial score only")
     assert hurried.summary is None
+    assert not hurried.neighbours
 
 
 def test_json_has_the_names_that_tools_parse(
