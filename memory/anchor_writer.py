@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import time
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 
 from meiqa.errors import StoreError, StoreMismatch, UsageError
@@ -26,14 +27,12 @@ _THUMBNAILS = "thumbnails"
 class AnchorWriter:
     """Writes an anchor memory; its directory appears whole, or not at all.
 
-    What the finished memory holds does not depend on the order of the anchors, nor on how often a
-    resumable writer was interrupted, but for the moments of storing.
+    What it holds in the end depends neither on the order of the anchors nor on interruptions.
 
     Args:
         path: The directory to be; it must not exist, or be empty.
         package_digest: Digest of the engine package that encoded the anchors, hexadecimal.
-        key_width: D_key.
-        token_width: D of the visual tokens.
+        key_width, token_width: D_key, and D of the visual tokens.
         key_kind: What the keys are made of; see `meiqa.memory.retrieval_key`.
         keep_thumbnails: Each anchor comes with a small JPEG, which is kept; otherwise none does.
         resume: Keep what was added when the writer is interrupted, and go on with what an
@@ -43,10 +42,9 @@ class AnchorWriter:
         known_ids: Ids of the anchors that have been added, those of interrupted runs among them.
 
     Raises:
-        StoreError: the directory is taken or cannot be written.
-        StoreLocked: another writer has resumed it.
-        StoreMismatch: the interrupted writer wrote for another package, another kind of key, or
-            with thumbnails where none are to be kept, or the reverse.
+        StoreError: the directory is taken or cannot be written, or another writer has resumed it.
+        StoreMismatch: the interrupted writer wrote for another package, kind of key or answer to
+            whether thumbnails are kept.
 
     >>> import tempfile
     >>> import numpy as np
@@ -82,13 +80,14 @@ class AnchorWriter:
         self._partial = self._path.with_name(f".{self._path.name}.{name}.partial")
         self._staging_path = self._partial / _STAGING_NAME
         self._connection: sqlite3.Connection | None = None
-        self._lock: WriterLock | None = None
+        self._held = ExitStack()
         refuse_taken(self._path)
         with disk_errors(self._path):
             self._partial.mkdir(parents=True, exist_ok=resume)
         try:
-            self._lock = WriterLock(self._partial / _LOCK_NAME)
+            self._held.callback(WriterLock(self._partial / _LOCK_NAME).release)
             self._connection = self._open_staging()
+            self._held.callback(self._connection.close)
         except BaseException:
             self._let_go()
             raise
@@ -103,12 +102,7 @@ class AnchorWriter:
             self.discard()
 
     def add(self, case: Case, *, provenance: str = "", thumbnail: bytes | None = None) -> None:
-        """Add one anchor.
-
-        Args:
-            case: Its origin must be "anchor".
-            provenance: Where its score comes from.
-            thumbnail: A small JPEG of it, if and only if the writer keeps them.
+        """Add one anchor, with where its score comes from, and a small JPEG if those are kept.
 
         Raises:
             UsageError: the case cannot be stored, or its id is taken.
@@ -138,9 +132,7 @@ class AnchorWriter:
     def finish(self, *, threads: int = 1) -> None:
         """Make the memory durable and give it its name.
 
-        Args:
-            threads: That build the index of a large memory. With more than one it differs from run
-                to run in where a search goes, not in what is stored.
+        With more than one thread the index of a large memory differs from run to run.
 
         Raises:
             StoreError: the disk is full, or the directory has been taken meanwhile.
@@ -156,10 +148,9 @@ class AnchorWriter:
             whole.mkdir()
             staged = read_entries(self._staging_path, connection, self._identity.widths)
             entries = (entry for _, entry in staged)
-            with write_version(
-                whole, "anchor", self._identity, 1, entries, threads=threads
-            ) as publish_files:
-                publish_files()
+            written = write_version(whole, "anchor", self._identity, 1, entries, threads=threads)
+            with written as appear:
+                appear()
             sync(whole)
             publish(whole, self._path)
         self.discard()
@@ -178,25 +169,21 @@ class AnchorWriter:
 
     def _open_staging(self) -> sqlite3.Connection:
         """Go on where an interrupted writer was, or begin."""
-        keeps = "yes" if self._keep_thumbnails else "no"
-        if not self._staging_path.exists():
-            database.create_database(self._staging_path, self._identity, {_THUMBNAILS: keeps})
-        connection = database.connect(self._staging_path, "rw")
+        path, keeps = self._staging_path, "yes" if self._keep_thumbnails else "no"
+        if not path.exists():
+            database.create_database(path, self._identity, {_THUMBNAILS: keeps})
+        connection = database.connect(path, "rw")
         try:
-            found, labels = database.read_identity(self._staging_path, connection)
+            found, labels = database.read_identity(path, connection)
             begin = f"or begin again: rm -r {self._partial}"
-            database.check_identity(
-                self._staging_path,
-                found,
-                self._identity,
-                hint=f"finish it with that package, {begin}",
-                kind_hint=f"finish it with --key {found.key_kind}, {begin}",
-            )
-            if labels.get(_THUMBNAILS, "no") != keeps:
-                what = f"{self._staging_path} was begun with another answer to --keep-thumbnails"
-                seen, hint = labels.get(_THUMBNAILS, "no"), f"finish it as it was begun, {begin}"
-                raise StoreMismatch(what, seen=seen, allowed=keeps, hint=hint)
-            with database.sqlite_errors(self._staging_path):
+            hint = f"finish it with that package, {begin}"
+            kind_hint = f"finish it with --key {found.key_kind}, {begin}"
+            database.check_identity(path, found, self._identity, hint, kind_hint)
+            if (kept := labels.get(_THUMBNAILS, "no")) != keeps:
+                what = f"{path} was begun with another answer to --keep-thumbnails"
+                hint = f"finish it as it was begun, {begin}"
+                raise StoreMismatch(what, seen=kept, allowed=keeps, hint=hint)
+            with database.sqlite_errors(path):
                 rows = connection.execute("SELECT id FROM records")
                 self.known_ids.update(case_id for (case_id,) in rows)
         except BaseException:
@@ -215,9 +202,5 @@ class AnchorWriter:
         self._unsaved = 0
 
     def _let_go(self) -> None:
-        connection, lock = self._connection, self._lock
-        self._connection, self._lock = None, None
-        if connection is not None:
-            connection.close()
-        if lock is not None:
-            lock.release()
+        self._connection = None
+        self._held.close()

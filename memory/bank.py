@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,25 +29,12 @@ from meiqa.errors import (
     UsageError,
 )
 from meiqa.locations import embedded_assets, package_memory
+from meiqa.memory import maintenance, versions
 from meiqa.memory.cases import ORIGINS, Case, Record, Version, check_case, encode_case
 from meiqa.memory.database import REBUILD, Identity, check_identity, store_error
-from meiqa.memory.maintenance import (
-    ExportFormat,
-    MemoryStatistics,
-    export_cases,
-    rekey_cases,
-    take_statistics,
-)
+from meiqa.memory.maintenance import ExportFormat, MemoryStatistics
 from meiqa.memory.retrieval import NEAR_DUPLICATE, Snapshot, View, near_duplicates
 from meiqa.memory.segment import disk_errors, refuse_taken
-from meiqa.memory.versions import (
-    holds_anchors,
-    left_over,
-    no_version,
-    open_version,
-    segment_path,
-    write_version,
-)
 from meiqa.memory.wal import LOCK_NAME, WAL_NAME, Mode, Uses, Wal, WriterLock
 from meiqa.types import KeyKind, Origin
 
@@ -114,8 +101,8 @@ def open_memory(
 ) -> MemoryBank:
     """Open the memory of a package; see `Engine.open`.
 
-    While another process writes to it, the memory is opened read-only, with one warning. So is the
-    user's own where it cannot be written; one that was asked for by its path is refused then.
+    While another process writes to it, it is opened read-only, with one warning. So is the user's
+    own where it cannot be written; one that was asked for by its path is refused then.
 
     Args:
         path: Directory of the memory, which must exist; None for the user's own, which is created
@@ -134,7 +121,7 @@ def open_memory(
     if path is not None and not os.path.isdir(cases):
         hint = "check the path, or make one: meiqa memory create PATH, meiqa memory build"
         raise StoreNotFound(f"there is no memory {cases}", hint=hint)
-    anchors = cases if holds_anchors(cases) else embedded_assets() / "memory"
+    anchors = cases if versions.holds_anchors(cases) else embedded_assets() / "memory"
     if learn:
         try:
             return MemoryBank(anchors, cases, "rw", package_digest, policy=policy)
@@ -198,7 +185,9 @@ class MemoryBank:
         self._policy = policy or ContrastPolicy()
         self._path = cases_path
         self._directories: dict[Origin, Path] = {"anchor": anchors_path, "contrast": cases_path}
-        self._segments = {each: segment_path(self._directories[each], each) for each in ORIGINS}
+        self._segments = {
+            each: versions.segment_path(self._directories[each], each) for each in ORIGINS
+        }
         self._mutex = threading.RLock()
         self._pid = os.getpid()
         self._lock: WriterLock | None = None
@@ -257,13 +246,11 @@ class MemoryBank:
             mode: "r", or "rw" to change the memory.
             package_digest: Digest of the engine package, hexadecimal.
             verify: Check every byte now; otherwise each case is checked when it is read.
-            policy: What becomes of contrast cases.
 
         Raises:
             StoreNotFound: there are no anchors, or `cases_path` holds something else.
             StoreCorrupted: a file is damaged.
-            StoreMismatch: a part belongs to another package or format, or has another kind of key
-                than the anchors; the hint says what to run.
+            StoreMismatch: a part is of another package, format or kind of key than it must be.
             StoreLocked, StoreUnwritable: mode "rw", and another process writes, or none can.
         """
         anchors, cases = Path(anchors_path), Path(cases_path)
@@ -326,15 +313,15 @@ class MemoryBank:
 
     def _refresh(self, wal: Wal, verify: bool = False) -> None:
         while True:
-            versions = {origin: self._latest(origin, verify) for origin in ORIGINS}
+            latest = {origin: self._latest(origin, verify) for origin in ORIGINS}
             wal.refresh()
             # A compaction first swaps the version, then takes its cases from the WAL: if none was
             # swapped since, none that was taken is missing.
-            if all(map(self._is_latest, ORIGINS, versions.values())):
+            if all(map(self._is_latest, ORIGINS, latest.values())):
                 break
-        self._versions, views = versions, self._snapshot.views
+        self._versions, views = latest, self._snapshot.views
         for origin, old in self._snapshot.views.items():
-            seen = versions[origin], wal.tombstones[origin], wal.entries[origin]
+            seen = latest[origin], wal.tombstones[origin], wal.entries[origin]
             if seen != (old.version, old.tombstones, old.entries):
                 views[origin] = View(*seen)
         self._snapshot = Snapshot(views["anchor"], views["contrast"], self._retrieved.update)
@@ -343,19 +330,19 @@ class MemoryBank:
         known = self._versions[origin]
         if self._is_latest(origin, known):
             return known
-        version = open_version(self._directories[origin], origin, verify=verify)
+        version = versions.open_version(self._directories[origin], origin, verify=verify)
         check_identity(version.segment.path, version.identity, self._identity, REBUILD)
         return version
 
     def _open_anchors(self, package_digest: str, verify: bool) -> Identity:
         """Open the anchors, and give what everything else must have been written for."""
         directory = self._directories["anchor"]
-        if not holds_anchors(directory):
+        if not versions.holds_anchors(directory):
             raise StoreNotFound(f"there is no anchor memory in {directory}", hint=REBUILD)
-        anchors = open_version(directory, "anchor", verify=verify)
+        anchors = versions.open_version(directory, "anchor", verify=verify)
         identity = Identity(package_digest, anchors.identity.widths, anchors.identity.key_kind)
         check_identity(directory, anchors.identity, identity, REBUILD)
-        contrast = no_version(self._path, "contrast", identity)
+        contrast = versions.no_version(self._path, "contrast", identity)
         self._versions = {"anchor": anchors, "contrast": contrast}
         self._snapshot = Snapshot(View(anchors), View(contrast), self._retrieved.update)
         return identity
@@ -367,7 +354,7 @@ class MemoryBank:
                 # The last writer may have compacted before this one held the lock.
                 kept = self._versions[origin] = self._latest(origin)
                 with disk_errors(self._path):
-                    for file in left_over(self._path, origin, kept.records_path.name):
+                    for file in versions.left_over(self._path, origin, kept.records_path.name):
                         file.unlink(missing_ok=True)
 
     def _is_written(self, origin: Origin) -> bool:
@@ -378,19 +365,15 @@ class MemoryBank:
         """Store a contrast case; when the call returns, neither a kill nor a power cut undoes it.
 
         A case with the same id or the same image is replaced, and so are near-duplicates; their
-        counters of use are added up.
-
-        Args:
-            case: Its origin must be "contrast".
-            provenance: Where the score comes from, in a few words.
-            gated: Whether the case passed the reflection's gate.
+        counters of use are added up. `provenance` says in a few words where the score comes from,
+        `gated` whether the case passed the reflection's gate.
 
         Returns:
             Whether the policy admitted it.
         """
         if not gated and self._policy.admission == "gated":
             return False
-        self._put(case, "contrast", provenance, self._policy.merge_above)
+        self._put(case, "contrast", provenance)
         contrast = self.snapshot().contrast
         if len(contrast) > self._policy.capacity:
             self.evict(keep=max(1, int(self._policy.capacity * _KEPT_ON_EVICTION)))
@@ -401,29 +384,18 @@ class MemoryBank:
     def add_anchor(self, case: Case, *, provenance: str, thumbnail: bytes | None = None) -> None:
         """Add an anchor, or replace the one with the same id or image; durable and found at once.
 
-        `compact` makes it part of the segment, where the anchors' directory is the one written.
-
-        Args:
-            case: Its origin must be "anchor": a human gave its score.
-            provenance: Who did, in a few words.
-            thumbnail: A small JPEG of it, if one is to be kept.
+        A human gave its score; `provenance` says who, in a few words. The thumbnail is a small JPEG
+        of it. `compact` makes it part of the segment, where that is in the directory written.
         """
-        self._put(case, "anchor", provenance, merge_above=1.0, thumbnail=thumbnail)
+        self._put(case, "anchor", provenance, thumbnail)
 
-    def _put(
-        self,
-        case: Case,
-        origin: Origin,
-        provenance: str,
-        merge_above: float,
-        thumbnail: bytes | None = None,
-    ) -> None:
+    def _put(self, case: Case, origin: Origin, provenance: str, jpeg: bytes | None = None) -> None:
         check_case(case, origin, self._identity.widths)
-        digest = self._identity.package_digest
-        entry = encode_case(case, digest, provenance, time.time(), thumbnail)
+        entry = encode_case(case, self._identity.package_digest, provenance, time.time(), jpeg)
+        above = self._policy.merge_above if origin == "contrast" else 1.0
         with self._changing() as (wal, views):
             view = views[origin]
-            alike = near_duplicates(view, case, merge_above, _MOST_DUPLICATES)
+            alike = near_duplicates(view, case, above, _MOST_DUPLICATES)
             of_image = view.entries_in(view.rows_of_image(case.image_digest))
             replaced = {case.id, *alike, *(each.record.id for each in of_image)}
             self._drop(wal, view, origin, replaced, heir=case.id)
@@ -459,12 +431,7 @@ class MemoryBank:
     def cases(
         self, origin: Origin | None = None, since: datetime | None = None
     ) -> Iterator[Record]:
-        """List what is stored, anchors first, each origin by id.
-
-        Args:
-            origin: Of this origin only.
-            since: Stored then or later only, with a time zone.
-        """
+        """List what is stored, or was since a moment, anchors first, each origin by id."""
         chosen, earliest = _chosen_origins(origin), _timestamp(since)
         views = self.snapshot().views
         return (record for each in chosen for record in views[each].records(earliest))
@@ -484,11 +451,6 @@ class MemoryBank:
 
         They are gone at once and for good. Those that a segment holds are erased from its file by
         the compaction that follows: now for contrast cases, with the next `compact` for anchors.
-
-        Args:
-            ids: With these ids.
-            origin: Of this origin.
-            since: Stored then or later; it needs a time zone.
         """
         if ids is None and origin is None and since is None:
             raise UsageError("say what is to be removed", allowed="ids, origin, since")
@@ -510,10 +472,7 @@ class MemoryBank:
         return self.remove(origin="contrast", since=since)
 
     def evict(self, keep: int) -> int:
-        """Remove the contrast cases that are worth least until `keep` are left; give how many.
-
-        What a case is worth is in `ContrastPolicy.worth`.
-        """
+        """Remove the contrast cases that are worth least until `keep` are left; give how many."""
         if keep < 0:
             raise UsageError("keep must not be negative", seen=keep, allowed="0 or more")
         now, uses = time.time(), self._uses()
@@ -552,7 +511,7 @@ class MemoryBank:
                     return False
                 directory, number = self._directories[origin], view.version.number + 1
                 entries = view.all_entries()
-                written = write_version(directory, origin, self._identity, number, entries)
+                written = versions.write_version(directory, origin, self._identity, number, entries)
                 with written as publish, self._mutex:
                     wal = self._written()
                     publish()
@@ -593,35 +552,33 @@ class MemoryBank:
 
     def statistics(self, *, sample: int = 64) -> MemoryStatistics:
         """Count, weigh and measure the memory; the recall of an index takes `sample` searches."""
-        return take_statistics(self.snapshot().views, self.key_kind, self._path, sample)
+        return maintenance.statistics(self.snapshot().views, self.key_kind, self._path, sample)
 
     def export(self, path: str | Path, format: ExportFormat = "jsonl") -> int:
-        """Write all records and keys to a file; give how many; see `export_cases`."""
-        return export_cases(self.snapshot().views, self._uses(), self.key_kind, Path(path), format)
+        """Write all records and keys to a file; give how many; see `maintenance`."""
+        views, uses = self.snapshot().views, self._uses()
+        return maintenance.export(views, uses, self.key_kind, Path(path), format)
 
     def rekey(self, kind: KeyKind, path: str | Path) -> int:
-        """Write the cases with keys of another kind into a new memory; see `rekey_cases`."""
-        return rekey_cases(self.snapshot().views, self._uses(), self._identity, kind, Path(path))
+        """Write the cases with keys of another kind into a new memory; see `maintenance`."""
+        views, uses = self.snapshot().views, self._uses()
+        return maintenance.rekey(views, uses, self._identity, kind, Path(path))
 
     def close(self) -> None:
         """Let go of the files, once a compaction has ended; snapshots stay valid."""
         if self._background is not None:
             self._background.join()
-        with self._mutex:
+        with self._mutex, ExitStack() as last:
             wal, lock = self._wal, self._lock
             self._wal, self._lock = None, None
-            try:
-                # A connection inherited through a fork belongs to the parent.
-                if wal is not None and os.getpid() == self._pid:
-                    try:
-                        if lock is not None and self._retrieved:
-                            with wal.writing():
-                                self._write_retrieved(wal)
-                    finally:
-                        wal.close()
-            finally:
-                if lock is not None:
-                    lock.release()
+            if lock is not None:
+                last.callback(lock.release)
+            # A connection inherited through a fork belongs to the parent.
+            if wal is not None and os.getpid() == self._pid:
+                last.callback(wal.close)
+                if lock is not None and self._retrieved:
+                    with wal.writing():
+                        self._write_retrieved(wal)
 
     def _written(self) -> Wal:
         wal = self._opened()
@@ -640,11 +597,9 @@ class MemoryBank:
 
 
 def _chosen_origins(origin: Origin | None) -> tuple[Origin, ...]:
-    if origin is None:
-        return ORIGINS
-    if origin not in ORIGINS:
+    if origin not in (None, *ORIGINS):
         raise UsageError("unknown origin", seen=origin, allowed=", ".join(ORIGINS))
-    return (origin,)
+    return ORIGINS if origin is None else (origin,)
 
 
 def _timestamp(since: datetime | None) -> float:
@@ -657,12 +612,12 @@ def _timestamp(since: datetime | None) -> float:
 
 def _refuse_other_files(directory: Path) -> None:
     """Refuse with StoreNotFound to read or make a memory among files of another kind."""
-    own = {WAL_NAME, LOCK_NAME, *(segment_path(directory, origin).name for origin in ORIGINS)}
+    segments = {versions.segment_path(directory, origin).name for origin in ORIGINS}
     try:
         names = os.listdir(directory)
     except OSError:  # there is none yet, or opening says why not
         return
-    if names and own.isdisjoint(names):
+    if names and not segments.union((WAL_NAME, LOCK_NAME)).intersection(names):
         what = f"{directory} holds no memory, but something else"
         hint = "name a memory, or an empty directory to learn into"
         raise StoreNotFound(what, seen=min(names), hint=hint)

@@ -16,9 +16,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +36,8 @@ Rows: TypeAlias = NDArray[np.intp]
 ORIGINS: tuple[Origin, ...] = ("anchor", "contrast")
 DIGEST_BYTES = 8
 REGRESSION = "regression"
-KEY_DTYPE, TOKEN_DTYPE, SCALE_DTYPE = "<f2", "|i1", "<f4"
+VECTOR_DTYPES = ("<f2", "|i1", "<f4")
+"""Of keys, levels of tokens and scales in a database."""
 
 FEWEST_PHOTOS = 50
 MOST_PHOTOS = 4096
@@ -110,11 +110,7 @@ def quantise_tokens(tokens: FloatArray) -> tuple[NDArray[np.int8], FloatArray]:
     A token with largest magnitude m comes back with every element within m / 254 (half a level)
     plus float32 rounding, a relative 2e-7 of m. A token with m below 1e-30 comes back as zeros.
 
-    Args:
-        tokens: float32 (T, D), finite, magnitudes below 1e38.
-
-    Returns:
-        Levels (T, D) and scales (T,).
+    Tokens (T, D) are finite, with magnitudes below 1e38. Gives levels (T, D) and scales (T,).
 
     >>> quantise_tokens(np.float32([[1.0, -0.5, 0.0]]))[0].tolist()
     [[127, -64, 0]]
@@ -164,6 +160,10 @@ def exact_cosines(keys: FloatArray, query: FloatArray) -> Floats:
 class Record:
     """One case without its vectors; `created` is in seconds since 1970, UTC."""
 
+    COLUMNS: ClassVar = (
+        "id, image_digest, summary, score, std, origin, package_digest, provenance, created"
+    )
+
     id: str
     image_digest: str
     summary: str
@@ -174,17 +174,18 @@ class Record:
     provenance: str
     created: float
 
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """As a row of a database."""
+        return tuple(getattr(self, name) for name in self.__slots__)
 
-RECORD_COLUMNS = ", ".join(Record.__slots__)
-record_values = attrgetter(*Record.__slots__)
-_KINDS = (str, str, str, float, float, str, str, str, float)
-
-
-def record_of(path: Path, row: Sequence[Any]) -> Record:
-    """Give the record in a row of a database; StoreCorrupted if it cannot be one."""
-    if any(type(value) is not kind for value, kind in zip(row, _KINDS, strict=True)):
-        raise database.corrupted(path, f"case {row[0]!r} has a value of the wrong type")
-    return Record(*row)
+    @classmethod
+    def of(cls, path: Path, row: Sequence[Any]) -> Self:
+        """Read what `values` gave from a database; StoreCorrupted if it cannot be that."""
+        kinds = str, str, str, float, float, str, str, str, float
+        if any(type(value) is not kind for value, kind in zip(row, kinds, strict=True)):
+            raise database.corrupted(path, f"case {row[0]!r} has a value of the wrong type")
+        return cls(*row)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -204,7 +205,7 @@ class Features:
     @property
     def blobs(self) -> tuple[bytes, bytes, bytes]:
         """Key, levels and scales as they lie in a database."""
-        key, scales = self.key.astype(KEY_DTYPE, copy=False), self.scales.astype(SCALE_DTYPE)
+        key, scales = self.key.astype(VECTOR_DTYPES[0]), self.scales.astype(VECTOR_DTYPES[2])
         return key.tobytes(), self.levels.tobytes(), scales.tobytes()
 
 
@@ -228,7 +229,7 @@ class Entry:
     def digest(self) -> bytes:
         """Over all but the thumbnail and the moment of storing; 32 bytes."""
         blobs = self.features.blobs
-        described = [*record_values(self.record)[:-1], KEY_DTYPE, TOKEN_DTYPE, SCALE_DTYPE]
+        described = [*self.record.values[:-1], *VECTOR_DTYPES]
         sizes = [*self.features.grid, *map(len, blobs)]
         digest = hashlib.sha256(json.dumps([*described, *sizes]).encode())
         for blob in blobs:
@@ -270,9 +271,8 @@ def token_features(tokens: FloatArray) -> FloatArray:
 class Regression:
     """A linear map from what visual tokens alone tell of a photo to its score.
 
-    A memory of photographs with human scores holds more than neighbours: it shows how the features
-    that the vision tower makes of such photographs go with what people think of them. The map is
-    fitted when a version of anchors is written, so a memory of one's own photographs has its own.
+    It shows how the features that the vision tower makes of photographs go with what people think
+    of them. It is fitted when a version of anchors is written, so each memory has its own.
 
     Attributes:
         weights: (F,), of the `token_features` of a photo.
@@ -309,10 +309,7 @@ class Regression:
             left_out: Floats = scores - residuals / np.maximum(1.0 - leverage, 1e-9)
             return left_out
 
-        def error_with(penalty: float) -> float:
-            return float(np.mean((left_out_with(penalty) - scores) ** 2))
-
-        penalty = min(_PENALTIES, key=error_with)
+        penalty = min(_PENALTIES, key=lambda each: np.mean((left_out_with(each) - scores) ** 2))
         narrow = left_out_with(penalty)
         stretch = min(_MOST_STRETCH, float(scores.std() / max(narrow.std(), 1e-9)))
         weights = right.T @ (singular / (singular**2 + penalty) * seen) / scale * stretch
@@ -355,10 +352,7 @@ class Sample:
             self._step *= 2
 
     def fitted(self) -> tuple[Regression, dict[str, float]] | None:
-        """Fit what was kept; also give what would be said of each photo left out, by name.
-
-        None if too little was shown, or people's scores were all one.
-        """
+        """Fit what was kept, with the score of each left out, by name; None if it tells none."""
         scores = np.array([score for _, _, score in self._kept])
         if len(scores) < FEWEST_PHOTOS or np.ptp(scores) == 0.0:
             return None
@@ -386,6 +380,8 @@ class KeyIndex(Protocol):
 class Version:
     """The stored cases of one origin; safe to share between threads. Its files never change.
 
+    Whatever of it is read is StoreCorrupted where it is not what was written.
+
     Attributes:
         origin: Of all its cases.
         number: 1 as built; each compaction adds one.
@@ -409,11 +405,7 @@ class Version:
         return len(self.segment.arrays["keys"])
 
     def entries(self, rows: Sequence[int], *, thumbnails: bool = False) -> list[Entry]:
-        """Read the cases in rows; their records take one statement, however many they are.
-
-        Raises:
-            StoreCorrupted: one is not what was written.
-        """
+        """Read the cases in rows; their records take one statement, however many they are."""
         jpegs: dict[int, bytes] = {}
         if thumbnails:
             with self._mutex:
@@ -462,7 +454,7 @@ class Version:
         self, condition: str = "TRUE", values: Sequence[Any] = ()
     ) -> list[tuple[int, Record]]:
         """Read the records that fulfil an SQL condition, each with its row, by row."""
-        query = f"SELECT revision, {RECORD_COLUMNS} FROM records WHERE {condition}"
+        query = f"SELECT revision, {Record.COLUMNS} FROM records WHERE {condition}"
         with self._mutex:
             try:
                 found = self._connection.execute(f"{query} ORDER BY revision", values).fetchall()
@@ -470,7 +462,7 @@ class Version:
                 raise database.store_error(self.records_path, error) from error
         if any(not 1 <= revision <= len(self) for revision, *_ in found):
             raise StoreCorrupted(f"{self.records_path} has a record too many", hint=REBUILD)
-        return [(revision - 1, record_of(self.records_path, row)) for revision, *row in found]
+        return [(revision - 1, Record.of(self.records_path, row)) for revision, *row in found]
 
     def locate(self, case_id: str) -> tuple[int, bool]:
         """Give how many ids are smaller, which is the row of this one, and whether it is there."""
@@ -520,11 +512,7 @@ class Version:
 
     @cached_property
     def regression(self) -> Regression | None:
-        """From visual tokens to scores; None where there were too few anchors to fit one.
-
-        Raises:
-            StoreCorrupted: it is not what was written.
-        """
+        """From visual tokens to scores; None where there were too few anchors to fit one."""
         arrays, attributes = self.segment.arrays, self.segment.attributes
         if regression_sha256(arrays) != attributes.get("regression_sha256"):
             raise StoreCorrupted(f"the regression in {self.segment.path} was altered", hint=REBUILD)

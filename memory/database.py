@@ -45,15 +45,10 @@ PRAGMA user_version = {_SCHEMA_VERSION};
 CREATE TABLE store (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE records (
     revision INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL,
-    image_digest TEXT NOT NULL,
-    summary TEXT NOT NULL,
-    score REAL NOT NULL,
-    std REAL NOT NULL,
+    id TEXT NOT NULL, image_digest TEXT NOT NULL, summary TEXT NOT NULL,
+    score REAL NOT NULL, std REAL NOT NULL,
     origin TEXT NOT NULL CHECK (origin IN ('anchor', 'contrast')),
-    package_digest TEXT NOT NULL,
-    provenance TEXT NOT NULL,
-    created REAL NOT NULL,
+    package_digest TEXT NOT NULL, provenance TEXT NOT NULL, created REAL NOT NULL,
     UNIQUE (id, origin)
 );
 CREATE TABLE features (
@@ -66,14 +61,11 @@ CREATE TABLE features (
 );
 CREATE TABLE hidden (
     stamp INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL,
-    origin TEXT NOT NULL,
+    id TEXT NOT NULL, origin TEXT NOT NULL,
     UNIQUE (id, origin)
 );
 CREATE TABLE uses (
-    id TEXT PRIMARY KEY,
-    retrieved INTEGER NOT NULL,
-    last_retrieved REAL NOT NULL
+    id TEXT PRIMARY KEY, retrieved INTEGER NOT NULL, last_retrieved REAL NOT NULL
 ) WITHOUT ROWID;
 """
 
@@ -89,13 +81,9 @@ CREATE TABLE IF NOT EXISTS thumbnails (
 AMONG = "revision IN (SELECT value FROM json_each(?))"
 """An SQL condition on rows: their revisions, as many as there are, are one JSON list."""
 
-_WRITE_FAILURES = (
-    sqlite3.SQLITE_IOERR_WRITE,
-    sqlite3.SQLITE_IOERR_FSYNC,
-    sqlite3.SQLITE_IOERR_DIR_FSYNC,
-    sqlite3.SQLITE_IOERR_TRUNCATE,
-    sqlite3.SQLITE_IOERR_SHMSIZE,
-    sqlite3.SQLITE_IOERR_SHMOPEN,
+_WRITE_FAILURES = tuple(
+    getattr(sqlite3, f"SQLITE_IOERR_{name}")
+    for name in ("WRITE", "FSYNC", "DIR_FSYNC", "TRUNCATE", "SHMSIZE", "SHMOPEN")
 )
 
 
@@ -183,10 +171,7 @@ def reading(path: Path) -> Iterator[None]:
 def create_database(
     path: Path, identity: Identity, labels: Mapping[str, str] | None = None
 ) -> None:
-    """Create an empty database so that its name appears only when it is whole and on the disk.
-
-    `labels` are more that it says about itself. An older one is replaced.
-    """
+    """Create or replace a database; its name appears only when it is whole and on the disk."""
     unfinished = path.with_name(f".{path.name}.partial")
     remove_database(unfinished)
     remove_database(path)
@@ -214,13 +199,10 @@ def remove_database(path: Path) -> None:
 
 
 def connect(path: Path, mode: str, *, check: bool = True) -> sqlite3.Connection:
-    """Open a database.
+    """Open a database, and check it from end to end if asked to.
 
-    Args:
-        path: The file.
-        mode: "rw" to write; "r" to follow a database that others write; "immutable" for one that
-            nobody writes, which leaves no file beside it; "alone" is for `filling`.
-        check: Check it from end to end.
+    The mode is "rw" to write; "r" to follow a database that others write; "immutable" for one that
+    nobody writes, which leaves no file beside it; "alone" is for `filling`.
 
     Raises:
         StoreNotFound: there is no such file, or no longer.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -52,15 +52,10 @@ def can_be_built() -> bool:
 
 
 def index_arrays(keys: Keys, threads: int = 1) -> dict[str, Array]:
-    """Give the arrays of an index for a segment; {} below `FLAT_BELOW` keys.
+    """Give the arrays of an index over unit keys (N, D) for a segment; {} below `FLAT_BELOW`.
 
-    Args:
-        keys: float16 (N, D), rows of length 1 (or 0).
-        threads: With one thread the same keys give the same arrays. More are faster and differ
-            from run to run.
-
-    Raises:
-        UsageError: hnswlib or Numba is not installed, or the keys are not finite.
+    With one thread the same keys give the same arrays. More are faster and differ from run to run.
+    UsageError if hnswlib or Numba is not installed, or the keys are not finite.
     """
     return freeze(build_graph(keys, threads), keys) if len(keys) >= FLAT_BELOW else {}
 
@@ -81,10 +76,7 @@ def build_graph(keys: Keys, threads: int = 1) -> Any:
 
 
 def freeze(graph: Any, keys: Keys) -> dict[str, Array]:
-    """Take the graph that `build_graph` made of these keys apart into arrays for a segment.
-
-    Also measures the effort with which a search finds `RECALL` of the true neighbours.
-    """
+    """Take the graph of these keys apart into arrays for a segment, and measure its effort."""
     levels, scales = np.empty(keys.shape, np.int8), np.empty(len(keys), np.float32)
     for rows in _parts(np.arange(len(keys))):
         levels[rows], scales[rows] = quantise_tokens(decode_keys(keys[rows]))
@@ -103,11 +95,9 @@ def _least_effort(index: FrozenIndex, keys: Keys) -> int:
     mean over them less two standard errors has to reach `RECALL`. With an effort of an eighth of
     the keys the search is exact, so that one is always found.
     """
-    trial = RecallTrial.of(index, keys, _SAMPLE, _MEASURED_COUNT)
-    effort = _LEAST_EFFORT
-    while len(trial) and effort < len(keys):
-        shares = trial.shares(effort)
-        doubt = 2.0 * float(shares.std()) / len(trial) ** 0.5
+    shares_at, effort = recall_trial(index, keys, _SAMPLE), _LEAST_EFFORT
+    while effort < len(keys) and len(shares := shares_at(effort)):
+        doubt = 2.0 * float(shares.std()) / len(shares) ** 0.5
         if float(shares.mean()) - doubt >= RECALL:
             break
         effort += effort // 4
@@ -210,8 +200,7 @@ class FrozenIndex:
     def effort(self, count: int) -> int:
         """Give the effort that finds at least 97 % of the nearest `count` keys of most queries.
 
-        It was measured on these keys for the nearest 32 when the index was made, and grows in
-        proportion where more are wanted.
+        It was measured for the nearest 32, and grows in proportion where more are wanted.
         """
         measured = int(self._measured[0])
         if measured < 1:
@@ -239,10 +228,7 @@ class FrozenIndex:
         return int(self._graph.entry[0])
 
     def verify(self) -> None:
-        """Read all links; StoreCorrupted if one of them, the entry or the effort is out of range.
-
-        Searching does not depend on it: damaged links are never followed outside the arrays.
-        """
+        """Read all links and refuse damaged ones, which are never followed outside the arrays."""
         graph, count = self._graph, len(self)
         self.effort(_MEASURED_COUNT)
         for name in ("links", "upper_links"):
@@ -263,16 +249,16 @@ class FrozenIndex:
     ) -> Found:
         """Find the nearest keys by cosine in float64, nearest first, equal ones by row.
 
-        Candidates come from the graph; where few keys are eligible all of those are compared.
-
-        Args:
-            query: float32 (D,), finite, of any length.
-            count: Keys wanted.
-            eligible: bool (N,), which keys may be returned; None for all.
-            effort: Candidates that the search keeps, at least `count` (hnswlib's ef): more finds
-                more of the true neighbours and takes longer. None for `self.effort(count)`.
+        Candidates come from the graph; where few keys are eligible (N,) all of those are compared.
+        The effort is how many candidates the search keeps (hnswlib's ef): more finds more of the
+        true neighbours and takes longer. None stands for `self.effort(count)`.
         """
-        kernel, graph = _kernel(), self._graph
+        try:
+            from meiqa.kernels import hnsw as kernel  # and Numba with it
+        except ImportError as error:
+            what = "searching the index of a memory needs numba"
+            raise UsageError(what, hint=install_hint("index")) from error
+        graph = self._graph
         query, count = np.ascontiguousarray(query, dtype=np.float32), min(count, len(self))
         effort = min(self.effort(count) if effort is None else effort, max(len(self), 1))
         try:
@@ -280,22 +266,12 @@ class FrozenIndex:
         except IndexError:
             work = kernel.workspace(graph)
         try:
-            found: Found = kernel.search_graph(graph, query, count, eligible, effort, work)
+            found = kernel.search_graph(graph, query, count, eligible, effort, work)
         except ValueError as error:
             raise UsageError(str(error)) from error
         finally:
             self._workspaces.append(work)
         return found
-
-
-def _kernel() -> Any:
-    """Load the module that searches, and Numba with it."""
-    try:
-        from meiqa.kernels import hnsw
-    except ImportError as error:
-        what = "searching the index of a memory needs numba"
-        raise UsageError(what, hint=install_hint("index")) from error
-    return hnsw
 
 
 def _read_only(array: Array) -> Array:
@@ -305,54 +281,35 @@ def _read_only(array: Array) -> Array:
     return view
 
 
-@dataclass(frozen=True, eq=False)
-class RecallTrial:
-    """Keys taken out of an index as queries, whose true neighbours are known.
+def recall_trial(
+    index: FrozenIndex, keys: Keys, size: int, count: int = _MEASURED_COUNT
+) -> Callable[[int | None], NDArray[np.float64]]:
+    """Take keys out of an index as queries, to measure how many true neighbours a search finds.
 
     A key that is in the graph is found with less effort than any other query, and so are its
-    neighbours, to which it is linked. So `index` is as if it had been built without the queries
-    (Q, D), `eligible` (N,) is false for them; `cosines` (Q, count) are of their true neighbours.
+    neighbours, to which it is linked. So `size` keys, or an eighth of all, evenly spread, are taken
+    out; fewer where that meets the entry.
+
+    Returns:
+        A function of the effort that gives the share found of each one's nearest `count` (Q,). Of
+        equally near keys one is as good as another.
     """
+    rows = np.unique(np.linspace(0, len(keys) - 1, min(size, len(keys) // 8)).astype(np.int64))
+    rows = rows[rows != index.entry]
+    eligible, queries = np.ones(len(keys), np.bool_), decode_keys(keys[rows])
+    eligible[rows] = False
+    cut, count = index.without(rows), min(count, len(keys) - len(rows))
+    _, cosines = true_neighbours(keys, queries, count, eligible)
 
-    index: FrozenIndex
-    keys: Keys
-    eligible: Mask
-    queries: FloatArray
-    cosines: NDArray[np.float64]
+    def shares(effort: int | None) -> NDArray[np.float64]:
+        found = np.empty(len(queries), np.float64)
+        for number, (query, true) in enumerate(zip(queries, cosines, strict=True)):
+            near = decode_keys(keys[cut.search(query, count, eligible, effort)])
+            found[number] = (exact_cosines(near, query) >= true[-1]).sum()
+        found /= count
+        return found
 
-    @classmethod
-    def of(
-        cls, index: FrozenIndex, keys: Keys, size: int, count: int = _MEASURED_COUNT
-    ) -> RecallTrial:
-        """Take out `size` keys, or an eighth of all, and find the nearest `count` of each.
-
-        They are evenly spread; fewer are taken than asked for where that meets the entry.
-        """
-        size = min(size, len(keys) // 8)
-        rows = np.unique(np.linspace(0, len(keys) - 1, size).astype(np.int64))
-        rows = rows[rows != index.entry]
-        eligible = np.ones(len(keys), np.bool_)
-        eligible[rows] = False
-        queries = decode_keys(keys[rows])
-        count = min(count, len(keys) - len(rows))
-        _, cosines = true_neighbours(keys, queries, count, eligible)
-        return cls(index.without(rows), keys, eligible, queries, cosines)
-
-    def __len__(self) -> int:
-        return len(self.queries)
-
-    def shares(self, effort: int | None) -> NDArray[np.float64]:
-        """Give what share of its true neighbours a search finds for each query (Q,).
-
-        Of equally near keys one is as good as another.
-        """
-        count = self.cosines.shape[1]
-        shares = np.empty(len(self), np.float64)
-        for number, (query, true) in enumerate(zip(self.queries, self.cosines, strict=True)):
-            rows = self.index.search(query, count, self.eligible, effort)
-            shares[number] = (exact_cosines(decode_keys(self.keys[rows]), query) >= true[-1]).sum()
-        shares /= count
-        return shares
+    return shares
 
 
 def true_neighbours(

@@ -10,26 +10,19 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from meiqa.errors import StoreError, StoreMismatch, StoreNotFound, UsageError, install_hint
-from meiqa.memory import database
-from meiqa.memory.cases import (
-    ORIGINS,
-    Entry,
-    Version,
-    decode_keys,
-    encode_key,
-)
+from meiqa.memory import database, versions
+from meiqa.memory.cases import ORIGINS, Entry, Version, decode_keys, encode_key, unit_rows
 from meiqa.memory.database import Identity
-from meiqa.memory.index import FrozenIndex, RecallTrial
-from meiqa.memory.retrieval import View, key_widths, retrieval_key, summary_of_key
+from meiqa.memory.index import FrozenIndex, recall_trial
+from meiqa.memory.retrieval import View, key_widths, retrieval_key
 from meiqa.memory.segment import Segment, disk_errors, file_sha256, publish, refuse_taken, sync
-from meiqa.memory.versions import left_over, open_version, segment_path, write_version
 from meiqa.memory.wal import WAL_NAME, Uses, read_entries
 from meiqa.types import KeyKind, Origin
 
@@ -74,7 +67,7 @@ class MemoryStatistics:
     wal_bytes: int
 
 
-def take_statistics(views: Views, key_kind: KeyKind, path: Path, sample: int) -> MemoryStatistics:
+def statistics(views: Views, key_kind: KeyKind, path: Path, sample: int) -> MemoryStatistics:
     """Count and measure; the recall takes `sample` searches spread over the stored keys."""
     origins = {origin: _of_view(view, sample) for origin, view in views.items()}
     wal_bytes = sum(file.stat().st_size for file in path.glob(f"{WAL_NAME}*"))
@@ -84,9 +77,9 @@ def take_statistics(views: Views, key_kind: KeyKind, path: Path, sample: int) ->
 def _of_view(view: View, sample: int) -> OriginStatistics:
     version, recall = view.version, None
     if isinstance(version.index, FrozenIndex):
-        trial = RecallTrial.of(version.index, version.segment.arrays["keys"], sample)
+        shares = recall_trial(version.index, version.segment.arrays["keys"], sample)(None)
         # With too few keys to take any out, every search is exact.
-        recall = float(trial.shares(None).mean()) if len(trial) else 1.0
+        recall = float(shares.mean()) if len(shares) else 1.0
     return OriginStatistics(
         cases=len(view),
         recent=len(view.recent),
@@ -95,13 +88,13 @@ def _of_view(view: View, sample: int) -> OriginStatistics:
         segment_bytes=version.segment.path.stat().st_size if version.number else 0,
         records_bytes=version.records_path.stat().st_size if version.number else 0,
         thumbnails=len(view.thumbnail_bytes()),
-        histogram=tuple(np.histogram(view.scores, _HISTOGRAM_EDGES)[0].tolist()),
+        histogram=tuple(np.histogram(view.by_score[0], _HISTOGRAM_EDGES)[0].tolist()),
         index="flat" if version.index is None else "frozen",
         recall=recall,
     )
 
 
-def export_cases(
+def export(
     views: Views, uses: Mapping[str, Uses], key_kind: KeyKind, path: Path, format: ExportFormat
 ) -> int:
     """Write one row for each case, anchors first, each origin by id; give how many.
@@ -112,11 +105,9 @@ def export_cases(
     if format not in get_args(ExportFormat):
         raise UsageError("unknown export format", seen=format, allowed="jsonl, parquet")
     write = _write_jsonl if format == "jsonl" else _write_parquet
-    rows = (
-        _exported(entry, uses, key_kind) for view in views.values() for entry in view.all_entries()
-    )
+    entries = chain.from_iterable(view.all_entries() for view in views.values())
     with disk_errors(path):
-        return write(path, rows)
+        return write(path, (_exported(entry, uses, key_kind) for entry in entries))
 
 
 def _exported(entry: Entry, uses: Mapping[str, Uses], key_kind: KeyKind) -> dict[str, Any]:
@@ -175,7 +166,7 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     return count
 
 
-def rekey_cases(
+def rekey(
     views: Views, uses: Mapping[str, Uses], found: Identity, kind: KeyKind, path: Path
 ) -> int:
     """Write all cases with keys of another kind into a new memory; give how many.
@@ -199,7 +190,8 @@ def rekey_cases(
     identity = Identity(found.package_digest, widths, kind)
 
     def rekeyed(entry: Entry) -> Entry:
-        summary = summary_of_key(decode_keys(entry.features.key[None])[0], summary_width)
+        # With the summary's key a "summary" or "both" key begins.
+        summary = unit_rows(decode_keys(entry.features.key[None])[:, :summary_width])[0]
         key = retrieval_key(kind, summary, entry.features.tokens)
         return replace(entry, features=replace(entry.features, key=encode_key(key)))
 
@@ -211,8 +203,9 @@ def rekey_cases(
             for origin, view in views.items():
                 if origin == "anchor" or len(view):
                     entries = map(rekeyed, view.all_entries())
-                    with write_version(partial, origin, identity, 1, entries) as publish_files:
-                        publish_files()
+                    written = versions.write_version(partial, origin, identity, 1, entries)
+                    with written as appear:
+                        appear()
             database.create_database(partial / WAL_NAME, identity)
             with database.filling(partial / WAL_NAME) as connection:
                 rows = [(case_id, *each) for case_id, each in uses.items()]
@@ -240,7 +233,7 @@ def verify_memory(path: str | Path) -> list[Finding]:
     version, and cases of another package than the anchors'. StoreNotFound if there is no memory.
     """
     directory, wal = Path(path), Path(path) / WAL_NAME
-    origins = [each for each in ORIGINS if os.path.exists(segment_path(directory, each))]
+    origins = [each for each in ORIGINS if os.path.exists(versions.segment_path(directory, each))]
     if not origins and not os.path.exists(wal):
         raise StoreNotFound(f"there is no memory in {directory}")
     identities: dict[Path, Identity] = {}
@@ -248,17 +241,17 @@ def verify_memory(path: str | Path) -> list[Finding]:
     for origin in ORIGINS:
         kept = None
         if origin in origins:
-            segment = segment_path(directory, origin)
+            segment = versions.segment_path(directory, origin)
             try:
                 Segment.open(segment, verify=True)
-                version = open_version(directory, origin)
+                version = versions.open_version(directory, origin)
             except StoreError as error:
                 findings.append(Finding(segment, str(error)))
                 continue
             identities[segment], kept = version.identity, version.records_path.name
             findings += _of_version(version)
         lost = "it belongs to no version; the next writer removes it"
-        findings += [Finding(file, lost) for file in left_over(directory, origin, kept)]
+        findings += [Finding(file, lost) for file in versions.left_over(directory, origin, kept)]
     if os.path.exists(wal):
         findings += _of_wal(wal, identities)
     first = next(iter(identities.values()), None)

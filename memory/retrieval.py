@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +39,7 @@ from meiqa.types import KeyKind, Origin
 NEAR_DUPLICATE = 0.97
 """Cosine of spatial descriptors above which photos are near-duplicates.
 
-What is caught is the same picture again, not another shot of the same thing: see the figures in
-docs/memory-format.md.
+What is caught is the same picture again, not another shot of it (docs/memory-format.md).
 """
 
 _SIDE = 4
@@ -51,16 +49,11 @@ _ROWS_AT_ONCE = 256
 
 
 def retrieval_key(kind: KeyKind, summary: FloatArray, tokens: FloatArray) -> FloatArray:
-    """Make the key of a photo, stored or sought.
+    """Make the key of a photo, stored or sought, of the kind that the memory has.
 
-    "summary" takes the summary's key as it is, "image" the direction of the mean visual token, and
-    "both" the two unit vectors one behind the other, over √2, so that a cosine is the mean of
-    theirs.
-
-    Args:
-        kind: Of the memory's keys.
-        summary: Key of what was written, or what is projected in its place (D_summary,).
-        tokens: Visual tokens (T, D), T of at least 1.
+    "summary" takes the key of what was written (D_summary,), or what is projected in its place, as
+    it is; "image" the direction of the mean visual token (T, D); and "both" the two unit vectors
+    one behind the other, over √2, so that a cosine is the mean of theirs.
 
     >>> retrieval_key("both", np.float32([3, 0]), np.float32([[0, 2], [0, 4]])).round(3).tolist()
     [0.7070000171661377, 0.0, 0.0, 0.7070000171661377]
@@ -74,12 +67,6 @@ def retrieval_key(kind: KeyKind, summary: FloatArray, tokens: FloatArray) -> Flo
     parts = np.concatenate([unit_rows(summary[None])[0], image])
     both: FloatArray = parts * np.float32(np.sqrt(0.5))
     return both
-
-
-def summary_of_key(key: FloatArray, width: int) -> FloatArray:
-    """Give the direction of the summary's key, with which a "summary" or "both" key begins."""
-    part: FloatArray = unit_rows(key[None, :width])[0]
-    return part
 
 
 def key_widths(kind: KeyKind, summary: int, token: int) -> Widths:
@@ -98,14 +85,10 @@ def spatial_descriptor(tokens: FloatArray, grid: tuple[int, int]) -> FloatArray:
     """Describe where a photo's tokens differ from their mean: a unit vector (16 · D,).
 
     No key tells near-duplicates: photos that are good or bad in the same way are described alike,
-    and their mean tokens point the same way. What photos of one scene share is this. The grid is
-    averaged to 4 × 4 fields, so that photos of other sizes compare, and the mean is
-    taken off. Of a photo that is the same all over, as one of a single token is, nothing is left: a
-    zero vector, which is like no other.
-
-    Args:
-        tokens: Visual tokens (T, D), row by row; a case may have none.
-        grid: Rows and columns of tokens, T in all.
+    and their mean tokens point the same way. What photos of one scene share is this. The grid of
+    tokens (T, D), row by row, is averaged to 4 × 4 fields, so that photos of other sizes compare,
+    and the mean is taken off. Of a photo that is the same all over, as one of a single token is,
+    or of none, nothing is left: a zero vector, which is like no other.
     """
     if not len(tokens):
         return np.zeros(_SIDE * _SIDE * tokens.shape[1], np.float32)
@@ -194,11 +177,6 @@ class View:
     def __len__(self) -> int:
         return len(self.version) - len(self.dead) + len(self.recent)
 
-    @property
-    def key_width(self) -> int:
-        """D_key."""
-        return self.version.identity.widths.key
-
     @cached_property
     def recent(self) -> list[Entry]:
         """The cases that are in no version yet, by id."""
@@ -221,17 +199,10 @@ class View:
         return visible
 
     @cached_property
-    def rows(self) -> Rows:
-        """All rows that are not dead, by id."""
-        every = np.arange(len(self.version) + len(self.recent))
-        every = every if self.visible is None else every[self.visible]
-        return every[np.lexsort((every, self._id_order(every)))]
-
-    @cached_property
     def recent_keys(self) -> FloatArray:
         """Unit keys of the recent cases."""
         keys = [entry.features.key for entry in self.recent]
-        return decode_keys(np.array(keys, np.float16).reshape(-1, self.key_width))
+        return decode_keys(np.array(keys, np.float16).reshape(-1, self.version.identity.widths.key))
 
     @cached_property
     def id_positions(self) -> Rows:
@@ -240,17 +211,14 @@ class View:
 
     def unit_keys(self, rows: Rows) -> FloatArray:
         """Give the unit keys of rows (n, D_key)."""
-        keys, stored = np.empty((len(rows), self.key_width), np.float32), rows < len(self.version)
+        keys = np.empty((len(rows), self.version.identity.widths.key), np.float32)
+        stored = rows < len(self.version)
         keys[stored] = self.version.keys_of(rows[stored])
         keys[~stored] = self.recent_keys[rows[~stored] - len(self.version)]
         return keys
 
     def entries_in(self, rows: Iterable[int], *, thumbnails: bool = False) -> list[Entry]:
-        """Give the cases in rows; those of the version take one statement, however many they are.
-
-        Raises:
-            StoreCorrupted: a case is not what was written.
-        """
+        """Give the cases in rows; however many are in the version, they take one statement."""
         split, rows = len(self.version), list(rows)
         stored = [row for row in rows if row < split]
         read = self.version.entries(stored, thumbnails=thumbnails)
@@ -259,9 +227,11 @@ class View:
 
     def all_entries(self) -> Iterator[Entry]:
         """Read all cases with their vectors and thumbnails, by id."""
-        for start in range(0, len(self), _ROWS_AT_ONCE):
-            rows = self.rows[start : start + _ROWS_AT_ONCE].tolist()
-            yield from self.entries_in(rows, thumbnails=True)
+        every = np.arange(len(self.version) + len(self.recent))
+        every = every if self.visible is None else every[self.visible]
+        rows = every[np.lexsort((every, self.id_order(every)))].tolist()
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            yield from self.entries_in(rows[start : start + _ROWS_AT_ONCE], thumbnails=True)
 
     def near_duplicates(
         self, rows: Iterable[int], descriptor: FloatArray, above: float
@@ -285,11 +255,7 @@ class View:
         ]
         return [row for row in stored if self.visible is None or self.visible[row]] + recent
 
-    def order(self, rows: Rows, cosines: NDArray[np.float64]) -> Rows:
-        """Give what sorts rows by their cosines, highest first, ties by id."""
-        return np.lexsort((rows, self._id_order(rows), -cosines))
-
-    def _id_order(self, rows: Rows) -> Rows:
+    def id_order(self, rows: Rows) -> Rows:
         """Give numbers that grow with the ids; recent cases between two stored ones tie."""
         order = 2 * rows + 1
         recent = rows >= len(self.version)
@@ -297,7 +263,7 @@ class View:
         return order
 
     @cached_property
-    def _by_score(self) -> tuple[NDArray[np.float64], Rows]:
+    def by_score(self) -> tuple[NDArray[np.float64], Rows]:
         """Scores and rows of all cases, by score, ties by id."""
         scores, rows = self.version.segment.arrays["sorted_scores"], self.version.by_score
         if self.visible is not None:
@@ -318,38 +284,24 @@ class View:
         merged = np.insert(rows, before, len(self.version) + order)
         return np.insert(scores, before, recent_scores[order]), merged
 
-    @property
-    def scores(self) -> NDArray[np.float64]:
-        """Scores of all cases (N,), ascending."""
-        return self._by_score[0]
-
     def bins(self, count: int) -> list[Mask]:
         """Divide all cases into bins of equal population over their scores; masks over the rows."""
         if count not in self._bins:
             limits = [-(-len(self) * each // count) for each in range(count + 1)]
             masks = np.zeros((count, len(self.version) + len(self.recent)), np.bool_)
             for mask, (first, last) in zip(masks, pairwise(limits), strict=True):
-                mask[self._by_score[1][first:last]] = True
+                mask[self.by_score[1][first:last]] = True
             self._bins[count] = list(masks)
         return self._bins[count]
-
-    def percentile(self, score: float) -> float:
-        """Give the share of cases that score below, 0–100; NaN when there are none."""
-        if not len(self):
-            return float("nan")
-        return 100.0 * int(np.searchsorted(self.scores, score, "left")) / len(self)
 
     def records(
         self, since: float = float("-inf"), ids: Collection[str] | None = None
     ) -> list[Record]:
         """List records of cases stored at `since` (seconds since 1970) or later, by id."""
         found = [entry.record for entry in self.recent if entry.record.created >= since]
-        condition = "created >= ?"
-        values: tuple[Any, ...] = (since,)
-        if ids is not None:
-            condition += " AND id IN (SELECT value FROM json_each(?))"
-            values += (json.dumps([*ids]),)
-        dead, stored = set(self.dead), self.version.records(condition, values)
+        condition = "created >= ? AND (? IS NULL OR id IN (SELECT value FROM json_each(?)))"
+        named, dead = None if ids is None else json.dumps([*ids]), set(self.dead)
+        stored = self.version.records(condition, (since, named, named))
         found += [record for row, record in stored if row not in dead]
         chosen = found if ids is None else [record for record in found if record.id in ids]
         return sorted(chosen, key=lambda record: record.id)
@@ -378,9 +330,9 @@ class _Search:
         effort: int | None = None,
         exclude_digest: str | None = None,
     ) -> None:
-        if key.shape != (view.key_width,):
+        if key.shape != (width := view.version.identity.widths.key,):
             what = "the key does not fit the memory"
-            raise StoreMismatch(what, seen=f"shape {key.shape}", allowed=view.key_width)
+            raise StoreMismatch(what, seen=f"shape {key.shape}", allowed=width)
         if not np.isfinite(key).all():
             raise UsageError("the key is not finite")
         self._view, self._effort = view, effort
@@ -388,9 +340,8 @@ class _Search:
         self._left_out = [] if exclude_digest is None else view.rows_of_image(exclude_digest)
         self._unlike: set[int] = set()
         self._recent_cosines = view.recent_keys @ self._query
-        self._stored_cosines = np.empty(0, np.float32)
-        if view.version.index is None:
-            self._stored_cosines = view.version.unit_keys @ self._query
+        compared = view.version.unit_keys if view.version.index is None else view.recent_keys[:0]
+        self._stored_cosines = compared @ self._query
 
     @property
     def available(self) -> int:
@@ -416,17 +367,16 @@ class _Search:
     def _in_order(self, rows: Rows) -> Rows:
         """Sort by exact cosine, highest first, ties by id."""
         cosines = exact_cosines(self._view.unit_keys(rows), self._query)
-        return rows[self._view.order(rows, cosines)]
+        return rows[np.lexsort((rows, self._view.id_order(rows), -cosines))]
 
     def _candidates(self, count: int, eligible: Mask | None) -> Rows:
         """Give rows among which the nearest are."""
         split, index = len(self._view.version), self._view.version.index
         stored, recent = (None, None) if eligible is None else np.split(eligible, [split])
-        if index is not None:
-            rows = index.search(self._query, count, stored, self._effort)
-            first = rows.astype(np.intp, copy=False)
-        else:
+        if index is None:
             first = self._close(self._stored_cosines, count, stored)
+        else:
+            first = index.search(self._query, count, stored, self._effort).astype(np.intp)
         return np.concatenate([first, split + self._close(self._recent_cosines, count, recent)])
 
     def _close(self, cosines: FloatArray, count: int, eligible: Mask | None) -> Rows:
@@ -496,17 +446,14 @@ class Snapshot:
 
     @property
     def views(self) -> dict[Origin, View]:
-        """The cases by origin."""
         return {"anchor": self.anchors, "contrast": self.contrast}
 
     @property
     def count_anchors(self) -> int:
-        """Number of anchors."""
         return len(self.anchors)
 
     @property
     def count_contrast(self) -> int:
-        """Number of contrast cases."""
         return len(self.contrast)
 
     def retrieve(
@@ -531,8 +478,7 @@ class Snapshot:
         Raises:
             StoreMismatch: the key has another width than the stored ones.
             StoreCorrupted: a stored case is damaged.
-            UsageError: the key is not finite, or the memory has an index that cannot be searched
-                here.
+            UsageError: the key is not finite, or there is an index that cannot be searched here.
         """
         anchors = _Search(self.anchors, key, policy.effort, exclude_digest)
         contrast = _Search(self.contrast, key, policy.effort, exclude_digest)
@@ -554,17 +500,11 @@ class Snapshot:
 
     @property
     def regression(self) -> Regression | None:
-        """From visual tokens to human scores, as the anchors were when last compacted.
-
-        None when they were too few; StoreCorrupted if it is not what was written.
-        """
+        """From visual tokens to human scores, as of the last compaction; None of too few."""
         return self.anchors.version.regression
 
     def scores_left_out(self) -> dict[str, float]:
-        """Give what a regression on all other anchors says of each, by image digest; reads all.
-
-        Empty when there are too few for a regression.
-        """
+        """Give what a regression on all others says of each anchor, by image digest; {} of few."""
         sample = Sample()
         for entry in self.anchors.all_entries():
             sample.show(entry.record.image_digest, entry.features.tokens, entry.record.score)
@@ -573,4 +513,6 @@ class Snapshot:
 
     def percentile(self, score: float) -> float:
         """Give the share of anchors that score below, 0–100; NaN when there are no anchors."""
-        return self.anchors.percentile(score)
+        scores = self.anchors.by_score[0]
+        below = int(np.searchsorted(scores, score, "left"))
+        return 100.0 * below / len(scores) if len(scores) else float("nan")

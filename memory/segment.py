@@ -81,11 +81,7 @@ class Segment:
 
     @classmethod
     def open(cls, path: Path, verify: bool = True) -> Segment:
-        """Map a segment after checking its header and every bound.
-
-        Args:
-            path: The file.
-            verify: Also check the digest of every array, which reads the whole file.
+        """Map a segment after checking its header and every bound; to verify it, all of it is read.
 
         Raises:
             StoreNotFound: there is no such file.
@@ -174,8 +170,8 @@ def _array_view(
 def write_segment(path: Path, arrays: Mapping[str, Array], attributes: Mapping[str, Any]) -> None:
     """Write a segment so that its name appears only when it is whole and on the disk.
 
-    An older one is replaced. Arrays are of int8, uint8, int32, int64, float16, float32 or float64,
-    or UsageError is raised; StoreUnwritable where the file cannot be written.
+    An older one is replaced. UsageError if an array is not of int8, uint8, int32, int64, float16,
+    float32 or float64; StoreUnwritable where the file cannot be written.
     """
     with SegmentWriter(path, len(json.dumps(dict(attributes))), len(arrays)) as writer:
         for name, array in arrays.items():
@@ -298,5 +294,8 @@ def file_identity(status: os.stat_result) -> tuple[int, int]:
 
 def file_sha256(path: Path) -> str:
     """Give the SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise StoreNotFound(f"there is no file {path}") from error

@@ -73,7 +73,7 @@ def package_digest_of(path: str | Path) -> str:
     """Give the digest of the package that encoded a memory's anchors; StoreNotFound without any."""
     segment = Segment.open(segment_path(Path(path), "anchor"), verify=False)
     with database.reading(segment.path):
-        return _described(segment, "anchor")[1].package_digest
+        return Identity.of(segment.attributes).package_digest
 
 
 def left_over(directory: Path, origin: Origin, kept: str | None) -> list[Path]:
@@ -89,9 +89,7 @@ def left_over(directory: Path, origin: Origin, kept: str | None) -> list[Path]:
 
 
 def open_version(directory: Path, origin: Origin, *, verify: bool = False) -> Version:
-    """Map the current version of a directory, which may be on a read-only file system.
-
-    Every byte is checked if it is to be verified; otherwise a case is checked when it is read.
+    """Map the current version of a directory; each case is checked when it is read, or all now.
 
     Raises:
         StoreNotFound: the directory holds no such cases.
@@ -127,9 +125,17 @@ def _of_segment(segment: Segment, origin: Origin, verify: bool) -> Version:
         seen = f"format {attributes.get('format', 1)}"
         raise StoreMismatch(what, seen=seen, allowed=_FORMAT, hint=REBUILD)
     with database.reading(segment.path):
-        number, identity, records_path = _described(segment, origin)
+        identity = Identity.of(attributes)
+        number, name = attributes["generation"], attributes["records"]
+        if attributes["origin"] != origin:
+            raise ValueError(f"it holds cases of origin {attributes['origin']!r}")
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{number!r} is no version")
+        if not re.fullmatch(_records_pattern(origin), name):
+            raise ValueError(f"{name!r} cannot be its database")
         _check_arrays(segment, identity.widths, attributes["count"])
-    if verify and _sha256_of(records_path) != attributes.get("records_sha256"):
+    records_path = segment.path.with_name(name)
+    if verify and file_sha256(records_path) != attributes.get("records_sha256"):
         raise StoreCorrupted(f"{records_path} was altered", hint=REBUILD)
     indexed = any(name.startswith(INDEX_PREFIX) for name in arrays)
     index = FrozenIndex.of(arrays, arrays["keys"]) if indexed else None
@@ -144,26 +150,6 @@ def _of_segment(segment: Segment, origin: Origin, verify: bool) -> Version:
     version = Version(origin, number, identity, segment, records_path, index, connection)
     weakref.finalize(version, connection.close)
     return version
-
-
-def _sha256_of(path: Path) -> str:
-    try:
-        return file_sha256(path)
-    except FileNotFoundError as error:  # a compaction has removed it
-        raise StoreNotFound(f"there is no memory database {path}") from error
-
-
-def _described(segment: Segment, origin: Origin) -> tuple[int, Identity, Path]:
-    """Read number, identity and the place of the records from a segment's attributes."""
-    attributes = segment.attributes
-    if attributes["origin"] != origin:
-        raise ValueError(f"it holds cases of origin {attributes['origin']!r}")
-    number = attributes["generation"]
-    if type(number) is not int or number < 0:
-        raise ValueError(f"{number!r} is no version")
-    if not re.fullmatch(_records_pattern(origin), attributes["records"]):
-        raise ValueError(f"{attributes['records']!r} cannot be its database")
-    return number, Identity.of(attributes), segment.path.with_name(attributes["records"])
 
 
 def _check_arrays(segment: Segment, widths: Widths, count: int) -> None:
@@ -201,13 +187,8 @@ def write_version(
 ) -> Iterator[Callable[[], None]]:
     """Write a version that nobody sees before the function given is called.
 
-    Args:
-        directory: The memory, which must exist.
-        origin: Of all entries.
-        identity: Package, widths and kind of key that they were encoded with.
-        number: One more than the current version's.
-        entries: In the order of their ids; read once.
-        threads: That build the index.
+    Its number is one more than the current version's; so many threads build the index. The entries
+    are in the order of their ids, and are read once.
     """
     records_path = directory / _records_name(origin, number)
     build, published = uuid.uuid4().hex, False

@@ -21,18 +21,7 @@ import numpy as np
 
 from meiqa.errors import StoreLocked
 from meiqa.memory import database
-from meiqa.memory.cases import (
-    KEY_DTYPE,
-    ORIGINS,
-    RECORD_COLUMNS,
-    SCALE_DTYPE,
-    TOKEN_DTYPE,
-    Entry,
-    Features,
-    Record,
-    record_of,
-    record_values,
-)
+from meiqa.memory.cases import ORIGINS, VECTOR_DTYPES, Entry, Features, Record
 from meiqa.memory.database import AMONG, Identity, Widths
 from meiqa.memory.segment import disk_errors, sync
 from meiqa.types import Origin
@@ -52,8 +41,8 @@ _DESCRIBED = len(Record.__slots__)
 
 def insert_record(connection: sqlite3.Connection, entry: Entry) -> int:
     """Add a row, and its thumbnail if it has one; give its revision, which is never used again."""
-    query = f"INSERT INTO records ({RECORD_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)"
-    revision = connection.execute(query, record_values(entry.record)).lastrowid
+    query = f"INSERT INTO records ({Record.COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)"
+    revision = connection.execute(query, entry.record.values).lastrowid
     assert revision is not None
     if entry.thumbnail is not None:
         database.insert_thumbnail(connection, revision, entry.thumbnail)
@@ -64,7 +53,7 @@ def insert_entry(connection: sqlite3.Connection, entry: Entry) -> None:
     """Add a row with its vectors and a digest over the row and them."""
     revision, features = insert_record(connection, entry), entry.features
     query = f"INSERT INTO features (revision, {_FEATURE_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)"
-    stored = KEY_DTYPE, TOKEN_DTYPE, SCALE_DTYPE, *features.blobs, *features.grid
+    stored = *VECTOR_DTYPES, *features.blobs, *features.grid
     connection.execute(query, (revision, *stored, _row_sha256(entry)))
 
 
@@ -79,21 +68,17 @@ def read_entries(
     widths: Widths,
     revisions: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Entry]]:
-    """Read some rows, or all, with their vectors and thumbnails, by id.
-
-    Raises:
-        StoreCorrupted: a row, its vectors or its thumbnail are not what was written.
-    """
+    """Read some rows, or all, with their vectors and thumbnails, by id."""
     condition, values = ("TRUE", ()) if revisions is None else (AMONG, (json.dumps(revisions),))
     query = (
-        f"SELECT revision, {RECORD_COLUMNS}, {_FEATURE_COLUMNS}"
+        f"SELECT revision, {Record.COLUMNS}, {_FEATURE_COLUMNS}"
         f" FROM records LEFT JOIN features USING (revision) WHERE {condition} ORDER BY id"
     )
     with database.reading(path):
         for revision, *row in connection.execute(query, values):
             if row[_DESCRIBED] is None:
                 raise ValueError(f"revision {revision} has no vectors")
-            record = record_of(path, row[:_DESCRIBED])
+            record = Record.of(path, row[:_DESCRIBED])
             features = _features_of(row[_DESCRIBED:-1], widths)
             thumbnail = database.read_thumbnails(path, connection, [revision]).get(revision)
             entry = Entry(record, features, thumbnail)
@@ -104,24 +89,23 @@ def read_entries(
 
 def _features_of(stored: list[Any], widths: Widths) -> Features:
     *dtypes, key, tokens, scales, rows, columns = stored
-    if dtypes != [KEY_DTYPE, TOKEN_DTYPE, SCALE_DTYPE]:
+    if dtypes != [*VECTOR_DTYPES]:
         raise ValueError(f"unknown dtypes {', '.join(map(str, dtypes))}")
     if type(rows) is not int or type(columns) is not int:
         raise TypeError(f"{rows!r} by {columns!r} is not a grid")
-    levels = np.frombuffer(tokens, np.dtype(TOKEN_DTYPE)).reshape(-1, widths.token)
-    stored_scales = np.frombuffer(scales, np.dtype(SCALE_DTYPE))
-    stored_key = np.frombuffer(key, np.dtype(KEY_DTYPE))
-    if stored_key.shape != (widths.key,) or len(stored_scales) != len(levels):
+    stored_key, scales = np.frombuffer(key, dtypes[0]), np.frombuffer(scales, dtypes[2])
+    levels = np.frombuffer(tokens, dtypes[1]).reshape(-1, widths.token)
+    if stored_key.shape != (widths.key,) or len(scales) != len(levels):
         raise ValueError("vectors of the wrong length")
-    return Features(stored_key, levels, stored_scales, (rows, columns))
+    return Features(stored_key, levels, scales, (rows, columns))
 
 
 class Wal:
     """Cases, tombstones of what versions hold, and how often contrast cases were retrieved.
 
     Encoded cases are kept in memory; a refresh reads only what was committed since the last one.
-    Not safe to share between threads. In mode "r" an absent database is empty, and is noticed when
-    it appears; in mode "rw" it is created. `identity` is what its cases must have been written for.
+    In mode "r" an absent database is empty, and is noticed when it appears; in mode "rw" it is
+    created. Not safe to share between threads.
 
     Attributes:
         path: The database.
@@ -160,10 +144,7 @@ class Wal:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Do what is inside as one; when it ends, neither a kill nor a power cut undoes it.
-
-        Where the disk is full, StoreUnwritable is raised and nothing was done.
-        """
+        """Do what is inside as one; when it ends, neither a kill nor a power cut undoes it."""
         with database.sqlite_errors(self.path):
             with database.transaction(self._database, "IMMEDIATE"):
                 yield
@@ -271,10 +252,6 @@ class WriterLock:
 
     The kernel drops the lock when its owner ends, however it ends, so a stale lock cannot be.
     The file stays: removing it would let two processes lock two files of one name.
-
-    Raises:
-        StoreLocked: another owner has it; the error names the pid.
-        StoreUnwritable: the lock file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:

@@ -20,10 +20,10 @@ from meiqa.memory.index import (
     FLAT_BELOW,
     RECALL,
     FrozenIndex,
-    RecallTrial,
     build_graph,
     freeze,
     index_arrays,
+    recall_trial,
     true_neighbours,
 )
 from meiqa.memory.segment import Segment, write_segment
@@ -316,17 +316,17 @@ def test_what_is_taken_out_is_neither_found_nor_walked_through() -> None:
 def test_equal_keys_count_as_found() -> None:
     """Descriptions repeat; of equal keys any is a true neighbour."""
     keys = np.repeat(clustered(300, 16), 10, axis=0).astype(np.float16)
-    trial = RecallTrial.of(FrozenIndex.of(arrays_of(keys), keys), keys, 64, 5)
-    assert trial.shares(64).mean() > 0.97
+    shares = recall_trial(FrozenIndex.of(arrays_of(keys), keys), keys, 64, 5)
+    assert shares(64).mean() > 0.97
 
 
 def test_where_equal_keys_tear_the_graph_apart_the_effort_makes_up_for_it() -> None:
     """More equal keys than a row has links are linked with each other only."""
     keys = np.repeat(clustered(40, 16), 100, axis=0).astype(np.float16)
     index = FrozenIndex.of(arrays_of(keys), keys)
-    trial = RecallTrial.of(index, keys, 64, 32)
-    assert trial.shares(64).mean() < 0.8
-    assert trial.shares(None).mean() >= RECALL
+    shares = recall_trial(index, keys, 64)
+    assert shares(64).mean() < 0.8
+    assert shares(None).mean() >= RECALL
 
 
 @pytest.mark.parametrize("rows", [40, 1000])

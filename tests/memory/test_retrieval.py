@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from meiqa import memory
 from meiqa.errors import StoreMismatch, UsageError
-from meiqa.memory import Case, MemoryBank, RetrievalPolicy, Snapshot, spatial_descriptor
+from meiqa.memory import (
+    Case,
+    MemoryBank,
+    RetrievalPolicy,
+    Snapshot,
+    retrieval_key,
+    spatial_descriptor,
+    token_features,
+)
 from tests.memory.naive_retrieval import naive_retrieve
 from tests.memory.samples import DIGEST, KEY_WIDTH, build_anchors, make_case, make_cases
 
@@ -293,3 +304,35 @@ def test_a_retrieval_takes_one_statement_for_each_database(
                 for statements in run.values():
                     (statement,) = statements
                     assert statement.startswith("SELECT revision, id,")
+
+
+def test_a_warm_photo_runs_through_three_files_of_the_memory(tmp_path: Path) -> None:
+    anchors = make_cases(97, "anchor")
+    build_anchors(tmp_path / "m", anchors)
+    room, seen = Path(memory.__file__).parent.resolve(), set()
+
+    def note(frame: FrameType, *_: object) -> None:
+        file = Path(frame.f_code.co_filename)
+        if file.suffix == ".py" and file.resolve().parent == room:
+            seen.add(file.name)
+
+    with MemoryBank.open(tmp_path / "m", "rw", package_digest=DIGEST) as bank:
+        for case in make_cases(40, "contrast"):
+            bank.remember(case, provenance="a test")
+        for case in (make_case("first"), make_case("warm")):
+            if case.id == "warm":
+                sys.setprofile(note)
+            try:
+                snapshot = bank.snapshot()
+                features = token_features(case.tokens)
+                if snapshot.regression is not None:
+                    snapshot.regression.score(features)
+                key = retrieval_key(bank.key_kind, case.key, case.tokens)
+                look = spatial_descriptor(case.tokens, case.grid)
+                found = snapshot.retrieve(key, RetrievalPolicy(), case.image_digest, look)
+                snapshot.percentile(3.0)
+            finally:
+                sys.setprofile(None)
+            assert len(found) == 32
+    assert snapshot.regression is not None
+    assert seen == {"bank.py", "retrieval.py", "cases.py"}
