@@ -10,6 +10,7 @@ whether they have been compacted changes what is retrieved, as long as the searc
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -90,15 +91,17 @@ def spatial_descriptor(tokens: FloatArray, grid: tuple[int, int]) -> FloatArray:
     and the mean is taken off. Of a photo that is the same all over, as one of a single token is,
     or of none, nothing is left: a zero vector, which is like no other.
     """
+    return unit_rows(_centred_fields(tokens, grid)[None]).reshape(-1)
+
+
+def _centred_fields(tokens: FloatArray, grid: tuple[int, int]) -> FloatArray:
     if not len(tokens):
         return np.zeros(_SIDE * _SIDE * tokens.shape[1], np.float32)
     fields = _shares_of_grid(grid) @ tokens
-    centred = fields - fields.mean(axis=0)
+    centred = (fields - fields.mean(axis=0)).reshape(-1)
     # Rounding leaves something of fields that are all the same; it points nowhere.
-    if np.abs(centred).max() <= _EVEN * np.abs(tokens).max():
-        centred = np.zeros_like(centred)
-    unit: FloatArray = unit_rows(centred.reshape(1, -1))[0]
-    return unit
+    even = np.abs(centred).max() <= _EVEN * np.abs(tokens).max()
+    return np.zeros_like(centred) if even else centred
 
 
 @lru_cache(maxsize=256)
@@ -241,7 +244,8 @@ class View:
         def cosine(row: int) -> float:
             fresh = row - len(self.version)
             features = self.version.features(row) if fresh < 0 else self.recent[fresh].features
-            return float(spatial_descriptor(features.tokens, features.grid) @ descriptor)
+            own = _centred_fields(features.tokens, features.grid).astype(np.float64)
+            return float(own @ descriptor) / (math.sqrt(own @ own) or 1.0)
 
         return [row for row in rows if cosine(row) > above]
 
