@@ -114,7 +114,7 @@ def source_name(source: ImageSource) -> str:
 
 
 def fit_to_grid(photo: Pixels, image: ImageProcessing) -> NDArray[np.uint8]:
-    """Resize a photo to whole visual tokens ``(H, W, 3)``; ImageError if it can't be judged."""
+    """Bring a photo to whole visual tokens ``(H, W, 3)``; ImageError if it can't be judged."""
     height, width = photo.array.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
         raise ImageTooSmall(
@@ -129,8 +129,20 @@ def fit_to_grid(photo: Pixels, image: ImageProcessing) -> NDArray[np.uint8]:
             allowed=f"an aspect ratio of at most {MAX_ASPECT:.0f}:1",
             hint="crop it",
         )
-    rows, columns = grid_of(height, width, image)
-    return resized(photo.array, rows * image.cell_pixels, columns * image.cell_pixels)
+    return fitted(photo.array, image)
+
+
+def fitted(pixels: NDArray[np.uint8], image: ImageProcessing) -> NDArray[np.uint8]:
+    """Bring pixels (H, W, 3) to whole visual tokens: see `ImageProcessing.pad_to_grid`."""
+    cell, sides = image.cell_pixels, pixels.shape[:2]
+    wanted = [count * cell for count in grid_of(*sides, image)]
+    lacking = [want - side for want, side in zip(wanted, sides, strict=True)]
+    if not image.pad_to_grid or not any(lacking) or max(map(abs, lacking)) >= cell:
+        return resized(pixels, *wanted)
+    top, left = (max(0, -more) // 2 for more in lacking)
+    inner = pixels[top : top + wanted[0], left : left + wanted[1]]
+    margins = [(max(0, more) // 2, max(0, more + 1) // 2) for more in lacking]
+    return np.pad(inner, [*margins, (0, 0)], mode="symmetric")
 
 
 def resized(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

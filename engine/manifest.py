@@ -51,7 +51,11 @@ class ImageProcessing(Record):
         patch_size: side of a patch in pixels; merge_size: side of a visual token in patches.
         min_pixels, max_pixels: bounds of the area that the vision tower sees.
         mean, std: normalisation of each channel, for pixels scaled to 0-1.
+        pad_to_grid: whether a photo less than a token from whole tokens keeps its pixels as they
+            are, trimmed or continued by its mirror image, instead of being resized.
     """
+
+    later = ("pad_to_grid",)
 
     patch_size: int = field(metadata=COUNT)
     merge_size: int = field(metadata=COUNT)
@@ -59,6 +63,7 @@ class ImageProcessing(Record):
     max_pixels: int = field(metadata=COUNT)
     mean: tuple[float, float, float] = field(metadata={**FINITE, "count": 3})
     std: tuple[float, float, float] = field(metadata={**POSITIVE, "count": 3})
+    pad_to_grid: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -269,5 +274,7 @@ class Manifest(Record):
     def digest(self) -> str:
         """SHA-256 over everything that makes visual tokens and keys: what a memory is tied to."""
         made_by = {name: asdict(getattr(self, name)) for name in ("image", "decoder", "prompt")}
+        if not self.image.pad_to_grid:  # older than this field, and the same
+            del made_by["image"]["pad_to_grid"]
         made_by["files"] = dict(self.files)
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from meiqa.engine.calibration import PatternCalibration
 from meiqa.engine.estimates import mapped, softmax
-from meiqa.engine.images import Pixels, grid_of, resized
+from meiqa.engine.images import Pixels, fitted, resized
 from meiqa.engine.manifest import ImageProcessing, PatternGraph
 from meiqa.engine.model import Floats, VisualTokens
 from meiqa.engine.package import EnginePackage
@@ -164,7 +164,7 @@ def required(patterns: PatternScorer | None) -> PatternScorer:
 
 @dataclass(frozen=True, eq=False)
 class ReferencePhoto:
-    """A reference, with its visual tokens on the grids of the photos it was compared with."""
+    """A reference, with its visual tokens at the sizes of the photos it was compared with."""
 
     pixels: Pixels
     image: ImageProcessing
@@ -184,13 +184,10 @@ class ReferencePhoto:
                 allowed="sides in the same proportion, within 1 %",
                 hint="crop or pad the reference to what the photo shows",
             )
-        grid = grid_of(height, width, self.image)
-        if grid not in self._tokens:
-            side = self.image.cell_pixels
-            self._tokens[grid] = self.encode(
-                resized(self.pixels.array, grid[0] * side, grid[1] * side)
-            )
-        return self._tokens[grid]
+        if (height, width) not in self._tokens:
+            alike = fitted(resized(self.pixels.array, height, width), self.image)
+            self._tokens[height, width] = self.encode(alike)
+        return self._tokens[height, width]
 
 
 def painted(pixels: NDArray[np.uint8], strengths: Floats) -> NDArray[np.uint8]:

@@ -329,7 +329,8 @@ class Checkpoint:
                 seen=str(error),
                 allowed="image_mean and image_std",
             ) from error
-        return ImageProcessing(patch, merge, least, most, mean, std)
+        pads = self.processing.get("pad_to_grid", False) is True
+        return ImageProcessing(patch, merge, least, most, mean, std, pads)
 
 
 def family_of(folder: Path, config: Mapping[str, Any]) -> Family:

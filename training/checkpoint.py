@@ -83,6 +83,7 @@ def save_checkpoint(trained: TrainedVlm, folder: Path) -> None:
         "image_std": trained.pixel_std,
         "min_pixels": MIN_PIXELS,
         "max_pixels": MAX_PIXELS,
+        "pad_to_grid": True,
     }
     for name, values in (("config", config), ("preprocessor_config", processing)):
         (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")

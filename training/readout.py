@@ -81,7 +81,7 @@ class Eyes:
         assert isinstance(model.tower, ConvTower)
         shape = model.tower.config
         self.image = ImageProcessing(
-            shape.patch_size, shape.merge_size, MIN_PIXELS, MAX_PIXELS, MEAN, STD
+            shape.patch_size, shape.merge_size, MIN_PIXELS, MAX_PIXELS, MEAN, STD, pad_to_grid=True
         )
 
     @torch.no_grad()

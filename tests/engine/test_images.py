@@ -9,6 +9,7 @@ import stat
 import struct
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -369,6 +370,19 @@ def blank(height: int, width: int) -> Pixels:
 def test_a_photo_that_fits_comes_back_itself() -> None:
     photo = blank(56, 84)
     assert fit_to_grid(photo, limits(28, 56 * 84, 56 * 84)) is photo.array
+
+
+def test_a_photo_near_its_grid_keeps_its_pixels_where_the_package_says_so() -> None:
+    image = replace(limits(28, 784, 784 * 300), pad_to_grid=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (53, 87, 3), np.uint8)
+    made = fit_to_grid(load_pixels(pixels), image)
+    assert made.shape == (56, 84, 3)
+    assert np.array_equal(made[1:54], pixels[:, 1:85])  # three rows short, three columns too many
+    assert np.array_equal(made[0], made[1])
+    assert np.array_equal(made[54:], made[52:54][::-1])
+    assert fit_to_grid(blank(56, 84), image).shape == (56, 84, 3)
+    shrunk = fit_to_grid(blank(300, 200), replace(image, max_pixels=784 * 20))
+    assert shrunk.shape == (140, 84, 3)  # far from its grid: resized as ever
 
 
 def smart_resize(height: int, width: int, factor: int, low: int, high: int) -> tuple[int, int]:
