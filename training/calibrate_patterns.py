@@ -29,8 +29,8 @@ from meiqa.errors import UsageError
 from meiqa.export.patterns import TrainedPatterns
 from training.commands import run_command
 from training.data import name_hash, pristine_names
-from training.distortions import distort, kadid_scores
-from training.pattern_pairs import TWO_SIDED, read_views
+from training.distortions import TWO_SIDED, distort, kadid_scores
+from training.pattern_pairs import read_views
 from training.patterns import Judged, judged, save_patterns, views_of
 
 Floats = NDArray[np.float64]

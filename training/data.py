@@ -12,18 +12,27 @@ import csv
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from training.attributes import measure_attributes
 from training.commands import run_command
-from training.distortions import KINDS, distort, kadid_scores
+from training.distortions import (
+    FADING_COLOUR,
+    KINDS,
+    LEVELS,
+    damage_scores,
+    distort,
+    is_untouched,
+    kadid_scores,
+)
 
 ANCHOR_COUNT = 1_024
 HELD_OUT_PRISTINE = 40
@@ -34,6 +43,13 @@ SYNTHETIC_PER_PHOTOGRAPH = 18
 PRISTINE_PER_PHOTOGRAPH = 2
 PRISTINE_SCORE = 4.6
 """What people give an undistorted photograph on KADID's scale (its mildest levels reach 4.6)."""
+SCENES_PER_PRISTINE, HUMAN_SCENES = 6, 1_200
+SHOTS_PER_SCENE = 4
+"""Two levels of one damage, each as the camera stood and after a hand moved and exposed anew."""
+SHOT_EXPOSURE = 0.1
+"""Largest difference of exposure between two shots, in EV."""
+FALLS = (0.08, 0.25, 0.6, 1.3, 2.2)
+"""Falls of the score from which damage is barely visible, slight, visible, strong and severe."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +59,8 @@ class Photograph:
     Attributes:
         name: source file name.
         score: human (or KADID's pseudo-) score, 1-5.
-        kind: KADID distortion number 1-25, 0 when none was applied.
-        level: its level 1-5, 0 when none was applied.
+        kind: number of its distortion, 0 when none was applied or none is to be named.
+        level: its level 1-5, of shots of a scene how severe people find it; 0 when none.
         attributes: measured sharpness, noise, exposure, contrast, colour and blocking.
     """
 
@@ -53,6 +69,10 @@ class Photograph:
     kind: int
     level: int
     attributes: dict[str, float]
+
+
+Made: TypeAlias = tuple[np.ndarray, Photograph]
+"""Pixels of a picture, and its record."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +152,7 @@ def human_photograph(row: dict[str, str], data: Path) -> tuple[np.ndarray, Photo
     return pixels, Photograph(row["file"], score, 0, 0, measure_attributes(pixels))
 
 
-def distorted_photographs(
-    name: str, data: Path, scores: np.ndarray
-) -> list[tuple[np.ndarray, Photograph]]:
+def distorted_photographs(name: str, data: Path, scores: np.ndarray) -> list[Made]:
     """Random crops of one pristine photograph under random distortions, and undistorted ones."""
     source = read_pixels(data / "pristine" / "images" / name)
     rng = np.random.default_rng(int(name_hash(name)[:16], 16))
@@ -154,9 +172,83 @@ def distorted_photographs(
     return made
 
 
-def write_set(
-    folder: Path, name: str, count: int, made: Iterator[tuple[np.ndarray, Photograph]]
-) -> None:
+def random_place(rng: np.random.Generator, shape: tuple[int, ...], side: int) -> np.ndarray:
+    """Top and left of a crop."""
+    return rng.integers(0, np.array(shape[:2]) - side + 1)
+
+
+def place_beside(
+    rng: np.random.Generator, shape: tuple[int, ...], place: np.ndarray, side: int
+) -> np.ndarray:
+    """A place a little aside, as a hand moves between two shots."""
+    moved = place + rng.integers(-(side // 32), side // 32 + 1, 2)
+    return np.clip(moved, 0, np.array(shape[:2]) - side)
+
+
+def cut_square(pixels: np.ndarray, place: np.ndarray, side: int) -> np.ndarray:
+    """One crop."""
+    top, left = place
+    return np.ascontiguousarray(pixels[top : top + side, left : left + side])
+
+
+def damaged_score(score: float, scores: np.ndarray, kind: int, level: int) -> float:
+    """Score of a photograph under damage, by what it costs a pristine one.
+
+    What is bad already loses less.
+
+    Args:
+        score: of the undamaged photograph.
+        scores: (32, 5) of every distortion and level.
+    """
+    if level == 0 or is_untouched(kind, level):
+        return score
+    wanted = min(PRISTINE_SCORE, float(scores[kind - 1, level - 1]))
+    return 1 + (score - 1) * (wanted - 1) / (PRISTINE_SCORE - 1)
+
+
+def severity(kind: int, fall: float) -> int:
+    """How severe damage is that costs so much, 0 to 5; fading colour is a style, never named."""
+    return 0 if kind == FADING_COLOUR else sum(fall >= least for least in FALLS)
+
+
+def scene(
+    pixels: np.ndarray, name: str, score: float, scores: np.ndarray, rng: np.random.Generator
+) -> list[Made]:
+    """Shots of one place of a photograph: two levels of one damage, each twice."""
+    kind = int(rng.integers(1, len(scores) + 1))
+    lower = int(rng.integers(LEVELS))
+    higher = lower + 1 if rng.random() < 0.7 else int(rng.integers(lower + 1, LEVELS + 1))
+    place, made = random_place(rng, pixels.shape, SYNTHETIC_SIDE), []
+    moved = place_beside(rng, pixels.shape, place, SYNTHETIC_SIDE)
+    gain = 2.0 ** rng.uniform(-SHOT_EXPOSURE, SHOT_EXPOSURE)
+    for at, light in ((place, 1.0), (moved, gain)):
+        for level in (lower, higher):
+            shot = cut_square(pixels, at, SYNTHETIC_SIDE)
+            shot = np.rint(np.clip(shot * light, 0, 255)).astype(np.uint8)
+            shot = distort(shot, kind, level, rng) if level else shot
+            now = damaged_score(score, scores, kind, level)
+            severe = severity(kind, score - now)
+            named = kind if severe else 0
+            made.append((shot, Photograph(name, now, named, severe, measure_attributes(shot))))
+    return made
+
+
+def pristine_scenes(name: str, data: Path, scores: np.ndarray) -> list[Made]:
+    """Scenes of one pristine photograph."""
+    pixels = read_pixels(data / "pristine" / "images" / name)
+    rng = np.random.default_rng(int(name_hash(name)[-16:], 16))
+    scenes = (scene(pixels, name, PRISTINE_SCORE, scores, rng) for _ in range(SCENES_PER_PRISTINE))
+    return [shot for shots in scenes for shot in shots]
+
+
+def human_scene(row: dict[str, str], data: Path, scores: np.ndarray) -> list[Made]:
+    """One scene of a human-scored photograph."""
+    pixels, photograph = human_photograph(row, data)
+    rng = np.random.default_rng(int(name_hash(photograph.name)[-16:], 16))
+    return scene(pixels, photograph.name, photograph.score, scores, rng)
+
+
+def write_set(folder: Path, name: str, count: int, made: Iterator[Made]) -> None:
     """Write pixels and records of `count` photographs; the records come last, as the seal."""
     pixels, records = None, []
     for index, (crop, record) in enumerate(made):
@@ -196,28 +288,36 @@ def prepare(data: Path, folder: Path, workers: int) -> None:
         "anchors": [row for row in rows if row["file"] in anchors],
     }
     cuts = human_scored(data, "crops.csv") if (data / "biq2021" / "crops.csv").exists() else []
-    distorted = {
-        "distorted": pristine_names(data, held_out=False),
-        "distorted_unseen": pristine_names(data, held_out=True),
-    }
-    scores = kadid_scores(data / "labels" / "KADID-10k.txt")
+    pristine, unseen = (pristine_names(data, held_out=held_out) for held_out in (False, True))
+    scene_rows = sorted(human["human"], key=lambda row: name_hash(row["file"]))[:HUMAN_SCENES]
+    table = data / "labels" / "KADID-10k.txt"
+    kadid, damage = kadid_scores(table), damage_scores(table)
     per_source = SYNTHETIC_PER_PHOTOGRAPH + PRISTINE_PER_PHOTOGRAPH
     copy_calibration_photographs(data, human["human"], folder / "calibration")
     write_labels(human["anchors"], folder / "anchors.csv")
-    shutil.copyfile(data / "labels" / "KADID-10k.txt", folder / "KADID-10k.txt")
+    shutil.copyfile(table, folder / "KADID-10k.txt")
     with ProcessPoolExecutor(workers) as pool:
         for name, part in {**human, "cuts": cuts}.items():
             if part and not (folder / f"{name}.jsonl").exists():
                 read = cut_photograph if name == "cuts" else human_photograph
                 made = pool.map(partial(read, data=data), part, chunksize=16)
                 write_set(folder, name, len(part), iter(made))
-        for name, sources in distorted.items():
+        makers: dict[str, tuple[Callable[..., list[Made]], Sequence[Any], int, np.ndarray]] = {
+            "distorted": (distorted_photographs, pristine, per_source, kadid),
+            "distorted_unseen": (distorted_photographs, unseen, per_source, kadid),
+            "scenes": (pristine_scenes, pristine, SCENES_PER_PRISTINE * SHOTS_PER_SCENE, damage),
+            "scenes_unseen": (
+                pristine_scenes,
+                unseen,
+                SCENES_PER_PRISTINE * SHOTS_PER_SCENE,
+                damage,
+            ),
+            "human_scenes": (human_scene, scene_rows, SHOTS_PER_SCENE, damage),
+        }
+        for name, (maker, sources, each, scores) in makers.items():
             if not (folder / f"{name}.jsonl").exists():
-                batches = pool.map(
-                    partial(distorted_photographs, data=data, scores=scores), sources
-                )
-                made = (pair for batch in batches for pair in batch)
-                write_set(folder, name, len(sources) * per_source, made)
+                batches = pool.map(partial(maker, data=data, scores=scores), sources)
+                write_set(folder, name, len(sources) * each, (m for made in batches for m in made))
 
 
 def main() -> None:

@@ -500,10 +500,18 @@ TONE_SCORES = np.array(
 )  # fmt: skip
 """What is wanted of them on KADID-10k's scale, where an undistorted photograph has 4.6. These are
 settings, not measurements: nobody was asked."""
+FADING_COLOUR, FINE_JPEG = TONES[-2].number, TONES[-1].number
+TWO_SIDED = (18, 25)
+"""Types whose middle level is the untouched picture."""
 LOW_SATURATION = 7
 UNSEEN_REFERENCE_SCORES = np.array([4.5, 4.42, 4.36, 4.3, 3.0], np.float32)
 """Low saturation without the coloured original beside it: grey is a style (KADID-10k's observers,
 who see both, give 2.2), inverted colours are not."""
+
+
+def is_untouched(number: int, level: int) -> bool:
+    """Whether this level of a distortion leaves the picture as it is."""
+    return number in TWO_SIDED and level == 3
 
 
 def damage_scores(table_path: str | Path) -> Floats:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -29,24 +30,30 @@ from meiqa.export.decoder import DecoderConfig, Segments, SharedPrefixDecoder
 from meiqa.export.families.conv_hybrid import ConvHybridTower
 from training.checkpoint import ConvHybridVlm, TrainedVlm, save_checkpoint
 from training.commands import run_command
-from training.data import Photograph, PhotographSet
+from training.data import SHOTS_PER_SCENE, Photograph, PhotographSet
 from training.pretrain import HIDDEN_SIZE, load_judged, stage_folder
 from training.texts import corpus_of, reflection_pair, scored_answer, train_tokenizer
 from training.timed_run import Pace, TimedRun
-from training.towers import MEAN, STD, normalised
+from training.towers import MEAN, STD, ConvTower, normalised
 
 LAYERS, HEADS, KV_HEADS, INNER = 4, 4, 2, 640
 PREFERENCE_DEVIATION = 0.5
 """Deviation of the difference of two human scores, in score units: sets how soft verdicts are."""
+SCENE_DEVIATION = 0.12
+"""The same between shots of one scene, where nothing but the damage differs."""
 LEVEL_DEVIATION = 0.6
-HUMAN_SHARE = 0.625
-"""Share of a batch that is human-scored, unless the model is trained abroad; the rest is
-distorted."""
-SQUARE_SHARE = 0.4
+SCENE_SHARE = 0.4
+"""Share of a batch that are shots of scenes, compared with the scene's other shots."""
+SQUARE_SHARE, CUT_SHARE = 0.35, 0.2
 LARGEST_SQUARE, SHORTEST_SIDE, LONGEST_SIDE = 8, 3, 12
-"""Sides of grids, in cells: 8 x 8 is 512 x 512 pixels, the most that the tower is shown."""
+"""Sides of grids, in cells: 8 x 8 is 512 x 512 pixels, the most that the tower is shown; 3 x 3 is
+what cuts of photographs have."""
+SAME_GRID_SHARE = 0.6
+EQUAL_TO_THE_EYE = 0.03
+"""Shots whose wanted scores differ by less are not judged by."""
 REPORTED_ANCHORS = 256
-"""Unseen photographs in a line of the log."""
+REPORTED_SHOTS = 320
+"""Unseen photographs and shots in a line of the log."""
 RATING_WEIGHT = 4.0
 """Weight of a token of the printed rating beside one of the description."""
 
@@ -58,7 +65,6 @@ class Recipe:
     minutes: float = math.inf
     steps: float = math.inf
     prefixes: int = 16
-    pairs_per_prefix: int = 3
     reflections: int = 4
     learning_rate: float = 1e-3
     tower_share: float = 0.3
@@ -79,22 +85,26 @@ class Recipe:
 
 @dataclass(frozen=True)
 class CellSet:
-    """Cell statistics (N, V, h, w, F) of photographs: V = 2 with their mirror images, else 1."""
+    """Cell statistics (N, h, w, F) of photographs."""
 
     features: np.ndarray
     photographs: tuple[Photograph, ...]
 
-    def window(self, index: int, side: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """A random window (h, w, F) of a random view of one photograph.
+    def window(
+        self, index: int, side: tuple[int, int], at: np.ndarray, *, mirrored: bool
+    ) -> np.ndarray:
+        """A window (h * w, F) of one photograph, `at` (2,) in 0-1.
 
-        A view smaller than the window is continued by its mirror images: cells are texture.
+        Cells are texture: a photograph smaller than the window is continued by its mirror images,
+        and a mirrored one's cells are those of the photograph in another order.
         """
-        view: np.ndarray = self.features[index, rng.integers(self.features.shape[1])]
+        view: np.ndarray = self.features[index]
+        view = view[:, ::-1] if mirrored else view
         lacking = [(0, max(0, s - n)) for n, s in zip(view.shape[:2], side, strict=True)]
         view = np.pad(view, [*lacking, (0, 0)], mode="symmetric")
-        top, left = (rng.integers(0, n - s + 1) for n, s in zip(view.shape[:2], side, strict=True))
+        top, left = (at * (np.array(view.shape[:2]) - side + 1)).astype(int)
         window: np.ndarray = view[top : top + side[0], left : left + side[1]]
-        return window
+        return window.reshape(side[0] * side[1], -1)
 
 
 def cells_digest(tower: ConvHybridTower, records: Path) -> str:
@@ -107,22 +117,20 @@ def cells_digest(tower: ConvHybridTower, records: Path) -> str:
 
 
 @torch.no_grad()
-def cached_cells(tower: ConvHybridTower, work: Path, name: str, views: int) -> CellSet:
-    """Cell statistics of a prepared set (views = 2: mirrored too), computed once for this tower."""
+def cached_cells(tower: ConvTower, work: Path, name: str) -> CellSet:
+    """Cell statistics of a prepared set, computed once for this tower."""
     photographs = PhotographSet.load(work, name)
     path = work / f"cells-{name}-{cells_digest(tower, work / f'{name}.jsonl')}.npy"
     if not path.exists():
         cell, device = tower.config.cell_pixels, tower.embed.weight.device
         count, height, width = photographs.pixels.shape[:3]
-        shape = (count, views, height // cell, width // cell, tower.statistics_width)
+        shape = (count, height // cell, width // cell, tower.statistics_width)
         made = np.lib.format.open_memmap(
             path.with_suffix(".tmp"), mode="w+", dtype=np.float16, shape=shape
         )
         for start in range(0, count, 8):
             pixels = torch.from_numpy(np.array(photographs.pixels[start : start + 8])).to(device)
-            for mirrored in range(views):
-                view = normalised(pixels.flip(2) if mirrored else pixels)
-                made[start : start + 8, mirrored] = tower.cell_features(view).cpu().numpy()
+            made[start : start + 8] = tower.seen(normalised(pixels)).float().cpu().numpy()
             if start % 800 == 0:
                 print(f"cells of {name}: {start} of {count}", flush=True)
         made.flush()
@@ -144,35 +152,106 @@ class WindowBatch:
         return torch.tensor([p.score for p in self.photographs], device=self.features.device)
 
 
+Drawn: TypeAlias = tuple[np.ndarray, Photograph]
+"""A window (h * w, F) and what is known of its photograph."""
+
+
+@dataclass(frozen=True)
+class ComparedBatch:
+    """Pictures that are read, and others that they are compared with.
+
+    Attributes:
+        partners: (P, R) which of the others each is compared with.
+        deviations: (P, 1) of the difference of two scores.
+    """
+
+    first: WindowBatch
+    others: WindowBatch
+    partners: Tensor
+    deviations: Tensor
+
+
 class WindowSampler:
-    """Draws windows of several sets' photographs on the grids the engine meets."""
+    """Draws windows of photographs and of scenes, on the grids the engine meets."""
 
     def __init__(
-        self, sources: Sequence[tuple[CellSet, float]], seed: int, device: torch.device
+        self,
+        scored: Sequence[CellSet],
+        scenes: Sequence[CellSet],
+        seed: int,
+        device: torch.device,
     ) -> None:
-        """Sources are sets with their shares of a batch, which sum to 1."""
-        self.sources, self.device = sources, device
+        """Draw from human-scored sets, none abroad, and from scenes of consecutive shots."""
+        self.scored, self.scenes, self.device = scored, scenes, device
         self.rng = np.random.default_rng(seed)
 
     def grid(self) -> tuple[int, int]:
-        """Rows and columns: often the largest square, else any up to the largest area."""
-        if self.rng.random() < SQUARE_SHARE:
+        """Rows and columns: often the largest square or a cut's, else any up to the largest."""
+        drawn = self.rng.random()
+        if drawn < SQUARE_SHARE:
             return LARGEST_SQUARE, LARGEST_SQUARE
+        if drawn < SQUARE_SHARE + CUT_SHARE:
+            return SHORTEST_SIDE, SHORTEST_SIDE
         rows = int(self.rng.integers(SHORTEST_SIDE, LONGEST_SIDE + 1))
         longest = min(LONGEST_SIDE, LARGEST_SQUARE**2 // rows)
         return rows, int(self.rng.integers(SHORTEST_SIDE, longest + 1))
 
-    def batch(self, size: int) -> WindowBatch:
-        """`size` windows on one grid."""
+    def batch(self, size: int) -> ComparedBatch:
+        """`size` windows on one grid, and those that they are compared with on the same or another.
+
+        A shot of a scene is compared with its other shots, the rest with any of the others.
+        """
         side = self.grid()
-        windows, photographs = [], []
-        limits = np.rint(size * np.cumsum([0.0, *(share for _, share in self.sources)])).astype(int)
-        for (source, _), count in zip(self.sources, np.diff(limits), strict=True):
-            for index in self.rng.integers(0, len(source.photographs), count):
-                windows.append(source.window(index, side, self.rng).reshape(side[0] * side[1], -1))
-                photographs.append(source.photographs[index])
-        stacked = torch.from_numpy(np.stack(windows)).to(self.device).float()
-        return WindowBatch(stacked, side, photographs)
+        beside = side if self.rng.random() < SAME_GRID_SHARE else self.grid()
+        shots, partners = round(size * SCENE_SHARE), SHOTS_PER_SCENE - 1
+        plain = size - shots
+        first = [self.photograph(side) for _ in range(plain)]
+        others = [self.photograph(beside) for _ in range(plain)]
+        for _ in range(shots):
+            scene = self.scene(side, beside)
+            first.append(scene[0])
+            others.extend(scene[1:])
+        chosen = self.rng.integers(0, len(others), (size, partners))
+        chosen[plain:] = plain + np.arange(shots * partners).reshape(shots, partners)
+        deviations = torch.full((size, 1), PREFERENCE_DEVIATION, device=self.device)
+        deviations[plain:] = SCENE_DEVIATION
+        return ComparedBatch(
+            self.stacked(first, side),
+            self.stacked(others, beside),
+            torch.from_numpy(chosen).to(self.device),
+            deviations,
+        )
+
+    def photograph(self, side: tuple[int, int]) -> Drawn:
+        """A window of a human-scored photograph, abroad of a shot: of the smallest that hold it."""
+        sets = self.scored or self.scenes
+        holding = [s for s in sets if min(s.features.shape[1:3]) >= max(side)] or [sets[-1]]
+        source = holding[0] if self.scored else holding[self.rng.integers(len(holding))]
+        index = int(self.rng.integers(len(source.photographs)))
+        at = self.rng.random(2)
+        return source.window(
+            index, side, at, mirrored=bool(self.rng.integers(2))
+        ), source.photographs[index]
+
+    def scene(self, side: tuple[int, int], beside: tuple[int, int]) -> list[Drawn]:
+        """All shots of one scene in a random order, the first on one grid, the rest on another."""
+        sizes = np.array([len(s.photographs) for s in self.scenes])
+        source = self.scenes[self.rng.choice(len(sizes), p=sizes / sizes.sum())]
+        begin = int(self.rng.integers(len(source.photographs) // SHOTS_PER_SCENE)) * SHOTS_PER_SCENE
+        at, mirrored = self.rng.random(2), bool(self.rng.integers(2))
+        return [
+            (
+                source.window(begin + shot, beside if number else side, at, mirrored=mirrored),
+                source.photographs[begin + shot],
+            )
+            for number, shot in enumerate(self.rng.permutation(SHOTS_PER_SCENE))
+        ]
+
+    def stacked(self, drawn: Sequence[Drawn], side: tuple[int, int]) -> WindowBatch:
+        """Windows of one grid as a batch."""
+        windows, photographs = zip(*drawn, strict=True)
+        features = torch.from_numpy(np.stack(windows)).to(self.device).float()
+        return WindowBatch(features, side, list(photographs))
 
 
 @dataclass(frozen=True)
@@ -331,20 +410,16 @@ class Objective(nn.Module):
         self.reader, self.recipe = reader, recipe
         self.rating = nn.Linear(HIDDEN_SIZE, 1)
 
-    def forward(
-        self, batch: WindowBatch, others: WindowBatch, rng: np.random.Generator
-    ) -> dict[str, Tensor]:
-        """Named losses of a batch, compared with others; their sum is minimised."""
+    def forward(self, drawn: ComparedBatch, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Named losses of a batch; their sum is minimised."""
         reader, prompts = self.reader, self.reader.prompts
+        batch, others = drawn.first, drawn.others
         read = reader.read(batch.features, batch.grid)
         size = len(batch.photographs)
         rated = 3.0 + self.rating(read.last_hidden).squeeze(-1)
         answers = [scored_answer(p) for p in batch.photographs]
-        partners = reader.on_device(
-            rng.integers(0, len(others.photographs), (size, self.recipe.pairs_per_prefix))
-        )
-        difference = batch.scores[:, None] - others.scores[partners]
-        wins = torch.special.ndtr(difference / PREFERENCE_DEVIATION).flatten()
+        difference = batch.scores[:, None] - others.scores[drawn.partners]
+        wins = torch.special.ndtr(difference / drawn.deviations).flatten()
         seconds = reader.model.visual.tokens_from_features(others.features)
         return {
             "rated": 0.5 * functional.smooth_l1_loss(rated, batch.scores, beta=0.5),
@@ -355,7 +430,7 @@ class Objective(nn.Module):
             ),
             "pairs": 2.0
             * soft_answer_loss(
-                reader.compared(read, seconds, others.grid, partners),
+                reader.compared(read, seconds, others.grid, drawn.partners),
                 prompts.verdict_ids,
                 torch.stack([wins, 1 - wins], -1),
             ),
@@ -381,37 +456,73 @@ class Objective(nn.Module):
 
 
 @torch.no_grad()
-def unseen_report(reader: Reader, anchors: CellSet, count: int) -> dict[str, float]:
-    """Rank correlation of the grades and accuracy of verdicts on photographs kept out."""
-    scores, graded, right, asked = [], [], 0, 0
-    for start in range(0, count, 16):
-        part = slice(start, start + 16)
-        cells = np.array(anchors.features[part, 0], np.float32)
-        grid = (cells.shape[1], cells.shape[2])
-        read = reader.read(reader.on_device(cells).flatten(1, 2), grid)
-        logits = reader.asked(read, reader.prompts.levels)[
-            :, torch.as_tensor(reader.prompts.level_ids)
-        ]
-        graded.extend((logits.softmax(-1).cpu() @ torch.arange(1.0, 6.0)).tolist())
-        truth = torch.tensor([p.score for p in anchors.photographs[part]])
-        scores.extend(truth.tolist())
-        partners = (torch.arange(len(truth))[:, None] + torch.arange(1, 4)) % len(truth)
-        first, second = reader.prompts.verdict_ids
-        verdicts = reader.compared(read, read.tokens, read.grid, partners).cpu()
-        said = (verdicts[:, first] > verdicts[:, second]).reshape(partners.shape)
-        apart = (truth[:, None] - truth[partners]).abs() > 0.2
-        right += int(((said == (truth[:, None] > truth[partners])) & apart).sum())
-        asked += int(apart.sum())
+def unseen_report(reader: Reader, anchors: CellSet, scenes: CellSet) -> dict[str, float]:
+    """Rank correlation of the grades, and the share of right verdicts, on what is kept out.
+
+    Verdicts are counted where people tell the pictures apart: of different photographs, and of one
+    scene, there beside how often the grades are right.
+    """
+    # The table is sorted by kind of photograph.
+    chosen = np.random.default_rng(0).permutation(len(anchors.photographs))[:REPORTED_ANCHORS]
+    far = judged(reader, anchors, chosen, np.arange(16)[:, None] + np.arange(1, 4), 0.2)
+    shots = np.arange(min(REPORTED_SHOTS, len(scenes.photographs)))
+    at = np.arange(16)[:, None]
+    same = at // SHOTS_PER_SCENE * SHOTS_PER_SCENE + (at + np.arange(1, 4)) % SHOTS_PER_SCENE
+    near = judged(reader, scenes, shots, same, EQUAL_TO_THE_EYE)
     return {
-        "unseen_srcc": round(float(spearmanr(graded, scores).statistic), 4),
-        "unseen_pairs": round(right / asked, 4),
+        "unseen_srcc": far.srcc,
+        "unseen_pairs": far.verdicts,
+        "unseen_scenes": near.verdicts,
+        "scenes_by_grade": near.by_grade,
     }
 
 
-def load_pretrained(path: Path) -> ConvHybridTower:
+@dataclass(frozen=True)
+class Figures:
+    """How grades and verdicts go with people's scores."""
+
+    srcc: float
+    verdicts: float
+    by_grade: float
+
+
+def judged(
+    reader: Reader, cells: CellSet, chosen: np.ndarray, partners: np.ndarray, apart: float
+) -> Figures:
+    """Grade photographs, and compare each with the partners (16, R) within its batch of 16."""
+    scores, graded, right, level, asked = [], [], 0, 0, 0
+    for start in range(0, len(chosen), 16):
+        part = chosen[start : start + 16]
+        features = np.array(cells.features[part], np.float32)
+        grid = (features.shape[1], features.shape[2])
+        read = reader.read(reader.on_device(features).flatten(1, 2), grid)
+        words = reader.asked(read, reader.prompts.levels)[
+            :, torch.as_tensor(reader.prompts.level_ids)
+        ]
+        grades = words.softmax(-1).cpu() @ torch.arange(1.0, 6.0)
+        truth = torch.tensor([cells.photographs[index].score for index in part])
+        graded.extend(grades.tolist())
+        scores.extend(truth.tolist())
+        others = torch.from_numpy(partners[: len(part)] % len(part))
+        first, second = reader.prompts.verdict_ids
+        verdicts = reader.compared(read, read.tokens, read.grid, others).cpu()
+        said = (verdicts[:, first] > verdicts[:, second]).reshape(others.shape)
+        counts = (truth[:, None] - truth[others]).abs() > apart
+        better = truth[:, None] > truth[others]
+        right += int(((said == better) & counts).sum())
+        level += int((((grades[:, None] > grades[others]) == better) & counts).sum())
+        asked += int(counts.sum())
+    return Figures(
+        round(float(spearmanr(graded, scores).statistic), 4),
+        round(right / max(asked, 1), 4),
+        round(level / max(asked, 1), 4),
+    )
+
+
+def load_pretrained(path: Path) -> ConvTower:
     """The averaged conv tower of stage 1."""
     tower = load_judged(path).tower
-    assert isinstance(tower, ConvHybridTower)
+    assert isinstance(tower, ConvTower)
     return tower
 
 
@@ -479,17 +590,15 @@ class Finetuning(TimedRun):
 
     def step(self, sampler: WindowSampler) -> dict[str, float]:
         """One optimiser step; returns the losses."""
-        first, second = (sampler.batch(self.recipe.prefixes) for _ in range(2))
-        losses = self.objective(first, second, sampler.rng)
+        losses = self.objective(sampler.batch(self.recipe.prefixes), sampler.rng)
         self.descend(torch.stack(list(losses.values())).sum())
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
-    def run(self, sampler: WindowSampler, anchors: CellSet) -> None:
+    def run(self, sampler: WindowSampler, anchors: CellSet, scenes: CellSet) -> None:
         """Train until the time is spent, with a log line and a checkpoint every few minutes."""
-        count = min(REPORTED_ANCHORS, len(anchors.photographs))
         self.run_until_spent(
             lambda: self.step(sampler),
-            lambda: unseen_report(Reader(self.average, self.tokenizer), anchors, count),
+            lambda: unseen_report(Reader(self.average, self.tokenizer), anchors, scenes),
         )
 
 
@@ -503,6 +612,7 @@ def main() -> None:
     parser.add_argument("--steps", type=float, default=math.inf, help="what else ends it")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--bfloat16", action="store_true", help="convolve in half precision")
     parser.add_argument("--abroad", action="store_true", help="see no human-scored photograph")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -510,18 +620,21 @@ def main() -> None:
     work, abroad = arguments.work, arguments.abroad
     stage1 = work / stage_folder("stage1-conv", abroad=abroad) / "checkpoint.pt"
     tower = load_pretrained(arguments.tower or stage1).to(arguments.device)
-    shares = {"distorted": 1.0} if abroad else {"human": HUMAN_SHARE, "distorted": 1 - HUMAN_SHARE}
-    sources = [
-        (cached_cells(tower, work, name, views=2 if name == "human" else 1), share)
-        for name, share in shares.items()
-    ]
-    anchors = cached_cells(tower, work, "anchors", views=1)
-    seen = [photograph for cells, _ in sources for photograph in cells.photographs]
+    tower.in_half = arguments.bfloat16
+    scored, scenes, (anchors, unseen) = (
+        [cached_cells(tower, work, name) for name in names]
+        for names in (
+            [] if abroad else ["cuts", "human"],
+            ["scenes"] if abroad else ["scenes", "human_scenes"],
+            ["anchors", "scenes_unseen"],
+        )
+    )
+    seen = [photograph for cells in (*scored, *scenes) for photograph in cells.photographs]
     tokenizer = train_tokenizer(corpus_of(seen))
     model = initial_model(tower, tokenizer.get_vocab_size()).to(arguments.device)
     folder = work / stage_folder("stage2", abroad=abroad)
     run = Finetuning(model, tokenizer, folder, Recipe(arguments.minutes, arguments.steps))
-    run.run(WindowSampler(sources, run.steps, arguments.device), anchors)
+    run.run(WindowSampler(scored, scenes, run.steps, arguments.device), anchors, unseen)
     save_checkpoint(TrainedVlm(run.average.cpu().eval(), tokenizer, MEAN, STD), arguments.out)
 
 

@@ -24,7 +24,7 @@ from meiqa.engine.local import LocalModel
 from meiqa.engine.package import EnginePackage
 from training.commands import run_command
 from training.data import PRISTINE_SCORE, name_hash, pristine_names
-from training.distortions import KINDS, LEVELS, distort, kadid_scores
+from training.distortions import KINDS, LEVELS, TWO_SIDED, distort, kadid_scores
 
 FOLDERS = {False: "patterns", True: "patterns-unseen"}
 """Where pictures lie in the work folder: those to train on, and those kept unseen."""
@@ -32,8 +32,6 @@ LARGEST_SIDE, SMALLEST_SIDE = 8, 4
 """Sides of a cropped view, in cells."""
 PARTS = 6
 """Versions of a photograph of which only a part is distorted."""
-TWO_SIDED = (18, 25)
-"""Types whose middle level is the untouched picture."""
 
 Bytes = NDArray[np.uint8]
 

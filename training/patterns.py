@@ -36,8 +36,8 @@ from meiqa.export.patterns import (
 from training.checkpoint import load_checkpoint
 from training.commands import run_command
 from training.data import PhotographSet
-from training.distortions import KINDS
-from training.pattern_pairs import TWO_SIDED, Views, read_views
+from training.distortions import KINDS, TWO_SIDED
+from training.pattern_pairs import Views, read_views
 
 NONE = "none"
 MILD_SCORE = 3.6

@@ -33,8 +33,16 @@ from training.backbone import (
     begin_from_votes,
 )
 from training.commands import run_command
-from training.data import PRISTINE_SCORE, SYNTHETIC_SIDE, PhotographSet
-from training.distortions import LEVELS, TONES, damage_scores, distort
+from training.data import (
+    PRISTINE_SCORE,
+    SYNTHETIC_SIDE,
+    PhotographSet,
+    cut_square,
+    damaged_score,
+    place_beside,
+    random_place,
+)
+from training.distortions import FADING_COLOUR, FINE_JPEG, LEVELS, damage_scores, distort
 from training.timed_run import Pace, TimedRun
 from training.towers import ConvTower, JudgedTower, make_tower, normalised
 
@@ -43,14 +51,21 @@ HUMAN_SHARE = 0.45
 """Share of a batch that is human-scored, unless the model is trained abroad."""
 LADDER_SHARE, REPEATED_SHARE = 0.2, 0.08
 """Pairs of steps, and human-scored crops that are shown twice, for each crop of a batch."""
-SIZES = ((192, 32, 0.3), (256, 24, 0.35), (384, 12, 0.2), (512, 10, 0.15))
+SIZES = ((192, 32, 0.3), (256, 24, 0.2), (384, 12, 0.2), (512, 10, 0.3))
 """Side of the crops, how many of them, and how often: parts teach much at little cost, the whole
 is what is judged."""
 FEWEST_ORDERED = 3
+REMEMBERED = 64
+"""Human-scored crops of earlier steps that the order of new ones is judged with: of 512 pixels, a
+step has five."""
+COLLECTIONS = ("ss01", "ss02", "ss03")
+SCARCE, SCARCE_SHARE = COLLECTIONS[1], 0.15
+"""Photographs damaged while shooting, and the share of draws that is theirs before all others."""
+FADED_SHARE, FADED_FALL = 0.08, 0.3
+"""Human-scored crops that are shown in black and white, and what they are said to lose by it."""
 LADDER_SOFTNESS = 0.15
 MADE_WEIGHT = 0.3
 UNNAMED = -100
-FINE_JPEG = TONES[-1].number
 STANDARDISED_BATCHES = 12
 SMALLEST_DEVIATION = 0.05
 
@@ -87,6 +102,7 @@ class CropBatch:
     Attributes:
         images: (B, 3, S, S); scores: (B,); human: (B,) whether people gave the score.
         kinds: (B,) distortion, 0 for none, `UNNAMED` for what has no name; levels: (B,).
+        groups: (B,) collection that the photograph is of, 0 if people did not score it.
         same: (M, 2) crops that show the same and look as good.
         ladders: (L, 2) crops of one place, the better first.
     """
@@ -96,6 +112,7 @@ class CropBatch:
     kinds: Tensor
     levels: Tensor
     human: Tensor
+    groups: Tensor
     same: Tensor
     ladders: Tensor
 
@@ -106,13 +123,13 @@ class CropBatch:
 
 @dataclass(frozen=True)
 class Crop:
-    """Pixels of a crop, its score, distortion and level, and whether people gave the score."""
+    """Pixels of a crop, its score, distortion and level, and the collection if people scored it."""
 
     pixels: np.ndarray
     score: float
     kind: int = 0
     level: int = 0
-    human: bool = False
+    group: int = 0
 
 
 class CropSampler:
@@ -132,6 +149,10 @@ class CropSampler:
         self.human, self.pristine, self.scores = human, pristine, scores
         self.sound = [i for i, p in enumerate(pristine.photographs) if p.kind == 0]
         self.rng = np.random.default_rng(seed)
+        self.scarce = {
+            id(s): [i for i, p in enumerate(s.photographs) if p.name.startswith(SCARCE)]
+            for s in human
+        }
 
     def batch(self, size: int, human_share: float, side: int) -> CropBatch:
         """`size` crops of `side` pixels; without people's scores, ladders only."""
@@ -152,39 +173,33 @@ class CropSampler:
             torch.tensor([crop.score for crop in crops]),
             torch.tensor([crop.kind for crop in crops]),
             torch.tensor([float(crop.level) for crop in crops]),
-            torch.tensor([crop.human for crop in crops]),
+            torch.tensor([crop.group > 0 for crop in crops]),
+            torch.tensor([crop.group for crop in crops]),
             torch.stack([2 * torch.arange(repeated), 2 * torch.arange(repeated) + 1], 1),
             torch.stack([first, first + 1], 1),
         )
-
-    def place(self, shape: tuple[int, ...], side: int) -> np.ndarray:
-        """Top and left of a crop."""
-        return self.rng.integers(0, np.array(shape[:2]) - side + 1)
-
-    def cut(self, pixels: np.ndarray, place: np.ndarray, side: int) -> np.ndarray:
-        """One crop."""
-        top, left = place
-        return np.ascontiguousarray(pixels[top : top + side, left : left + side])
-
-    def beside(self, shape: tuple[int, ...], place: np.ndarray, side: int) -> np.ndarray:
-        """A place a little aside, as a hand moves between two shots."""
-        moved = place + self.rng.integers(-(side // 32), side // 32 + 1, 2)
-        return np.clip(moved, 0, np.array(shape[:2]) - side)
 
     def scored(self, side: int) -> tuple[Crop, Crop]:
         """A human-scored photograph's crop, and the same once more, as good to the eye."""
         fitting = [s for s in self.human if s.pixels.shape[1] >= side]
         source = min(fitting, key=lambda s: s.pixels.shape[1])
-        index = self.rng.integers(len(source.photographs))
-        pixels, score = source.pixels[index], source.photographs[index].score
+        scarce = self.scarce[id(source)]
+        if scarce and self.rng.random() < SCARCE_SHARE:
+            index = int(self.rng.choice(scarce))
+        else:
+            index = int(self.rng.integers(len(source.photographs)))
+        pixels, record = source.pixels[index], source.photographs[index]
+        score, group = record.score, collection_of(record.name)
         if self.rng.random() < 0.5:
             pixels = pixels[:, ::-1]
-        place = self.place(pixels.shape, side)
-        again = self.cut(pixels, self.beside(pixels.shape, place, side), side)
-        return (
-            Crop(self.cut(pixels, place, side), score, human=True),
-            Crop(self.repeated(again), score, human=True),
-        )
+        place = random_place(self.rng, pixels.shape, side)
+        cut = cut_square(pixels, place, side)
+        beside = place_beside(self.rng, pixels.shape, place, side)
+        again = self.repeated(cut_square(pixels, beside, side))
+        if self.rng.random() < FADED_SHARE:
+            cut, again = (distort(c, FADING_COLOUR, LEVELS, self.rng) for c in (cut, again))
+            score -= FADED_FALL
+        return Crop(cut, score, group=group), Crop(again, score, group=group)
 
     def repeated(self, cut: np.ndarray) -> np.ndarray:
         """Mirrored, trimmed, stored or exposed a little differently."""
@@ -218,18 +233,16 @@ class CropSampler:
         lower = int(self.rng.integers(0, LEVELS))
         higher = lower + 1 if self.rng.random() < 0.7 else int(self.rng.integers(1, LEVELS + 1))
         mirrored, moved = self.rng.random(2) < 0.5
-        place = self.place(pixels.shape, side)
+        place = random_place(self.rng, pixels.shape, side)
         crops = []
         for number, level in enumerate((lower, higher)):
-            at = self.beside(pixels.shape, place, side) if number and moved else place
-            cut = self.cut(pixels, at, side)
+            at = place_beside(self.rng, pixels.shape, place, side) if number and moved else place
+            cut = cut_square(pixels, at, side)
             if mirrored:
                 cut = np.ascontiguousarray(cut[:, ::-1])
             if level:
                 cut = distort(cut, kind, level, self.rng)
-            wanted = float(self.scores[kind - 1, level - 1]) if level else PRISTINE_SCORE
-            # What is bad already loses less.
-            kept = 1 + (score - 1) * (min(PRISTINE_SCORE, wanted) - 1) / (PRISTINE_SCORE - 1)
+            kept = damaged_score(score, self.scores, kind, level)
             crops.append(Crop(cut, kept, kind if level else 0, level))
         return sorted(crops, key=lambda crop: -crop.score)
 
@@ -253,6 +266,11 @@ def stage_folder(name: str, *, abroad: bool) -> str:
     return f"{name}-abroad" if abroad else name
 
 
+def collection_of(name: str) -> int:
+    """Number of the collection that a human-scored photograph is of; 1 if it is of none."""
+    return next((i for i, prefix in enumerate(COLLECTIONS, 1) if name.startswith(prefix)), 1)
+
+
 def correlation_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
     """1 - Pearson correlation."""
     p, w = predicted - predicted.mean(), wanted - wanted.mean()
@@ -260,12 +278,40 @@ def correlation_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
     return 1 - correlation
 
 
-def batch_loss(model: JudgedTower, batch: CropBatch) -> dict[str, Tensor]:
+class Remembered(nn.Module):
+    """Scores of the human-scored crops that were seen last, to order new ones with.
+
+    A row is a score, what people gave, and the collection; NaN where nothing was seen yet.
+    """
+
+    kept: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.full((REMEMBERED, 3), torch.nan))
+
+    def order_loss(self, score: Tensor, batch: CropBatch) -> Tensor:
+        """Lack of correlation with people: of all, and of each collection by itself."""
+        new = torch.stack([score, batch.scores, batch.groups.float()], 1)
+        if batch.human.sum() < FEWEST_ORDERED:
+            return correlation_loss(new[:, 0], new[:, 1])
+        new = new[batch.human]
+        both = torch.cat([new, self.kept[~self.kept[:, 0].isnan()]])
+        # What is remembered has no gradient; the new keep that of a batch of their own.
+        losses, weight = [correlation_loss(both[:, 0], both[:, 1])], len(both) / len(new)
+        for group in new[:, 2].unique():
+            mine = both[both[:, 2] == group]
+            if len(mine) >= 2 * FEWEST_ORDERED:
+                share = (new[:, 2] == group).float().mean()
+                losses.append(share * correlation_loss(mine[:, 0], mine[:, 1]))
+        self.kept.copy_(torch.cat([new.detach(), self.kept])[:REMEMBERED])
+        return weight / 2 * torch.stack(losses).sum()
+
+
+def batch_loss(model: JudgedTower, batch: CropBatch, remembered: Remembered) -> dict[str, Tensor]:
     """Score (value and order), steps of ladders, repetitions, distortion type and level."""
     score, kind, level = model(batch.images)
-    ordered, made = batch.human, ~batch.human
-    if ordered.sum() < FEWEST_ORDERED:
-        ordered = made
+    made = ~batch.human
     better, worse = batch.ladders.unbind(1)
     first, again = batch.same.unbind(1)
     lacking = batch.scores[better] - batch.scores[worse] - (score[better] - score[worse])
@@ -273,7 +319,7 @@ def batch_loss(model: JudgedTower, batch: CropBatch) -> dict[str, Tensor]:
     losses = {
         # What damage costs is a setting: it counts less than what people said.
         "value": (off[~made].mean() if batch.human.any() else 0) + MADE_WEIGHT * off[made].mean(),
-        "order": correlation_loss(score[ordered], batch.scores[ordered]),
+        "order": remembered.order_loss(score, batch),
         "ladder": 2 * LADDER_SOFTNESS * functional.softplus(lacking / LADDER_SOFTNESS).mean(),
         "named": 0.2
         * functional.cross_entropy(kind[made], batch.kinds[made], ignore_index=UNNAMED),
@@ -300,12 +346,17 @@ class Pretraining(TimedRun):
     """A resumable run of stage 1."""
 
     def __init__(self, model: JudgedTower, folder: Path, recipe: Recipe) -> None:
-        self.recipe, self.model = recipe, model
+        self.recipe, self.model, self.remembered = recipe, model, Remembered()
         self.average = copy.deepcopy(model)
         optimiser = torch.optim.AdamW(
             self.parameter_groups(), recipe.learning_rate, weight_decay=recipe.weight_decay
         )
-        parts: dict[str, nn.Module] = {"model": model, "average": self.average}
+        self.remembered.to(model.score.weight.device)
+        parts: dict[str, nn.Module] = {
+            "model": model,
+            "average": self.average,
+            "remembered": self.remembered,
+        }
         super().__init__(folder, parts, optimiser, recipe.pace)
 
     def parameter_groups(self) -> list[dict[str, object]]:
@@ -338,7 +389,7 @@ class Pretraining(TimedRun):
         shares = np.array([share for *_, share in sizes])
         side, count, _ = sizes[sampler.rng.choice(len(sizes), p=shares / shares.sum())]
         batch = sampler.batch(count, self.recipe.human_share, side)
-        losses = batch_loss(self.model, batch.to(self.device))
+        losses = batch_loss(self.model, batch.to(self.device), self.remembered)
         self.descend(torch.stack(list(losses.values())).sum())
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
@@ -445,6 +496,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the tower there at the end (safetensors)")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--steps", type=float, default=math.inf, help="what else ends it")
+    parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--bfloat16", action="store_true", help="convolve in half precision")
@@ -454,7 +506,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     abroad = arguments.abroad
     share = 0.0 if abroad else HUMAN_SHARE
-    recipe = Recipe(arguments.minutes, arguments.steps, human_share=share)
+    recipe = Recipe(
+        arguments.minutes,
+        arguments.steps,
+        human_share=share,
+        learning_rate=arguments.learning_rate,
+    )
     if abroad:
         recipe = replace(recipe, sizes=tuple(size for size in SIZES if size[0] <= SYNTHETIC_SIDE))
     model = begun(arguments.tower, arguments.votes, arguments.begin)

@@ -63,6 +63,14 @@ CHANGES: dict[str, Change] = {
     "trimmed by 3 pixels": lambda pixels, rng: pixels[3:-3, 3:-3].copy(),
     "mirrored": lambda pixels, rng: pixels[:, ::-1].copy(),
 }
+PLAIN: dict[str, np.ndarray] = {
+    **{
+        name: np.full((512, 512, 3), tone, np.uint8)
+        for name, tone in {"black": 0, "white": 255, "grey": 128}.items()
+    },
+    "noise": np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8),
+}
+"""What is no picture."""
 
 
 @dataclass(frozen=True)
@@ -185,10 +193,7 @@ def moved(eyes: Eyes, sources: list[np.ndarray]) -> dict[str, dict[str, float]]:
 
 def plain_scores(eyes: Eyes) -> dict[str, float]:
     """Scores of what is no picture."""
-    tones = {"black": 0, "white": 255, "grey": 128}
-    pictures = [np.full((512, 512, 3), tone, np.uint8) for tone in tones.values()]
-    pictures.append(np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8))
-    return dict(zip([*tones, "noise"], eyes.read(pictures).scores.tolist(), strict=True))
+    return dict(zip(PLAIN, eyes.read(list(PLAIN.values())).scores.tolist(), strict=True))
 
 
 def squares_of(names: list[str], folder: Path, side: int) -> list[np.ndarray]:

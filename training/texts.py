@@ -11,7 +11,7 @@ from meiqa.engine.prompts import MEIQA
 from meiqa.types import quality_word
 from training.attributes import describe_attributes
 from training.data import Photograph
-from training.distortions import KINDS
+from training.distortions import KINDS, TONES
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -30,7 +30,8 @@ def distortion_sentence(photograph: Photograph) -> str:
     """What was done to the picture, if that is known."""
     if photograph.kind == 0:
         return ""
-    return f"{SEVERITIES[photograph.level - 1]} {KINDS[photograph.kind - 1].name}. "
+    named = (*KINDS, *TONES)[photograph.kind - 1]
+    return f"{SEVERITIES[photograph.level - 1]} {named.name}. "
 
 
 def describe(photograph: Photograph, score: float) -> str:

@@ -130,11 +130,15 @@ class ConvTower(ConvHybridTower):
 
     in_half = False
 
+    def seen(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) → cell statistics (B, h, w, F)."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.in_half):
+            features: Tensor = self.cell_features(images)
+        return features
+
     def tokens(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) → visual tokens (B, cells, hidden_size)."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.in_half):
-            features = self.cell_features(images)
-        return self.tokens_from_features(features.flatten(1, 2))
+        return self.tokens_from_features(self.seen(images).flatten(1, 2))
 
     def keep_what_is_known(self) -> None:
         """Freeze what sees edges and colours: the first blocks, and every depthwise filter.
