@@ -20,6 +20,7 @@ from meiqa.evaluation.metrics import (
     effective_bins,
     reliability,
     srcc,
+    srcc_ci95,
     summarise,
     tie_rate,
     tied_pairs,
@@ -64,12 +65,13 @@ class Judged:
 
         Returns:
             JSON-ready: n, k (the most comparisons of any photo), mos_range, human (how finely
-            people tell the photos apart), initial and fused (the metrics of `summarise`),
-            tied_pairs (what fusion makes of photos whose initial scores are equal), coverage95
-            (the share of human scores within the 95 % interval), reliability (the same for other
-            intervals), seconds_per_image and failures.
+            people tell the photos apart), initial and fused (the metrics of `summarise`, and
+            srcc_ci95), tied_pairs (what fusion makes of photos whose initial scores are equal),
+            coverage95 (the share of human scores within the 95 % interval), reliability (the same
+            for other intervals), seconds_per_image and failures.
         """
         deviations = np.array([one.std for one in self.assessments])
+        stages = {"initial": self.initial, "fused": self.fused}
         return {
             "n": len(self.assessments),
             "k": max(compared(one) for one in self.assessments),
@@ -79,14 +81,17 @@ class Judged:
                 "distinct": distinct(self.human),
                 "tie_rate": tie_rate(self.human),
             },
-            "initial": summarise(self.initial, self.human),
-            "fused": summarise(self.fused, self.human),
+            **{name: self._agreement(scores) for name, scores in stages.items()},
             "tied_pairs": tied_pairs(self.initial, self.fused, self.human),
             "coverage95": coverage([one.ci95 for one in self.assessments], self.human),
             "reliability": reliability(self.fused, deviations, self.human),
             "seconds_per_image": self.seconds_per_image,
             "failures": [failure.to_dict() for failure in self.failures],
         }
+
+    def _agreement(self, scores: Floats) -> dict[str, Any]:
+        interval = list(srcc_ci95(scores, self.human))
+        return {**summarise(scores, self.human), "srcc_ci95": interval}
 
 
 def judge(

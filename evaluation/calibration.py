@@ -128,7 +128,7 @@ class Judged:
 def calibrate_package(
     model: str | Path,
     memory: Path,
-    labels: Path,
+    labels: LabelTable,
     images: Path,
     limit: int = 500,
     on_progress: Callable[[], None] = lambda: None,
@@ -139,7 +139,7 @@ def calibrate_package(
         model: directory of the package, whose manifest is rewritten, or the URL of a remote
             model, whose settings beside the memory are.
         memory: anchors made by this model.
-        labels: the label table that the memory was built from; images: where its images are.
+        labels: the table that the memory was built from; images: where its images are.
         limit: anchors to judge, chosen by name; on_progress: called after each.
 
     Returns:
@@ -150,18 +150,17 @@ def calibrate_package(
         UsageError: there are too few anchors to fit a calibration on.
         PackageError, StoreError, ImageError.
     """
-    table = LabelTable.read(labels)
     if isinstance(model, str):
         remote = RemoteModel.connect(model, memory)
         try:
-            fitted, report = calibrate(remote, memory, table, images, limit, on_progress)
+            fitted, report = calibrate(remote, memory, labels, images, limit, on_progress)
             remote.calibrate(fitted)
         finally:
             remote.close()
     else:
         package = EnginePackage.open(model)
         opened = LocalModel.open(package)
-        fitted, report = calibrate(opened, memory, table, images, limit, on_progress)
+        fitted, report = calibrate(opened, memory, labels, images, limit, on_progress)
         package.rewritten(calibration=fitted)
     return {**report, "calibration": asdict(fitted)}
 

@@ -20,6 +20,7 @@ from meiqa.evaluation.calibration import (
 )
 from meiqa.evaluation.fitting import matched_logistic
 from meiqa.evaluation.metrics import js_divergence
+from meiqa.labels import LabelTable
 
 Floats = NDArray[np.float64]
 
@@ -150,8 +151,8 @@ def test_too_few_anchors_are_refused_before_any_is_judged(
     package: EnginePackage, anchors: Path, tmp_path: Path, rows: int, limit: int
 ) -> None:
     """There are 24 anchors, whatever the table says; no photograph is looked for."""
-    labels = tmp_path / "labels.csv"
-    labels.write_text("file,mos\n" + "".join(f"{row}.png,{row / 400}\n" for row in range(rows)))
+    files, scores = zip(*((f"{row}.png", row / 400) for row in range(rows)), strict=True)
+    labels = LabelTable(files, scores, (0.0, 1.0))
     with pytest.raises(UsageError, match="too few anchors") as caught:
         calibrate_package(package.path, anchors, labels, tmp_path / "none", limit)
     assert caught.value.seen == 24
