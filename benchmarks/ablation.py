@@ -34,7 +34,7 @@ from meiqa.engine.model import VisualTokens
 from meiqa.engine.scoring import Scored, learned_case
 from meiqa.errors import ImageError, UsageError
 from meiqa.evaluation.accuracy import coverage, photos_of
-from meiqa.evaluation.measuring import Column, machine, table_text, versions
+from meiqa.evaluation.measuring import Column, run_on, table_text
 from meiqa.evaluation.metrics import summarise, tied_pairs
 from meiqa.evaluation.plots import STYLE, draw_agreement
 from meiqa.evaluation.recording import AskedOnce, Recorder
@@ -182,8 +182,7 @@ def ablate(
             "gated": len(lesson.gated),
         },
         "comparisons": places.asked.count,
-        "machine": machine(),
-        "versions": versions("numpy", "onnxruntime"),
+        **run_on("numpy", "onnxruntime"),
         "failures": [failure.to_dict() for failure in failures],
     }
 

@@ -33,7 +33,7 @@ from meiqa.engine.runtime import open_graphs
 from meiqa.engine.runtime.decoder import Array, GraphSession
 from meiqa.engine.scoring import Scored, Scorer, ScoreRequest
 from meiqa.engine.writing import PROPOSED_TOKENS
-from meiqa.evaluation.measuring import Column, machine, quantiles_ms, table_text, versions
+from meiqa.evaluation.measuring import Column, quantiles_ms, run_on, table_text
 from meiqa.locations import embedded_assets
 from meiqa.memory import MemoryBank
 
@@ -114,8 +114,7 @@ def bench_drafting(
         "key_difference": max(float(np.abs(one.key - other.key).max()) for one, other in pairs),
         "rows_ms": _rows_ms(model, decoder, pairs[-1][0].prefix, rounds),
         "settings": {"rounds": rounds, "warm_up": 1, "photographs": len(pairs) // rounds},
-        "machine": machine(),
-        "versions": versions("onnxruntime", "numpy"),
+        **run_on("onnxruntime", "numpy"),
     }
 
 

@@ -25,7 +25,7 @@ from meiqa.engine.model import Description, Model, Prefix
 from meiqa.engine.scoring import Prediction, Scorer
 from meiqa.errors import UsageError
 from meiqa.evaluation.accuracy import photos_of
-from meiqa.evaluation.measuring import Column, machine, table_text, versions
+from meiqa.evaluation.measuring import Column, run_on, table_text
 from meiqa.evaluation.metrics import rmse, srcc
 from meiqa.evaluation.recording import AskedOnce, Recorder
 from meiqa.kernels.graded import multimodal, soft_grades
@@ -351,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = bench_grades(engine, labels, given.images, on_photo=progress.advance)
         if drawn_on:
             report["screens"] = bench_screens(engine, drawn_on, on_photo=progress.advance)
-    report |= {"machine": machine(), "versions": versions("numpy", "onnxruntime", "pillow")}
+    report |= run_on("numpy", "onnxruntime", "pillow")
     print_report(report, given, grades_text)
 
 

@@ -126,9 +126,16 @@ def summarise(predicted: ArrayLike, human: ArrayLike) -> dict[str, float]:
         "krcc": krcc(predicted, human),
         "rmse": rmse(predicted, human),
         "js": js_divergence(predicted, human),
-        "effective_bins": effective_bins(predicted),
-        "distinct": distinct(predicted),
-        "tie_rate": tie_rate(predicted),
+        **fineness(predicted),
+    }
+
+
+def fineness(scores: ArrayLike) -> dict[str, float]:
+    """Return how finely scores tell photos apart, by the same names."""
+    return {
+        "effective_bins": effective_bins(scores),
+        "distinct": distinct(scores),
+        "tie_rate": tie_rate(scores),
     }
 
 

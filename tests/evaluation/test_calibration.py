@@ -20,6 +20,7 @@ from meiqa.evaluation.calibration import (
 )
 from meiqa.evaluation.fitting import matched_logistic
 from meiqa.evaluation.metrics import js_divergence
+from meiqa.kernels.graded import soft_grades
 from meiqa.labels import LabelTable
 
 Floats = NDArray[np.float64]
@@ -106,7 +107,7 @@ def judged(*, rating: float, comparisons: float, biased: bool = False) -> Judged
     return Judged(
         human=human,
         text=human + random.normal(0, rating, 400),
-        levels=human + random.normal(0, 0.6, 400),
+        words=soft_grades(human + random.normal(0, 0.6, 400)),
         memory=np.full(400, np.nan),
         compared=compared,
     )
