@@ -57,7 +57,7 @@ from meiqa.engine.runtime.decoder import (
     read_layers,
 )
 from meiqa.errors import MeiqaError, UsageError
-from meiqa.evaluation.measuring import machine, quantiles_ms, versions
+from meiqa.evaluation.measuring import quantiles_ms, run_on
 from meiqa.kernels.cores import usable_cores
 from meiqa.kernels.decoder import FASTEST, KERNELS
 from meiqa.locations import embedded_assets
@@ -345,8 +345,7 @@ def _measured(
             **{"rounds": rounds, "warm_up": WARM_UP, "seed": seed},
             "fused": "graph_fp32" in ways,
         },
-        "machine": machine(),
-        "versions": versions("numpy", "onnxruntime", "torch", "transformers"),
+        **run_on("numpy", "onnxruntime", "torch", "transformers"),
     }
 
 

@@ -1,8 +1,10 @@
 """Descriptions written with drafts from the memory beside plain greedy writing, in turns.
 
-`python -m benchmarks.drafting` describes photographs both ways in one process: the time of
-each, drafts' retrieval included, how many calls of the decoder it takes, and whether the texts are
-the same. A photograph that the memory holds is no draft of itself.
+    python -m benchmarks.drafting --images DIR
+
+Each photograph is described both ways in one process: the time of each, drafts' retrieval included,
+how many calls of the decoder it takes, and whether the texts are the same. A photograph that the
+memory holds is no draft of itself.
 
 Losing variant, measured beside: several drafts checked in one call as rows over the same prefix.
 """
@@ -12,41 +14,49 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
+from benchmarks.timing import times_in_turns_ms
+from meiqa.cli.options import photos_of
 from meiqa.cli.score import demo_photos
-from meiqa.engine.images import ImageSource, Pixels, fit_to_grid, load_pixels
+from meiqa.engine.images import ImageSource, load_pixels
 from meiqa.engine.local import LocalModel
-from meiqa.engine.model import Description, Draft, Prefix
+from meiqa.engine.model import Model, Prefix
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime import open_graphs
 from meiqa.engine.runtime.decoder import Array, GraphSession
-from meiqa.engine.scoring import DRAFTS
+from meiqa.engine.scoring import Scored, Scorer, ScoreRequest
 from meiqa.engine.writing import PROPOSED_TOKENS
-from meiqa.errors import UsageError
-from meiqa.evaluation.measuring import machine, versions
+from meiqa.evaluation.measuring import Column, quantiles_ms, run_on, table_text
 from meiqa.locations import embedded_assets
-from meiqa.memory import MemoryBank, retrieval_key
+from meiqa.memory import MemoryBank
 
-__all__ = ["bench_drafting", "main", "table_text"]
+__all__ = ["bench_drafting", "drafting_text", "main"]
 
 _ROUNDS = 5
 _ROWS = (1, 2, 4, 8)
-_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
-@dataclass(frozen=True, eq=False)
-class _Way:
-    """One description and the milliseconds that it took."""
+class _GradedOnce:
+    """A model that grades the photograph at hand once: to describe it again is to write alone."""
 
-    made: Description
-    ms: float
+    def __init__(self, model: LocalModel) -> None:
+        self._model = model
+        self._graded: Prefix | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def grade(self, prefix: Prefix) -> NDArray[np.float64]:
+        if self._graded is not prefix:
+            self._graded, self._grades = prefix, self._model.grade(prefix)
+        return self._grades
 
 
 def bench_drafting(
@@ -72,87 +82,63 @@ def bench_drafting(
         many drafts; and what it was run on.
 
     Raises:
-        UsageError: there are no photographs; ImageError: one of them cannot be judged.
+        ImageError: there are no photographs, or one of them cannot be judged.
     """
     opened = EnginePackage.open(package or embedded_assets() / "package")
     model = LocalModel.open(opened, threads=threads)
     (decoder,) = open_graphs(opened, ["decoder"], "cpu", threads)
-    kept = memory or embedded_assets() / "memory"
-    plain: list[_Way] = []
-    drafted: list[_Way] = []
-    with MemoryBank.open(kept, package_digest=opened.digest) as bank:
+    pairs: list[tuple[Scored, Scored]] = []
+    with MemoryBank.open(
+        memory or embedded_assets() / "memory", package_digest=opened.digest
+    ) as bank:
+        snapshot = bank.snapshot()
+        plainly, with_drafts = (
+            Scorer(cast(Model, _GradedOnce(model)), bank, drafting=drafting)
+            for drafting in (False, True)
+        )
         for source in _sources(images):
-            pixels = load_pixels(source)
-            (prefix,) = model.prefill([model.encode(fit_to_grid(pixels, model.image))])
+            request = ScoreRequest(source, k=0, learn=False)
             for turn in range(rounds + 1):
-                pair = _plainly(model, prefix), _with_drafts(model, bank, prefix, pixels)
+                one, other = (
+                    scorer.score(partial(load_pixels, source), request, snapshot)
+                    for scorer in (plainly, with_drafts)
+                )
                 if turn:
-                    plain.append(pair[0])
-                    drafted.append(pair[1])
+                    pairs.append((one, other))
+    plain, drafted = (_summary(each) for each in zip(*pairs, strict=True))
     return {
-        "ratio": round(_median_ms(plain) / _median_ms(drafted), 3),
-        "plain": _summary(plain),
-        "drafted": _summary(drafted),
-        "identical": all(_same(*pair) for pair in zip(plain, drafted, strict=True)),
-        "key_difference": max(_key_gap(*pair) for pair in zip(plain, drafted, strict=True)),
-        "rows_ms": _rows_ms(model, decoder, prefix, rounds),
-        "settings": {"rounds": rounds, "warm_up": 1, "photographs": len(plain) // rounds},
-        "machine": machine(),
-        "versions": versions("onnxruntime", "numpy"),
+        "ratio": round(plain["p50_ms"] / drafted["p50_ms"], 3),
+        "plain": plain,
+        "drafted": drafted,
+        "identical": all(_written(one) == _written(other) for one, other in pairs),
+        "key_difference": max(float(np.abs(one.key - other.key).max()) for one, other in pairs),
+        "rows_ms": _rows_ms(model, decoder, pairs[-1][0].prefix, rounds),
+        "settings": {"rounds": rounds, "warm_up": 1, "photographs": len(pairs) // rounds},
+        **run_on("onnxruntime", "numpy"),
     }
 
 
 def _sources(images: Path | None) -> Sequence[ImageSource]:
     if images is None:
         return [photo for _, photo in demo_photos()]
-    found = sorted(path for path in images.rglob("*") if path.suffix.lower() in _SUFFIXES)
-    if not found:
-        raise UsageError(
-            f"there are no photographs in {images}", allowed=", ".join(sorted(_SUFFIXES))
-        )
+    found, failures = photos_of([str(images)])
+    if failures:
+        raise failures[0].error
     return found
 
 
-def _plainly(model: LocalModel, prefix: Prefix) -> _Way:
-    began = time.perf_counter()
-    made = model.describe(prefix, model.summary_tokens)
-    return _Way(made, 1e3 * (time.perf_counter() - began))
+def _written(scored: Scored) -> tuple[object, ...]:
+    """Give all that must not depend on drafts."""
+    made = scored.prediction.description
+    assert made is not None
+    return made.text, made.rating, made.stats.tokens, made.stats.complete, made.unreadable
 
 
-def _with_drafts(model: LocalModel, bank: MemoryBank, prefix: Prefix, pixels: Pixels) -> _Way:
-    snapshot = bank.snapshot()
-    began = time.perf_counter()
-    guess = model.unwritten_key(prefix.tokens)
-    key = retrieval_key(bank.key_kind, guess, prefix.tokens.values)
-    cases = snapshot.retrieve(key, DRAFTS, pixels.digest)
-    drafts = [Draft(case.summary, case.score) for case in cases if case.summary]
-    made = model.describe(prefix, model.summary_tokens, drafts)
-    return _Way(made, 1e3 * (time.perf_counter() - began))
-
-
-def _same(plain: _Way, drafted: _Way) -> bool:
-    one, other = plain.made, drafted.made
-    return (one.text, one.rating, one.stats.tokens, one.stats.complete, one.unreadable) == (
-        *(other.text, other.rating, other.stats.tokens, other.stats.complete, other.unreadable),
-    )
-
-
-def _key_gap(plain: _Way, drafted: _Way) -> float:
-    if plain.made.key is None or drafted.made.key is None:
-        return 0.0
-    return float(np.abs(plain.made.key - drafted.made.key).max())
-
-
-def _median_ms(ways: Sequence[_Way]) -> float:
-    return float(np.median([way.ms for way in ways]))
-
-
-def _summary(ways: Sequence[_Way]) -> dict[str, float]:
-    times, stats = np.array([way.ms for way in ways]), [way.made.stats for way in ways]
+def _summary(ways: Sequence[Scored]) -> dict[str, float]:
+    stats = [each.prediction.stats for each in ways]
     calls = sum(each.calls for each in stats)
     return {
-        "n": len(ways),
-        **{f"p{share}_ms": round(float(np.percentile(times, share)), 3) for share in (50, 95, 99)},
+        **quantiles_ms([each.deadline.timings_ms["describe"] for each in ways]),
         "calls": round(calls / len(ways), 2),
         "tokens": round(sum(each.tokens for each in stats) / len(ways), 2),
         "drafted_per_call": round(sum(each.drafted for each in stats) / calls, 2),
@@ -167,42 +153,41 @@ def _rows_ms(
     s, tokens = model.package.manifest.decoder, len(model.prompts.score) + PROPOSED_TOKENS
     wanted = np.arange(tokens - PROPOSED_TOKENS, tokens)
     position = np.arange(tokens, dtype=np.float32) + prefix.next_position
-    times: dict[int, list[float]] = {rows: [] for rows in _ROWS}
-    for _ in range(10 * rounds):
-        for rows in _ROWS:
-            feeds: dict[str, Array] = {
-                "embeds": np.zeros((1, rows, tokens, s.embed_width), np.float32),
-                "positions": np.tile(position, (3, 1, rows, 1)),
-                "prefix": prefix.key_values.array[:, :, None],
-                "prefix_lengths": np.array([prefix.opening.length], np.int64),
-                "past": np.zeros((s.layers, 2, 1, s.kv_heads, rows, 0, s.head_dim), np.float32),
-                "past_lengths": np.zeros((1, rows), np.int64),
-                "logit_positions": np.tile(wanted, (1, rows, 1)),
-            }
-            began = time.perf_counter()
-            decoder.run(feeds)
-            times[rows].append(1e3 * (time.perf_counter() - began))
-    return {str(rows): round(float(np.median(taken)), 3) for rows, taken in times.items()}
+
+    def feeds(rows: int) -> dict[str, Array]:
+        return {
+            "embeds": np.zeros((1, rows, tokens, s.embed_width), np.float32),
+            "positions": np.tile(position, (3, 1, rows, 1)),
+            "prefix": prefix.key_values.array[:, :, None],
+            "prefix_lengths": np.array([prefix.opening.length], np.int64),
+            "past": np.zeros((s.layers, 2, 1, s.kv_heads, rows, 0, s.head_dim), np.float32),
+            "past_lengths": np.zeros((1, rows), np.int64),
+            "logit_positions": np.tile(wanted, (1, rows, 1)),
+        }
+
+    ways = {str(rows): partial(decoder.run, feeds(rows)) for rows in _ROWS}
+    times = times_in_turns_ms(ways, dict.fromkeys(ways, 10 * rounds))
+    return {rows: round(float(np.median(taken)), 3) for rows, taken in times.items()}
 
 
-def table_text(result: Mapping[str, Any]) -> str:
+def drafting_text(result: Mapping[str, Any]) -> str:
     """Lay out what `bench_drafting` gives for people."""
-    columns = ("p50_ms", "p95_ms", "p99_ms", "calls", "tokens", "accepted_per_call")
-    lines: list[tuple[str, ...]] = [("", *columns)]
-    lines += [(way, *(str(result[way][name]) for name in columns)) for way in ("plain", "drafted")]
-    widths = [max(len(line[at]) for line in lines) for at in range(len(lines[0]))]
-    table = [
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    ]
+    rows = [{"way": way, **result[way]} for way in ("plain", "drafted")]
+    columns = (
+        Column("way", ""),
+        *(Column(f"p{share}_ms", f"p{share} ms", ".1f") for share in (50, 95, 99)),
+        Column("calls", "calls", ".1f"),
+        Column("tokens", "tokens", ".1f"),
+        Column("accepted_per_call", "accepted a call", ".2f"),
+    )
     texts = "identical" if result["identical"] else "NOT identical"
-    rows = ", ".join(f"{rows}: {ms} ms" for rows, ms in result["rows_ms"].items())
+    checked = ", ".join(f"{rows}: {ms} ms" for rows, ms in result["rows_ms"].items())
     return "\n".join(
         [
-            *table,
+            table_text(rows, columns),
             f"{result['ratio']:.2f} times as fast, {result['plain']['n']} descriptions each,"
             f" texts {texts}",
-            f"one call that checks several drafts in rows: {rows}",
+            f"one call that checks several drafts in rows: {checked}",
         ]
     )
 
@@ -216,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text")
     given = parser.parse_args(arguments)
     result = bench_drafting(given.images, rounds=given.rounds, threads=given.threads)
-    text = json.dumps(result, indent=2) if given.format == "json" else table_text(result)
+    text = json.dumps(result, indent=2) if given.format == "json" else drafting_text(result)
     sys.stdout.write(text + "\n")
 
 

@@ -7,9 +7,6 @@ screen content and generated-looking ones, whose order under blur and compressio
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from benchmarks.labelled import engine_of, labelled_parser, labels_of, print_report
 from benchmarks.ladder import photographs_of
 from benchmarks.screens import KINDS, rungs
 from meiqa.engine.calibration import SCORE_HEADS, ScoreHead
@@ -27,12 +25,11 @@ from meiqa.engine.model import Description, Model, Prefix
 from meiqa.engine.scoring import Prediction, Scorer
 from meiqa.errors import UsageError
 from meiqa.evaluation.accuracy import photos_of
-from meiqa.evaluation.measuring import Column, machine, table_text, versions
+from meiqa.evaluation.measuring import Column, run_on, table_text
 from meiqa.evaluation.metrics import rmse, srcc
 from meiqa.evaluation.recording import AskedOnce, Recorder
 from meiqa.kernels.graded import multimodal, soft_grades
 from meiqa.labels import LabelTable
-from meiqa.locations import embedded_assets
 from meiqa.memory import MemoryBank, RetrievalPolicy
 from meiqa.progress import Progress
 
@@ -338,36 +335,24 @@ _SCREEN_COLUMNS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its tables, or JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.grades", description=__doc__)
-    parser.add_argument("labels", help="a label table")
-    parser.add_argument("--images", required=True, help="where its images are")
-    parser.add_argument("--split")
-    parser.add_argument("--limit", type=int, help="photos, spread over the table")
+    parser = labelled_parser("grades", __doc__)
     parser.add_argument("--screens", help="a directory of pristine photographs to draw on")
     parser.add_argument("--screens-index", help="CSV: only those that training keeps unseen")
     parser.add_argument("--screens-limit", type=int, default=12, help="photographs of them")
-    parser.add_argument("--package", default=str(embedded_assets() / "package"))
-    parser.add_argument("--memory", default=str(embedded_assets() / "memory"))
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--format", choices=("text", "json"), default="text")
     given = parser.parse_args(arguments)
-    labels = LabelTable.read(given.labels, split=given.split).spread(given.limit)
+    labels = labels_of(given)
     drawn_on = (
         photographs_of(given.screens, given.screens_index)[: given.screens_limit]
         if given.screens
         else []
     )
     steps = len(labels) + len(drawn_on)
-    with (
-        Engine.open(given.package, given.memory, threads=given.threads, learn=False) as engine,
-        Progress(steps) as progress,
-    ):
+    with engine_of(given) as engine, Progress(steps) as progress:
         report = bench_grades(engine, labels, given.images, on_photo=progress.advance)
         if drawn_on:
             report["screens"] = bench_screens(engine, drawn_on, on_photo=progress.advance)
-    report |= {"machine": machine(), "versions": versions("numpy", "onnxruntime", "pillow")}
-    as_json = given.format == "json"
-    sys.stdout.write((json.dumps(report, indent=2) if as_json else grades_text(report)) + "\n")
+    report |= run_on("numpy", "onnxruntime", "pillow")
+    print_report(report, given, grades_text)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from benchmarks.processes import ENVIRONMENT
 from benchmarks.vectors import clustered_vectors
 from meiqa.engine.engine import Engine
-from meiqa.evaluation.measuring import machine, made_jpeg, photographs_in, quantiles_ms, versions
+from meiqa.evaluation.measuring import made_jpeg, photographs_in, quantiles_ms, run_on
 from meiqa.memory import AnchorWriter, Case, MemoryBank, RetrievalPolicy
 
 __all__ = ["bench_growth", "main", "table_text"]
@@ -91,8 +91,7 @@ def bench_growth(
             **{"rounds": rounds, "key_width": _KEY_WIDTH, "queries": _QUERIES},
             "images": "made" if images is None else images.name,
         },
-        "machine": machine(),
-        "versions": versions("numpy", "onnxruntime", "numba", "meiqa"),
+        **run_on("numpy", "onnxruntime", "numba", "meiqa"),
     }
 
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks.processes import module_command
 from meiqa.errors import UsageError
-from meiqa.evaluation.measuring import machine, versions
+from meiqa.evaluation.measuring import run_on
 from meiqa.memory import Segment, verify_memory
 from meiqa.memory.database import read_thumbnails
 from meiqa.memory.versions import open_version
@@ -98,8 +98,7 @@ def interrupted_build(
             "differences": found,
             "equal": not found,
             "settings": {"options": list(options), "seed": seed},
-            "machine": machine(),
-            "versions": versions("numpy", "onnxruntime"),
+            **run_on("numpy", "onnxruntime"),
         }
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from meiqa.engine.engine import Engine
 from meiqa.engine.images import IMAGE_SUFFIXES, load_pixels
 from meiqa.errors import UsageError
-from meiqa.evaluation.measuring import Column, machine, table_text, versions
+from meiqa.evaluation.measuring import Column, run_on, table_text
 from meiqa.evaluation.metrics import srcc
 from meiqa.locations import embedded_assets
 from meiqa.types import Failure
@@ -131,8 +131,7 @@ def bench_ladder(
         "initial": report_of(initial, kinds),
         "fused": report_of(fused, kinds),
         "ms_per_image": 1e3 * seconds / initial.size,
-        "machine": machine(),
-        "versions": versions("numpy", "onnxruntime"),
+        **run_on("numpy", "onnxruntime"),
     }
 
 

@@ -33,7 +33,7 @@ import numpy as np
 
 from benchmarks.processes import say
 from meiqa.errors import MeiqaError, ServiceUnreachable
-from meiqa.evaluation.measuring import Column, machine, photographs_in, table_text, versions
+from meiqa.evaluation.measuring import Column, photographs_in, run_on, table_text
 
 __all__ = ["Asked", "Plan", "bench_load", "checks_of", "load_text", "phase_row"]
 
@@ -334,8 +334,7 @@ async def bench_load(
         "recovered_s": round(recovered_s, 3),
         "checks": checks_of(rows, plan.budget_ms, recovered_s),
         "plan": {**vars(plan), "photos": len(photos)},
-        "machine": machine(),
-        "versions": versions("meiqa", "fastapi", "uvicorn", "httpx", "onnxruntime"),
+        **run_on("meiqa", "fastapi", "uvicorn", "httpx", "onnxruntime"),
     }
 
 

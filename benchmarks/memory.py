@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from benchmarks.opening import bench_opening
 from benchmarks.processes import asked_afresh, resident_kb, say
 from benchmarks.vectors import clustered_vectors
-from meiqa.evaluation.measuring import machine, versions
+from meiqa.evaluation.measuring import run_on
 from meiqa.memory.index import RECALL, FrozenIndex, build_graph, freeze, true_neighbours
 from meiqa.memory.segment import Segment, write_segment
 
@@ -130,8 +130,7 @@ def bench_memory(
             **{"warm_up": _WARM_UP, "rounds": _ROUNDS, "flat_queries": _FLAT_QUERIES},
             **{"neighbours": _NEIGHBOURS, "build_effort": _BUILD_EFFORT},
         },
-        "machine": machine(),
-        "versions": versions("numba", *sorted({kind.package for kind in kinds})),
+        **run_on("numba", *sorted({kind.package for kind in kinds})),
     }
 
 

@@ -34,7 +34,7 @@ from benchmarks.processes import (
     wait_for_go,
 )
 from benchmarks.vectors import clustered_vectors
-from meiqa.evaluation.measuring import machine, versions
+from meiqa.evaluation.measuring import run_on
 from meiqa.memory import AnchorWriter, Case, MemoryBank, RetrievalPolicy
 
 __all__ = ["bench_opening", "main", "write_synthetic_memory"]
@@ -82,8 +82,7 @@ def bench_opening(
             **{"seed": seed, "openings": _OPENINGS, "verified_openings": _VERIFIED_OPENINGS},
             **{"warm_up": _WARM_UP, "readers": _READERS},
         },
-        "machine": machine(),
-        "versions": versions("numpy", "numba", "hnswlib"),
+        **run_on("numpy", "numba", "hnswlib"),
     }
 
 

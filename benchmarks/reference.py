@@ -33,7 +33,7 @@ from meiqa.engine.model import VisualTokens
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.patterns import PatternScore, PatternScorer, opened_patterns, required
 from meiqa.engine.runtime import open_runtime
-from meiqa.evaluation.measuring import Column, machine, table_text, versions
+from meiqa.evaluation.measuring import Column, run_on, table_text
 from meiqa.evaluation.metrics import srcc
 from meiqa.locations import embedded_assets
 from training.distortions import KINDS, kadid_scores
@@ -115,8 +115,7 @@ def bench_reference(
         **naming(seen, distorted),
         "seconds": round(seconds, 1),
         "patterns": EnginePackage.open(package).manifest.every_graph["patterns"].file,
-        "machine": machine(),
-        "versions": versions("numpy", "onnxruntime", "scikit-image"),
+        **run_on("numpy", "onnxruntime", "scikit-image"),
     }
 
 

@@ -29,7 +29,7 @@ from meiqa.engine.images import IMAGE_SUFFIXES, fit_to_grid, load_pixels
 from meiqa.engine.local import LocalModel
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.shots import SIDE, grouped, likenesses, view_of
-from meiqa.evaluation.measuring import machine, versions
+from meiqa.evaluation.measuring import run_on
 from meiqa.locations import embedded_assets
 from meiqa.memory import spatial_descriptor
 from meiqa.progress import Progress
@@ -69,8 +69,7 @@ def bench_shots(
         "layouts": by_kind(layouts @ layouts.T, truth),
         "thresholds": [found_at(views, truth, alike) for alike in THRESHOLDS],
         "choice": chosen(bursts[:judged], package),
-        "machine": machine(),
-        "versions": versions(),
+        **run_on(),
     }
 
 

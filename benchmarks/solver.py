@@ -25,7 +25,7 @@ from scipy.optimize import brentq, minimize
 from scipy.special import erfcx, log_ndtr, ndtr
 
 from benchmarks.timing import times_in_turns_ms
-from meiqa.evaluation.measuring import machine, quantiles_ms, versions
+from meiqa.evaluation.measuring import quantiles_ms, run_on
 from meiqa.kernels.thurstone import thurstone_joint, thurstone_map
 
 __all__ = ["bench_solver", "main", "table_text"]
@@ -69,8 +69,7 @@ def bench_solver(
             **{"photos": photos, "neighbours": neighbours, "items": items, "votes": votes},
             **{"sigma": SIGMA, "lam": LAM, "rounds": rounds, "seed": seed, "warm_up": 1},
         },
-        "machine": machine(),
-        "versions": versions("numpy", "scipy", "choix"),
+        **run_on("numpy", "scipy", "choix"),
     }
 
 

@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 from meiqa.engine.engine import Engine
 from meiqa.engine.scoring import Scorer
 from meiqa.errors import UsageError
-from meiqa.evaluation.measuring import Column, machine, table_text, versions
+from meiqa.evaluation.measuring import Column, quantiles_ms, run_on, table_text
 from meiqa.evaluation.metrics import (
-    distinct,
-    effective_bins,
+    fineness,
     reliability,
     srcc,
+    srcc_ci95,
     summarise,
-    tie_rate,
     tied_pairs,
 )
 from meiqa.labels import LabelTable
@@ -64,29 +63,29 @@ class Judged:
 
         Returns:
             JSON-ready: n, k (the most comparisons of any photo), mos_range, human (how finely
-            people tell the photos apart), initial and fused (the metrics of `summarise`),
-            tied_pairs (what fusion makes of photos whose initial scores are equal), coverage95
-            (the share of human scores within the 95 % interval), reliability (the same for other
-            intervals), seconds_per_image and failures.
+            people tell the photos apart), initial and fused (the metrics of `summarise`, and
+            srcc_ci95), tied_pairs (what fusion makes of photos whose initial scores are equal),
+            coverage95 (the share of human scores within the 95 % interval), reliability (the same
+            for other intervals), seconds_per_image and failures.
         """
         deviations = np.array([one.std for one in self.assessments])
+        stages = {"initial": self.initial, "fused": self.fused}
         return {
             "n": len(self.assessments),
             "k": max(compared(one) for one in self.assessments),
             "mos_range": list(self.mos_range),
-            "human": {
-                "effective_bins": effective_bins(self.human),
-                "distinct": distinct(self.human),
-                "tie_rate": tie_rate(self.human),
-            },
-            "initial": summarise(self.initial, self.human),
-            "fused": summarise(self.fused, self.human),
+            "human": fineness(self.human),
+            **{name: self._agreement(scores) for name, scores in stages.items()},
             "tied_pairs": tied_pairs(self.initial, self.fused, self.human),
             "coverage95": coverage([one.ci95 for one in self.assessments], self.human),
             "reliability": reliability(self.fused, deviations, self.human),
             "seconds_per_image": self.seconds_per_image,
             "failures": [failure.to_dict() for failure in self.failures],
         }
+
+    def _agreement(self, scores: Floats) -> dict[str, Any]:
+        interval = list(srcc_ci95(scores, self.human))
+        return {**summarise(scores, self.human), "srcc_ci95": interval}
 
 
 def judge(
@@ -163,8 +162,8 @@ def sweep_budgets(
         JSON-ready: rows, the first without a limit, of budget_ms, srcc, gain (above the initial
         score that is found without a limit), gain_kept (its share of the gain without a limit,
         None where there is none), the mean number of neighbours compared with, written (the share
-        of photos that something was written about), p50_ms, p95_ms, p99_ms, late (the share that
-        took longer than the limit); machine and versions.
+        of photos that something was written about), the times of `quantiles_ms`, late (the share
+        that took longer than the limit); machine and versions.
 
     Raises:
         UsageError: there is no such directory, or fewer than two photos could be scored.
@@ -181,15 +180,13 @@ def sweep_budgets(
     judged = [(None, unbounded), *((ms, run(Budget(ms=ms))) for ms in budgets_ms)]
     return {
         "rows": [_row(ms, one, base, whole) for ms, one in judged],
-        "machine": machine(),
-        "versions": versions("numpy", "onnxruntime"),
+        **run_on("numpy", "onnxruntime"),
     }
 
 
 def _row(budget_ms: float | None, judged: Judged, base: float, whole: float) -> dict[str, Any]:
     reached = srcc(judged.fused, judged.human)
-    times_ms = np.array([one.timings_ms["total"] for one in judged.assessments])
-    p50, p95, p99 = (float(ms) for ms in np.percentile(times_ms, (50, 95, 99)))
+    times_ms = [one.timings_ms["total"] for one in judged.assessments]
     return {
         "budget_ms": budget_ms,
         "srcc": reached,
@@ -197,10 +194,8 @@ def _row(budget_ms: float | None, judged: Judged, base: float, whole: float) -> 
         "gain_kept": (reached - base) / whole if whole > 0 else None,
         "neighbours": float(np.mean([compared(one) for one in judged.assessments])),
         "written": float(np.mean([one.summary is not None for one in judged.assessments])),
-        "p50_ms": p50,
-        "p95_ms": p95,
-        "p99_ms": p99,
-        "late": None if budget_ms is None else float(np.mean(times_ms > budget_ms)),
+        **quantiles_ms(times_ms),
+        "late": None if budget_ms is None else float(np.mean(np.array(times_ms) > budget_ms)),
     }
 
 

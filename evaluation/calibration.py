@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,25 +111,24 @@ class Judged:
 
     Attributes:
         human: (N,) human scores.
-        text, levels: (N,) raw score of each head; text is NaN where no rating could be read.
+        text: (N,) ratings as they were printed; NaN where none could be read.
+        words: (N, 5) probabilities of the grade words.
         memory: (N,) what the memory's regression says without having seen the photo; NaN where it
             has none.
         compared: comparisons by the number of neighbours retrieved.
-        words: (N, 5) probabilities of the grade words; no graded response is fitted without them.
     """
 
     human: Floats
     text: Floats
-    levels: Floats
+    words: Floats
     memory: Floats
     compared: dict[int, Compared]
-    words: Floats | None = None
 
 
 def calibrate_package(
     model: str | Path,
     memory: Path,
-    labels: Path,
+    labels: LabelTable,
     images: Path,
     limit: int = 500,
     on_progress: Callable[[], None] = lambda: None,
@@ -139,7 +139,7 @@ def calibrate_package(
         model: directory of the package, whose manifest is rewritten, or the URL of a remote
             model, whose settings beside the memory are.
         memory: anchors made by this model.
-        labels: the label table that the memory was built from; images: where its images are.
+        labels: the table that the memory was built from; images: where its images are.
         limit: anchors to judge, chosen by name; on_progress: called after each.
 
     Returns:
@@ -150,33 +150,16 @@ def calibrate_package(
         UsageError: there are too few anchors to fit a calibration on.
         PackageError, StoreError, ImageError.
     """
-    table = LabelTable.read(labels)
+    opened: LocalModel | RemoteModel
     if isinstance(model, str):
-        remote = RemoteModel.connect(model, memory)
-        try:
-            fitted, report = calibrate(remote, memory, table, images, limit, on_progress)
-            remote.calibrate(fitted)
-        finally:
-            remote.close()
+        opened = RemoteModel.connect(model, memory)
     else:
-        package = EnginePackage.open(model)
-        opened = LocalModel.open(package)
-        fitted, report = calibrate(opened, memory, table, images, limit, on_progress)
-        package.rewritten(calibration=fitted)
-    return {**report, "calibration": asdict(fitted)}
-
-
-def calibrate(
-    model: Model,
-    memory: Path,
-    labels: LabelTable,
-    images: Path,
-    limit: int,
-    on_progress: Callable[[], None] = lambda: None,
-) -> tuple[Calibration, dict[str, Any]]:
-    """Judge anchors and fit; arguments and report are those of `calibrate_package`."""
+        opened = LocalModel.open(EnginePackage.open(model))
     rows = sorted(zip(labels.files, labels.scores_1_to_5(), strict=True), key=by_hash)[:limit]
-    with MemoryBank.open(memory, "r", package_digest=model.digest) as bank:
+    with (
+        closing(opened),
+        MemoryBank.open(memory, "r", package_digest=opened.digest) as bank,
+    ):
         anchors = min(len(rows), bank.snapshot().count_anchors)
         if anchors < FEWEST_ANCHORS:
             raise UsageError(
@@ -184,8 +167,13 @@ def calibrate(
                 seen=anchors,
                 allowed=f"{FEWEST_ANCHORS} or more",
             )
-        judged = judge_anchors(model, bank, rows, images, on_progress)
-    return fitted_calibration(judged, model.calibration, model.head)
+        judged = judge_anchors(opened, bank, rows, images, on_progress)
+        fitted, report = fitted_calibration(judged, opened.calibration, opened.head)
+    if isinstance(opened, RemoteModel):
+        opened.calibrate(fitted)
+    else:
+        opened.package.rewritten(calibration=fitted)
+    return {**report, "calibration": asdict(fitted)}
 
 
 def by_hash(row: tuple[str, float]) -> str:
@@ -198,7 +186,7 @@ def judge_anchors(
     bank: MemoryBank,
     rows: Sequence[tuple[str, float]],
     images: Path,
-    on_progress: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None],
 ) -> Judged:
     """Score some anchors, files and human scores, each beside each number of neighbours."""
     recorder = Recorder(AskedOnce(model), bank)
@@ -220,10 +208,9 @@ def judge_anchors(
     return Judged(
         human=np.array([score for _, score in rows]),
         text=np.array(text),
-        levels=np.array([expected_grade(each) for each in words]),
+        words=np.array(words),
         memory=np.array(memory),
         compared=tables,
-        words=np.array(words),
     )
 
 
@@ -343,35 +330,6 @@ def fitted_degradation(
     return tuple(order), costs
 
 
-def fitted_heads(judged: Judged, base: Calibration) -> tuple[Calibration, Floats, Floats]:
-    """Fit logistics and deviations of all heads; give the mapped scores (N,) of text and grades."""
-    levels = matched_logistic(judged.levels, judged.human)
-    by_grade = np.asarray(levels(judged.levels))
-    readable = ~np.isnan(judged.text)
-    by_text = by_grade.copy()
-    text = base.text
-    if readable.any():
-        text = matched_logistic(judged.text[readable], judged.human[readable])
-        by_text[readable] = text(judged.text[readable])
-    fitted = replace(
-        base,
-        text=text,
-        levels=levels,
-        text_std=root_mean_square(by_text - judged.human),
-        levels_std=root_mean_square(by_grade - judged.human),
-        graded=base.graded if judged.words is None else fitted_head(judged.words, judged.human),
-    )
-    return fitted, by_text, by_grade
-
-
-def by_graded_response(judged: Judged, base: Calibration) -> Observations:
-    """Give what the graded response says of the anchors."""
-    if base.graded is None or judged.words is None:
-        raise UsageError("the score head is the graded response, and there is none")
-    gradings = [graded_response(words, base.graded) for words in judged.words]
-    return np.array([g.score for g in gradings]), np.array([g.std for g in gradings])
-
-
 def with_memory(judged: Judged, base: Calibration, observed: Observations) -> Floats:
     """Combine observations with the memory's regression, where there is one."""
     if np.isnan(judged.memory).any():
@@ -394,13 +352,15 @@ class Priors:
     """Scores (N,) before comparisons.
 
     Attributes:
-        text, grade: of the printed rating and of the grade words, mapped.
+        text, levels, graded: of the printed rating, of the grade words and of their graded
+            response, mapped.
         initial: what is told as the initial score.
         combined: what comparisons start from; unwritten: the same where nothing is written.
     """
 
     text: Floats
-    grade: Floats
+    levels: Floats
+    graded: Floats
     initial: Floats
     combined: Floats
     unwritten: Floats
@@ -409,15 +369,32 @@ class Priors:
 def fitted_priors(judged: Judged, base: Calibration, head: ScoreHead) -> tuple[Calibration, Priors]:
     """Fit the heads, the grade's share and how far their errors go with the memory's."""
     human = judged.human
-    base, text, grade = fitted_heads(judged, base)
+    raw = np.array([expected_grade(words) for words in judged.words])
+    of_levels, of_text = matched_logistic(raw, human), base.text
+    levels = np.asarray(of_levels(raw))
+    text, readable = levels.copy(), ~np.isnan(judged.text)
+    if readable.any():
+        of_text = matched_logistic(judged.text[readable], human[readable])
+        text[readable] = of_text(judged.text[readable])
+    response = fitted_head(judged.words, human)
+    gradings = [graded_response(words, response) for words in judged.words]
 
     def mixed(share: float) -> Floats:
-        return (1.0 - share) * text + share * grade
+        return (1.0 - share) * text + share * levels
 
-    base = replace(base, grade_share=min(SHARES, key=lambda s: root_mean_square(mixed(s) - human)))
-    alone = grade, np.full(len(human), base.levels_std)
+    base = replace(
+        base,
+        text=of_text,
+        levels=of_levels,
+        text_std=root_mean_square(text - human),
+        levels_std=root_mean_square(levels - human),
+        graded=response,
+        grade_share=min(SHARES, key=lambda share: root_mean_square(mixed(share) - human)),
+    )
+    graded = np.array([each.score for each in gradings])
+    alone = levels, np.full(len(human), base.levels_std)
     if head == "grm":
-        alone = by_graded_response(judged, base)
+        alone = graded, np.array([each.std for each in gradings])
     observed = alone
     if head == "text":
         std = weighted(base.text_std, base.levels_std, base.grade_share)
@@ -427,7 +404,7 @@ def fitted_priors(judged: Judged, base: Calibration, head: ScoreHead) -> tuple[C
         base = replace(base, memory_correlation=float(np.clip(shared, 0.0, 1.0)))
     combined, unwritten = (with_memory(judged, base, each) for each in (observed, alone))
     initial = text if head == "text" else observed[0]
-    return base, Priors(text, grade, initial, combined, unwritten)
+    return base, Priors(text, levels, graded, initial, combined, unwritten)
 
 
 def fitted_calibration(
@@ -462,9 +439,8 @@ def fitted_calibration(
         neighbours=neighbours,
         degradation=order,
     )
-    named = {"text": priors.text, "levels": priors.grade, "prior": prior, "fused": scores}
-    if base.graded is not None:
-        named["graded"] = by_graded_response(judged, base)[0]
+    named = {"text": priors.text, "levels": priors.levels, "graded": priors.graded}
+    named |= {"prior": prior, "fused": scores}
     if not np.isnan(judged.memory).any():
         named["memory"] = judged.memory
     reached = {

@@ -21,20 +21,22 @@ from meiqa.errors import UsageError
 _PROCESSORS = Path("/proc/cpuinfo")
 
 
-def machine() -> dict[str, Any]:
-    """Name the processor, the cores it lends and the operating system."""
+def run_on(*packages: str) -> dict[str, dict[str, Any]]:
+    """Tell what a figure was measured on.
+
+    Returns:
+        `machine`: processor, the cores it lends and the operating system; `versions`: of Python
+        and of these packages.
+    """
     listed = _PROCESSORS.read_text() if _PROCESSORS.is_file() else ""
     named = re.search(r"^model name\s*:\s*(.+)$", listed, re.MULTILINE)
-    return {
+    machine = {
         "processor": named[1] if named else platform.machine(),
         "cores": os.cpu_count(),
         "system": platform.system(),
     }
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Give the versions of Python and of installed packages."""
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"machine": machine, "versions": versions}
 
 
 def quantiles_ms(times_ms: Sequence[float]) -> dict[str, float]:

@@ -13,18 +13,33 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import jensenshannon
 from scipy.special import ndtri
-from scipy.stats import entropy, kendalltau, pearsonr, spearmanr
+from scipy.stats import bootstrap, entropy, kendalltau, pearsonr, spearmanr
 
 Floats = NDArray[np.float64]
 
 _BINS = np.linspace(1.0, 5.0, 101)
 _TELLING_GAP = 0.1
+_RESAMPLES = 1000
 NOMINAL_COVERAGES = (0.50, 0.68, 0.80, 0.90, 0.95, 0.99)
 
 
 def srcc(predicted: ArrayLike, human: ArrayLike) -> float:
     """Return Spearman's rank correlation, ties sharing their mean rank; 0 if either is constant."""
     return _correlation(spearmanr, predicted, human)
+
+
+def srcc_ci95(predicted: ArrayLike, human: ArrayLike) -> tuple[float, float]:
+    """Return the 95 % interval of `srcc`: percentiles of the bootstrap over photos, seeded."""
+    found = bootstrap(
+        _paired(predicted, human),
+        srcc,
+        paired=True,
+        vectorized=False,
+        n_resamples=_RESAMPLES,
+        method="percentile",
+        rng=0,
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def plcc(predicted: ArrayLike, human: ArrayLike) -> float:
@@ -111,9 +126,16 @@ def summarise(predicted: ArrayLike, human: ArrayLike) -> dict[str, float]:
         "krcc": krcc(predicted, human),
         "rmse": rmse(predicted, human),
         "js": js_divergence(predicted, human),
-        "effective_bins": effective_bins(predicted),
-        "distinct": distinct(predicted),
-        "tie_rate": tie_rate(predicted),
+        **fineness(predicted),
+    }
+
+
+def fineness(scores: ArrayLike) -> dict[str, float]:
+    """Return how finely scores tell photos apart, by the same names."""
+    return {
+        "effective_bins": effective_bins(scores),
+        "distinct": distinct(scores),
+        "tie_rate": tie_rate(scores),
     }
 
 

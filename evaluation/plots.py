@@ -49,16 +49,13 @@ STYLE: dict[Any, Any] = {
 def draw_all(judged: Judged, report: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw photos and their report, as `meiqa eval` gives it, into a folder; give the files.
 
-    Always drawn are predicted.png, histograms.png and reliability.png; with an ablation
-    neighbours.png, with budgets budgets.png.
+    Always drawn are predicted.png, histograms.png and reliability.png; with budgets budgets.png.
     """
     drawings: dict[str, Callable[[], Figure]] = {
         "predicted": lambda: predicted_against_human(judged, report),
         "histograms": lambda: histograms(judged, report),
         "reliability": lambda: reliability_curve(report["reliability"], len(judged.human)),
     }
-    if "ablation" in report:
-        drawings["neighbours"] = lambda: srcc_against_neighbours(report["ablation"]["rows"])
     if "budgets" in report:
         drawings["budgets"] = lambda: srcc_against_budget(report["budgets"]["rows"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,47 +124,45 @@ def reliability_curve(rows: Sequence[Mapping[str, float]], count: int) -> Figure
     return figure
 
 
-def srcc_against_neighbours(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Agreement by the number of neighbours."""
-    figure = Figure(figsize=(6.2, 4.2))
-    axes = figure.subplots()
-    chosen = [row for row in rows if row["factor"] == "neighbours"]
-    places = range(len(chosen))
-    axes.plot(places, [row["srcc"] for row in chosen], "o-", color=_FUSED, markersize=6)
-    axes.set_xticks(places, [row["setting"] for row in chosen])
-    axes.set_xlabel("neighbours compared with, K")
-    axes.set_ylabel("SRCC with people")
-    axes.set_title("agreement by the number of neighbours")
-    initial = next(float(row["srcc"]) for row in rows if row["setting"] == "initial score")
-    _mark(axes, initial, "initial score")
-    return figure
-
-
 def srcc_against_budget(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Agreement by the time allowed for each photo."""
-    figure = Figure(figsize=(6.2, 4.2))
-    axes = figure.subplots()
     unbounded, *limited = rows
     limited = sorted(limited, key=lambda row: float(row["budget_ms"]))
-    allowed, reached = ([row[name] for row in limited] for name in ("budget_ms", "srcc"))
-    axes.plot(allowed, reached, "o-", color=_FUSED, markersize=6)
+    figure, axes = draw_agreement(
+        "agreement by budget",
+        "time allowed for each photo, ms",
+        [row["budget_ms"] for row in limited],
+        [row["srcc"] for row in limited],
+        {
+            "initial score": unbounded["srcc"] - unbounded["gain"],
+            "without a limit": unbounded["srcc"],
+        },
+    )
     axes.set_xlim(left=0.0)
-    axes.set(xlabel="time allowed for each photo, ms", ylabel="SRCC with people")
-    axes.set_title("agreement by budget")
-    _mark(axes, unbounded["srcc"] - unbounded["gain"], "initial score")
-    _mark(axes, unbounded["srcc"], "without a limit", colour=_FUSED)
     return figure
 
 
-def _mark(axes: Axes, height: float, name: str, colour: str = _INITIAL) -> None:
-    """A level to compare with, named at its left end."""
-    axes.axhline(height, color=colour, linewidth=1.4, linestyle=(0, (5, 3)), zorder=1)
-    axes.annotate(
-        name,
-        (0.0, height),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, 4),
-        textcoords="offset points",
-        ha="left",
-        color="#444444",
-    )
+def draw_agreement(
+    title: str,
+    varied: str,
+    values: Sequence[float],
+    reached: Sequence[float],
+    levels: Mapping[str, float],
+) -> tuple[Figure, Axes]:
+    """Draw SRCC against what was varied, with levels to compare with, the initial score's first."""
+    figure = Figure(figsize=(6.2, 4.2))
+    axes = figure.subplots()
+    axes.plot(values, reached, "o-", color=_FUSED, markersize=6)
+    axes.set(xlabel=varied, ylabel="SRCC with people", title=title)
+    for (name, height), colour in zip(levels.items(), (_INITIAL, _FUSED), strict=False):
+        axes.axhline(height, color=colour, linewidth=1.4, linestyle=(0, (5, 3)), zorder=1)
+        axes.annotate(
+            name,
+            (0.0, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 4),
+            textcoords="offset points",
+            ha="left",
+            color="#444444",
+        )
+    return figure, axes

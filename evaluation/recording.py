@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.comparing import Comparer, Pictured, PrefixCache
-from meiqa.engine.images import Pixels, fit_to_grid
-from meiqa.engine.model import NEVER, Draft, Model, Prefix, StopRule, VisualTokens
+from meiqa.engine.images import Pixels
+from meiqa.engine.model import NEVER, Draft, Model, Prefix, StopRule
 from meiqa.engine.scoring import Prediction, Scored, Scorer, ScoreRequest
-from meiqa.memory import Case, MemoryBank, RetrievalPolicy
+from meiqa.memory import MemoryBank, RetrievalPolicy
 
 
 class AskedOnce(Comparer):
@@ -82,15 +82,3 @@ class Recorder(Scorer):
         """Ask the model, unless it was asked; see `Scorer.predict`."""
         ask = super().predict
         return self._asked.predicted(prefix, lambda: ask(prefix, summary_tokens, drafts, stop))
-
-    def remembered(self, case: Case) -> Pixels:
-        """Stand in for a remembered photo, of which the visual tokens are kept.
-
-        Its prefix is read from them; a blank of its size takes the place of its pixels.
-        """
-        (prefix,) = self.model.prefill([VisualTokens(case.tokens, case.grid)])
-        self.prefixes.put("photos", case.image_digest, prefix)
-        rows, columns = (side * self.model.image.cell_pixels for side in case.grid)
-        blank = Pixels(np.zeros((rows, columns, 3), np.uint8), case.image_digest, case.id)
-        assert fit_to_grid(blank, self.model.image).shape == blank.array.shape
-        return blank

@@ -22,23 +22,22 @@ import numpy as np
 from meiqa.engine.engine import Engine
 from meiqa.evaluation.measuring import (
     Column,
-    machine,
     made_jpeg,
     photographs_in,
     quantiles_ms,
+    run_on,
     table_text,
-    versions,
 )
 from meiqa.types import Budget, Failure
 
-BUDGETS_MS = (50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)
 WARM_UP = 3
+_PACKAGES = ("numpy", "onnxruntime", "meiqa")
 _ALLOWED = 1.1
 
 
 def bench_budget(
     open_engine: Callable[[], Engine],
-    budgets_ms: Sequence[float] = BUDGETS_MS,
+    budgets_ms: Sequence[float],
     *,
     photos: int = 100,
     images: Path | None = None,
@@ -83,7 +82,7 @@ def bench_budget(
         "rows": rows,
         "in_time": all(row["late"] <= _ALLOWED for row in rows),
         "settings": {"photos": photos, "images": _named(images), "warm_up": WARM_UP},
-        **_run_on("pillow"),
+        **run_on("pillow", *_PACKAGES),
     }
 
 
@@ -167,7 +166,7 @@ def bench_cold(
         "rows": rows,
         "modules": {name: round(us / 1e3, 1) for name, us in by_package.most_common(_SLOWEST)},
         "settings": {"runs": runs, "warm_up": 1, "k": k, "image": image and image.name},
-        **_run_on(),
+        **run_on(*_PACKAGES),
     }
 
 
@@ -181,7 +180,6 @@ def cold_text(result: dict[str, Any]) -> str:
     return f"{commands}\n\nratio {result['ratio']:.2f}\n\n{imports}"
 
 
-SCENARIOS = ("SingleStream", "MultiStream", "Server", "Offline")
 _SERVER_SHARE = 0.4
 _OFFLINE_MARGIN = 1.2  # of photos, so that a faster run still lasts long enough
 _RATED = 8
@@ -204,7 +202,7 @@ _LINE = re.compile(r"^[ *]*(?P<name>[^:]+?)\s*:\s*(?P<value>.+?)\s*$")
 
 def bench_scenarios(
     open_engine: Callable[[], Engine],
-    scenarios: Sequence[str] = SCENARIOS,
+    scenarios: Sequence[str],
     *,
     seconds: float = 60.0,
     photos: int = 64,
@@ -237,17 +235,26 @@ def bench_scenarios(
     Returns:
         `scenarios` by name, see `summary_of`; and what it was run on.
     """
+    loadgen = importlib.import_module("mlperf_loadgen")
+    settings = loadgen.TestSettings()
+    settings.mode = loadgen.TestMode.PerformanceOnly
+    settings.min_duration_ms = int(1e3 * seconds)
+    settings.min_query_count = 1
     given = photographs_in(images, photos)
     samples = [each if isinstance(each, bytes) else each.read_bytes() for each in given]
     with open_engine() as engine, tempfile.TemporaryDirectory() as folder:
         judge = _Judge(engine, samples)
         rate = judge.rate(_RATED)
         arriving = server_rate or round(_SERVER_SHARE * rate, 3)
-        limits = _Limits(seconds, rate, arriving, server_latency_ms)
-        found = {
-            scenario: summary_of(_run(scenario, judge, limits, Path(folder) / scenario))
-            for scenario in scenarios
-        }
+        settings.single_stream_expected_latency_ns = int(1e9 / rate)
+        settings.multi_stream_expected_latency_ns = int(8e9 / rate)
+        settings.server_target_qps = arriving
+        settings.server_target_latency_ns = int(1e6 * server_latency_ms)
+        settings.offline_expected_qps = _OFFLINE_MARGIN * rate
+        found = {}
+        for scenario in scenarios:
+            settings.scenario = getattr(loadgen.TestScenario, scenario)
+            found[scenario] = summary_of(_run(loadgen, settings, judge, Path(folder) / scenario))
     return {
         "scenarios": found,
         "settings": {
@@ -255,7 +262,7 @@ def bench_scenarios(
             **{"expected_per_second": round(rate, 3), "server_per_second": arriving},
             **{"server_latency_ms": server_latency_ms, "offline_margin": _OFFLINE_MARGIN},
         },
-        **_run_on("mlcommons-loadgen"),
+        **run_on("mlcommons-loadgen", *_PACKAGES),
     }
 
 
@@ -283,33 +290,8 @@ class _Judge:
         return count / (time.perf_counter() - began)
 
 
-@dataclass(frozen=True)
-class _Limits:
-    """What LoadGen is told of a run: its least duration, and the rates that are expected."""
-
-    seconds: float
-    rate: float
-    server_rate: float
-    latency_ms: float
-
-    def settings(self, loadgen: Any, scenario: str) -> Any:
-        """Give the settings of a scenario."""
-        made = loadgen.TestSettings()
-        made.scenario = getattr(loadgen.TestScenario, scenario)
-        made.mode = loadgen.TestMode.PerformanceOnly
-        made.min_duration_ms = int(1e3 * self.seconds)
-        made.min_query_count = 1
-        made.single_stream_expected_latency_ns = int(1e9 / self.rate)
-        made.multi_stream_expected_latency_ns = int(8e9 / self.rate)
-        made.server_target_qps = self.server_rate
-        made.server_target_latency_ns = int(1e6 * self.latency_ms)
-        made.offline_expected_qps = _OFFLINE_MARGIN * self.rate
-        return made
-
-
-def _run(scenario: str, judge: _Judge, limits: _Limits, folder: Path) -> str:
+def _run(loadgen: Any, settings: Any, judge: _Judge, folder: Path) -> str:
     """Let LoadGen run one scenario; give the text of its summary."""
-    loadgen = importlib.import_module("mlperf_loadgen")
     waiting: queue.Queue[list[Any] | None] = queue.Queue()
     errors: list[BaseException] = []
 
@@ -335,7 +317,6 @@ def _run(scenario: str, judge: _Judge, limits: _Limits, folder: Path) -> str:
     tested = loadgen.ConstructSUT(lambda query: waiting.put(list(query)), lambda: None)
     library = loadgen.ConstructQSL(count, count, lambda _: None, lambda _: None)
     try:
-        settings = limits.settings(loadgen, scenario)
         loadgen.StartTestWithLogSettings(tested, library, settings, logs, "")
     finally:
         waiting.put(None)
@@ -393,8 +374,3 @@ def scenarios_text(result: dict[str, Any]) -> str:
 
 def _named(images: Path | None) -> str:
     return "made, 1024 x 768" if images is None else images.name
-
-
-def _run_on(*packages: str) -> dict[str, Any]:
-    named = versions(*packages, "numpy", "onnxruntime", "meiqa")
-    return {"machine": machine(), "versions": named}

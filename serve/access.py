@@ -79,27 +79,6 @@ class Keys:
         """Tell whether anybody has a scope."""
         return any(scope in key.scopes for key in self.keys)
 
-    def holder(self, token: str | None, scope: Scope | None = None) -> Key:
-        """Find whose key a token is; all keys are compared, each in constant time.
-
-        Raises:
-            KeyRequired: there is no token, or nobody has it.
-            AccessDenied: whoever has it lacks the scope.
-        """
-        if not token:
-            raise KeyRequired("this service asks for a key", hint="Authorization: Bearer KEY")
-        digest = _digest(token)
-        found = [key for key in self.keys if hmac.compare_digest(key.digest, digest)]
-        if not found:
-            raise KeyRequired("nobody has this key", hint="check the key; it is not shown here")
-        if scope is not None and scope not in found[0].scopes:
-            raise AccessDenied(
-                "the key lacks the scope that this takes",
-                seen=",".join(sorted(found[0].scopes)),
-                allowed=scope,
-            )
-        return found[0]
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -135,19 +114,34 @@ class Settings:
 
 
 def authorise(keys: Keys | None, token: str | None, scope: Scope | None = None) -> Key | None:
-    """Let a caller do something; None where the service has no keys.
+    """Let a caller do something, and give whose token it has; None where there are no keys.
+
+    All keys are compared, each in constant time.
 
     Raises:
-        AccessDenied: there is no key, it is unknown or lacks the scope; without keys, for writing.
+        KeyRequired: there are keys, but no token, or nobody has it.
+        AccessDenied: whoever has it lacks the scope, or without keys it is for writing.
     """
-    if keys is not None:
-        return keys.holder(token, scope)
-    if scope == "memory:write":
+    if keys is None:
+        if scope == "memory:write":
+            raise AccessDenied(
+                "without keys nobody writes to the memory over HTTP",
+                hint="meiqa api-key NAME --scopes score,memory:write; meiqa serve --api-key-file",
+            )
+        return None
+    if not token:
+        raise KeyRequired("this service asks for a key", hint="Authorization: Bearer KEY")
+    digest = _digest(token)
+    found = [key for key in keys.keys if hmac.compare_digest(key.digest, digest)]
+    if not found:
+        raise KeyRequired("nobody has this key", hint="check the key; it is not shown here")
+    if scope is not None and scope not in found[0].scopes:
         raise AccessDenied(
-            "without keys nobody writes to the memory over HTTP",
-            hint="meiqa api-key NAME --scopes score,memory:write; meiqa serve --api-key-file",
+            "the key lacks the scope that this takes",
+            seen=",".join(sorted(found[0].scopes)),
+            allowed=scope,
         )
-    return None
+    return found[0]
 
 
 def _key(line: str, where: str) -> Key:

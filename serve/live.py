@@ -72,8 +72,7 @@ class LiveCamera:
         self._service: Service = socket.app.state.service
         self._manifest = self._service.scheduler.engines[0].package.manifest
         self._session: CameraSession  # once it has said hello
-        self._newest: Frame | None = None
-        self._came = asyncio.Event()
+        self._newest: asyncio.Queue[Frame] = asyncio.Queue(1)
         self._count = self._dropped = 0
         self.id = str(socket.scope.get("state", {}).get("request_id", ""))
 
@@ -151,23 +150,18 @@ class LiveCamera:
         number, self._count = self._count, self._count + 1
         self._dropped += self._drop()
         self._service.uploads.change(len(jpeg))
-        self._newest = Frame(number, NamedBytes(jpeg, f"frame {number}"), clock())
-        self._came.set()
+        self._newest.put_nowait(Frame(number, NamedBytes(jpeg, f"frame {number}"), clock()))
 
     def _drop(self) -> bool:
         """Let go of the frame that nobody took up, if there is one."""
-        frame, self._newest = self._newest, None
-        self._came.clear()
-        if frame is not None:
-            self._service.uploads.change(-len(frame.jpeg))
-        return frame is not None
+        if self._newest.empty():
+            return False
+        self._service.uploads.change(-len(self._newest.get_nowait().jpeg))
+        return True
 
     async def _answer_all(self) -> None:
         while True:
-            await self._came.wait()
-            frame, self._newest = self._newest, None
-            self._came.clear()
-            assert frame is not None
+            frame = await self._newest.get()
             try:
                 answer = await self._answer(frame)
             except MeiqaError as error:

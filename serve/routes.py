@@ -174,13 +174,7 @@ async def rank(
             photos=len(named),
         )
         found = await _while_connected(request, asked)
-    return json_response(
-        {
-            "photos": [photo.to_dict() for photo in found.photos],
-            "failures": [failure.to_dict() for failure in found.failures],
-            "degraded": list(found.degraded),
-        }
-    )
+    return json_response(found.to_dict())
 
 
 @judging.get("/v1/model", response_model=responses.ModelBody)

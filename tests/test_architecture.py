@@ -65,12 +65,9 @@ def declared(*extras: str) -> set[str]:
 EXTRAS_OF = {
     "meiqa.client": ("serve",),
     "meiqa.engine.completions": ("cpu", "serve"),
-    "meiqa.evaluation.ablation": ("cpu", "eval"),
     "meiqa.evaluation.calibration": ("cpu", "eval"),
     "meiqa.evaluation.fitting": ("eval",),
     "meiqa.evaluation.metrics": ("eval",),
-    "meiqa.evaluation.naturalness": ("eval",),
-    "meiqa.evaluation.peers": ("cpu", "eval"),
     "meiqa.evaluation.plots": ("cpu", "plots"),
     "meiqa.evaluation.speed": ("cpu", "bench"),
     "meiqa.kernels.hnsw": ("index",),

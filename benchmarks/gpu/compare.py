@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from benchmarks.timing import times_in_turns_ms
 from meiqa.errors import DeviceUnavailable, MeiqaError, install_hint
-from meiqa.evaluation.measuring import machine, quantiles_ms, versions
+from meiqa.evaluation.measuring import quantiles_ms, run_on
 
 __all__ = ["bench_gpu_compare", "main"]
 
@@ -89,8 +89,7 @@ def bench_gpu_compare(
             **{"visual_tokens": VISUAL, "layers": layers, "precision": "fp16"},
         },
         "gpu": torch.cuda.get_device_name(0),
-        "machine": machine(),
-        "versions": versions("numpy", "onnxruntime-gpu", "torch", "transformers"),
+        **run_on("numpy", "onnxruntime-gpu", "torch", "transformers"),
     }
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.drafting import bench_drafting, table_text
+from benchmarks.drafting import bench_drafting, drafting_text
 from meiqa.engine.package import EnginePackage
-from meiqa.errors import UsageError
+from meiqa.errors import ImageError
 from tests.engine.samples import PHOTOS
 
 
@@ -30,9 +30,9 @@ def test_both_ways_describe_every_photograph(
     assert drafted["tokens"] == plain["tokens"]
     assert result["ratio"] == pytest.approx(plain["p50_ms"] / drafted["p50_ms"], abs=0.01)
     assert result["rows_ms"].keys() == {"1", "2", "4", "8"}
-    assert "texts identical" in table_text(result)
+    assert "texts identical" in drafting_text(result)
 
 
 def test_a_folder_without_photographs(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no photographs"):
+    with pytest.raises(ImageError, match="holds no photos"):
         bench_drafting(tmp_path)

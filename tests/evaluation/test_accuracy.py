@@ -150,6 +150,8 @@ def test_report(tmp_path: Path) -> None:
     assert report["mos_range"] == [1, 5]
     assert report["fused"]["srcc"] == pytest.approx(1)
     assert report["fused"]["rmse"] == pytest.approx(((0.1**2 + 0.1**2 + 1) / 3) ** 0.5)
+    low, high = report["fused"]["srcc_ci95"]
+    assert low <= report["fused"]["srcc"] <= high
     assert report["initial"].keys() == report["fused"].keys()
     assert report["initial"]["rmse"] != report["fused"]["rmse"]
     assert report["coverage95"] == pytest.approx(2 / 3)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from meiqa.engine.calibration import DEGRADATION, UNCALIBRATED
 from meiqa.engine.package import EnginePackage
 from meiqa.errors import UsageError
+from meiqa.evaluation import calibration
 from meiqa.evaluation.calibration import (
     Compared,
     Judged,
@@ -20,6 +24,9 @@ from meiqa.evaluation.calibration import (
 )
 from meiqa.evaluation.fitting import matched_logistic
 from meiqa.evaluation.metrics import js_divergence
+from meiqa.kernels.graded import soft_grades
+from meiqa.labels import LabelTable
+from tests.engine.samples import picture
 
 Floats = NDArray[np.float64]
 
@@ -105,7 +112,7 @@ def judged(*, rating: float, comparisons: float, biased: bool = False) -> Judged
     return Judged(
         human=human,
         text=human + random.normal(0, rating, 400),
-        levels=human + random.normal(0, 0.6, 400),
+        words=soft_grades(human + random.normal(0, 0.6, 400)),
         memory=np.full(400, np.nan),
         compared=compared,
     )
@@ -150,8 +157,29 @@ def test_too_few_anchors_are_refused_before_any_is_judged(
     package: EnginePackage, anchors: Path, tmp_path: Path, rows: int, limit: int
 ) -> None:
     """There are 24 anchors, whatever the table says; no photograph is looked for."""
-    labels = tmp_path / "labels.csv"
-    labels.write_text("file,mos\n" + "".join(f"{row}.png,{row / 400}\n" for row in range(rows)))
+    files, scores = zip(*((f"{row}.png", row / 400) for row in range(rows)), strict=True)
+    labels = LabelTable(files, scores, (0.0, 1.0))
     with pytest.raises(UsageError, match="too few anchors") as caught:
         calibrate_package(package.path, anchors, labels, tmp_path / "none", limit)
     assert caught.value.seen == 24
+
+
+def test_a_package_is_calibrated_where_it_lies(
+    package: EnginePackage, anchors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "FEWEST_ANCHORS", 12)
+    copy = Path(shutil.copytree(package.path, tmp_path / "package"))
+    files = tuple(f"{at}.png" for at in range(12))
+    for at, file in enumerate(files):
+        Image.fromarray(picture(at, (64, 96))).save(tmp_path / file)
+    labels = LabelTable(files, tuple(np.linspace(1.2, 4.8, 12)), (1.0, 5.0))
+    seen: list[None] = []
+    report = calibrate_package(
+        copy, anchors, labels, tmp_path, on_progress=lambda: seen.append(None)
+    )
+    assert len(seen) == 12
+    assert {"levels", "graded", "prior", "fused"} <= report["reached"].keys()
+    written = EnginePackage.open(copy)
+    assert written.digest == package.digest
+    assert asdict(written.manifest.calibration) == report["calibration"]
+    assert written.manifest.calibration != package.manifest.calibration

@@ -14,11 +14,10 @@ from meiqa.engine.images import load_pixels
 from meiqa.errors import UsageError
 from meiqa.evaluation.measuring import (
     Column,
-    machine,
     made_jpeg,
     photographs_in,
+    run_on,
     table_text,
-    versions,
 )
 
 COLUMNS = [Column("name", "judge"), Column("srcc", "SRCC", ".2f"), Column("n", "photos", "d")]
@@ -39,9 +38,10 @@ def test_what_is_missing_stays_blank() -> None:
 
 
 def test_machine_and_versions() -> None:
-    assert machine()["cores"] == os.cpu_count()
-    assert machine()["processor"]
-    assert versions("numpy") == {"python": platform.python_version(), "numpy": np.__version__}
+    found = run_on("numpy")
+    assert found["machine"]["cores"] == os.cpu_count()
+    assert found["machine"]["processor"]
+    assert found["versions"] == {"python": platform.python_version(), "numpy": np.__version__}
 
 
 def test_made_photographs_differ_and_are_the_same_in_every_run() -> None:

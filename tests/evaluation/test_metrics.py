@@ -17,6 +17,7 @@ from meiqa.evaluation.metrics import (
     reliability,
     rmse,
     srcc,
+    srcc_ci95,
     summarise,
     tie_rate,
     tied_pairs,
@@ -32,6 +33,19 @@ def test_srcc_by_hand() -> None:
 def test_srcc_shares_ranks_among_ties() -> None:
     # Ranks 1.5 1.5 3 against 1 2 3: covariance 1.5, variances 1.5 and 2.
     assert srcc([2, 2, 3], [1, 2, 3]) == pytest.approx(1.5 / math.sqrt(3.0))
+
+
+def test_the_interval_of_the_srcc_is_as_wide_as_fishers() -> None:
+    random = np.random.default_rng(0)
+    human = random.normal(size=400)
+    predicted = human + random.normal(size=400)
+    found = srcc(predicted, human)
+    # Of Fisher's z = artanh(SRCC) the standard error is about 1.03 / sqrt(n - 3).
+    away = 1.96 * 1.03 / math.sqrt(397)
+    expected = [math.tanh(math.atanh(found) + side * away) for side in (-1, 1)]
+    assert srcc_ci95(predicted, human) == pytest.approx(expected, abs=0.015)
+    assert srcc_ci95(predicted, human) == srcc_ci95(predicted, human)
+    assert srcc_ci95([1, 2], [2, 4]) == pytest.approx((0.0, 1.0))
 
 
 def test_plcc_by_hand() -> None:

@@ -27,13 +27,6 @@ def judged() -> Judged:
 
 
 EXTRAS = {
-    "ablation": {
-        "rows": [
-            {"factor": "memory", "setting": "initial score", "srcc": 0.6},
-            {"factor": "neighbours", "setting": "0", "srcc": 0.65},
-            {"factor": "neighbours", "setting": "8", "srcc": 0.7},
-        ]
-    },
     "budgets": {
         "rows": [
             {"budget_ms": None, "srcc": 0.7, "gain": 0.1},
@@ -51,7 +44,7 @@ def test_what_is_drawn(judged: Judged, extras: dict[str, Any], tmp_path: Path) -
         "predicted",
         "histograms",
         "reliability",
-        *(["neighbours", "budgets"] if extras else []),
+        *extras,
     ]
     assert [path.stem for path in paths] == names
     for path in paths:

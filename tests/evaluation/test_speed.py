@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 
+from meiqa.cli.eval import SCENARIOS
 from meiqa.engine.engine import Engine
 from meiqa.errors import DecodeError
 from meiqa.evaluation.speed import (
-    SCENARIOS,
     bench_budget,
     bench_scenarios,
     budget_text,

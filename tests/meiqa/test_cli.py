@@ -28,6 +28,7 @@ from meiqa.errors import (
     PackageNotFound,
     StoreMismatch,
 )
+from meiqa.labels import LabelTable
 from meiqa.locations import embedded_assets
 from meiqa.testing import Call, FakeEngine
 from meiqa.types import Budget
@@ -328,15 +329,21 @@ def test_eval_lists_missing_images_and_exits_1(engine: Any, labels: Path, capsys
     assert "90.png: no such file" in captured.err.splitlines()[0]
 
 
-def test_eval_beside_peers(engine: Any, labels: Path, capsys: Output) -> None:
-    command = ["eval", str(labels), "--images", str(labels.parent), "--peers"]
-    assert cli.main([*command, "--format", "json"]) == 0
-    (sharpness,) = json_of(capsys)["peers"]
-    assert (sharpness["name"], sharpness["n"]) == ("Laplacian sharpness", 4)
-    assert cli.main(command) == 0
-    text = capsys.readouterr().out
-    assert "meiqa, fused" in text
-    assert "Laplacian sharpness" in text
+def test_eval_writes_a_row_for_each_photo(
+    engine: Any, labels: Path, tmp_path: Path, capsys: Output
+) -> None:
+    rows = tmp_path / "rows.csv"
+    command = ["eval", str(labels), "--images", str(labels.parent), "--output", str(rows)]
+    for _ in range(2):  # a second time it replaces its own
+        assert cli.main(command) == 0
+    assert "95 % interval of the SRCC, initial: " in capsys.readouterr().out
+    header, *lines = rows.read_text().splitlines()
+    assert header == "path,human,score,std,ci95_low,ci95_high,initial_score"
+    assert len(lines) == 4
+    assert all(Path(line.split(",")[0]).is_file() for line in lines)
+    rows.write_text("a thesis")
+    assert cli.main(command) == 2
+    assert rows.read_text() == "a thesis"
 
 
 def test_eval_draws(engine: Any, labels: Path, tmp_path: Path, capsys: Output) -> None:
@@ -359,19 +366,21 @@ def test_calibrate_hands_its_options_on(
 ) -> None:
     asked: list[tuple[object, ...]] = []
 
-    def calibrate_package(*arguments: object) -> dict[str, float]:
+    def calibrate_package(*arguments: object, on_progress: Callable[[], None]) -> dict[str, float]:
         asked.append(arguments)
+        on_progress()
         return {"sigma": 0.5}
 
     room = ModuleType("meiqa.evaluation.calibration")
     room.calibrate_package = calibrate_package  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "meiqa.evaluation", ModuleType("meiqa.evaluation"))
     monkeypatch.setitem(sys.modules, "meiqa.evaluation.calibration", room)
-    command = ["calibrate", "l.csv", "--images", "I", "--memory", str(tmp_path)]
+    (tmp_path / "l.csv").write_text("file,mos\na.png,1\nb.png,5\n")
+    command = ["calibrate", str(tmp_path / "l.csv"), "--images", "I", "--memory", str(tmp_path)]
     assert cli.main([*command, "--package", "P"]) == 0
     assert json_of(capsys) == {"sigma": 0.5}
     assert cli.main([*command, "--remote", "http://x/v1", "--limit", "9"]) == 0
-    rest = (tmp_path, Path("l.csv"), Path("I"))
+    rest = (tmp_path, LabelTable(("a.png", "b.png"), (1.0, 5.0), (1.0, 5.0)), Path("I"))
     assert asked == [(Path("P"), *rest, 500), ("http://x/v1", *rest, 9)]
     capsys.readouterr()
     assert cli.main(command) == 2
@@ -381,12 +390,8 @@ def test_calibrate_hands_its_options_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--contrast-from", "t.csv"], "--contrast-from means nothing without --ablation"),
-        (["--peer-models", "."], "--peer-models means nothing without --peers"),
-        (["--regressor-from", "t.csv"], "--regressor-from means nothing without --peers"),
-        (["--train-split", "t"], "--train-split means nothing without --contrast-from or"),
         (["--budgets", "50", "0"], "--budgets: '0' is not a number above 0"),
-        (["--force"], "--force means nothing without --plots"),
+        (["--force"], "--force means nothing without --output or --plots"),
     ],
 )
 def test_eval_options_that_mean_nothing(
@@ -394,13 +399,6 @@ def test_eval_options_that_mean_nothing(
 ) -> None:
     assert cli.main(["eval", str(labels), "--images", str(labels.parent), *arguments]) == 2
     assert message in errors_of(capsys)[0]
-    assert engine.calls == []
-
-
-def test_eval_refuses_to_fit_to_what_it_judges(engine: Any, labels: Path, capsys: Output) -> None:
-    command = ["eval", str(labels), "--images", str(labels.parent), "--peers"]
-    assert cli.main([*command, "--regressor-from", str(labels)]) == 2
-    assert "holds photos that are to be judged; got 4, 20.png among them" in errors_of(capsys)[0]
     assert engine.calls == []
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from meiqa.errors import AccessDenied, KeyRequired, UsageError
-from meiqa.serve.access import Keys, Settings, add_key, is_loopback
+from meiqa.serve.access import Keys, Settings, add_key, authorise, is_loopback
 from meiqa.serve.app import listen
 from tests.serve.conftest import Serve, jpeg
 
@@ -19,7 +19,9 @@ def test_a_key_file_holds_hashes_and_no_key(tmp_path: Path) -> None:
     assert token not in text
     assert text.startswith("phone score sha256:")
     assert file.stat().st_mode & 0o077 == 0
-    assert Keys.read(file).holder(token, "score").name == "phone"
+    key = authorise(Keys.read(file), token, "score")
+    assert key is not None
+    assert key.name == "phone"
 
 
 def test_keys_are_added_to_a_file_by_hand_too(tmp_path: Path) -> None:
@@ -29,7 +31,7 @@ def test_keys_are_added_to_a_file_by_hand_too(tmp_path: Path) -> None:
     keys = Keys.read(file)
     assert [key.name for key in keys.keys] == ["old", "new"]
     with pytest.raises(AccessDenied, match="lacks the scope"):
-        keys.holder(token, "score")
+        authorise(keys, token, "score")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ def test_the_services_own_page_may_ask(serve: Serve) -> None:
 def test_a_missing_token_is_told_apart_from_a_missing_scope(keys: tuple[Keys, str, str]) -> None:
     known, reader, _ = keys
     with pytest.raises(KeyRequired):
-        known.holder(None)
+        authorise(known, None)
     with pytest.raises(AccessDenied) as refused:
-        known.holder(reader, "memory:write")
+        authorise(known, reader, "memory:write")
     assert not isinstance(refused.value, KeyRequired)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -13,47 +15,26 @@ from typing import TYPE_CHECKING, Any
 from meiqa.cli import options as cli
 from meiqa.cli.options import Options
 from meiqa.errors import UsageError
-from meiqa.formats import json_text
+from meiqa.formats import CsvTable, json_text
 from meiqa.labels import LabelTable
 from meiqa.locations import embedded_assets
-from meiqa.outputs import PICTURE, marked_png, open_output
+from meiqa.outputs import PICTURE, Kind, marked_png, open_output
 from meiqa.progress import Progress
 
 if TYPE_CHECKING:
-    from meiqa.engine.engine import Engine
     from meiqa.evaluation.accuracy import Judged
 
 _METRICS = ("srcc", "plcc", "krcc", "rmse", "js", "effective_bins", "distinct", "tie_rate")
+ROW_COLUMNS = ("path", "human", "score", "std", "ci95_low", "ci95_high", "initial_score")
+ROWS = Kind("table of photos", ",".join(ROW_COLUMNS).encode())
 
 
 @cli.command()
 @cli.LABELS
-@cli.flag(
-    "--ablation", "what memory, retrieval key, number of neighbours and both orders are worth"
-)
-@cli.option(
-    "--contrast-from TABLE.csv",
-    "photos that the ablation's contrast memory is learnt from, without their scores (default: a "
-    "quarter of the anchors)",
-    cli.path,
-    needs="--ablation",
-)
 @cli.option("--budgets MS...", "judge under time limits, too", cli.AMOUNT, several=True)
-@cli.flag("--peers", "sharpness and other ways to judge the same photos")
-@cli.option("--peer-models DIR", "published BRISQUE and NIQE models", cli.path, needs="--peers")
-@cli.option(
-    "--regressor-from TABLE.csv",
-    "fit a regressor on visual tokens to these photos",
-    cli.path,
-    needs="--peers",
-)
-@cli.option(
-    "--train-split S",
-    "only the rows of this split of --contrast-from and --regressor-from",
-    needs="--contrast-from --regressor-from",
-)
+@cli.option("--output FILE", "write a row for each photo judged, as CSV", cli.path)
 @cli.option("--plots DIR", "draw the results into DIR", cli.path)
-@cli.force_option(needs="--plots")
+@cli.force_option(needs="--output --plots")
 @cli.format_option("text", "json")
 @cli.EFFORT
 @cli.EXCLUDE_ABOVE
@@ -63,85 +44,44 @@ def eval_command(options: Options) -> int:
     """Measure the agreement with human scores."""
     _embedded_anchors(options)  # what this user's photos taught would change the figures
     with cli.optional_packages("eval"):
-        from meiqa.evaluation.accuracy import judge
+        from meiqa.evaluation.accuracy import judge, sweep_budgets
     if options.plots is not None:
         with cli.optional_packages("plots"):
             import meiqa.evaluation.plots  # noqa: F401
     labels = cli.table_of(options)
-    others = [
-        _other_table(path, options.train_split, labels)
-        for path in (options.contrast_from, options.regressor_from)
-    ]
-    with cli.engine_of(options) as engine, Progress(len(labels)) as progress:
-        judged = judge(
-            engine,
-            labels,
-            options.images,
-            k=options.k,
-            budget=cli.budget_of(options),
-            on_result=progress.advance,
-        )
-        report = {**judged.report(), **_extras(options, engine, labels, judged, *others)}
+    rows = options.output and open_output(options.output, ROWS, force=options.force)
+    with rows or nullcontext() as file, cli.engine_of(options) as engine:
+        with Progress(len(labels)) as progress:
+            judged = judge(
+                engine,
+                labels,
+                options.images,
+                k=options.k,
+                budget=cli.budget_of(options),
+                on_result=progress.advance,
+            )
+        if file is not None:
+            file.write(_rows(judged).encode())
+        report = judged.report()
+        if limits := options.budgets:
+            with Progress((1 + len(limits)) * len(labels)) as progress:
+                report["budgets"] = sweep_budgets(
+                    engine, labels, options.images, limits, on_result=progress.advance
+                )
     if options.plots is not None:
         report["plots"] = _plots(options, judged, report)
     cli.print_report(report, options.format, _text)
     return cli.report_failures(report["failures"], len(labels))
 
 
-def _extras(
-    options: Options,
-    engine: Engine,
-    labels: LabelTable,
-    judged: Judged,
-    contrast: LabelTable | None,
-    training: LabelTable | None,
-) -> dict[str, Any]:
-    """What was asked for beyond the agreement with people."""
-    from meiqa.evaluation.ablation import ablate
-    from meiqa.evaluation.accuracy import sweep_budgets
-
-    extras: dict[str, Any] = {}
-    over = engine, labels, options.images
-    if options.peers:
-        extras["peers"] = _peers(options, engine, judged, training)
-    if options.ablation:
-        with Progress(len(labels)) as progress:
-            extras["ablation"] = ablate(*over, contrast_from=contrast, on_photo=progress.advance)
-    if limits := options.budgets:
-        with Progress((1 + len(limits)) * len(labels)) as progress:
-            extras["budgets"] = sweep_budgets(*over, limits, on_result=progress.advance)
-    return extras
-
-
-def _other_table(path: str | None, split: str | None, labels: LabelTable) -> LabelTable | None:
-    """Read photos to learn from; none of them may be one that is judged."""
-    if path is None:
-        return None
-    table = LabelTable.read(path, split=split)
-    shared = set(table.files) & set(labels.files)
-    if shared:
-        raise UsageError(
-            f"{path} holds photos that are to be judged",
-            seen=f"{len(shared)}, {min(shared)} among them",
-            hint="choose other rows with --split and --train-split",
-        )
-    return table
-
-
-def _peers(
-    options: Options, engine: Engine, judged: Judged, training: LabelTable | None
-) -> list[dict[str, Any]]:
-    from meiqa.evaluation.peers import judge_peers, published_peers, regressor_peer
-
-    peers = published_peers(None if options.peer_models is None else Path(options.peer_models))
-    if training is not None:
-        with Progress(len(training)) as progress:
-            peers.append(
-                regressor_peer(engine.model, training, options.images, on_photo=progress.advance)
-            )
-    photos = [assessment.path for assessment in judged.assessments]
-    with Progress(len(photos)) as progress:
-        return judge_peers(peers, photos, judged.human, on_photo=progress.advance)
+def _rows(judged: Judged) -> str:
+    """Lay out what people and the engine say of each photo."""
+    text = StringIO()
+    table = CsvTable(text, ROW_COLUMNS)
+    for one, human in zip(judged.assessments, judged.human.tolist(), strict=True):
+        low, high = one.ci95
+        table.write({**one.to_dict(), "human": human, "ci95_low": low, "ci95_high": high})
+    return text.getvalue()
 
 
 def _plots(options: Options, judged: Judged, report: Mapping[str, Any]) -> list[str]:
@@ -161,20 +101,9 @@ def _plots(options: Options, judged: Judged, report: Mapping[str, Any]) -> list[
 
 
 def _text(report: Mapping[str, Any]) -> str:
-    from meiqa.evaluation.ablation import ablation_text
     from meiqa.evaluation.accuracy import budgets_text
-    from meiqa.evaluation.peers import peers_text
 
     sections = [evaluation_text(report)]
-    if "peers" in report:
-        n, fused_ms = report["n"], 1e3 * report["seconds_per_image"]
-        own = [
-            {"name": "meiqa, initial", "n": n, **report["initial"]},
-            {"name": "meiqa, fused", "n": n, **report["fused"], "ms_per_image": fused_ms},
-        ]
-        sections.append(peers_text([*own, *report["peers"]]))
-    if "ablation" in report:
-        sections.append(ablation_text(report["ablation"]))
     if "budgets" in report:
         sections.append(budgets_text(report["budgets"]))
     if "plots" in report:
@@ -193,6 +122,10 @@ def evaluation_text(report: Mapping[str, Any]) -> str:
     for stage in ("initial", "fused"):
         cells = (f"{report[stage][name]:15.4f}" for name in _METRICS)
         lines.append(f"{stage:<8}{''.join(cells)}")
+    intervals = (
+        "{}: {:.4f} to {:.4f}".format(stage, *report[stage]["srcc_ci95"])
+        for stage in ("initial", "fused")
+    )
     others = ", ".join(
         f"{100 * row['observed']:.1f} % in {100 * row['nominal']:.0f} %"
         for row in report["reliability"]
@@ -206,6 +139,7 @@ def evaluation_text(report: Mapping[str, Any]) -> str:
         )
     lines += [
         "",
+        f"95 % interval of the SRCC, {', '.join(intervals)}",
         f"{100 * report['coverage95']:.1f} % of the human scores lie within the 95 % interval; "
         f"{report['seconds_per_image']:.3f} s a photo",
         f"within other intervals: {others}",
@@ -232,9 +166,12 @@ def calibrate_command(options: Options) -> int:
     with cli.optional_packages("eval"):
         from meiqa.evaluation.calibration import calibrate_package
 
-    fitted = calibrate_package(
-        model, Path(options.memory), Path(options.labels), Path(options.images), options.limit
-    )
+    labels = LabelTable.read(options.labels)
+    memory, images = Path(options.memory), Path(options.images)
+    with Progress(min(len(labels), options.limit)) as progress:
+        fitted = calibrate_package(
+            model, memory, labels, images, options.limit, on_progress=progress.advance
+        )
     sys.stdout.write(json_text(fitted, indent=2) + "\n")
     return 0
 

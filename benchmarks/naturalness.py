@@ -208,7 +208,7 @@ def _parsed(path: Path, parse: Callable[[Path], Read]) -> Read:
         raise UsageError(
             f"{path}: {error.strerror}",
             allowed=f"{BRISQUE_MODEL}, {BRISQUE_RANGES} and {NIQE_STATISTICS} as published",
-            hint="give their directory with --peer-models DIR",
+            hint="give their directory with --models DIR",
         ) from error
     except (KeyError, ValueError, MatReadError) as error:
         raise UsageError(f"{path} is not a model file of this kind", seen=error) from error

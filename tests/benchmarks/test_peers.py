@@ -10,10 +10,8 @@ from PIL import Image
 from scipy.io import savemat
 from scipy.ndimage import gaussian_filter
 
-from meiqa.engine.images import Pixels, load_pixels
-from meiqa.errors import ImageTooSmall, UsageError
-from meiqa.evaluation import naturalness
-from meiqa.evaluation.naturalness import (
+from benchmarks import naturalness
+from benchmarks.naturalness import (
     BRISQUE_MODEL,
     BRISQUE_RANGES,
     NIQE_STATISTICS,
@@ -21,7 +19,11 @@ from meiqa.evaluation.naturalness import (
     Niqe,
     luminance,
 )
-from meiqa.evaluation.peers import Peer, judge_peers, peers_text, published_peers, sharpness
+from benchmarks.peers import Peer, judge_peers, main, peers_text, published_peers, sharpness
+from meiqa.engine.images import Pixels, load_pixels
+from meiqa.engine.package import EnginePackage
+from meiqa.errors import ImageTooSmall, UsageError
+from meiqa.memory import FEWEST_PHOTOS
 from tests.engine.samples import picture
 
 SIDE = 288
@@ -183,14 +185,38 @@ def test_judging(tmp_path: Path) -> None:
             raise ImageTooSmall("too small")
         return float(pixels.array.mean())
 
-    peers = [Peer("bright", lambda pixels: float(pixels.array.mean())), Peer("some", bright)]
+    peers: dict[str, Peer] = {"bright": lambda pixels: float(pixels.array.mean()), "some": bright}
     told: list[None] = []
-    rows = judge_peers(
-        peers, paths, np.array([1.0, 5.0, 3.0, 2.0]), on_photo=lambda: told.append(None)
-    )
+    human = np.array([1.0, 5.0, 3.0, 2.0])
+    rows = judge_peers(peers, paths, human, lambda: told.append(None))
     assert [(row["name"], row["n"], row["srcc"]) for row in rows] == [
         ("bright", 4, 1),
         ("some", 3, 1),
     ]
     assert len(told) == 4
-    assert "some         3  1.0000" in peers_text(rows)
+    own = {"srcc": 0.5, "plcc": 0.5, "krcc": 0.5}
+    report = {"n": 4, "seconds_per_image": 0.1, "initial": own, "fused": own, "peers": rows}
+    assert "some                 3  1.0000" in peers_text(report)
+
+
+def test_it_stands_beside_the_engine(
+    package: EnginePackage,
+    anchors: Path,
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = tmp_path / "labels.csv"
+    names = [f"{at}.png" for at in range(FEWEST_PHOTOS + 2)]
+    for at, name in enumerate(names):
+        Image.fromarray(picture(at, (96, 192))).save(tmp_path / name)
+    rows = [f"{name},{at / 100},{'train' if at > 1 else 'val'}" for at, name in enumerate(names)]
+    table.write_text("file,mos,split\n" + "\n".join(rows) + "\n")
+    arguments = [str(table), "--images", str(tmp_path), "--models", str(models), "--split", "val"]
+    arguments += ["--package", str(package.path), "--memory", str(anchors), "--threads", "1"]
+    main([*arguments, "--regressor-from", str(table), "--train-split", "train"])
+    text = capsys.readouterr().out
+    for name in ("meiqa, initial", "meiqa, fused", "BRISQUE", "NIQE", "ridge on visual tokens"):
+        assert name in text
+    with pytest.raises(UsageError, match="holds photos that are to be judged"):
+        main([*arguments, "--regressor-from", str(table)])

@@ -1,5 +1,7 @@
 """What each estimate, memory, retrieval key, number of neighbours and both orders are worth.
 
+    python -m benchmarks.ablation LABELS.csv --images DIR
+
 Each photo is read, described and graded once, and each pair of photo and neighbour is asked once
 in each order, whatever the number of rows. Every row is a score as the engine makes it, with
 another memory or policy, or folded again without one of its estimates.
@@ -21,15 +23,20 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
+from benchmarks.labelled import engine_of, labelled_parser, labels_of, other_table, print_report
 from meiqa.engine.engine import Engine
 from meiqa.engine.estimates import Comparisons, Estimate, Evidence, Posterior, fold, preferences_of
-from meiqa.engine.images import Pixels, load_pixels
+from meiqa.engine.images import Pixels, fit_to_grid, load_pixels
+from meiqa.engine.model import VisualTokens
 from meiqa.engine.scoring import Scored, learned_case
 from meiqa.errors import ImageError, UsageError
 from meiqa.evaluation.accuracy import coverage, photos_of
-from meiqa.evaluation.measuring import Column, machine, table_text, versions
+from meiqa.evaluation.measuring import Column, run_on, table_text
 from meiqa.evaluation.metrics import summarise, tied_pairs
+from meiqa.evaluation.plots import STYLE, draw_agreement
 from meiqa.evaluation.recording import AskedOnce, Recorder
 from meiqa.labels import LabelTable
 from meiqa.memory import (
@@ -41,7 +48,10 @@ from meiqa.memory import (
     key_widths,
     retrieval_key,
 )
+from meiqa.progress import Progress
 from meiqa.types import Failure, KeyKind
+
+__all__ = ["ablate", "ablation_text", "draw_neighbours", "main"]
 
 KEY_KINDS: tuple[KeyKind, ...] = get_args(KeyKind)
 ESTIMATES = ("rating", "grade", "regression", "comparisons")
@@ -172,8 +182,7 @@ def ablate(
             "gated": len(lesson.gated),
         },
         "comparisons": places.asked.count,
-        "machine": machine(),
-        "versions": versions("numpy", "onnxruntime"),
+        **run_on("numpy", "onnxruntime"),
         "failures": [failure.to_dict() for failure in failures],
     }
 
@@ -243,7 +252,10 @@ class Places:
             in_turn = sorted(kept, key=lambda case: hashlib.sha256(case.id.encode()).hexdigest())
             held = in_turn[: len(kept) // 4]
             kept = tuple(in_turn[len(held) :])
-            learners, source = map(usual.remembered, held), "a quarter of the anchors"
+            learners, source = (
+                (remembered(usual, case) for case in held),
+                "a quarter of the anchors",
+            )
         if not kept:
             seen = len(self.anchors)
             raise UsageError("the memory has too few anchors", seen=seen, allowed="4 or more")
@@ -291,6 +303,19 @@ class Places:
             for case in anchors:
                 writer.add(case, provenance="copied from another memory")
             writer.finish()
+
+
+def remembered(recorder: Recorder, case: Case) -> Pixels:
+    """Stand in for a remembered photo, of which the visual tokens are kept.
+
+    Its prefix is read from them; a blank of its size takes the place of its pixels.
+    """
+    (prefix,) = recorder.model.prefill([VisualTokens(case.tokens, case.grid)])
+    recorder.prefixes.put("photos", case.image_digest, prefix)
+    rows, columns = (side * recorder.model.image.cell_pixels for side in case.grid)
+    blank = Pixels(np.zeros((rows, columns, 3), np.uint8), case.image_digest, case.id)
+    assert fit_to_grid(blank, recorder.model.image).shape == blank.array.shape
+    return blank
 
 
 def reflected_case(recorder: Recorder, scored: Scored) -> Case | None:
@@ -376,3 +401,40 @@ def ablation_text(report: Mapping[str, Any]) -> str:
         f"({contrast['gated']} past the gate) learnt from {contrast['source']}"
     )
     return f"{heading}\n\n{table_text(rows, columns)}"
+
+
+def draw_neighbours(report: Mapping[str, Any]) -> Figure:
+    """Draw the agreement by the number of neighbours."""
+    chosen = [row for row in report["rows"] if row["factor"] == "neighbours"]
+    figure, axes = draw_agreement(
+        "agreement by the number of neighbours",
+        "neighbours compared with, K",
+        range(len(chosen)),
+        [row["srcc"] for row in chosen],
+        {"initial score": report["rows"][0]["srcc"]},
+    )
+    axes.set_xticks(range(len(chosen)), [row["setting"] for row in chosen])
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the ablation and print its table, or JSON."""
+    parser = labelled_parser("ablation", __doc__)
+    parser.add_argument("--contrast-from", help="a table to learn the contrast memory from")
+    parser.add_argument("--train-split", help="only the rows of this split of --contrast-from")
+    parser.add_argument("--plot", type=Path, help="draw the SRCC by the number of neighbours")
+    given = parser.parse_args(arguments)
+    labels = labels_of(given)
+    contrast = other_table(given.contrast_from, given.train_split, labels)
+    with engine_of(given) as engine, Progress(len(labels)) as progress:
+        report = ablate(
+            engine, labels, given.images, contrast_from=contrast, on_photo=progress.advance
+        )
+    if given.plot is not None:
+        with rc_context(STYLE):
+            draw_neighbours(report).savefig(given.plot)
+    print_report(report, given, ablation_text)
+
+
+if __name__ == "__main__":
+    main()
