@@ -1,15 +1,16 @@
 """Estimates of a photo's score, and how they are folded into one.
 
 Printed rating, grade words, the memory's regression, comparisons and a reference are estimates of
-one number. Each is an entry of a list; `fold` combines them from first to last, so that a new kind
-of evidence is one more entry, and what one is worth shows when it is left out.
+one number; a doubt says how sure of them to be. Each is an entry of a list; `fold` combines them
+from first to last, so that a new kind of evidence is one more entry, and what one is worth shows
+when it is left out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -111,7 +112,22 @@ class Comparisons:
         return float(scores[0]), float(stds[0])
 
 
-Evidence: TypeAlias = Estimate | Comparisons
+@dataclass(frozen=True)
+class Doubt:
+    """How much farther than usual photographs like this one are misjudged, as a factor."""
+
+    factor: float
+    name: str = "doubt"
+
+    def combined(self, before: Posterior | None) -> Posterior:
+        """Widen or narrow the deviation of what the estimates before it say."""
+        if before is None:
+            raise UsageError("a doubt needs a score to be of")
+        return replace(before, std=before.std * self.factor)
+
+
+UNDOUBTED = Doubt(1.0)
+Evidence: TypeAlias = Estimate | Comparisons | Doubt
 
 
 def fold(estimates: Iterable[Evidence]) -> Posterior:

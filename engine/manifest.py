@@ -74,6 +74,15 @@ class ImageProcessing(Record):
                 allowed="min_pixels up to max_pixels",
             )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it a digest is made of: fields that came later count where they are used."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in self.later or value is not False
+        }
+
     @cached_property
     def cell_pixels(self) -> int:
         """Side of the square of pixels behind one visual token."""
@@ -273,8 +282,7 @@ class Manifest(Record):
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that makes visual tokens and keys: what a memory is tied to."""
-        made_by = {name: asdict(getattr(self, name)) for name in ("image", "decoder", "prompt")}
-        if not self.image.pad_to_grid:  # older than this field, and the same
-            del made_by["image"]["pad_to_grid"]
+        made_by = {name: asdict(getattr(self, name)) for name in ("decoder", "prompt")}
+        made_by["image"] = self.image.identity
         made_by["files"] = dict(self.files)
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()

@@ -151,7 +151,7 @@ class RemoteSettings:
         shape = {"layers": 1, "kv_heads": 1, "head_dim": 1, "vocab_size": 1, "deepstack": 0}
         made_by = {
             "files": {"remote model": name, "tiles": tiles, "key": TEXT_KEY},
-            "image": asdict(self.image),
+            "image": self.image.identity,
             "decoder": {**shape, "hidden_size": TEXT_KEY_WIDTH},
             "prompt": asdict(self.prompt),
         }

@@ -26,13 +26,14 @@ from meiqa.engine.budget import (
 )
 from meiqa.engine.comparing import MOST_AT_ONCE, CacheState, Comparer, PrefixCache
 from meiqa.engine.estimates import (
+    UNDOUBTED,
     Comparisons,
+    Doubt,
     Estimate,
     Evidence,
     Grading,
     Posterior,
     before_comparisons,
-    calibrated,
     fold,
     grading_of,
     mapped,
@@ -246,15 +247,16 @@ class Scorer:
             prediction = self.predict(prefix, plan.summary_tokens, drafts, reserve or NEVER)
         estimates: list[Evidence] = list(prediction.estimates)
         with deadline.stage("retrieve"):
-            estimates += self._regression(prefix, snapshot)
+            regression, doubt = self._recalled(prefix, snapshot)
+            estimates += regression
             key = self._key(prefix, prediction)
             neighbours = self._retrieve(pixels, prefix, key, plan, snapshot)
         with deadline.stage("compare"):
             prior = before_comparisons(estimates)
-            logits, reused = self._compare(prefix, neighbours, prior, plan, deadline)
+            logits, reused = self._compare(prefix, neighbours, (prior, doubt), plan, deadline)
         with deadline.stage("fuse"):
             preferences = preferences_of(logits, self.model.calibration.temperature)
-            estimates.append(self._comparisons(neighbours, preferences))
+            estimates += [self._comparisons(neighbours, preferences), doubt]
             posterior = fold(estimates)
         with deadline.stage("patterns"):
             seen = self.patterns.seen(pixels, prefix.tokens, reference) if self.patterns else None
@@ -349,14 +351,15 @@ class Scorer:
         cases = snapshot.retrieve(key, DRAFTS, pixels.digest)
         return tuple(Draft(case.summary, case.score) for case in cases if case.summary)
 
-    def _regression(self, prefix: Prefix, snapshot: Snapshot) -> list[Estimate]:
-        """What the memory's regression on visual tokens says, where it has one."""
+    def _recalled(self, prefix: Prefix, snapshot: Snapshot) -> tuple[list[Estimate], Doubt]:
+        """What the memory's regression on visual tokens says, where it has one, and its doubt."""
         regression = snapshot.regression
         if regression is None:
-            return []
-        score = regression.score(token_features(prefix.tokens.values))
+            return [], UNDOUBTED
+        features = token_features(prefix.tokens.values)
         correlation = self.model.calibration.memory_correlation
-        return [Estimate("regression", score, regression.std, correlation)]
+        said = Estimate("regression", regression.score(features), regression.std, correlation)
+        return [said], Doubt(regression.doubt(features))
 
     def _key(self, prefix: Prefix, prediction: Prediction) -> Floats:
         """Make the key by which neighbours are found: of what was written, or guessed."""
@@ -385,13 +388,13 @@ class Scorer:
         self,
         prefix: Prefix,
         neighbours: Sequence[Case],
-        prior: Posterior,
+        known: tuple[Posterior, Doubt],
         plan: Plan,
         deadline: Deadline,
     ) -> tuple[NDArray[np.float64], int]:
         """Compare in waves until all are asked, or the budget is: see `Comparer.ask`."""
         logits, reused = np.full((len(neighbours), 2), np.nan), 0
-        while len(wave := self._next_wave(neighbours, logits, prior, plan, deadline)):
+        while len(wave := self._next_wave(neighbours, logits, known, plan, deadline)):
             cases = [neighbours[index] for index in wave]
             logits[wave], saved = self.comparer.ask(prefix, cases, both_orders=plan.both_orders)
             reused += saved
@@ -401,7 +404,7 @@ class Scorer:
         self,
         neighbours: Sequence[Case],
         logits: NDArray[np.float64],
-        prior: Posterior,
+        known: tuple[Posterior, Doubt],
         plan: Plan,
         deadline: Deadline,
     ) -> NDArray[np.intp]:
@@ -411,10 +414,11 @@ class Scorer:
         if deadline.remaining_ms is not None:
             most = self.costs().affordable(plan, deadline.remaining_ms)
         so_far = self._comparisons(neighbours, preferences_of(logits, calibration.temperature))
+        prior, doubt = known
         believed = so_far.solution(prior.score)
         wanted_std = deadline.budget.std
         if wanted_std is not None and not np.isnan(so_far.preferences).all():
-            most = 0 if calibrated(*believed, calibration).std <= wanted_std else most
+            most = 0 if doubt.combined(so_far.combined(prior)).std <= wanted_std else most
         sigma = calibration.sigma
         ordered = most_informative(believed, so_far.scores, so_far.stds, so_far.preferences, sigma)
         return ordered[:most]

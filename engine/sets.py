@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from meiqa.engine.budget import PairTime
 from meiqa.engine.calibration import Calibration
 from meiqa.engine.comparing import Comparer
-from meiqa.engine.estimates import Posterior, before_comparisons, calibrated
+from meiqa.engine.estimates import UNDOUBTED, Doubt, Posterior, before_comparisons, calibrated
 from meiqa.engine.scoring import Scored, as_neighbours
 from meiqa.engine.shots import grouped, likenesses, view_of
 from meiqa.errors import UsageError
@@ -32,7 +32,7 @@ class Candidate:
     """What is kept of a scored photo until it is compared with the others of its set.
 
     Attributes:
-        prior: the score before any comparison; score: the fused one.
+        prior: the score before any comparison; score: the fused one; doubt: of its deviation.
         view: what it shows, where that is asked for.
     """
 
@@ -46,6 +46,7 @@ class Candidate:
     summary: str | None = None
     view: NDArray[np.float32] | None = None
     hurried: bool = False
+    doubt: Doubt = UNDOUBTED
 
     @classmethod
     def of(cls, scored: Scored, *, view: bool = False) -> Candidate:
@@ -62,6 +63,7 @@ class Candidate:
             summary=None if description is None else description.text,
             view=view_of(scored.pixels.array) if view else None,
             hurried=scored.hurried,
+            doubt=next(each for each in scored.estimates if isinstance(each, Doubt)),
         )
 
 
@@ -105,10 +107,12 @@ def solve(
             following = following[len(wave) :]
         left_out += len(following)
     scores, stds = joint_scores(candidates, pairs, preferences, calibration)
-    solved = zip(scores.tolist(), stds.tolist(), strict=True)
+    solved = zip(candidates, scores.tolist(), stds.tolist(), strict=True)
     return Solution(
         scores=scores,
-        posteriors=tuple(calibrated(score, std, calibration) for score, std in solved),
+        posteriors=tuple(
+            each.doubt.combined(calibrated(score, std, calibration)) for each, score, std in solved
+        ),
         # By the solution and not by the mapped score, which may be cut off at the scale's ends.
         order=tuple(order_of(scores)),
         alone=tuple(alone),

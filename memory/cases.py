@@ -47,6 +47,8 @@ _LEVELS = 127
 _SMALLEST_PEAK = np.float32(1e-30)
 _PENALTIES = tuple(float(penalty) for penalty in np.logspace(-2, 5, 29))
 _MOST_STRETCH = 2.0  # what features that tell nothing hardly set apart is not blown up
+_LEAST_ERROR = 0.1  # of the deviation: nobody is known better by a luckier guess
+_MOST_DOUBT = 0.9  # of its logarithm: between .4 and 2.5 times the usual
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,58 +280,105 @@ class Regression:
         weights: (F,), of the `token_features` of a photo.
         offset: What features of zeros score.
         std: Deviation of the score of a photo from people's, as seen on photographs left out.
+        doubt_weights: (F,), of how far photographs like it are misjudged; zeros where nothing is
+            known of that.
+        doubt_offset, doubt_level: What features of zeros give, and the factor of it all.
     """
 
     weights: Floats
     offset: float
     std: float
+    doubt_weights: Floats
+    doubt_offset: float = 0.0
+    doubt_level: float = 1.0
 
     @classmethod
     def fit(cls, features: FloatArray, scores: Floats) -> tuple[Self, Floats]:
         """Fit features (N, F) to scores (N,), N of `FEWEST_PHOTOS` or more, by ridge regression.
 
-        The penalty is the one with the smallest error of each photo left out (in closed form, from
-        the leverages). A penalty pulls scores to the middle; they are then spread as wide around
-        their mean as people's are, but at most twice as wide as they were.
+        A penalty pulls scores to the middle; they are then spread as wide around their mean as
+        people's are, but at most twice as wide as they were. The doubt is a second regression, of
+        the logarithm of the errors of photographs left out, set so that errors by doubt have the
+        deviation `std`.
 
         Returns:
             The regression, and the score (N,) that it would give each photo without having seen it.
         """
-        wide = features.astype(np.float64)
-        centre, spread = wide.mean(axis=0), wide.std(axis=0)
-        scale = np.where(spread > 0.0, spread, 1.0)
+        ridge = _Ridge(features.astype(np.float64))
         mean = float(scores.mean())
-        left, singular, right = np.linalg.svd((wide - centre) / scale, full_matrices=False)
-        seen = left.T @ (scores - mean)
-
-        def left_out_with(penalty: float) -> Floats:
-            shrunk = singular**2 / (singular**2 + penalty)
-            residuals = scores - mean - left @ (shrunk * seen)
-            leverage = 1.0 / len(scores) + np.sum(left**2 * shrunk, axis=1)
-            left_out: Floats = scores - residuals / np.maximum(1.0 - leverage, 1e-9)
-            return left_out
-
-        penalty = min(_PENALTIES, key=lambda each: np.mean((left_out_with(each) - scores) ** 2))
-        narrow = left_out_with(penalty)
+        narrow, weights, _ = ridge.fit(scores)
         stretch = min(_MOST_STRETCH, float(scores.std() / max(narrow.std(), 1e-9)))
-        weights = right.T @ (singular / (singular**2 + penalty) * seen) / scale * stretch
-        left_out = mean + stretch * (narrow - mean)
-        std = float(np.sqrt(np.mean((left_out - scores) ** 2)))
-        return cls(weights, mean - float(centre @ weights), std), left_out
+        weights = weights * stretch
+        left_out: Floats = mean + stretch * (narrow - mean)
+        errors = np.abs(left_out - scores)
+        std = float(np.sqrt(np.mean(errors**2)))
+        logs, doubt_weights, doubt_offset = ridge.fit(np.log(errors + _LEAST_ERROR * std + 1e-9))
+        centre = float(logs.mean())
+        doubts = np.exp(np.clip(logs - centre, -_MOST_DOUBT, _MOST_DOUBT))
+        level = float(np.sqrt(np.mean((errors / doubts) ** 2))) / std if std > 0.0 else 1.0
+        offset = mean - float(ridge.centre @ weights)
+        return cls(weights, offset, std, doubt_weights, doubt_offset - centre, level), left_out
 
     def score(self, features: FloatArray) -> float:
         """Score a photo by its features (F,), kept on 1-5."""
         return min(5.0, max(1.0, self.offset + float(features @ self.weights)))
 
+    def doubt(self, features: FloatArray) -> float:
+        """Tell by which factor a photo of such features (F,) is misjudged more than the usual."""
+        log = self.doubt_offset + float(features @ self.doubt_weights)
+        return self.doubt_level * math.exp(min(_MOST_DOUBT, max(-_MOST_DOUBT, log)))
+
     @property
     def array(self) -> Floats:
-        """As it is stored (F + 2,): weights, offset, deviation."""
-        return np.array([*self.weights, self.offset, self.std])
+        """As it is stored (2, F + 2): weights, offset, deviation; the same of the doubt."""
+        own = [*self.weights, self.offset, self.std]
+        return np.array([own, [*self.doubt_weights, self.doubt_offset, self.doubt_level]])
 
     @classmethod
     def of_array(cls, stored: Floats) -> Self:
-        """Read what `array` gave."""
-        return cls(np.array(stored[:-2]), float(stored[-2]), float(stored[-1]))
+        """Read what `array` gave, or an earlier version's first row alone."""
+        own = stored[0] if stored.ndim == 2 else stored
+        doubt = stored[1] if stored.ndim == 2 else np.array([*np.zeros(len(own) - 2), 0.0, 1.0])
+        return cls(
+            np.array(own[:-2]),
+            float(own[-2]),
+            float(own[-1]),
+            np.array(doubt[:-2]),
+            float(doubt[-2]),
+            float(doubt[-1]),
+        )
+
+
+class _Ridge:
+    """Ridge regressions on the same features (N, F), standardised."""
+
+    def __init__(self, features: Floats) -> None:
+        self.centre, spread = features.mean(axis=0), features.std(axis=0)
+        self._scale = np.where(spread > 0.0, spread, 1.0)
+        self._left, self._singular, self._right = np.linalg.svd(
+            (features - self.centre) / self._scale, full_matrices=False
+        )
+
+    def fit(self, values: Floats) -> tuple[Floats, Floats, float]:
+        """Fit values (N,); give those of each left out (N,), the weights (F,) and the offset.
+
+        The penalty is the one with the smallest error of those left out (in closed form, from the
+        leverages).
+        """
+        mean = float(values.mean())
+        seen = self._left.T @ (values - mean)
+
+        def left_out_with(penalty: float) -> Floats:
+            shrunk = self._singular**2 / (self._singular**2 + penalty)
+            residuals = values - mean - self._left @ (shrunk * seen)
+            leverage = 1.0 / len(values) + np.sum(self._left**2 * shrunk, axis=1)
+            left_out: Floats = values - residuals / np.maximum(1.0 - leverage, 1e-9)
+            return left_out
+
+        penalty = min(_PENALTIES, key=lambda each: np.mean((left_out_with(each) - values) ** 2))
+        slopes = self._singular / (self._singular**2 + penalty) * seen
+        weights: Floats = self._right.T @ slopes / self._scale
+        return left_out_with(penalty), weights, mean - float(self.centre @ weights)
 
 
 class Sample:

@@ -168,7 +168,10 @@ def _check_arrays(segment: Segment, widths: Widths, count: int) -> None:
         "image_rows": (np.int32, (count,)),
     }
     if REGRESSION in segment.arrays:
-        wanted[REGRESSION] = (np.float64, (2 * widths.token + 2,))
+        width = 2 * widths.token + 2
+        # Until 0.2.0 it knew of no doubt, and had one row.
+        shape = (width,) if segment.arrays[REGRESSION].ndim == 1 else (2, width)
+        wanted[REGRESSION] = (np.float64, shape)
     for name, (dtype, shape) in wanted.items():
         array = segment.arrays.get(name)
         if array is None or array.dtype != dtype or array.shape != shape:

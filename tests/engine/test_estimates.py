@@ -11,6 +11,7 @@ import pytest
 from meiqa.engine.calibration import UNCALIBRATED, Calibration
 from meiqa.engine.estimates import (
     Comparisons,
+    Doubt,
     Estimate,
     Evidence,
     Posterior,
@@ -152,6 +153,14 @@ def test_there_is_no_score_without_an_estimate_and_none_of_comparisons_alone() -
         fold([])
     with pytest.raises(UsageError, match="start from another estimate"):
         fold([Comparisons(SCORES, STDS, answers(7), UNCALIBRATED)])
+    with pytest.raises(UsageError, match="a score to be of"):
+        fold([Doubt(1.0)])
+
+
+def test_a_doubt_widens_what_came_before_it_and_moves_no_score() -> None:
+    rating, later = Estimate("rating", 3.0, 0.5), Estimate("reference", 4.0, 0.5, share=0.5)
+    assert fold([rating, Doubt(1.6)]) == Posterior(3.0, 0.8)
+    assert fold([rating, Doubt(1.6), later]) == Posterior(3.5, pytest.approx(0.65))
 
 
 def test_logits_of_two_orders_are_one_preference() -> None:

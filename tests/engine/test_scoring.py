@@ -191,7 +191,7 @@ def test_each_estimate_is_one_entry_and_the_score_is_their_fold(tmp_path: Path) 
     found, regression = scored(engine, ScoreRequest(PHOTO)), engine.memory.snapshot().regression
     assert regression is not None
     names = [each.name for each in found.estimates]
-    assert names == ["rating", "grade", "regression", "comparisons"]
+    assert names == ["rating", "grade", "regression", "comparisons", "doubt"]
     assert found.posterior == fold(found.estimates)
     recalled = found.estimate("regression")
     assert recalled is not None

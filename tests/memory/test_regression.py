@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from meiqa.errors import StoreCorrupted
 from meiqa.memory import AnchorWriter, Case, MemoryBank, Regression, token_features
@@ -68,8 +69,21 @@ def test_noise_is_not_blown_up() -> None:
 
 
 def test_a_score_stays_on_the_scale() -> None:
-    regression = Regression(np.array([1.0]), 0.0, 0.5)
+    regression = Regression(np.array([1.0]), 0.0, 0.5, np.zeros(1))
     assert (regression.score(np.float32([9])), regression.score(np.float32([-9]))) == (5.0, 1.0)
+
+
+def test_it_doubts_the_photographs_that_are_hard_to_judge() -> None:
+    random = np.random.default_rng(6)
+    features, scores = features_and_scores(6, 600)
+    noise = 0.1 * np.exp(features[:, 7] - 10)  # one of the features tells how hard it is
+    scores = scores + noise * random.normal(size=600)
+    regression, _ = Regression.fit(features[:400], scores[:400])
+    errors = np.array([regression.score(f) for f in features[400:]]) - scores[400:]
+    doubts = np.array([regression.doubt(each) for each in features[400:]])
+    assert spearmanr(doubts, noise[400:]).statistic > 0.7
+    assert doubts.max() / doubts.min() <= np.exp(1.8) + 1e-9
+    assert np.sqrt(np.mean((errors / doubts) ** 2)) == pytest.approx(regression.std, rel=0.3)
 
 
 def test_it_comes_back_as_it_was_stored() -> None:
@@ -77,6 +91,14 @@ def test_it_comes_back_as_it_was_stored() -> None:
     regression, _ = Regression.fit(features, scores)
     again = Regression.of_array(regression.array)
     assert np.array_equal(again.array, regression.array)
+
+
+def test_one_of_an_earlier_version_has_no_doubt() -> None:
+    features, scores = features_and_scores(4, 80)
+    regression, _ = Regression.fit(features, scores)
+    earlier = Regression.of_array(regression.array[0])
+    assert earlier.score(features[0]) == regression.score(features[0])
+    assert {earlier.doubt(each) for each in features} == {1.0}
 
 
 @pytest.mark.parametrize("count", [MOST_PHOTOS, MOST_PHOTOS + 1, 3 * MOST_PHOTOS])
