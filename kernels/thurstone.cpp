@@ -242,15 +242,16 @@ using Row = std::vector<double>;
 using Places = std::vector<std::int32_t>;
 
 // Free items come first, those of known score behind them; a comparison names the places of its
-// two. There are whole vectors of comparisons: the last may say nothing.
+// two, and counts as so many. There are whole vectors of comparisons: the last may say nothing.
 struct Votes {
     std::size_t free, count;
-    Row prior, weights, per_width, preferences;
+    Row prior, weights, per_width, preferences, counts;
     Places first, second;
 
     Votes(std::size_t free, std::size_t count, std::size_t items)
         : free(free), count(count), prior(items), weights(items), per_width(padded(count)),
-          preferences(padded(count)), first(padded(count)), second(padded(count)) {}
+          preferences(padded(count)), counts(padded(count)), first(padded(count)),
+          second(padded(count)) {}
 };
 
 // The loss's derivatives at some scores: by each item, where those of known ones mean nothing, and
@@ -293,8 +294,9 @@ void differentiate(const Votes& votes, const Row& scores, Slopes& made) {
         const Derivatives each = cross_entropy(
             load(differences), load(&votes.per_width[m]), load(&votes.preferences[m]));
         double* const curvatures = &made.curvatures[m];
-        store(slopes, each.slope);
-        store(curvatures, each.curvature);
+        const Doubles counts = load(&votes.counts[m]);
+        store(slopes, counts * each.slope);
+        store(curvatures, counts * each.curvature);
         for (std::size_t lane = 0; lane < kLanes; ++lane) {
             gradient[first[lane]] += slopes[lane];
             gradient[second[lane]] -= slopes[lane];
@@ -539,8 +541,8 @@ void propagate_beliefs(const Votes& votes, const Slopes& at, double* variances) 
 
 // Shapes and values were checked by thurstone.py; at least one item is free: its std is NaN.
 void thurstone_joint(const Column& prior, const Column& weights, const Column& stds,
-                     const Pairs& pairs, const Column& preferences, double sigma,
-                     std::size_t exact_up_to, Out& score, Out& std) {
+                     const Pairs& pairs, const Column& preferences, const Column& sigmas,
+                     const Column& counts, std::size_t exact_up_to, Out& score, Out& std) {
     const nb::gil_scoped_release unlocked;
     const std::size_t items = prior.size(), count = preferences.size();
     const auto is_free = [&](std::int32_t item) { return std::isnan(stds.data()[item]); };
@@ -553,7 +555,9 @@ void thurstone_joint(const Column& prior, const Column& weights, const Column& s
         votes.prior[i] = prior.data()[order[i]];
         votes.weights[i] = weights.data()[order[i]];
     }
+    double least = std::numeric_limits<double>::max();
     for (std::size_t m = 0; m < count; ++m) {
+        const double sigma = sigmas.data()[m];
         double width = sigma * sigma;
         for (std::size_t side = 0; side < 2; ++side) {
             const std::int64_t item = pairs.data()[2 * m + side];
@@ -562,12 +566,14 @@ void thurstone_joint(const Column& prior, const Column& weights, const Column& s
         }
         votes.per_width[m] = 1.0 / std::sqrt(width);
         votes.preferences[m] = preferences.data()[m];
+        votes.counts[m] = counts.data()[m];
+        least = std::min(least, sigma);
     }
     const std::size_t free = votes.free, side = padded(free);
     const bool whole = side <= kWholeUpTo && side * side <= kPlacesAnEntry * 2 * count;
     Hessian hessian = hessian_of(votes, whole);
     Row scores = votes.prior, variances(side);
-    const Slopes at = minimum_together(votes, sigma, hessian, scores);
+    const Slopes at = minimum_together(votes, least, hessian, scores);
     if (free > exact_up_to) {
         propagate_beliefs(votes, at, variances.data());
     } else {
@@ -616,7 +622,8 @@ NB_MODULE(_thurstone, module) {
                nb::arg("threads"), nb::arg("score").noconvert(), nb::arg("std").noconvert());
     module.def("thurstone_joint", &thurstone_joint, nb::arg("prior").noconvert(),
                nb::arg("weights").noconvert(), nb::arg("stds").noconvert(),
-               nb::arg("pairs").noconvert(), nb::arg("preferences").noconvert(), nb::arg("sigma"),
+               nb::arg("pairs").noconvert(), nb::arg("preferences").noconvert(),
+               nb::arg("sigmas").noconvert(), nb::arg("counts").noconvert(),
                nb::arg("exact_up_to"), nb::arg("score").noconvert(), nb::arg("std").noconvert());
     module.def("inverse_mills_ratios", &inverse_mills_ratios_of, nb::arg("z"));
     module.def("which_is_out_of_range", &which_is_out_of_range, nb::arg("known").noconvert(),

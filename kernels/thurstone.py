@@ -89,14 +89,15 @@ def thurstone_joint(
     known_stds: ArrayLike,
     pairs: ArrayLike,
     preferences: ArrayLike,
-    sigma: float,
+    sigma: ArrayLike,
     *,
+    counts: ArrayLike = 1.0,
     exact_up_to: int = 1000,
 ) -> tuple[Floats, Floats]:
     """Find the most probable scores of N items together, given comparisons among them.
 
     Items are photos to be scored (*free*) or photos whose scores are known (anchors). Minimises
-    Σ_m CE(y_m, Φ((s_a - s_b) / √(σ² + std_a² + std_b²))) + Σ_i λ_i (s_i - prior_i)² over the free
+    Σ_m n_m CE(y_m, Φ((s_a - s_b) / √(σ_m² + std_a² + std_b²))) + Σ_i λ_i (s_i - prior_i)² over the free
     scores, where only anchors have a std: Thurstone's Case V with Gaussian priors, which for one
     free item is `thurstone_map`. The loss is strictly convex, so the answer is unique, whatever
     the order of items and comparisons. Newton's method, each step solved by conjugate gradients on
@@ -108,7 +109,9 @@ def thurstone_joint(
         known_stds: standard deviations of the anchors' scores, NaN for free items; ``(N,)``.
         pairs: the two items a and b of each comparison, ``(M, 2)``; M may be 0.
         preferences: probability y_m in 0–1 that a looks better than b, ``(M,)``.
-        sigma: spread of one comparison on the scale of the scores, in 1e-9 to 1e9.
+        sigma: spread of a comparison on the scale of the scores, in 1e-9 to 1e9; one for all or
+            ``(M,)``.
+        counts: how many comparisons each counts as, in 1e-9 to 1e9; one for all or ``(M,)``.
         exact_up_to: free items up to which their standard deviations are exact, at a cost that
             grows with the cube of their number.
 
@@ -129,19 +132,28 @@ def thurstone_joint(
         >>> bool(score[0] > 3.0 > score[1]), float(score[2])
         (True, 4.0)
     """
-    if not _SMALLEST <= sigma <= _LARGEST:
-        raise ValueError(f"sigma must be in {_SMALLEST:g} to {_LARGEST:g}, not {sigma}")
     priors = np.ascontiguousarray(prior, dtype=np.float64)
     held = np.ascontiguousarray(weights, dtype=np.float64)
     spreads = np.ascontiguousarray(known_stds, dtype=np.float64)
     asked = np.ascontiguousarray(pairs, dtype=np.int64).reshape(-1, 2)
     answers = np.ascontiguousarray(preferences, dtype=np.float64)
     _check_joint(priors, held, spreads, asked, answers)
+    widths, numbers = _of_each("sigma", sigma, answers), _of_each("counts", counts, answers)
     score, std = np.empty_like(priors), np.empty_like(priors)
     _thurstone.thurstone_joint(
-        priors, held, spreads, asked, answers, float(sigma), exact_up_to, score, std
+        priors, held, spreads, asked, answers, widths, numbers, exact_up_to, score, std
     )
     return score, std
+
+
+def _of_each(name: str, given: ArrayLike, answers: Floats) -> Floats:
+    """Give a number for each comparison."""
+    values = np.asarray(given, dtype=np.float64)
+    if values.shape not in ((), answers.shape):
+        raise ValueError(f"{name} must be one for all or {answers.shape}, not {values.shape}")
+    if not ((values >= _SMALLEST) & (values <= _LARGEST)).all():
+        raise ValueError(f"{name} must be in {_SMALLEST:g} to {_LARGEST:g}, not {given}")
+    return np.ascontiguousarray(np.broadcast_to(values, answers.shape))
 
 
 def _check_shapes(

@@ -179,7 +179,8 @@ def thurstone_joint(
     known_stds: Floats,
     pairs: NDArray[np.int64],
     preferences: Floats,
-    sigma: float,
+    sigma: Floats | float,
+    counts: Floats | float = 1.0,
 ) -> tuple[Floats, Floats]:
     """Newton's method on the whole Hessian, damped until the loss falls."""
     free = np.isnan(known_stds)
@@ -194,15 +195,17 @@ def thurstone_joint(
     def loss(x: Floats) -> float:
         z = signs @ x + offset
         errors = preferences * log_ndtr(z) + (1.0 - preferences) * log_ndtr(-z)
-        return float(weights[free] @ (x - prior[free]) ** 2 - errors.sum())
+        return float(weights[free] @ (x - prior[free]) ** 2 - (counts * errors).sum())
 
     x = prior[free].copy()
     for _ in range(200):
         z = signs @ x + offset
         won = np.array([hazard(each) for each in z])
         lost = np.array([hazard(-each) for each in z])
-        slope = (1.0 - preferences) * lost - preferences * won
-        bend = (1.0 - preferences) * lost * (lost - z) + preferences * won * (won + z)
+        slope = counts * ((1.0 - preferences) * lost - preferences * won)
+        bend = counts * (
+            (1.0 - preferences) * lost * (lost - z) + preferences * won * (won + z)
+        )
         gradient = signs.T @ slope + 2.0 * weights[free] * (x - prior[free])
         hessian = signs.T @ (bend[:, None] * signs) + np.diag(2.0 * weights[free])
         step = np.linalg.solve(hessian, gradient)

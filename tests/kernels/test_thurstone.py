@@ -244,6 +244,29 @@ def test_the_joint_solution_agrees_with_the_naive_twin(
     np.testing.assert_array_equal(thurstone_joint(*given_, SIGMA), (score, std))
 
 
+@pytest.mark.parametrize(
+    ("count", "comparisons", "anchors"), [(2, 1, 0), (7, 97, 3), (97, 400, 30)]
+)
+def test_each_comparison_may_have_its_own_spread_and_count(
+    count: int, comparisons: int, anchors: int
+) -> None:
+    given_, rng = problem(count, comparisons, anchors), np.random.default_rng(8)
+    sigma, counts = rng.uniform(0.1, 2.0, comparisons), rng.uniform(0.1, 30.0, comparisons)
+    score, std = thurstone_joint(*given_, sigma, counts=counts)
+    expected_score, expected_std = naive.thurstone_joint(*given_, sigma, counts)
+    np.testing.assert_allclose(score, expected_score, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(std, expected_std, rtol=1e-6)
+
+
+def test_a_comparison_that_counts_twice_is_two() -> None:
+    prior, weights, stds, pairs, answers = problem(7, 20, 1)
+    twice = thurstone_joint(prior, weights, stds, pairs, answers, SIGMA, counts=2.0)
+    both = np.repeat(pairs, 2, axis=0), np.repeat(answers, 2)
+    np.testing.assert_allclose(
+        twice, thurstone_joint(prior, weights, stds, *both, SIGMA), atol=1e-9
+    )
+
+
 def test_one_free_photo_among_anchors_is_the_single_solution() -> None:
     rng = np.random.default_rng(3)
     known, spreads = rng.uniform(1, 5, 32), rng.choice([0.0, 0.1, 0.4], 32)
