@@ -167,6 +167,33 @@ NEUTRAL_GRADED = GradedHead()
 
 
 @dataclass(frozen=True)
+class SceneVerdict(Record):
+    """What it says of two shots of one scene that one is preferred, and what they scored alone.
+
+    There the scores err alike, and a comparison sees what differs: it is worth far more than one of
+    two strangers.
+
+    Attributes:
+        temperature: divides the difference of the two verdicts' logits.
+        gap: divides the difference of the two scores alone, which is added.
+        sigma: deviation of such a comparison, in score units.
+    """
+
+    temperature: float = field(metadata=POSITIVE)
+    gap: float = field(metadata=POSITIVE)
+    sigma: float = field(metadata=POSITIVE)
+
+    def preferences(self, logits: Floats, gaps: Floats) -> Floats:
+        """Give the probability (n,) that the first looks better.
+
+        Args:
+            logits: (n, 2) of the verdict in both orders; gaps: (n,) of the scores alone.
+        """
+        sure = logits.mean(axis=1) / self.temperature + gaps / self.gap
+        return np.exp(-np.logaddexp(0.0, -sure))
+
+
+@dataclass(frozen=True)
 class Calibration(Record):
     """How a model's answers become a score, and what they are worth.
 
@@ -187,9 +214,10 @@ class Calibration(Record):
             regression on visual tokens (Pearson), which is joined with it.
         graded: graded response of the grade words, None where none was fitted.
         degradation: `DEGRADATION` in the order in which a tight budget gives these up.
+        scene: of comparisons between shots of one scene, None where it was not fitted.
     """
 
-    later = ("memory_correlation", "graded", "degradation")
+    later = ("memory_correlation", "graded", "degradation", "scene")
 
     text: Logistic = field(default=IDENTITY, metadata=_LOGISTIC)
     levels: Logistic = field(default=IDENTITY, metadata=_LOGISTIC)
@@ -207,6 +235,7 @@ class Calibration(Record):
     memory_correlation: float = field(default=0.5, metadata=SHARE)
     graded: GradedHead | None = field(default=None, metadata={"part": GradedHead})
     degradation: tuple[str, ...] = DEGRADATION
+    scene: SceneVerdict | None = field(default=None, metadata={"part": SceneVerdict})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,6 @@ import numpy as np
 from cachetools import LRUCache
 from numpy.typing import NDArray
 
-from meiqa.engine.estimates import preferences_of
 from meiqa.engine.model import Model, Prefix, VisualTokens
 
 PHOTO_CACHE_BYTES = 12 << 20
@@ -120,11 +119,10 @@ class Comparer:
             reused += kept
         return logits, reused
 
-    def preferences(self, first: Pictured, others: Sequence[Pictured]) -> NDArray[np.float64]:
-        """Give the probability (n,) that one looks better than each of the others."""
+    def between(self, first: Pictured, others: Sequence[Pictured]) -> NDArray[np.float64]:
+        """Ask whether one looks better than each of the others; logits as `ask` gives them."""
         (prefix,), _ = self._prefilled([first], [VisualTokens(first.tokens, first.grid)])
-        logits, _ = self.ask(prefix, others, both_orders=True)
-        return preferences_of(logits, self.model.calibration.temperature)
+        return self.ask(prefix, others, both_orders=True)[0]
 
     def _prefilled(
         self, others: Sequence[Pictured], pictures: Sequence[VisualTokens]

@@ -265,7 +265,7 @@ class Engine:
         """
         require_even(rivals)
         task = SetTask(self.scorer, images, budget, k, pairs_each=rivals / 2)
-        candidates, failures = task.candidates(on_photo, view=False)
+        candidates, failures = task.candidates(on_photo)
         solution = solve(candidates, self.scorer.comparer, rivals, task.pair_time)
         return Ranking(ranked(candidates, solution), failures, left_out(candidates, [solution]))
 
@@ -290,7 +290,7 @@ class Engine:
         """
         require_cosine(alike)
         task = SetTask(self.scorer, images, budget, k, pairs_each=1)
-        candidates, failures = task.candidates(on_photo, view=True)
+        candidates, failures = task.candidates(on_photo)
         groups, solutions = culled(candidates, self.scorer.comparer, alike, task.pair_time)
         return Culling(groups, failures, left_out(candidates, solutions))
 
@@ -302,7 +302,7 @@ class Engine:
         The budget is what each may cost; see `rank`. ImageError if one of them can't be judged.
         """
         task = SetTask(self.scorer, [first, second], budget, None, pairs_each=0.5)
-        candidates, failures = task.candidates(lambda: None, view=False)
+        candidates, failures = task.candidates(lambda: None)
         if failures:
             raise failures[0].error
         solution = solve(candidates, self.scorer.comparer, 2, task.pair_time)
@@ -369,7 +369,7 @@ class SetTask:
         self.pair_time = PairTime(self.deadline, costs)
 
     def candidates(
-        self, on_photo: Callable[[], None], *, view: bool
+        self, on_photo: Callable[[], None]
     ) -> tuple[list[Candidate], tuple[Failure, ...]]:
         """Score the photos alone, to be compared with each other, and give those that failed."""
         snapshot = self._scorer.memory.snapshot()
@@ -380,7 +380,7 @@ class SetTask:
             taken = replace(request, budget=self._share(len(self._images) - place))
             try:
                 scored = self._scorer.score(decoded, taken, snapshot)
-                candidates.append(Candidate.of(scored, view=view))
+                candidates.append(Candidate.of(scored))
             except ImageError as error:
                 failures.append(Failure(source_name(request.image), error))
             on_photo()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,16 @@ from numpy.typing import NDArray
 from meiqa.engine.budget import PairTime
 from meiqa.engine.calibration import Calibration
 from meiqa.engine.comparing import Comparer
-from meiqa.engine.estimates import UNDOUBTED, Doubt, Posterior, before_comparisons, calibrated
+from meiqa.engine.estimates import (
+    UNDOUBTED,
+    Doubt,
+    Posterior,
+    before_comparisons,
+    calibrated,
+    preferences_of,
+)
 from meiqa.engine.scoring import Scored, as_neighbours
-from meiqa.engine.shots import grouped, likenesses, view_of
+from meiqa.engine.shots import ALIKE, grouped, likenesses, view_of
 from meiqa.errors import UsageError
 from meiqa.kernels.thurstone import thurstone_joint
 from meiqa.types import CulledPhoto, Neighbour, RankedPhoto
@@ -23,6 +30,9 @@ RIVALS = 4
 """Photos of the set that each is compared with: of near scores, whose order is least certain."""
 ALL_PAIRS = 8
 """Photos behind it that a shot is compared with: all, in groups of up to nine."""
+HELD = 20.0
+"""How much more two shots' comparison holds their scores apart than the scores alone, which speak
+in it already, hold them together."""
 
 Floats = NDArray[np.float64]
 
@@ -33,7 +43,7 @@ class Candidate:
 
     Attributes:
         prior: the score before any comparison; score: the fused one; doubt: of its deviation.
-        view: what it shows, where that is asked for.
+        view: what it shows, None if that is not known.
     """
 
     path: str
@@ -49,7 +59,7 @@ class Candidate:
     doubt: Doubt = UNDOUBTED
 
     @classmethod
-    def of(cls, scored: Scored, *, view: bool = False) -> Candidate:
+    def of(cls, scored: Scored) -> Candidate:
         """Keep what a set needs of a scored photo; its pixels are let go."""
         description = scored.prediction.description
         return cls(
@@ -61,7 +71,7 @@ class Candidate:
             score=scored.posterior.score,
             neighbours=as_neighbours(scored.neighbours, scored.preferences),
             summary=None if description is None else description.text,
-            view=view_of(scored.pixels.array) if view else None,
+            view=view_of(scored.pixels.array),
             hurried=scored.hurried,
             doubt=next(each for each in scored.estimates if isinstance(each, Doubt)),
         )
@@ -77,6 +87,7 @@ class Solution:
         order: indices, best first; alone: the same by the scores before the photos met.
         compared: (N,) with how many of the set each was compared.
         left_out: of all `pairs` those that there was no time for.
+        gap_std: deviation of the difference of the first two scores.
     """
 
     scores: Floats
@@ -86,6 +97,7 @@ class Solution:
     compared: NDArray[np.intp]
     left_out: int
     pairs: int
+    gap_std: float
 
 
 def solve(
@@ -95,46 +107,79 @@ def solve(
 
     Each is compared with `rivals` others, half of them before it and half behind it.
     """
-    calibration = comparer.model.calibration
+    calibration, verdicts, left_out = comparer.model.calibration, Verdicts(), 0
     alone = order_of([each.score for each in candidates])
-    pairs, preferences, left_out = [], list[float](), 0
     for place, index in enumerate(alone):
         following = alone[place + 1 : place + 1 + rivals // 2]
         while following and (wave := following[: time.affordable]):
             others = [candidates[other] for other in wave]
-            preferences += comparer.preferences(candidates[index], others).tolist()
-            pairs += [(index, other) for other in wave]
+            logits = comparer.between(candidates[index], others)
+            verdicts.add(index, wave, *told(candidates[index], others, logits, calibration))
             following = following[len(wave) :]
         left_out += len(following)
-    scores, stds = joint_scores(candidates, pairs, preferences, calibration)
+    scores, stds = joint_scores(candidates, verdicts, calibration)
     solved = zip(candidates, scores.tolist(), stds.tolist(), strict=True)
+    posteriors = tuple(
+        each.doubt.combined(calibrated(score, std, calibration)) for each, score, std in solved
+    )
+    gap_std = math.hypot(*(each.std for each in posteriors[:2]))
+    if calibration.scene and verdicts.of_scene and all(verdicts.of_scene):
+        gap_std = calibration.scene.sigma
     return Solution(
         scores=scores,
-        posteriors=tuple(
-            each.doubt.combined(calibrated(score, std, calibration)) for each, score, std in solved
-        ),
+        posteriors=posteriors,
         # By the solution and not by the mapped score, which may be cut off at the scale's ends.
         order=tuple(order_of(scores)),
         alone=tuple(alone),
-        compared=np.bincount(np.array(pairs, np.intp).ravel(), minlength=len(candidates)),
+        compared=np.bincount(np.array(verdicts.pairs, np.intp).ravel(), minlength=len(candidates)),
         left_out=left_out,
-        pairs=left_out + len(pairs),
+        pairs=left_out + len(verdicts.pairs),
+        gap_std=gap_std,
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Verdicts:
+    """Comparisons within a set: who with whom, how it went, and whether both show one scene."""
+
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    preferences: list[float] = field(default_factory=list)
+    of_scene: list[bool] = field(default_factory=list)
+
+    def add(
+        self, index: int, others: Sequence[int], preferences: Floats, of_scene: Sequence[bool]
+    ) -> None:
+        """Add comparisons of one photo with others."""
+        self.pairs.extend((index, other) for other in others)
+        self.preferences.extend(preferences.tolist())
+        self.of_scene.extend(of_scene)
+
+
+def told(
+    first: Candidate, others: Sequence[Candidate], logits: Floats, calibration: Calibration
+) -> tuple[Floats, list[bool]]:
+    """Tell by logits (n, 2) how probably a photo looks better than others, and who shows the same.
+
+    What is known of shots of one scene counts where they are that: see `SceneVerdict`.
+    """
+    preferences, scene = preferences_of(logits, calibration.temperature), calibration.scene
+    if scene is None:
+        return preferences, [False] * len(others)
+    alike = [_likeness(first, other) >= ALIKE for other in others]
+    gaps = np.array([first.prior - other.prior for other in others])
+    return np.where(alike, scene.preferences(logits, gaps), preferences), alike
+
+
 def joint_scores(
-    candidates: Sequence[Candidate],
-    pairs: Sequence[tuple[int, int]],
-    preferences: Sequence[float],
-    calibration: Calibration,
+    candidates: Sequence[Candidate], verdicts: Verdicts, calibration: Calibration
 ) -> tuple[Floats, Floats]:
     """Scores and deviations (N,) that suit all comparisons best; see `thurstone_joint`.
 
     Each photo has its prior; a remembered photo that several were compared with is one item.
     """
-    count = len(candidates)
+    count, scene = len(candidates), calibration.scene
     prior, stds = [each.prior for each in candidates], [np.nan] * count
-    pairs, preferences = list(pairs), list(preferences)
+    pairs, preferences = list(verdicts.pairs), list(verdicts.preferences)
     items: dict[tuple[str, str], int] = {}
     for index, each in enumerate(candidates):
         for known in each.neighbours:
@@ -145,13 +190,19 @@ def joint_scores(
                     stds.append(known.std)
                 pairs.append((index, item))
                 preferences.append(known.preference)
+    sigmas, counts = np.full(len(pairs), calibration.sigma), np.ones(len(pairs))
+    if scene is not None:
+        of_scene = np.flatnonzero(verdicts.of_scene)
+        sigmas[of_scene] = scene.sigma
+        counts[of_scene] = HELD * calibration.lam * scene.sigma**2
     scores, deviations = thurstone_joint(
         prior,
         np.full(len(prior), calibration.lam),
         stds,
         np.array(pairs, np.int64).reshape(-1, 2),
         preferences,
-        calibration.sigma,
+        sigmas,
+        counts=counts,
     )
     return scores[:count], deviations[:count]
 
@@ -209,19 +260,20 @@ def _in_order(group: Sequence[Candidate], solution: Solution) -> tuple[CulledPho
 
 
 def _likeness(one: Candidate, other: Candidate) -> float:
-    """How alike two photos are; the same pixels wholly."""
-    if one.image_digest == other.image_digest or one.view is None or other.view is None:
+    """How alike two photos are; the same pixels wholly, and what is not known not at all."""
+    if one.image_digest == other.image_digest:
         return 1.0
+    if one.view is None or other.view is None:
+        return 0.0
     return round(float(likenesses([one.view], [other.view])[0, 0].clip(-1.0, 1.0)), 4)
 
 
 def preference_of(solution: Solution) -> float:
     """Give the probability that the first of two photos looks better, by their joint solution."""
     gap = float(solution.scores[0] - solution.scores[1])
-    spread = math.hypot(*(each.std for each in solution.posteriors))
-    if spread == 0.0:
+    if solution.gap_std == 0.0:
         return 0.5 + 0.5 * float(np.sign(gap))
-    return 0.5 * math.erfc(-gap / (spread * math.sqrt(2.0)))
+    return 0.5 * math.erfc(-gap / (solution.gap_std * math.sqrt(2.0)))
 
 
 def left_out(candidates: Sequence[Candidate], solutions: Sequence[Solution]) -> tuple[str, ...]:

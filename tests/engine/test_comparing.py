@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from meiqa.engine.comparing import Comparer, PrefixCache
+from meiqa.engine.estimates import preferences_of
 from meiqa.engine.model import Prefix, VisualTokens
 from meiqa.memory import Case
 from meiqa.testing import FakeModel
@@ -71,8 +72,8 @@ def test_prefixes_of_neighbours_are_kept_and_counted(photo: Prefix) -> None:
 
 def test_the_bias_for_the_first_cancels_between_photos_of_a_set() -> None:
     good, bad, same = case(4.0), case(2.0), case(4.0)
-    forth = comparer().preferences(good, [bad, same])
-    back = comparer().preferences(bad, [good])
+    forth = preferences_of(comparer().between(good, [bad, same]), 1.0)
+    back = preferences_of(comparer().between(bad, [good]), 1.0)
     assert forth[0] == pytest.approx(1 - back[0])
     assert forth[0] > 0.9
     assert forth[1] == pytest.approx(0.5)
@@ -80,7 +81,7 @@ def test_the_bias_for_the_first_cancels_between_photos_of_a_set() -> None:
 
 def test_a_photo_of_a_set_is_read_once() -> None:
     asked = comparer()
-    asked.preferences(case(4.0), [case(2.0)])
-    asked.preferences(case(2.0), [case(4.0)])
+    asked.between(case(4.0), [case(2.0)])
+    asked.between(case(2.0), [case(4.0)])
     state = asked.prefixes.state()["neighbours"]
     assert (state.misses, state.hits) == (2, 2)

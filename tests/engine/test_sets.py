@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from meiqa.engine.budget import Deadline, PairTime
-from meiqa.engine.calibration import UNCALIBRATED, Calibration
+from meiqa.engine.calibration import UNCALIBRATED, Calibration, SceneVerdict
 from meiqa.engine.comparing import Comparer, Pictured, PrefixCache
 from meiqa.engine.engine import Engine
 from meiqa.engine.model import Prefix, VisualTokens
 from meiqa.engine.sets import (
     Candidate,
+    Verdicts,
     culled,
     joint_scores,
     order_of,
@@ -35,6 +36,7 @@ from tests.engine.samples import PHOTOS, Picture, fake_engine, picture, toned
 from tests.engine.views import at
 
 ALWAYS = PairTime(Deadline())
+SCENE = SceneVerdict(temperature=0.5, gap=0.2, sigma=0.2)
 
 
 def candidate(name: str, prior: float, *neighbours: Neighbour, quality: float = 3.0) -> Candidate:
@@ -49,9 +51,9 @@ class Eyes(Comparer):
 
     pairs: list[tuple[str, str]] = field(default_factory=list)
 
-    def preferences(self, first: Pictured, others: Sequence[Pictured]) -> NDArray[np.float64]:
+    def between(self, first: Pictured, others: Sequence[Pictured]) -> NDArray[np.float64]:
         self.pairs.extend((first.image_digest, other.image_digest) for other in others)
-        return super().preferences(first, others)
+        return super().between(first, others)
 
 
 def eyes(calibration: Calibration = UNCALIBRATED) -> Eyes:
@@ -94,7 +96,7 @@ def test_a_remembered_photo_that_two_were_compared_with_holds_both() -> None:
     anchor = Neighbour("a", "anchor", 3.0, 0.1, 0.9)
     unasked = Neighbour("b", "anchor", 1.0, 0.1, None)
     photos = [candidate("x", 3.0, anchor, unasked), candidate("y", 3.0, anchor)]
-    scores, stds = joint_scores(photos, [(0, 1)], [0.5], UNCALIBRATED)
+    scores, stds = joint_scores(photos, Verdicts([(0, 1)], [0.5], [False]), UNCALIBRATED)
     assert scores[0] == pytest.approx(scores[1])
     assert scores[0] > 3.0
     assert stds[0] < 1 / np.sqrt(2 * UNCALIBRATED.lam)
@@ -133,6 +135,7 @@ def test_a_group_is_culled_by_comparing_and_not_by_scores_alone() -> None:
     preference=st.floats(0, 1),
     std_scale=st.floats(0, 2),
     std_floor=st.floats(0, 1),
+    alike=st.booleans(),
 )
 def test_a_preference_never_contradicts_the_scores(
     priors: tuple[float, float],
@@ -140,13 +143,18 @@ def test_a_preference_never_contradicts_the_scores(
     preference: float,
     std_scale: float,
     std_floor: float,
+    alike: bool,
 ) -> None:
     anchor = Neighbour("a", "anchor", 3.0, 0.1, preference)
     photos = [
         candidate("x", priors[0], anchor, quality=qualities[0]),
         candidate("y", priors[1], quality=qualities[1]),
     ]
-    calibration = replace(UNCALIBRATED, std_scale=std_scale, std_floor=std_floor)
+    calibration = replace(
+        UNCALIBRATED, std_scale=std_scale, std_floor=std_floor, scene=SCENE if alike else None
+    )
+    if alike:
+        photos = [replace(photo, view=view) for photo, view in zip(photos, at(1, 4), strict=True)]
     solution = solve(photos, eyes(calibration), 2, ALWAYS)
     found = preference_of(solution)
     first, second = (posterior.score for posterior in solution.posteriors)
@@ -155,6 +163,31 @@ def test_a_preference_never_contradicts_the_scores(
     assert (found < 0.5) <= (first <= second)
     # Of two at the same end of the scale, the preference still tells the better.
     assert (found == 0.5) <= (first == second)
+
+
+def test_between_shots_of_one_scene_the_verdict_weighs_more_than_the_scores() -> None:
+    """Their scores alone differ a little the wrong way; of strangers that would stand."""
+    photos = [candidate("worse", 3.1, quality=2.8), candidate("better", 3.0, quality=3.2)]
+    sure = replace(UNCALIBRATED, lam=300.0, sigma=2.0, scene=SCENE)
+    strangers = solve(photos, eyes(sure), 2, ALWAYS)
+    assert preference_of(strangers) > 0.5
+    views = at(1, 4)
+    shots = [replace(photo, view=view) for photo, view in zip(photos, views, strict=True)]
+    solution = solve(shots, eyes(sure), 2, ALWAYS)
+    assert preference_of(solution) < 0.3
+    assert solution.order == (1, 0)
+    # What both scored together stays; how far they are apart is what the comparison says.
+    assert solution.scores.mean() == pytest.approx(3.05, abs=1e-6)
+    without = solve(shots, eyes(replace(sure, scene=None)), 2, ALWAYS)
+    np.testing.assert_array_equal(without.scores, strangers.scores)
+
+
+def test_scores_alone_speak_in_a_verdict_of_one_scene() -> None:
+    even = np.zeros((3, 2))
+    said = SCENE.preferences(even, np.array([-0.1, 0.0, 0.1]))
+    assert said[1] == 0.5
+    assert said[2] == pytest.approx(1 - said[0])
+    assert said[2] > 0.6
 
 
 class Contrary(FakeModel):
