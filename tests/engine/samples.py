@@ -20,8 +20,8 @@ from meiqa.engine.prompts import PromptFamily
 from meiqa.engine.runtime.decoder import GraphSession
 from meiqa.engine.scoring import Scorer
 from meiqa.memory import AnchorWriter, Case, MemoryBank, RetrievalPolicy
-from meiqa.testing import FakeClock, FakeModel
 from meiqa.types import Assessment, Failure
+from tests.engine.fake_model import FakeClock, FakeModel
 
 Picture = NDArray[np.uint8]
 

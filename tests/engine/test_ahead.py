@@ -15,7 +15,7 @@ from meiqa.engine.engine import decode_ahead
 from meiqa.engine.images import ImageSource, load_pixels
 from meiqa.engine.scoring import ScoreRequest
 from meiqa.errors import DecodeError
-from meiqa.testing import FakeModel
+from tests.engine.fake_model import FakeModel
 from tests.engine.samples import PHOTOS, fake_engine
 
 

@@ -23,8 +23,8 @@ from meiqa.engine.budget import (
     plan_work,
 )
 from meiqa.engine.model import GenerationStats
-from meiqa.testing import FakeClock, FakeModel
 from meiqa.types import Budget
+from tests.engine.fake_model import FakeClock, FakeModel
 
 WHOLE = Plan(96, 8)
 ORDERS = list(itertools.permutations(("text", "neighbours", "orders")))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from meiqa.engine.comparing import Comparer, PrefixCache
 from meiqa.engine.model import Prefix, VisualTokens
 from meiqa.memory import Case
-from meiqa.testing import FakeModel
+from tests.engine.fake_model import FakeModel
 from tests.engine.samples import seen, toned
 
 

@@ -12,8 +12,8 @@ import pytest
 from meiqa.engine.budget import Deadline
 from meiqa.engine.engine import Engine
 from meiqa.engine.scoring import ScoreRequest
-from meiqa.testing import FakeClock, FakeModel
 from meiqa.types import Budget
+from tests.engine.fake_model import FakeClock, FakeModel
 from tests.engine.samples import ANCHORS, assessed, fake_engine, toned
 
 MS = {"encode": 10.0, "prefill": 20.0, "grade": 5.0, "token": 4.0, "pair": 6.0}

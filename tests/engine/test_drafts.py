@@ -19,7 +19,7 @@ from meiqa.engine.scoring import DRAFTS, Scorer
 from meiqa.engine.writing import LONGEST_GAP, LONGEST_SUFFIX, Proposer, Writing
 from meiqa.locations import embedded_assets
 from meiqa.memory import retrieval_key
-from meiqa.testing import FakeModel
+from tests.engine.fake_model import FakeModel
 from tests.engine.samples import (
     ANCHORS,
     PHOTOS,

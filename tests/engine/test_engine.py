@@ -22,8 +22,8 @@ from meiqa.engine.runtime.decoder import Array, GraphSession
 from meiqa.engine.scoring import Scorer, ScoreRequest
 from meiqa.errors import AnswerNotFinite, ImageError, UsageError
 from meiqa.memory import MemoryBank, RetrievalPolicy
-from meiqa.testing import FakeModel
 from meiqa.types import Assessment, Failure
+from tests.engine.fake_model import FakeModel
 from tests.engine.samples import (
     ANCHORS,
     PHOTOS,

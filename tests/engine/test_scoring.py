@@ -28,8 +28,8 @@ from meiqa.engine.model import (
 )
 from meiqa.engine.scoring import Prediction, Scored, ScoreRequest
 from meiqa.memory import token_features
-from meiqa.testing import FAKE_CALIBRATION, FakeClock, FakeModel
 from meiqa.types import Budget
+from tests.engine.fake_model import FAKE_CALIBRATION, FakeClock, FakeModel
 from tests.engine.samples import ANCHORS, K, fake_anchors, fake_engine, toned
 
 KEY = np.ones(2, np.float32)

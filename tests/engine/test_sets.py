@@ -29,8 +29,8 @@ from meiqa.engine.sets import (
     solve,
 )
 from meiqa.errors import UsageError
-from meiqa.testing import FakeModel
 from meiqa.types import Neighbour, RankedPhoto
+from tests.engine.fake_model import FakeModel
 from tests.engine.samples import PHOTOS, Picture, fake_engine, picture, toned
 from tests.engine.views import at
 

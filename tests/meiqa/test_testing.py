@@ -7,19 +7,22 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from meiqa import Assessment, Budget, DecodeError, Engine, Failure, testing
 from meiqa.testing import Call, FakeEngine
+from tests.engine import fake_model
 
 Grey = Callable[..., Path]
 PHOTO = np.zeros((4, 6, 3), np.uint8)
 
 
-def test_its_example_runs() -> None:
-    assert doctest.testmod(testing).failed == 0
+@pytest.mark.parametrize("module", [testing, fake_model])
+def test_its_example_runs(module: ModuleType) -> None:
+    assert doctest.testmod(module).failed == 0
 
 
 @pytest.mark.parametrize("name", ["score", "score_many", "rank", "cull", "compare"])
