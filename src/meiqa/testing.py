@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 from meiqa.engine.calibration import UNCALIBRATED
-from meiqa.engine.comparing import CacheState
+from meiqa.engine.comparing import PrefixCache
+from meiqa.engine.engine import Engine
 from meiqa.engine.images import ImageSource, Pixels, load_pixels, source_name
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.scoring import ScoreRequest
 from meiqa.errors import ImageError
 from meiqa.types import (
@@ -33,9 +35,6 @@ from meiqa.types import (
     quality_word,
 )
 
-if TYPE_CHECKING:
-    from meiqa.engine.engine import Engine
-
 
 class Call(NamedTuple):
     """What was asked of a photo."""
@@ -47,8 +46,8 @@ class Call(NamedTuple):
     reference: str | None
 
 
-class FakeEngine:
-    """Scores photos by a rule, with the public methods of `Engine`; it learns nothing.
+class FakeEngine(Engine):
+    """An engine that scores photos by a rule, and learns nothing.
 
     Args:
         score: of a photo: a number, or a function of its pixels; by default it follows from their
@@ -84,37 +83,25 @@ class FakeEngine:
             image=SimpleNamespace(max_pixels=512 * 512),
             calibration=replace(UNCALIBRATED, neighbours=neighbours, sigma=0.9),
         )
-        place = {"path": Path("/packages/fake"), "digest": "ab" * 32}
-        self.package = SimpleNamespace(**place, manifest=manifest)
-        self.model = SimpleNamespace(
-            digest=place["digest"], calibration=manifest.calibration, package=self.package
-        )
+        package = SimpleNamespace(path=Path("/packages/fake"), digest="ab" * 32, manifest=manifest)
+        self._package = cast(EnginePackage, package)
+        model = SimpleNamespace(digest=package.digest, calibration=manifest.calibration)
         counts = SimpleNamespace(count_anchors=neighbours, count_contrast=0)
-        self.memory = SimpleNamespace(snapshot=lambda: counts)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        memory = SimpleNamespace(snapshot=lambda: counts)
+        scorer: Any = SimpleNamespace(model=model, memory=memory, prefixes=PrefixCache())
+        super().__init__(scorer)
 
     def close(self) -> None:
         """Do nothing."""
 
-    def as_engine(self) -> Engine:
-        """Give itself to what wants an `Engine`."""
-        return cast("Engine", self)
+    @property
+    def package(self) -> EnginePackage:
+        """What stands for a package."""
+        return self._package
 
     def least_ms(self) -> float:
         """Give the shortest time that a photo takes."""
         return 1.0
-
-    def caches(self) -> dict[str, CacheState]:
-        """Say how the caches stand."""
-        return {"photos": CacheState(64 << 20, 3 << 20, 1, 2)}
-
-    def forget_photos(self) -> None:
-        """Do nothing: nothing is kept."""
 
     def score(
         self,

@@ -419,7 +419,7 @@ def test_a_memory_that_has_changed_is_told(
 ) -> None:
     out = tmp_path / "out.csv"
     scored(folder, out)
-    engine.memory = SimpleNamespace(
+    engine.scorer.memory = SimpleNamespace(
         snapshot=lambda: SimpleNamespace(count_anchors=3, count_contrast=9)
     )
     scored(folder, out, "--resume")
