@@ -116,11 +116,7 @@ def score_command(options: Options) -> int:
 
 
 def _require_sense(options: Options, photos: Sequence[str]) -> None:
-    """Refuse what does not go together.
-
-    Raises:
-        UsageError: it doesn't.
-    """
+    """Refuse what does not go together."""
     if options.output is not None:
         if options.format not in ("csv", "jsonl"):
             seen = f"--format {options.format}"
