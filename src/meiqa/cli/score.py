@@ -137,7 +137,7 @@ def _score(
     write: Callable[[Assessment | Failure], None],
     done: int = 0,
 ) -> list[dict[str, Any]]:
-    """Judge photos and write what comes of them; give what `Failure.to_dict` says of some."""
+    """Judge photos and write what comes of them; give the failures, as `Failure.to_dict` does."""
     failures = []
     results = engine.score_many(
         photos,
