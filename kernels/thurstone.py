@@ -97,9 +97,9 @@ def thurstone_joint(
     """Find the most probable scores of N items together, given comparisons among them.
 
     Items are photos to be scored (*free*) or photos whose scores are known (anchors). Minimises
-    Σ_m n_m CE(y_m, Φ((s_a - s_b) / √(σ_m² + std_a² + std_b²))) + Σ_i λ_i (s_i - prior_i)² over the free
-    scores, where only anchors have a std: Thurstone's Case V with Gaussian priors, which for one
-    free item is `thurstone_map`. The loss is strictly convex, so the answer is unique, whatever
+    Σ_m n_m CE(y_m, Φ((s_a - s_b) / √(σ_m² + std_a² + std_b²))) + Σ_i λ_i (s_i - prior_i)² over the
+    free scores, where only anchors have a std: Thurstone's Case V with Gaussian priors, which for
+    one free item is `thurstone_map`. The loss is strictly convex, so the answer is unique, whatever
     the order of items and comparisons. Newton's method, each step solved by conjugate gradients on
     the sparse Hessian, or on the whole one where there are many comparisons.
 

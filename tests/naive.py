@@ -203,9 +203,7 @@ def thurstone_joint(
         won = np.array([hazard(each) for each in z])
         lost = np.array([hazard(-each) for each in z])
         slope = counts * ((1.0 - preferences) * lost - preferences * won)
-        bend = counts * (
-            (1.0 - preferences) * lost * (lost - z) + preferences * won * (won + z)
-        )
+        bend = counts * ((1.0 - preferences) * lost * (lost - z) + preferences * won * (won + z))
         gradient = signs.T @ slope + 2.0 * weights[free] * (x - prior[free])
         hessian = signs.T @ (bend[:, None] * signs) + np.diag(2.0 * weights[free])
         step = np.linalg.solve(hessian, gradient)

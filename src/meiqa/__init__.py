@@ -13,6 +13,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from meiqa import errors
+
 # ONNX Runtime reports to its maker from the moment it is loaded, unless it finds this.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
@@ -23,17 +25,15 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_MODULES = {
-    "meiqa.engine.engine": "Engine",
-    "meiqa.errors": "AccessDenied AnswerNotFinite AnswerUnreadable DecodeError DeviceUnavailable"
-    " ImageError ImageTooLarge ImageTooSmall KeyRequired MeiqaError OutputUnwritable Overloaded"
-    " PackageCorrupted PackageError PackageNotFound PackageUnwritable SchemaUnsupported"
-    " ServiceError ServiceUnreachable StoreCorrupted StoreError StoreLocked StoreMismatch"
-    " StoreNotFound StoreUnwritable UploadTooLarge UsageError",
-    "meiqa.types": "Assessment Budget CulledPhoto Culling Distortion Failure Neighbour"
-    " PairComparison RankedPhoto Ranking Reference quality_word",
+_RESULTS = (
+    "Assessment Budget CulledPhoto Culling Distortion Failure Neighbour PairComparison RankedPhoto "
+    "Ranking Reference quality_word"
+)
+_MODULE_OF = {
+    "Engine": "meiqa.engine.engine",
+    **{name: "meiqa.errors" for name, each in vars(errors).items() if isinstance(each, type)},
+    **dict.fromkeys(_RESULTS.split(), "meiqa.types"),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 if not TYPE_CHECKING:
     __all__ = sorted([*_MODULE_OF, "__version__"])

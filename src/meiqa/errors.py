@@ -1,32 +1,13 @@
 """Every error that meiqa raises on purpose, in one tree.
 
 MeiqaError
-├── ImageError
-│   ├── AnswerNotFinite      the model's answer about it is not a number
-│   ├── AnswerUnreadable     the model's answer about it is none of those it was asked for
-│   ├── DecodeError          missing, unreadable, truncated, empty or not an image
-│   ├── ImageTooLarge        more pixels than the limit, told from the header
-│   └── ImageTooSmall        too few pixels to be judged
-├── PackageError
-│   ├── PackageNotFound      no engine package at the path
-│   ├── PackageCorrupted     a file is missing or its digest is wrong
-│   ├── PackageUnwritable    the disk refuses to be written, or is full
-│   └── SchemaUnsupported    the manifest was written for another version
-├── StoreError
-│   ├── StoreNotFound        no memory at the path
-│   ├── StoreCorrupted       a segment or a record cannot be trusted
-│   ├── StoreLocked          another process is writing (retryable)
-│   ├── StoreUnwritable      the disk refuses to be written
-│   └── StoreMismatch        the memory belongs to another engine package
-├── DeviceUnavailable        the device asked for is not there
-├── OutputUnwritable         the file of results cannot be written
-├── ServiceError
-│   ├── AccessDenied         the key lacks the scope, or the caller may not ask
-│   │   └── KeyRequired      there is no key, or nobody has it
-│   ├── Overloaded           an answer would come too late (retryable)
-│   ├── UploadTooLarge       more bytes than the service takes
-│   └── ServiceUnreachable   no answer came (retryable)
-└── UsageError               an option or a label table that makes no sense
+├── ImageError: AnswerNotFinite, AnswerUnreadable, DecodeError, ImageTooLarge, ImageTooSmall
+├── PackageError: PackageNotFound, PackageCorrupted, PackageUnwritable, SchemaUnsupported
+├── StoreError: StoreNotFound, StoreCorrupted, StoreLocked, StoreUnwritable, StoreMismatch
+├── ServiceError: AccessDenied (KeyRequired), Overloaded, UploadTooLarge, ServiceUnreachable
+├── DeviceUnavailable
+├── OutputUnwritable
+└── UsageError
 """
 
 # The names say what happened; a suffix would say "error" twice.

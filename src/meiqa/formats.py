@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,10 +29,6 @@ CSV_COLUMNS = (
     *("path", "score", "std", "ci95_low", "ci95_high", "initial_score", "word", "percentile"),
     *("summary", "compared", "degraded", "reflection", "total_ms", "error", "hint"),
 )
-_SET_COLUMNS = {
-    "rank": ["rank", "path", "score", "std", "alone", "compared", "places"],
-    "cull": ["group", "place", "best", "path", "score", "std", "alone", "likeness"],
-}
 
 _LEAST_SHARE = 0.05
 
@@ -70,32 +67,18 @@ class ResultWriter:
         self._stream.flush()
 
 
-class CsvTable:
-    """Rows under a header; a value may hold anything, and what a row lacks is left empty."""
-
-    def __init__(self, stream: TextIO, columns: Sequence[str]) -> None:
-        self._stream, self._columns = stream, columns
-        stream.write(_csv_line(columns))
-
-    def write(self, values: Mapping[str, Any]) -> None:
-        """Write one row."""
-        self._stream.write(_csv_line([_cell(name, values.get(name)) for name in self._columns]))
+def csv_line(cells: Iterable[object]) -> str:
+    """Give cells, which may hold anything, as a line of CSV."""
+    # Before Python 3.13 carriage returns are quoted only where they end the rows, and are not read
+    # unquoted.
+    line = io.StringIO(newline="")
+    csv.writer(line).writerow(cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
-class _Line:
-    """Takes a row and gives it back, with a newline for its end.
-
-    The csv module, before Python 3.13, quotes carriage returns only where they end its rows, and
-    does not read them unquoted.
-    """
-
-    def write(self, row: str) -> str:
-        return row.removesuffix("\r\n") + "\n"
-
-
-def _csv_line(cells: Sequence[object]) -> str:
-    line: Any = csv.writer(_Line()).writerow(cells)  # what the stream's `write` gives
-    return str(line)
+def csv_row(columns: Iterable[str], values: Mapping[str, Any]) -> str:
+    """Give values as a line under these columns; what they lack is left empty."""
+    return csv_line(_cell(name, values.get(name)) for name in columns)
 
 
 def _cell(name: str, value: Any) -> Any:
@@ -107,19 +90,27 @@ def _cell(name: str, value: Any) -> Any:
 
 def header_text(format: RowFormat) -> str:
     """Give what stands above the rows of a file."""
-    return _csv_line(CSV_COLUMNS) if format == "csv" else ""
+    return csv_line(CSV_COLUMNS) if format == "csv" else ""
 
 
 def row_text(result: Assessment | Failure, format: RowFormat) -> str:
     """Give a result as one row."""
-    values = result.to_dict()
     if format == "jsonl":
-        return json_text(values) + "\n"
-    if isinstance(result, Assessment):
-        values["ci95_low"], values["ci95_high"] = values["ci95"]
-        values["compared"] = _compared(result)
-        values["total_ms"] = total_ms(result.timings_ms)
-    return _csv_line([_cell(name, values.get(name)) for name in CSV_COLUMNS])
+        return json_text(result.to_dict()) + "\n"
+    values = cells_of(result) if isinstance(result, Assessment) else result.to_dict()
+    return csv_row(CSV_COLUMNS, values)
+
+
+def cells_of(assessment: Assessment) -> dict[str, Any]:
+    """Give an assessment's values for a table, with what its columns sum up."""
+    low, high = assessment.ci95
+    return {
+        **assessment.to_dict(),
+        "ci95_low": low,
+        "ci95_high": high,
+        "compared": _compared(assessment),
+        "total_ms": total_ms(assessment.timings_ms),
+    }
 
 
 def json_text(value: object, indent: int | None = None) -> str:
@@ -217,16 +208,14 @@ def reasons_phrase(assessment: Assessment) -> str:
 
 
 def comparison_phrase(neighbour: Neighbour) -> str:
-    """Say how the photo fared against a neighbour.
+    """Say how the photo fared against a neighbour that it was compared with.
 
     >>> comparison_phrase(Neighbour("a7", "anchor", 3.2, 0.1, 0.81))
     'beats a7 (3.20) 81 %'
     """
-    if neighbour.preference is None:
-        return f"not compared with {neighbour.id} ({neighbour.score:.2f})"
-    wins = neighbour.preference >= 0.5
-    share = neighbour.preference if wins else 1 - neighbour.preference
-    verb = "beats" if wins else "loses to"
+    preference = neighbour.preference or 0.0
+    verb = "beats" if preference >= 0.5 else "loses to"
+    share = max(preference, 1 - preference)
     return f"{verb} {neighbour.id} ({neighbour.score:.2f}) {100 * share:.0f} %"
 
 
@@ -255,7 +244,7 @@ def write_comparison(comparison: PairComparison, format: Format, stream: TextIO)
     elif format == "csv":
         values = {**comparison.to_dict(), "total_ms": total_ms(comparison.timings_ms)}
         del values["timings_ms"]
-        CsvTable(stream, list(values)).write(values)
+        stream.write(csv_line(values) + csv_row(values, values))
     else:
         indent = 2 if format == "json" else None
         stream.write(json_text(comparison.to_dict(), indent) + "\n")
@@ -267,10 +256,11 @@ def write_set(found: Ranking | Culling, format: Format, stream: TextIO) -> None:
     Those of a culling stand in their groups.
     """
     if isinstance(found, Ranking):
-        columns, lines = _SET_COLUMNS["rank"], [_ranked_text(photo) for photo in found.photos]
+        columns = ["rank", "path", "score", "std", "alone", "compared", "places"]
+        lines = [_ranked_text(photo) for photo in found.photos]
         entries = [photo.to_dict() for photo in found.photos]
     else:
-        columns = _SET_COLUMNS["cull"]
+        columns = ["group", "place", "best", "path", "score", "std", "alone", "likeness"]
         groups = list(enumerate(found.groups, 1))
         lines = [_culled_text(photo, len(group)) for _, group in groups for photo in group]
         entries = [{"group": n, **photo.to_dict()} for n, group in groups for photo in group]
@@ -278,9 +268,9 @@ def write_set(found: Ranking | Culling, format: Format, stream: TextIO) -> None:
     if format == "text":
         stream.writelines(f"{line}\n" for line in lines)
     elif format == "csv":
-        table = CsvTable(stream, [*columns, "error", "hint"])
-        for entry in entries:
-            table.write(entry)
+        columns += ["error", "hint"]
+        stream.write(csv_line(columns))
+        stream.writelines(csv_row(columns, entry) for entry in entries)
     else:
         stream.write(json_text(entries, indent=2) + "\n")
 

@@ -59,16 +59,16 @@ class LabelTable:
         if split is not None and "split" not in columns:
             seen = f"the columns {', '.join(columns)}"
             raise UsageError(f"{path} has no split column", seen=seen)
-        splits = [row.get("split", "") for _, row in rows]
-        chosen = [index for index, each in enumerate(splits) if split in (None, each)]
+        chosen = [
+            (row[image], score)
+            for (_, row), score in zip(rows, scores, strict=True)
+            if split is None or row["split"] == split
+        ]
         if not chosen:
-            allowed = ", ".join(sorted(set(splits)))
+            allowed = ", ".join(sorted({row["split"] for _, row in rows}))
             raise UsageError(f"{path} has no such split", seen=split, allowed=allowed)
-        return cls(
-            files=tuple(rows[index][1][image] for index in chosen),
-            scores=tuple(scores[index] for index in chosen),
-            mos_range=limits,
-        )
+        files, kept = zip(*chosen, strict=True)
+        return cls(files, kept, limits)
 
     def spread(self, limit: int | None) -> Self:
         """Keep `limit` rows at equal distances, for tables are often sorted by kind or score."""

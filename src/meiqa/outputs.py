@@ -173,7 +173,7 @@ class ResultFile:
 
     Attributes:
         failures: path, error and hint of photos that could not be judged, in earlier runs too.
-        changed: circumstances as they were when the file was begun, and as they are now.
+        changed: the names of circumstances that were others when the file was begun.
 
     Raises:
         UsageError: the file is there, or is none to go on with, or another process writes it.
@@ -191,7 +191,7 @@ class ResultFile:
         force: bool = False,
     ) -> None:
         self.failures: list[dict[str, Any]] = []
-        self.changed: dict[str, tuple[Any, Any]] = {}
+        self.changed: set[str] = set()
         self._path, self._format = output_target(path, ROWS, force=True), format
         self._done: set[str] = set()
         header = header_text(format).encode()
@@ -208,12 +208,11 @@ class ResultFile:
                 os.ftruncate(self._descriptor, self._size)
             if not self._size:
                 self._append(header)
-        except BlockingIOError:
+        except BaseException as error:
             os.close(self._descriptor)
-            what = f"{self._path} is being written by another process"
-            raise UsageError(what, hint="wait for it to end") from None
-        except BaseException:
-            os.close(self._descriptor)
+            if isinstance(error, BlockingIOError):
+                what = f"{self._path} is being written by another process"
+                raise UsageError(what, hint="wait for it to end") from None
             raise
         self._durable_at = time.monotonic()
 
@@ -280,8 +279,7 @@ class ResultFile:
                     allowed=_shown(known.get(name)),
                     hint=anew,
                 )
-        pairs = {name: (before.get(name), now) for name, now in circumstances.items()}
-        self.changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        self.changed = {name for name, now in circumstances.items() if before.get(name) != now}
 
     def _read(self, header: bytes) -> int:
         """Note the photos of the rows that are there; give the bytes of the whole ones."""

@@ -5,24 +5,22 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from typing import Self, TextIO
+from typing import Self
 
 
 class Progress:
-    """Count finished images, or show a step; draws nothing unless the stream is a terminal.
+    """Count finished images, or show a step; draws nothing unless stderr is a terminal.
 
     Speed and time left follow from the latest images: those that a build finds done already, or a
     slow beginning, do not count for long.
 
     Args:
         total: images in all; of a single one nothing is drawn.
-        stream: where to draw; stderr by default.
         done: how many of them an earlier run has finished.
     """
 
-    def __init__(self, total: int = 1, stream: TextIO | None = None, done: int = 0) -> None:
+    def __init__(self, total: int = 1, done: int = 0) -> None:
         self._total, self._done = total, done
-        self._stream = sys.stderr if stream is None else stream
         self._moments = deque([time.monotonic()], maxlen=33)
         self._drawn = False
 
@@ -52,7 +50,7 @@ class Progress:
         self._put(f"[{'#' * int(30 * share):-<30}] {step}")
 
     def _put(self, line: str) -> None:
-        if self._stream.isatty():
-            self._stream.write(f"\r\x1b[K{line}")
-            self._stream.flush()
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K{line}")
+            sys.stderr.flush()
             self._drawn = bool(line)

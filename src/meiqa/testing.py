@@ -1,4 +1,4 @@
-"""Test doubles: an engine without a model, and a model without files, for what stands on one.
+"""An engine without a model and a model without files, for the tests of what stands on them.
 
 >>> from PIL import Image
 >>> with FakeEngine(lambda pixels: 1 + 4 * pixels.array.mean() / 255) as engine:
@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.calibration import UNCALIBRATED, Calibration, ScoreHead
-from meiqa.engine.comparing import CacheState
+from meiqa.engine.comparing import PrefixCache
+from meiqa.engine.engine import Engine
 from meiqa.engine.images import ImageSource, Pixels, load_pixels, source_name
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.model import (
@@ -33,6 +34,7 @@ from meiqa.engine.model import (
     StopRule,
     VisualTokens,
 )
+from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import KeyValues
 from meiqa.engine.scoring import ScoreRequest
 from meiqa.errors import ImageError
@@ -49,8 +51,9 @@ from meiqa.types import (
     quality_word,
 )
 
-if TYPE_CHECKING:
-    from meiqa.engine.engine import Engine
+FAKE_TEXT = "This photo looks {} to a model that has not seen it, and that says so in twenty words."
+"""What a `FakeModel` writes."""
+FAKE_CALIBRATION = replace(UNCALIBRATED, neighbours=8)
 
 
 class Call(NamedTuple):
@@ -63,8 +66,8 @@ class Call(NamedTuple):
     reference: str | None
 
 
-class FakeEngine:
-    """Scores photos by a rule, with the public methods of `Engine`; it learns nothing.
+class FakeEngine(Engine):
+    """An engine that scores photos by a rule, and learns nothing.
 
     Args:
         score: of a photo: a number, or a function of its pixels; by default it follows from their
@@ -100,37 +103,25 @@ class FakeEngine:
             image=SimpleNamespace(max_pixels=512 * 512),
             calibration=replace(UNCALIBRATED, neighbours=neighbours, sigma=0.9),
         )
-        place = {"path": Path("/packages/fake"), "digest": "ab" * 32}
-        self.package = SimpleNamespace(**place, manifest=manifest)
-        self.model = SimpleNamespace(
-            digest=place["digest"], calibration=manifest.calibration, package=self.package
-        )
+        package = SimpleNamespace(path=Path("/packages/fake"), digest="ab" * 32, manifest=manifest)
+        self._package = cast(EnginePackage, package)
+        model = SimpleNamespace(digest=package.digest, calibration=manifest.calibration)
         counts = SimpleNamespace(count_anchors=neighbours, count_contrast=0)
-        self.memory = SimpleNamespace(snapshot=lambda: counts)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        memory = SimpleNamespace(snapshot=lambda: counts)
+        scorer: Any = SimpleNamespace(model=model, memory=memory, prefixes=PrefixCache())
+        super().__init__(scorer)
 
     def close(self) -> None:
         """Do nothing."""
 
-    def as_engine(self) -> Engine:
-        """Give itself to what wants an `Engine`."""
-        return cast("Engine", self)
+    @property
+    def package(self) -> EnginePackage:
+        """What stands for a package."""
+        return self._package
 
     def least_ms(self) -> float:
         """Give the shortest time that a photo takes."""
         return 1.0
-
-    def caches(self) -> dict[str, CacheState]:
-        """Say how the caches stand."""
-        return {"photos": CacheState(64 << 20, 3 << 20, 1, 2)}
-
-    def forget_photos(self) -> None:
-        """Do nothing: nothing is kept."""
 
     def score(
         self,
@@ -268,11 +259,6 @@ class FakeEngine:
 def _left_out(scored: Iterable[Assessment]) -> tuple[str, ...]:
     """What the budget left out of any of them."""
     return tuple(dict.fromkeys(note for each in scored for note in each.degraded))
-
-
-FAKE_TEXT = "This photo looks {} to a model that has not seen it, and that says so in twenty words."
-"""What a `FakeModel` writes."""
-FAKE_CALIBRATION = replace(UNCALIBRATED, neighbours=8)
 
 
 @dataclass

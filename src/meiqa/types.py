@@ -72,8 +72,8 @@ class Budget:
     std: float | None = None
 
     def __post_init__(self) -> None:
-        limits: dict[str, Any] = {"ms": self.ms, "std": self.std}
-        for name, limit in limits.items():
+        for name in ("ms", "std"):
+            limit: Any = getattr(self, name)
             if limit is None:
                 continue
             if not hasattr(limit, "__float__") or isinstance(limit, bool):

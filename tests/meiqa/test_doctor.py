@@ -16,6 +16,10 @@ from meiqa.locations import user_memory
 Output = pytest.CaptureFixture[str]
 
 
+def asked(memory: str | None) -> options.Options:
+    return options.Options(memory=memory, no_verify=False)
+
+
 def test_a_healthy_installation(engine: Any, tmp_path: Path, capsys: Output) -> None:
     assert cli.main(["doctor", "--format", "json", "--memory", str(tmp_path)]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -55,7 +59,7 @@ def test_a_missing_package_is_listed_with_its_command(
 
 
 def test_missing_runtime_and_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def absent(name: str) -> Any:
+    def absent(name: object) -> Any:
         raise ImportError(f"no {name}")
 
     def version(name: str) -> str:
@@ -65,7 +69,8 @@ def test_missing_runtime_and_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr(doctor, "version", version)
     monkeypatch.setattr(importlib, "import_module", absent)
-    report = doctor.examine(lambda: absent("engine"), str(tmp_path))
+    monkeypatch.setattr(options, "engine_of", absent)
+    report = doctor.examine(asked(str(tmp_path)))
     assert [entry["what"] for entry in report["missing"]] == [
         "ONNX Runtime is not installed",
         "the native kernel cannot be loaded: no meiqa.kernels._native",
@@ -77,7 +82,7 @@ def test_missing_runtime_and_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_a_named_memory_that_cannot_be_written_is_a_fault(engine: Any, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    report = doctor.examine(lambda: engine, str(file / "memory"))
+    report = doctor.examine(asked(str(file / "memory")))
     assert not report["memory"]["writable"]
     assert "--no-learn" in report["missing"][0]["hint"]
 
@@ -95,7 +100,7 @@ def test_the_users_memory_is_that_of_the_package(
     engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEIQA_MEMORY", str(tmp_path / "new"))
-    memory = doctor.examine(lambda: engine, None)["memory"]
+    memory = doctor.examine(asked(None))["memory"]
     assert memory["path"] == str(tmp_path / "new" / ("ab" * 8))
     assert memory["writable"]
     assert not (tmp_path / "new").exists()

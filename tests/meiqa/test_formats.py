@@ -172,7 +172,6 @@ def test_reasons_never_contradict_the_score_unsaid(seed: int) -> None:
 
 def test_a_defeat_is_told_from_the_winners_side() -> None:
     assert comparison_phrase(Neighbour("x", "anchor", 2, 0.1, 0.2)) == "loses to x (2.00) 80 %"
-    assert "not compared" in comparison_phrase(Neighbour("x", "anchor", 2, 0.1, None))
 
 
 def test_total_prefers_the_measured_total() -> None:

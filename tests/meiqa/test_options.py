@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ class Terminal(io.StringIO):
 
 
 def drawn(total: int, stream: io.StringIO) -> str:
-    with Progress(total, stream) as progress:
+    with redirect_stderr(stream), Progress(total) as progress:
         for _ in range(total):
             progress.clear()
             progress.advance()
@@ -46,7 +47,7 @@ def test_speed_and_time_left_follow_from_the_latest_images(
     """A hundred that are found done at once do not make the rest look fast."""
     now, stream = 0.0, Terminal()
     monkeypatch.setattr("meiqa.progress.time.monotonic", lambda: now)
-    with Progress(200, stream) as progress:
+    with redirect_stderr(stream), Progress(200) as progress:
         for _ in range(100):
             progress.advance()
         for _ in range(40):

@@ -18,7 +18,7 @@ Grey = Callable[..., Path]
 PHOTO = np.zeros((4, 6, 3), np.uint8)
 
 
-def test_its_example_runs() -> None:
+def test_its_examples_run() -> None:
     assert doctest.testmod(testing).failed == 0
 
 

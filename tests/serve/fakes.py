@@ -168,7 +168,7 @@ class Simulation:
         self.engine = FakeEngine(costs, neighbours, self.spend)
         self.metrics = Metrics()
         self.scheduler = Scheduler(
-            [self.engine.as_engine()], Settings(**settings), self.metrics, lambda: self.now_ms
+            [self.engine], Settings(**settings), self.metrics, lambda: self.now_ms
         )
         self.scheduler.warm_up()
         self.engine.forget()

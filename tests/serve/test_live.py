@@ -36,7 +36,7 @@ def greys() -> Iterator[FakeEngine]:
 
 def client_of(engine: FakeEngine, settings: Settings | None = None) -> TestClient:
     settings = settings or Settings(budget_ms=60_000)
-    return TestClient(create_app([engine.as_engine()], settings), base_url="http://localhost")
+    return TestClient(create_app([engine], settings), base_url="http://localhost")
 
 
 @pytest.fixture

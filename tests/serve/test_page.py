@@ -71,7 +71,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def served(engine: FakeEngine, settings: Settings) -> Iterator[str]:
     """Serve on a free port, and give the address."""
     opened = socket.create_server(("127.0.0.1", 0))
-    app = create_app([engine.as_engine()], settings)
+    app = create_app([engine], settings)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
     thread.start()
@@ -283,7 +283,7 @@ def test_the_page_loads_nothing_from_elsewhere() -> None:
 
 
 def test_its_policy_is_strict_and_it_hides_no_route(greys: FakeEngine) -> None:
-    app = create_app([greys.as_engine()], Settings())
+    app = create_app([greys], Settings())
     with TestClient(app, base_url="http://localhost") as client:
         answer = client.get("/")
         assert answer.status_code == 200

@@ -394,8 +394,7 @@ def test_who_waits_is_answered_whatever_becomes_of_the_books(
 @asynccontextmanager
 async def opened(*engines: FakeEngine) -> AsyncIterator[Scheduler]:
     """Give a scheduler with threads, whose engines take no time but can be held up."""
-    served = [engine.as_engine() for engine in engines]
-    scheduler = Scheduler(served, Settings(budget_ms=60_000), Metrics())
+    scheduler = Scheduler(engines, Settings(budget_ms=60_000), Metrics())
     scheduler.start()
     for engine in engines:
         engine.forget()
@@ -465,7 +464,7 @@ def test_two_engines_work_at_once() -> None:
 
 def test_other_work_goes_through_the_same_queue() -> None:
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
-        assert await scheduler.run(lambda served, _: served is engine.as_engine()) is True
+        assert await scheduler.run(lambda served, _: served is engine) is True
         with pytest.raises(ZeroDivisionError):
             await scheduler.run(lambda served, _: 1 / 0)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from meiqa.cli import options as cli
 from meiqa.cli.options import Options, say
 from meiqa.errors import ImageError, UsageError
-from meiqa.formats import CsvTable, total_ms
+from meiqa.formats import cells_of, csv_line, csv_row
 from meiqa.outputs import STDOUT, Kind, disk_errors, open_output, output_target
 from meiqa.types import Assessment, Budget
 
@@ -94,25 +94,20 @@ def _log(path: str | None, outputs: dict[str, Any]) -> Iterator[Callable[[dict[s
     if path is None:
         yield lambda row: None
         return
-    if path in STDOUT:
-        yield _rows_to(sys.stdout)
-        return
-    target = output_target(path, LOG, **outputs)
-    with disk_errors(path):
-        file = target.open("w", encoding="utf-8", newline="")
-    with file:
-        yield _rows_to(file)
+    stream: AbstractContextManager[TextIO] = nullcontext(sys.stdout)
+    if path not in STDOUT:
+        target = output_target(path, LOG, **outputs)
+        with disk_errors(path):
+            stream = target.open("w", encoding="utf-8", newline="")
+    with stream as file:
 
+        def write(row: dict[str, Any]) -> None:
+            with disk_errors(file.name):
+                file.write(csv_row(LOG_COLUMNS, row))
+                file.flush()
 
-def _rows_to(file: TextIO) -> Callable[[dict[str, Any]], None]:
-    table = CsvTable(file, LOG_COLUMNS)
-
-    def write(row: dict[str, Any]) -> None:
-        with disk_errors(file.name):
-            table.write(row)
-            file.flush()
-
-    return write
+        file.write(csv_line(LOG_COLUMNS))
+        yield write
 
 
 def _picture_format(path: str) -> str:
@@ -228,18 +223,12 @@ def _row(
     frame: CapturedFrame, plan: FramePlan, found: Assessment, instruction: Instruction
 ) -> dict[str, Any]:
     return {
+        **cells_of(found),
         "time_s": f"{frame.at_s:.3f}",
         "kind": plan.kind,
-        "score": found.score,
-        "std": found.std,
-        "ci95_low": found.ci95[0],
-        "ci95_high": found.ci95[1],
-        "word": found.word,
         "instruction": instruction.code,
         "motion": "" if plan.motion is None else f"{plan.motion:.2f}",
         "brightness": f"{plan.stats.brightness:.1f}",
         "distortions": [each.kind for each in found.distortions],
-        "summary": found.summary,
-        "total_ms": total_ms(found.timings_ms),
         "dropped": frame.dropped,
     }

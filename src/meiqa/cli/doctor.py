@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import meiqa
 from meiqa.cli import options as cli
@@ -17,9 +17,6 @@ from meiqa.cli.options import Options
 from meiqa.errors import MeiqaError, install_hint
 from meiqa.formats import tree_text
 from meiqa.locations import package_memory, user_memory
-
-if TYPE_CHECKING:
-    from meiqa.engine.engine import Engine
 
 REQUIRED = ("numpy", "pillow", "tokenizers", "click", "platformdirs")
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
@@ -31,26 +28,20 @@ OPTIONAL = ("numba", "hnswlib", "scipy")
 @cli.engine_options()
 def doctor_command(options: Options) -> int:
     """Say what is installed and what is missing."""
-    report = examine(lambda: cli.engine_of(options), options.memory, verify=not options.no_verify)
+    report = examine(options)
     cli.print_report(report, options.format, report_text)
     return cli.EXIT_FAILURES if report["missing"] else 0
 
 
-def examine(
-    open_engine: Callable[[], Engine], memory: str | None, *, verify: bool = True
-) -> dict[str, Any]:
-    """Look at everything a score depends on.
-
-    Args:
-        open_engine: Opens the engine as the user would.
-        memory: Directory of the memory, None for the user's own.
-        verify: Whether `open_engine` checks the package's digests.
+def examine(options: Options) -> dict[str, Any]:
+    """Look at everything a score depends on, with the engine that these options open.
 
     Returns:
         JSON-ready: versions, machine, providers, native_kernel, package, caches, memory, and
         missing: a list of {what, hint}, empty if photos can be scored. The user's own memory may be
         unwritable, one that was asked for may not.
     """
+    memory = options.memory
     missing: list[dict[str, str | None]] = []
 
     def miss(what: str, hint: str | None) -> None:
@@ -90,9 +81,9 @@ def examine(
         hint = "name another directory with --memory DIR, or only read it with --no-learn"
         miss(f"{memory} cannot be written", hint)
     try:
-        with open_engine() as engine:
+        with cli.engine_of(options) as engine:
             path, digest = str(engine.package.path), engine.package.digest
-            report["package"] = {"path": path, "digest": digest, "verified": verify}
+            report["package"] = {"path": path, "digest": digest, "verified": not options.no_verify}
             if memory is None:
                 report["memory"] = _memory_directory(package_memory(digest))
             report["caches"] = {name: asdict(state) for name, state in engine.caches().items()}

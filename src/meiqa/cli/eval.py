@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from meiqa.cli import options as cli
 from meiqa.cli.options import Options
 from meiqa.errors import UsageError
-from meiqa.formats import CsvTable, json_text
+from meiqa.formats import csv_line, csv_row, json_text
 from meiqa.labels import LabelTable
 from meiqa.locations import embedded_assets
 from meiqa.outputs import PICTURE, Kind, marked_png, open_output
@@ -76,12 +75,12 @@ def eval_command(options: Options) -> int:
 
 def _rows(judged: Judged) -> str:
     """Lay out what people and the engine say of each photo."""
-    text = StringIO()
-    table = CsvTable(text, ROW_COLUMNS)
+    lines = [csv_line(ROW_COLUMNS)]
     for one, human in zip(judged.assessments, judged.human.tolist(), strict=True):
         low, high = one.ci95
-        table.write({**one.to_dict(), "human": human, "ci95_low": low, "ci95_high": high})
-    return text.getvalue()
+        values = {**one.to_dict(), "human": human, "ci95_low": low, "ci95_high": high}
+        lines.append(csv_row(ROW_COLUMNS, values))
+    return "".join(lines)
 
 
 def _plots(options: Options, judged: Judged, report: Mapping[str, Any]) -> list[str]:

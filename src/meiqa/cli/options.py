@@ -142,9 +142,9 @@ COUNT, POSITIVE = click.IntRange(min=0), click.IntRange(min=1)
 AMOUNT = number(0, above=True)
 
 
-def command(name: str | None = None) -> Callable[[Callable[[Options], int]], click.Command]:
+def command() -> Callable[[Callable[[Options], int]], click.Command]:
     """Make a function a command; its docstring is the help."""
-    return click.command(name, cls=Command)
+    return click.command(cls=Command)
 
 
 def option(spec: str, help: str | None = None, type: Any = str, **settings: Any) -> Decorator:

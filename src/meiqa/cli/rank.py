@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meiqa.cli import options as cli
 from meiqa.cli.options import Options
@@ -17,7 +17,6 @@ from meiqa.types import Culling, Ranking
 
 if TYPE_CHECKING:
     from meiqa.engine.engine import Engine
-    from meiqa.engine.images import ImageSource
 
 _SET = cli.together(
     cli.PATHS,
@@ -44,16 +43,7 @@ def rank_command(options: Options) -> int:
 
     A PATH is a directory for the photos in and below it, a photo, or - for standard input.
     """
-
-    def ranked(
-        engine: Engine, photos: Sequence[ImageSource], on_photo: Callable[[], None]
-    ) -> Ranking:
-        budget = cli.budget_of(options)
-        return engine.rank(
-            photos, budget=budget, k=options.k, rivals=options.rivals, on_photo=on_photo
-        )
-
-    return _judge_set(options, ranked, Ranking(()))
+    return _judge_set(options, lambda engine: engine.rank, Ranking(()), rivals=options.rivals)
 
 
 @cli.command()
@@ -70,20 +60,14 @@ def cull_command(options: Options) -> int:
     A PATH is a directory for the photos in and below it, a photo, or - for standard input.
     """
     asked = {} if options.alike is None else {"alike": options.alike}
-
-    def culled(
-        engine: Engine, photos: Sequence[ImageSource], on_photo: Callable[[], None]
-    ) -> Culling:
-        budget = cli.budget_of(options)
-        return engine.cull(photos, budget=budget, k=options.k, on_photo=on_photo, **asked)
-
-    return _judge_set(options, culled, Culling(()))
+    return _judge_set(options, lambda engine: engine.cull, Culling(()), **asked)
 
 
 def _judge_set(
     options: Options,
-    judge: Callable[[Engine, Sequence[ImageSource], Callable[[], None]], Ranking | Culling],
+    judging: Callable[[Engine], Callable[..., Ranking | Culling]],
     result: Ranking | Culling,
+    **settings: Any,
 ) -> int:
     """Judge the photos that were named, each once, and report them; `result` is that of none."""
     photos, failures = cli.photos_of(options.paths)
@@ -93,7 +77,13 @@ def _judge_set(
         if photos:
             given = cli.sources(photos)
             with cli.engine_of(options) as engine, Progress(len(photos)) as progress:
-                result = judge(engine, given, progress.advance)
+                result = judging(engine)(
+                    given,
+                    budget=cli.budget_of(options),
+                    k=options.k,
+                    on_photo=progress.advance,
+                    **settings,
+                )
         result = replace(result, failures=(*failures, *result.failures))
         if options.html not in STDOUT:
             write_set(result, options.format, sys.stdout)

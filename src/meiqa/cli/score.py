@@ -87,11 +87,11 @@ def score_command(options: Options) -> int:
 
     A PATH is a photo, a directory for the photos in and below it, or - for standard input.
     """
-    photos, failures = cli.photos_of(options.paths)
+    photos, unreadable = cli.photos_of(options.paths)
     _require_sense(options, photos)
     if options.output is not None and options.output not in STDOUT:
-        return _score_to_file(options, photos, failures)
-    attempted = len(photos) + len(failures)
+        return _score_to_file(options, photos, unreadable)
+    failures = [failure.to_dict() for failure in unreadable]
     learn = not options.no_learn and options.output is None
     reference = [] if options.reference is None else [options.reference]
     with ExitStack() as stack:
@@ -106,21 +106,17 @@ def score_command(options: Options) -> int:
         engine = stack.enter_context(cli.engine_of(options, learn=learn)) if photos else None
         stream = io.StringIO() if options.map in STDOUT else sys.stdout
         writer = stack.enter_context(ResultWriter(options.format, stream))
-        for failure in failures:
+        for failure in unreadable:
             writer.write(failure)
         if engine is not None:
             failures += _score(engine, given, beside, options, writer.write)
             if picture is not None and not failures:
                 picture.write(_distortion_map(engine, given[0], beside))
-    return cli.report_failures([failure.to_dict() for failure in failures], attempted)
+    return cli.report_failures(failures, len(photos) + len(unreadable))
 
 
 def _require_sense(options: Options, photos: Sequence[str]) -> None:
-    """Refuse what does not go together.
-
-    Raises:
-        UsageError: it doesn't.
-    """
+    """Refuse what does not go together."""
     if options.output is not None:
         if options.format not in ("csv", "jsonl"):
             seen = f"--format {options.format}"
@@ -139,7 +135,9 @@ def _score(
     reference: ImageSource | None,
     options: Options,
     write: Callable[[Assessment | Failure], None],
-) -> list[Failure]:
+    done: int = 0,
+) -> list[dict[str, Any]]:
+    """Judge photos and write what comes of them; give the failures, as `Failure.to_dict` does."""
     failures = []
     results = engine.score_many(
         photos,
@@ -148,13 +146,13 @@ def _score(
         k=options.k,
         learn=not options.no_learn and options.output is None,
     )
-    with Progress(len(photos)) as progress:
+    with Progress(done + len(photos), done=done) as progress:
         for result in results:
             progress.clear()
             write(result)
             progress.advance()
-            if isinstance(result, Failure):
-                failures.append(result)
+            if isinstance(result, Failure):  # not kept itself: its traceback holds the pixels
+                failures.append(result.to_dict())
     return failures
 
 
@@ -195,13 +193,7 @@ def _score_to_file(options: Options, photos: Sequence[str], unreadable: Sequence
                     file.write(failure)
             waiting = [photo for photo in photos if photo not in file]
             began = time.monotonic()
-            results = engine.score_many(
-                waiting, budget=cli.budget_of(options), k=options.k, learn=False
-            )
-            with Progress(len(photos), done=len(photos) - len(waiting)) as progress:
-                for result in results:
-                    file.write(result)
-                    progress.advance()
+            _score(engine, waiting, None, options, file.write, done=len(photos) - len(waiting))
             speed = len(waiting) / max(time.monotonic() - began, 1e-3)
             failures, rows = file.failures, len(file)
     code = cli.report_failures(failures, rows)
