@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.labelled import engine_of, labelled_parser, labels_of, other_table, print_report
 from meiqa.engine.engine import Engine
-from meiqa.engine.estimates import Comparisons, Estimate, Evidence, Posterior, fold, preferences_of
+from meiqa.engine.estimates import Comparisons, Evidence, Posterior, fold, preferences_of
 from meiqa.engine.images import Pixels, fit_to_grid, load_pixels
 from meiqa.engine.model import VisualTokens
 from meiqa.engine.scoring import Scored, learned_case
@@ -83,7 +83,7 @@ class Setting:
         return fold(estimates if isinstance(kept[0], Comparisons) else kept)
 
     def _as_asked(self, estimate: Evidence, scored: Scored) -> Evidence:
-        if self.both_orders or isinstance(estimate, Estimate):
+        if self.both_orders or not isinstance(estimate, Comparisons):
             return estimate
         first = scored.logits * [1.0, np.nan]
         return replace(

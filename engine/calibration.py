@@ -190,7 +190,7 @@ class SceneVerdict(Record):
             logits: (n, 2) of the verdict in both orders; gaps: (n,) of the scores alone.
         """
         sure = logits.mean(axis=1) / self.temperature + gaps / self.gap
-        return np.exp(-np.logaddexp(0.0, -sure))
+        return np.asarray(np.exp(-np.logaddexp(0.0, -sure)))
 
 
 @dataclass(frozen=True)

@@ -134,9 +134,9 @@ def fit_to_grid(photo: Pixels, image: ImageProcessing) -> NDArray[np.uint8]:
 
 def fitted(pixels: NDArray[np.uint8], image: ImageProcessing) -> NDArray[np.uint8]:
     """Bring pixels (H, W, 3) to whole visual tokens: see `ImageProcessing.pad_to_grid`."""
-    cell, sides = image.cell_pixels, pixels.shape[:2]
-    wanted = [count * cell for count in grid_of(*sides, image)]
-    lacking = [want - side for want, side in zip(wanted, sides, strict=True)]
+    cell, (height, width) = image.cell_pixels, pixels.shape[:2]
+    wanted = [count * cell for count in grid_of(height, width, image)]
+    lacking = [wanted[0] - height, wanted[1] - width]
     if not image.pad_to_grid or not any(lacking) or max(map(abs, lacking)) >= cell:
         return resized(pixels, *wanted)
     top, left = (max(0, -more) // 2 for more in lacking)

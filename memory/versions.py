@@ -155,7 +155,7 @@ def _of_segment(segment: Segment, origin: Origin, verify: bool) -> Version:
 def _check_arrays(segment: Segment, widths: Widths, count: int) -> None:
     """Refuse arrays that are missing, or have another dtype or shape than fits the others."""
     tokens = segment.arrays["scales"].size if "scales" in segment.arrays else 0
-    wanted = {
+    wanted: dict[str, tuple[type, tuple[int, ...]]] = {
         "keys": (np.float16, (count, widths.key)),
         "levels": (np.int8, (tokens, widths.token)),
         "scales": (np.float32, (tokens,)),
@@ -170,8 +170,8 @@ def _check_arrays(segment: Segment, widths: Widths, count: int) -> None:
     if REGRESSION in segment.arrays:
         width = 2 * widths.token + 2
         # Until 0.2.0 it knew of no doubt, and had one row.
-        shape = (width,) if segment.arrays[REGRESSION].ndim == 1 else (2, width)
-        wanted[REGRESSION] = (np.float64, shape)
+        earlier = segment.arrays[REGRESSION].ndim == 1
+        wanted[REGRESSION] = (np.float64, (width,) if earlier else (2, width))
     for name, (dtype, shape) in wanted.items():
         array = segment.arrays.get(name)
         if array is None or array.dtype != dtype or array.shape != shape:

@@ -299,7 +299,7 @@ class Remembered(nn.Module):
         both = torch.cat([new, self.kept[~self.kept[:, 0].isnan()]])
         # What is remembered has no gradient; the new keep that of a batch of their own.
         losses, weight = [correlation_loss(both[:, 0], both[:, 1])], len(both) / len(new)
-        for group in new[:, 2].unique():
+        for group in {*new[:, 2].tolist()}:
             mine = both[both[:, 2] == group]
             if len(mine) >= 2 * FEWEST_ORDERED:
                 share = (new[:, 2] == group).float().mean()
