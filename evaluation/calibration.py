@@ -47,6 +47,7 @@ from meiqa.evaluation.fitting import (
 )
 from meiqa.evaluation.metrics import srcc
 from meiqa.evaluation.recording import AskedOnce, Recorder
+from meiqa.evaluation.scenes import fitted_scene
 from meiqa.kernels.thurstone import thurstone_map
 from meiqa.labels import LabelTable
 from meiqa.memory import MemoryBank, RetrievalPolicy
@@ -144,7 +145,8 @@ def calibrate_package(
 
     Returns:
         JSON-ready: reached (SRCC and RMSE of each score on the anchors), neighbours (the held-out
-        error by their number), costs (how much greater it is without each part) and calibration.
+        error by their number), costs (how much greater it is without each part), scenes (how often
+        the sound one of two shots is found) and calibration.
 
     Raises:
         UsageError: there are too few anchors to fit a calibration on.
@@ -169,6 +171,10 @@ def calibrate_package(
             )
         judged = judge_anchors(opened, bank, rows, images, on_progress)
         fitted, report = fitted_calibration(judged, opened.calibration, opened.head)
+        # What two shots score alone is said by what was just fitted.
+        opened.calibration = fitted
+        scene, report["scenes"] = fitted_scene(opened, bank, [file for file, _ in rows], images)
+        fitted = replace(fitted, scene=scene)
     if isinstance(opened, RemoteModel):
         opened.calibrate(fitted)
     else:
