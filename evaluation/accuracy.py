@@ -16,6 +16,7 @@ from meiqa.engine.scoring import Scorer
 from meiqa.errors import UsageError
 from meiqa.evaluation.measuring import Column, quantiles_ms, run_on, table_text
 from meiqa.evaluation.metrics import (
+    doubt_tells,
     fineness,
     reliability,
     srcc,
@@ -66,7 +67,8 @@ class Judged:
             people tell the photos apart), initial and fused (the metrics of `summarise`, and
             srcc_ci95), tied_pairs (what fusion makes of photos whose initial scores are equal),
             coverage95 (the share of human scores within the 95 % interval), reliability (the same
-            for other intervals), seconds_per_image and failures.
+            for other intervals), deviation (how it goes with the error), seconds_per_image and
+            failures.
         """
         deviations = np.array([one.std for one in self.assessments])
         stages = {"initial": self.initial, "fused": self.fused}
@@ -79,6 +81,7 @@ class Judged:
             "tied_pairs": tied_pairs(self.initial, self.fused, self.human),
             "coverage95": coverage([one.ci95 for one in self.assessments], self.human),
             "reliability": reliability(self.fused, deviations, self.human),
+            "deviation": doubt_tells(self.fused, deviations, self.human),
             "seconds_per_image": self.seconds_per_image,
             "failures": [failure.to_dict() for failure in self.failures],
         }

@@ -118,6 +118,24 @@ def reliability(
     ]
 
 
+def doubt_tells(
+    predicted: ArrayLike, deviations: ArrayLike, human: ArrayLike
+) -> dict[str, float | list[float] | None]:
+    """Return how a photo's own deviation goes with its error.
+
+    Gives srcc, the rank correlation with the absolute error, None where all have one deviation, and
+    coverage95, the share of human scores within 1.96 deviations by quarter, the surest first.
+    """
+    predictions, scores = _paired(predicted, human)
+    errors, widths = np.abs(predictions - scores), _paired(deviations, human)[0]
+    inside = errors <= ndtri(0.975) * widths
+    quarters = np.array_split(np.argsort(widths, kind="stable"), 4)
+    return {
+        "srcc": srcc(widths, errors) if np.ptp(widths) > 1e-9 else None,
+        "coverage95": [float(np.mean(inside[quarter])) for quarter in quarters if len(quarter)],
+    }
+
+
 def summarise(predicted: ArrayLike, human: ArrayLike) -> dict[str, float]:
     """Return every figure of agreement and fineness, by its name in the JSON of `meiqa eval`."""
     return {

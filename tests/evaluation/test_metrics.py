@@ -10,6 +10,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from meiqa.evaluation.metrics import (
     distinct,
+    doubt_tells,
     effective_bins,
     js_divergence,
     krcc,
@@ -155,6 +156,20 @@ def test_tied_pairs_that_people_hardly_tell_apart_do_not_count() -> None:
 
 def test_a_fused_score_that_keeps_the_ties_gets_half() -> None:
     assert tied_pairs([3.0] * 4, [3.2] * 4, [1, 2, 3, 4]) == {"pairs": 6, "agreement": 0.5}
+
+
+def test_a_deviation_that_is_the_photos_own_goes_with_its_error() -> None:
+    random = np.random.default_rng(0)
+    human, deviations = random.uniform(1, 5, 20_000), random.uniform(0.2, 0.8, 20_000)
+    scores = human + deviations * random.normal(size=20_000)
+    told = doubt_tells(scores, deviations, human)
+    assert 0.25 < told["srcc"] < 0.5
+    assert told["coverage95"] == pytest.approx([0.95] * 4, abs=0.012)
+    alike = doubt_tells(scores, np.full(20_000, 0.5), human)
+    assert alike["srcc"] is None
+    shuffled = doubt_tells(scores, random.permutation(deviations), human)
+    assert abs(shuffled["srcc"]) < 0.03
+    assert shuffled["coverage95"][0] < 0.85
 
 
 def test_reliability_of_errors_as_wide_as_promised() -> None:

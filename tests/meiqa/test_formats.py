@@ -203,6 +203,7 @@ def test_evaluation_table() -> None:
     figures = dict.fromkeys(
         ("srcc", "plcc", "krcc", "rmse", "js", "effective_bins", "distinct", "tie_rate"), 0.5
     )
+    figures |= {"srcc_ci95": [0.4, 0.6]}
     report = {
         "n": 7,
         "k": 8,
@@ -212,6 +213,7 @@ def test_evaluation_table() -> None:
         "tied_pairs": {"pairs": 12, "agreement": 0.75},
         "coverage95": 0.9,
         "reliability": [{"nominal": 0.5, "observed": 0.47}],
+        "deviation": {"srcc": 0.35, "coverage95": [0.96, 0.95, 0.94, 0.93]},
         "seconds_per_image": 0.25,
         "failures": [],
     }
@@ -220,6 +222,7 @@ def test_evaluation_table() -> None:
     assert "0.6250" in text
     assert "90.0 % of the human scores" in text
     assert "within other intervals: 47.0 % in 50 %" in text
+    assert "SRCC of 0.350; from the surest quarter to the least sure, 96.0, 95.0, 94.0" in text
     assert (
         "of 12 pairs that people tell apart and the initial score does not, the fused score "
         in text

@@ -142,9 +142,21 @@ def evaluation_text(report: Mapping[str, Any]) -> str:
         f"{100 * report['coverage95']:.1f} % of the human scores lie within the 95 % interval; "
         f"{report['seconds_per_image']:.3f} s a photo",
         f"within other intervals: {others}",
+        deviation_line(report["deviation"]),
         tied,
     ]
     return "\n".join(lines)
+
+
+def deviation_line(told: Mapping[str, Any]) -> str:
+    """Say how a photo's own deviation goes with its error."""
+    if told["srcc"] is None:
+        return "all photos have one deviation"
+    quarters = ", ".join(f"{100 * share:.1f}" for share in told["coverage95"])
+    return (
+        f"the deviation goes with the error by an SRCC of {told['srcc']:.3f}; from the surest "
+        f"quarter to the least sure, {quarters} % lie within the 95 % interval"
+    )
 
 
 @cli.command()
