@@ -90,6 +90,16 @@ def pictures_in(folder: Path, count: int) -> list[Path]:
     return by_hash[:count]
 
 
+def require_pictures(precision: str, pictures: Sequence[object]) -> None:
+    """Refuse INT8 with UsageError where there is nothing to calibrate on."""
+    if precision == "int8" and not pictures:
+        raise UsageError(
+            "int8 needs photographs to calibrate on",
+            seen="none",
+            hint="give a folder with some dozens of them: --calibration DIR",
+        )
+
+
 class Observer:
     """Collects what `Observed` holds of a value."""
 
@@ -194,12 +204,9 @@ class Quantisation:
         self._scales: dict[str, dict[str, Floats]] = {}
         for name, seen in self._observed.items():
             smooth = self.ladder(name)[:1] == ["int8"]
-            self._scales[name] = smoothing_scales(self._load(name), seen) if smooth else {}
+            self._scales[name] = smoothing_scales(ir.load(self.files[name]), seen) if smooth else {}
             for value, scales in self._scales[name].items():
                 seen[value] = seen[value].divided(scales)
-
-    def _load(self, name: str) -> ir.Model:
-        return ir.load(self.files[name])
 
     def ladder(self, name: str) -> list[str]:
         """List the precisions that a graph's layers may have below float, the smallest first."""
@@ -207,7 +214,7 @@ class Quantisation:
         return [*rungs, "int8"] if self._observed.get(name) else rungs
 
     def layers(self, name: str) -> list[Layer]:
-        return layers_of(self._load(name))
+        return layers_of(ir.load(self.files[name]))
 
     def positions(self, name: str, layer: Layer) -> int:
         """Count the tokens or pixels for which a layer was at work."""
@@ -228,7 +235,7 @@ class Quantisation:
 
     def graph(self, name: str, assignment: Assignment) -> ir.Model:
         """Make a graph with each layer in its precision, "fp32" for those not named."""
-        model = self._load(name)
+        model = ir.load(self.files[name])
         seen, scales = self._observed[name], self._scales[name]
         for foldable in list(foldables(model)):
             if str(foldable.value.name) in scales:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,8 +86,8 @@ class StoredTensor(NamedTuple):
 class StoredWeights(Mapping[str, Tensor]):
     """Tensors by canonical name; each access reads one from the disk, in single precision."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], root: str = "") -> None:
-        self._tensors, self._root = tensors, root
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self._tensors = tensors
 
     @classmethod
     def open(cls, folder: Path) -> StoredWeights:
@@ -102,29 +102,28 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def below(self, root: str) -> StoredWeights:
         """Give the tensors whose names begin with `root`, without it."""
-        return StoredWeights(self._tensors, root)
+        names = (name for name in self._tensors if name.startswith(root))
+        return StoredWeights({name.removeprefix(root): self._tensors[name] for name in names})
 
     def __getitem__(self, name: str) -> Tensor:
-        stored = self._tensors[self._root + name]
+        stored = self._tensors[name]
         # Opened anew each time: an open shard keeps all that was read of it in memory.
         with opened(stored.shard) as file:
             tensor: Tensor = file.get_tensor(stored.name)
             return tensor.float() if tensor.is_floating_point() else tensor.clone()
 
     def __iter__(self) -> Iterator[str]:
-        names = (name for name in self._tensors if name.startswith(self._root))
-        return (name[len(self._root) :] for name in names)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._tensors)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._root + name in self._tensors
+        return name in self._tensors  # which a mapping would tell by reading it
 
     def headers(self) -> dict[str, Tensor]:
         """Give all tensors with their shapes but without values."""
-        stored = {name: self._tensors[self._root + name] for name in self}
-        return {n: torch.empty(tensor.shape, device="meta") for n, tensor in stored.items()}
+        return {n: torch.empty(t.shape, device="meta") for n, t in self._tensors.items()}
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -199,28 +198,21 @@ def give_weights(module: nn.Module, weight: Callable[[str], Tensor], held_bytes:
     single = torch.float32.itemsize
     held = sum(parameter.numel() * single for parameter in module.parameters()) <= held_bytes
     for path, part in module.named_modules():
-        own = PartWeights(path, part, weight)
+        shapes = dict(part.named_parameters(recurse=False))
+        paths = {name: f"{path}.{name}" if path else name for name in shapes}
+        read = partial(read_parameters, paths, weight)
         if held:
-            own.read(part)
-        elif own.paths:
-            part.register_forward_pre_hook(own.read)
-            part.register_forward_hook(own.forget)
+            read(part)
+        elif shapes:
+            part.register_forward_pre_hook(read)
+            part.register_forward_hook(lambda part, *_, s=shapes: part._parameters.update(s))
 
 
-class PartWeights:
-    """The parameters of one part of a weightless module, read and forgotten by hooks."""
-
-    def __init__(self, path: str, part: nn.Module, weight: Callable[[str], Tensor]) -> None:
-        self.shapes = dict(part.named_parameters(recurse=False))
-        self.paths = {name: f"{path}.{name}" if path else name for name in self.shapes}
-        self.weight = weight
-
-    def read(self, part: nn.Module, *_: object) -> None:
-        for name, path in self.paths.items():
-            part._parameters[name] = nn.Parameter(self.weight(path), requires_grad=False)
-
-    def forget(self, part: nn.Module, *_: object) -> None:
-        part._parameters.update(self.shapes)
+def read_parameters(
+    paths: Mapping[str, str], weight: Callable[[str], Tensor], part: nn.Module, *_: object
+) -> None:
+    for name, path in paths.items():
+        part._parameters[name] = nn.Parameter(weight(path), requires_grad=False)
 
 
 @dataclass(frozen=True)
@@ -249,15 +241,28 @@ class Checkpoint:
                 or the weights do not fit it.
         """
         config = read_json(folder / "config.json")
+        named = config.get("architectures")
+        architecture = str(named[0]) if isinstance(named, list) and named else "none"
+        if architecture not in FAMILIES:
+            raise PackageCorrupted(
+                f"{folder} holds an architecture that can't be exported",
+                seen=architecture,
+                allowed=", ".join(sorted(FAMILIES)),
+            )
         made = cls(
             folder=folder,
-            family=family_of(folder, config),
+            family=FAMILIES[architecture],
             config=config,
             processing=read_processing(folder),
             weights=StoredWeights.open(folder),
             tokenizer=read_tokenizer(folder / "tokenizer.json"),
         )
-        made.check_weights()
+        if wrong := list(made.misfits()):
+            raise PackageCorrupted(
+                f"{folder} does not hold the weights of {made.family.architecture}",
+                seen=", ".join(wrong[:SHOWN_NAMES]),
+                hint="compare config.json with the weights",
+            )
         return made
 
     @cached_property
@@ -274,9 +279,8 @@ class Checkpoint:
         with weightless():
             return SharedPrefixDecoder(self.text).eval()
 
-    def tower_weight(self, name: str, stored: Mapping[str, Tensor] | None = None) -> Tensor:
-        stored = self.weights.below(VISUAL) if stored is None else stored
-        return self.family.tower_weight(name, stored)
+    def tower_weight(self, name: str) -> Tensor:
+        return self.family.tower_weight(name, self.weights.below(VISUAL))
 
     def decoder_weight(self, name: str, stored: Mapping[str, Tensor] | None = None) -> Tensor:
         """Read a parameter of the decoder: a tied output layer is the embedding.
@@ -287,19 +291,10 @@ class Checkpoint:
         tied = name == HEAD and self.text.tie_word_embeddings and name not in stored
         return stored[EMBEDDING if tied else name]
 
-    def check_weights(self) -> None:
-        """Refuse weights that are missing or do not fit, from their headers alone."""
-        if wrong := list(self.misfits()):
-            raise PackageCorrupted(
-                f"{self.folder} does not hold the weights of {self.family.architecture}",
-                seen=", ".join(wrong[:SHOWN_NAMES]),
-                hint="compare config.json with the weights",
-            )
-
     def misfits(self) -> Iterator[str]:
-        """Name the tensors that are missing, of another shape, or belong to nothing."""
+        """Name the tensors that are missing, of another shape, or of no part, by their headers."""
         for root, module, weight in (
-            (VISUAL, self.tower(), self.tower_weight),
+            (VISUAL, self.tower(), self.family.tower_weight),
             (TEXT, self.decoder(), self.decoder_weight),
         ):
             stored, parameters = self.weights.below(root).headers(), module.named_parameters()
@@ -331,18 +326,6 @@ class Checkpoint:
             ) from error
         pads = self.processing.get("pad_to_grid", False) is True
         return ImageProcessing(patch, merge, least, most, mean, std, pads)
-
-
-def family_of(folder: Path, config: Mapping[str, Any]) -> Family:
-    named = config.get("architectures")
-    architecture = str(named[0]) if isinstance(named, list) and named else "none"
-    if architecture not in FAMILIES:
-        raise PackageCorrupted(
-            f"{folder} holds an architecture that can't be exported",
-            seen=architecture,
-            allowed=", ".join(sorted(FAMILIES)),
-        )
-    return FAMILIES[architecture]
 
 
 def pixel_bounds(processing: Mapping[str, Any]) -> tuple[int, int]:
@@ -396,10 +379,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer, without limits of its own on the length of a text."""
+    path = required(path)
     try:
-        tokenizer = Tokenizer.from_str(required(path).read_text())
-    except PackageNotFound:
-        raise
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise PackageCorrupted(f"{path} is not a tokenizer", seen=str(error)) from error
     tokenizer.no_truncation()

@@ -75,13 +75,9 @@ class DecoderConfig:
 
 
 class Segments(NamedTuple):
-    """What the rows of a call may attend to besides their own tokens.
+    """What the rows of a call attend to besides their own tokens; see `forward` of the decoder.
 
-    Attributes:
-        prefix: (L, 2, P, H, Lp, d) keys and values of the shared prefixes, padded to Lp.
-        prefix_lengths: (P,) tokens of each prefix that are real.
-        past: (L, 2, P, H, R, Lt, d) keys and values of the rows' earlier tokens, padded to Lt.
-        past_lengths: (P, R) earlier tokens of each row that are real.
+    Keys and values are padded; of each prefix and past only so many as its length says are real.
     """
 
     prefix: Tensor

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,17 +68,9 @@ class Limits:
                 raise UsageError(said, seen=value, allowed="1 up")
 
 
-@dataclass(frozen=True)
-class BuildStep:
-    """How far a build is: what is built, as "decoder int8 for 8.9", TensorRT's name of its present
-    work, and the share of this engine's work that is done, 0 to 1."""
-
-    engine: str
-    phase: str
-    share: float
-
-
-OnStep = Callable[[BuildStep], None]
+OnStep = Callable[[str, str, float], None]
+"""Told of what is built, as "decoder int8 for 8.9", TensorRT's name of its present work, and the
+share of this engine's work that is done, 0 to 1."""
 
 
 def build_engines(
@@ -109,8 +100,10 @@ def build_engines(
     package = EnginePackage.open(path)
     precision = engine_precision(package, precision)
     runtime, targets = builder_for(capabilities)
-    decoder = decoder_profiles(package, limits or Limits())
-    profiles = {"vision": vision_profiles(package), "decoder": decoder}
+    profiles = {
+        "vision": vision_profiles(package),
+        "decoder": decoder_profiles(package, limits or Limits()),
+    }
     if package.manifest.patterns is not None:
         profiles[PATTERNS] = pattern_profiles(package)
     every: list[TensorRtEngine] = []
@@ -242,7 +235,7 @@ class EngineBuild:
         if serialised is None:
             self._refused(source, self.runtime.errors)
         if progress is not None:
-            progress(BuildStep(str(self), "Done", 1.0))
+            progress(str(self), "Done", 1.0)
         build_s = time.perf_counter() - started
         return self._written(memoryview(serialised), hull(profiles), build_s)
 
@@ -358,25 +351,21 @@ def build_monitor(
             with self._lock:
                 if name in self._phases:
                     self._phases[name][0] = step + 1
-                self._report(name)
+                share, width = 0.0, 1.0
+                for done, steps in self._phases.values():
+                    share += width * min(done, steps) / steps
+                    width /= steps
+                self._share = max(self._share, min(share, 1.0))
+                try:
+                    if progress is not None and self.failure is None:
+                        progress(engine, name, self._share)
+                except BaseException as error:  # raised when TensorRT has returned
+                    self.failure = error
             return self.failure is None and not interrupted.is_set()
 
         def phase_finish(self, name: str) -> None:
             with self._lock:
                 self._phases.pop(name, None)
-
-        def _report(self, phase: str) -> None:
-            share, width = 0.0, 1.0
-            for done, steps in self._phases.values():
-                share += width * min(done, steps) / steps
-                width /= steps
-            self._share = max(self._share, min(share, 1.0))
-            if progress is None or self.failure is not None:
-                return
-            try:
-                progress(BuildStep(engine, phase, self._share))
-            except BaseException as error:  # it must not cross TensorRT's frames; raised afterwards
-                self.failure = error
 
     return Monitor()
 
@@ -397,17 +386,15 @@ def interruptible() -> Iterator[threading.Event]:
 
 def write_whole(path: Path, content: memoryview) -> None:
     """Write a file whole or not at all."""
-    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with unfinished.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(unfinished).chmod(0o644)
-        Path(unfinished).replace(path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def record(path: Path, made: list[TensorRtEngine]) -> None:
@@ -440,11 +427,10 @@ def vision_profiles(package: EnginePackage) -> list[Profile]:
     usual = max(1, USUAL_SIDE // package.manifest.image.cell_pixels)
     profiles = []
     for height, width in grid_boxes(most):
-        rows = min(usual, isqrt(most), height)
-        columns = min(max(usual, most // height), most // rows, width)
-        if width < height:
-            columns = min(usual, isqrt(most), width)
-            rows = min(max(usual, most // width), most // columns, height)
+        short, long = sorted((height, width))
+        across = min(usual, isqrt(most), short)
+        along = min(max(usual, most // short), most // across, long)
+        rows, columns = (along, across) if width < height else (across, along)
         ranges = {"h": (1, rows, height), "w": (1, columns, width)}
         profiles.append(profile_of(package.manifest.graphs["vision"], ranges))
     return profiles

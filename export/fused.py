@@ -108,25 +108,19 @@ def fused_arrays(model: ir.Model, text: DecoderConfig) -> Arrays:
     for index in range(text.num_hidden_layers):
         layer = f"layers.{index}"
         for norm, source in (("input", "input"), ("post", "post_attention")):
-            arrays[f"{layer}.{norm}_layernorm"] = stored(
-                model, f"{layer}.{source}_layernorm.weight"
-            )
-        for name in LAYER_LINEARS:
-            part = "mlp" if name in LAYER_LINEARS[4:] else "self_attn"
-            arrays |= linear_arrays(model, f"{layer}.{part}.{name}", f"{layer}.{name}")
-    return arrays
-
-
-def linear_arrays(model: ir.Model, source: str, name: str) -> Arrays:
-    """Take a layer's weight, bias and, where it multiplies bytes, its scales and its range."""
-    weight = f"{source}.weight"
-    found = weight_of(model, weight)
-    biased = f"{source}.bias" in model.graph.initializers
-    bias = stored(model, f"{source}.bias") if biased else np.zeros(found.shape[1], np.float32)
-    arrays: Arrays = {name: found, f"{name}.bias": bias}
-    if found.dtype == np.int8:
-        arrays[f"{name}.scale"] = stored(model, f"{weight}.scale")
-        arrays[f"{name}.input"] = input_range(model, f"{weight}.int8")
+            weight = stored(model, f"{layer}.{source}_layernorm.weight")
+            arrays[f"{layer}.{norm}_layernorm"] = weight
+        for linear in LAYER_LINEARS:
+            part = "mlp" if linear in LAYER_LINEARS[4:] else "self_attn"
+            name, source = f"{layer}.{linear}", f"{layer}.{part}.{linear}"
+            weight = arrays[name] = weight_of(model, f"{source}.weight")
+            biased = f"{source}.bias" in model.graph.initializers
+            width = weight.shape[1]
+            bias = stored(model, f"{source}.bias") if biased else np.zeros(width, np.float32)
+            arrays[f"{name}.bias"] = bias
+            if weight.dtype == np.int8:
+                arrays[f"{name}.scale"] = stored(model, f"{source}.weight.scale")
+                arrays[f"{name}.input"] = input_range(model, f"{source}.weight.int8")
     return arrays
 
 

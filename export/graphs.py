@@ -11,7 +11,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -28,26 +27,18 @@ from meiqa.export.layers import constant, lazy
 OPSET = 21
 
 
-class Axis(NamedTuple):
-    """Size of a dynamic axis while it is traced, and its bounds."""
-
-    example: int
-    least: int | None
-    most: int
-
-
 AXES = {
-    "h": Axis(3, 1, 4096),
-    "w": Axis(5, 1, 4096),
-    "cells": Axis(15, 1, 4096),
-    "prefixes": Axis(2, None, 4096),
-    "rows": Axis(3, None, 4096),
-    "steps": Axis(5, None, 32768),
-    "prefix_steps": Axis(7, None, 32768),
-    "past_steps": Axis(11, None, 32768),
-    "wanted": Axis(4, None, 32768),
+    "h": (3, Dim("h", min=1, max=4096)),
+    "w": (5, Dim("w", min=1, max=4096)),
+    "cells": (15, Dim("cells", min=1, max=4096)),
+    "prefixes": (2, Dim("prefixes", max=4096)),
+    "rows": (3, Dim("rows", max=4096)),
+    "steps": (5, Dim("steps", max=32768)),
+    "prefix_steps": (7, Dim("prefix_steps", max=32768)),
+    "past_steps": (11, Dim("past_steps", max=32768)),
+    "wanted": (4, Dim("wanted", max=32768)),
 }
-"""Axes have example sizes of their own: none is taken for another."""
+"""Dynamic axes, each with a size of its own while it is traced: none is taken for another."""
 INDEX_INPUTS = ("prefix_lengths", "past_lengths", "logit_positions")
 """Inputs of whole numbers, int64; all others are float32."""
 Weight = Callable[[str], Tensor]
@@ -125,11 +116,10 @@ def traced(module: nn.Module, interface: Graph, weight: Weight) -> ir.Model:
     stand_ins = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
     example, dynamic = [], []
     for name, axes in interface.inputs.items():
-        named = {index: axis for index, axis in enumerate(axes) if isinstance(axis, str)}
-        sizes = [AXES[axis].example if isinstance(axis, str) else axis for axis in axes]
+        sizes = [AXES[axis][0] if isinstance(axis, str) else axis for axis in axes]
         dtype = torch.long if name in INDEX_INPUTS else torch.float32
         example.append(torch.zeros(sizes, dtype=dtype))
-        dynamic.append({i: Dim(a, min=AXES[a].least, max=AXES[a].most) for i, a in named.items()})
+        dynamic.append({i: AXES[a][1] for i, a in enumerate(axes) if isinstance(a, str)})
     with without_exporter_noise():
         program = torch.onnx.export(
             WithWeights(module).eval(),
@@ -147,7 +137,6 @@ def traced(module: nn.Module, interface: Graph, weight: Weight) -> ir.Model:
     split_products(model)
     for name in stand_ins:
         initialise(model.graph, name, shapes[name], weight)
-    absorb_padding(model)
     # The exporter notes about each node where in the source code it came from.
     for noted in (model, model.graph, *model.graph):
         noted.doc_string = None
@@ -156,33 +145,6 @@ def traced(module: nn.Module, interface: Graph, weight: Weight) -> ir.Model:
         for value in node.outputs:
             value.metadata_props.clear()
     return model
-
-
-def absorb_padding(model: ir.Model) -> None:
-    """Let convolutions pad by themselves where zeros are put around what they alone read.
-
-    PyTorch's convolutions pad both sides alike, ONNX's need not; a padded copy costs time and
-    would be quantised by itself.
-    """
-    for node in list(model.graph):
-        if node.op_type != "Pad" or node.attributes.get_string("mode", "constant") != "constant":
-            continue
-        (padded,) = node.outputs
-        source, sizes, *fill = node.inputs
-        readers = list(padded.consumers())
-        if source is None or sizes is None or sizes.const_value is None or len(readers) != 1:
-            continue
-        (reader,) = readers
-        filled = [f for f in fill if f is not None]
-        zeros = all(f.const_value is not None and not f.const_value.numpy().any() for f in filled)
-        if reader.op_type != "Conv" or not zeros:
-            continue
-        before, after = np.split(sizes.const_value.numpy(), 2)
-        around = np.concatenate([before[2:], after[2:]])
-        own = np.array(reader.attributes.get_ints("pads", [0] * len(around)))
-        reader.attributes["pads"] = ir.AttrInt64s("pads", (own + around).tolist())
-        reader.replace_input_with(0, source)
-        model.graph.remove(node, safe=True)
 
 
 def split_products(model: ir.Model) -> None:

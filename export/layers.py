@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,11 +57,6 @@ class Layer(NamedTuple):
     @property
     def is_convolution(self) -> bool:
         return self.node.op_type == "Conv"
-
-    @property
-    def output_axis(self) -> int:
-        """Axis of the weight that counts output channels."""
-        return 0 if self.is_convolution else 1
 
 
 def layers_of(model: ir.Model) -> list[Layer]:
@@ -169,23 +165,19 @@ def halve(model: ir.Model) -> None:
     ranges are wide and they hold no weights worth halving.
     """
     for layer in layers_of(model):
-        halve_layer(model.graph, layer)
+        node, weight = layer.node, half_weight(layer)
+        x = followed_by(layer.input, "half", lambda value: cast(value, "FLOAT16"))
+        product = ir.node(node.op_type, [x, weight], dict(node.attributes), name=node.name)
+        chain = [product, cast(product.outputs[0], "FLOAT")]
+        if layer.bias is not None:  # it is added in fp32
+            column = (layer.shape[0], *[1] * (len(layer.shape) - 2))
+            floats = ir.DataType.FLOAT
+            bias = derived(layer.bias, "column", floats, column, partial(np.reshape, shape=column))
+            chain.append(ir.node("Add", [chain[-1].outputs[0], bias]))
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], chain, [node.outputs[0]], [chain[-1].outputs[0]]
+        )
     drop_unread(model.graph)
-
-
-def halve_layer(graph: ir.Graph, layer: Layer) -> None:
-    node, weight = layer.node, half_weight(layer)
-    x = followed_by(layer.input, "half", lambda value: cast(value, "FLOAT16"))
-    product = ir.node(node.op_type, [x, weight], dict(node.attributes), name=node.name)
-    chain = [product, cast(product.outputs[0], "FLOAT")]
-    if layer.bias is not None:  # it is added in fp32
-        column = (layer.shape[0], *[1] * (len(layer.shape) - 2))
-        floats = ir.DataType.FLOAT
-        bias = derived(layer.bias, "column", floats, column, lambda b: b.reshape(column))
-        chain.append(ir.node("Add", [chain[-1].outputs[0], bias]))
-    ir.convenience.replace_nodes_and_values(
-        graph, node, [node], chain, [node.outputs[0]], [chain[-1].outputs[0]]
-    )
 
 
 def store_as_half(model: ir.Model, chosen: Callable[[Layer], bool]) -> None:

@@ -7,14 +7,12 @@ interrupted or refused export leaves nothing half-written.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from meiqa.engine.calibration import NEUTRAL_GRADED, UNCALIBRATED, check_score_head
@@ -30,6 +28,7 @@ from meiqa.export.calibration import (
     Quantisation,
     SensitivityStudy,
     observe,
+    require_pictures,
 )
 from meiqa.export.checkpoint import Checkpoint, digest_of, give_weights
 from meiqa.export.fused import write_fused_layers
@@ -98,12 +97,7 @@ class ExportOptions:
         if self.precision not in PRECISIONS:
             allowed = ", ".join(PRECISIONS)
             raise UsageError("unknown precision", seen=self.precision, allowed=allowed)
-        if self.precision == "int8" and not self.pictures:
-            raise UsageError(
-                "int8 needs photographs to calibrate on",
-                seen="none",
-                hint="give a folder with some dozens of them: --calibration DIR",
-            )
+        require_pictures(self.precision, self.pictures)
 
 
 def export_package(source: Path, out: Path, options: ExportOptions) -> EnginePackage:
@@ -121,19 +115,11 @@ def export_package(source: Path, out: Path, options: ExportOptions) -> EnginePac
     if out.exists():
         raise UsageError(f"{out} is there already", hint="remove it or choose another name")
     checkpoint = Checkpoint.open(source)
-    with unfinished(out) as folder:
-        require_space(checkpoint, folder, options.precision)
-        Export(checkpoint, folder, options).write()
-    return EnginePackage.open(out)
-
-
-@contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
-    """Give a folder beside `out` that takes its name when all went well and else vanishes."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(out.parent, f".{out.name}.partial-") as folder:
-            yield folder
+            require_space(checkpoint, folder, options.precision)
+            Export(checkpoint, folder, options).write()
             (folder / LOCK).unlink()
             folder.chmod(0o755)
             folder.replace(out)
@@ -143,6 +129,7 @@ def unfinished(out: Path) -> Iterator[Path]:
             seen=error.strerror or str(error),
             hint="see `df` and `ls -ld`",
         ) from error
+    return EnginePackage.open(out)
 
 
 def require_space(checkpoint: Checkpoint, folder: Path, precision: str) -> None:
@@ -205,15 +192,15 @@ class Export:
     def write_graphs(self) -> None:
         """Trace both graphs and write them, in half precision or in single."""
         model = self.checkpoint
-        self.options.say("tracing the vision tower")
-        self.save("vision", traced(model.tower(), self.graphs["vision"], model.tower_weight))
-        self.options.say("tracing the decoder")
-        self.save("decoder", traced(model.decoder(), self.graphs["decoder"], model.decoder_weight))
-
-    def save(self, name: str, graph: ir.Model) -> None:
-        if self.options.precision == "fp16":
-            halve(graph)
-        save_graph(graph, self.folder / f"{name}.onnx")
+        for name, said, module, weight in (
+            ("vision", "vision tower", model.tower(), model.tower_weight),
+            ("decoder", "decoder", model.decoder(), model.decoder_weight),
+        ):
+            self.options.say(f"tracing the {said}")
+            graph = traced(module, self.graphs[name], weight)
+            if self.options.precision == "fp16":
+                halve(graph)
+            save_graph(graph, self.folder / f"{name}.onnx")
 
     def check_graphs(self, reference: Mapping[str, GraphSession]) -> None:
         """Compare each graph with PyTorch on shapes that tracing has not seen."""
@@ -221,7 +208,7 @@ class Export:
         self.report["parity"] = {}
         for name, session in reference.items():
             self.options.say(f"comparing the {name} graph with PyTorch")
-            found = require_parity(
+            self.report["parity"][name] = require_parity(
                 name,
                 session,
                 PiecewiseSession(self.folder / f"{name}.onnx"),
@@ -229,10 +216,6 @@ class Export:
                 absolute=ABSOLUTE,
                 relative=RELATIVE["fp16" if self.options.precision == "fp16" else "fp32"],
             )
-            self.report["parity"][name] = {
-                output: {"difference": difference, "of": largest}
-                for output, (difference, largest) in found.items()
-            }
 
     def write_data(self) -> None:
         """Write embeddings, tokenizer and a projection that is still to be fitted."""
@@ -330,11 +313,8 @@ class Export:
         """Write the manifest with the digests of all files."""
         names = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
         files = {n: file_digest(self.folder / n) for n in names if n != "manifest.json"}
-        write_manifest(self.folder, self.manifest(files))
-
-    def manifest(self, files: Mapping[str, str]) -> Manifest:
         graded = NEUTRAL_GRADED if self.options.score_head == "grm" else None
-        return Manifest(
+        manifest = Manifest(
             architecture=self.checkpoint.family.architecture,
             source=self.source,
             precision=self.options.precision,
@@ -347,6 +327,7 @@ class Export:
             files=files,
             score_head=check_score_head(self.options.score_head),
         )
+        write_manifest(self.folder, manifest)
 
 
 def narrowed(image: ImageProcessing, max_pixels: int | None) -> ImageProcessing:

@@ -29,7 +29,7 @@ from meiqa.engine.package import EnginePackage, file_digest
 from meiqa.engine.runtime.decoder import GraphSession
 from meiqa.engine.runtime.onnx import OnnxSession
 from meiqa.errors import PackageCorrupted, PackageNotFound, UsageError
-from meiqa.export.calibration import Pictures, Quantisation, observe
+from meiqa.export.calibration import Pictures, Quantisation, observe, require_pictures
 from meiqa.export.graphs import TorchSession, traced
 from meiqa.export.verify import Feeds, require_parity
 
@@ -234,12 +234,7 @@ def add_patterns(
             from PyTorch.
     """
     manifest = EnginePackage.open(package).manifest
-    if manifest.precision == "int8" and not pictures:
-        raise UsageError(
-            "int8 needs photographs to calibrate on",
-            seen="none",
-            hint="give a folder with some dozens of them: --calibration DIR",
-        )
+    require_pictures(manifest.precision, pictures)
     taken = [fit_to_grid(load_pixels(p), manifest.image) for p in pictures[:MOST_PICTURES]]
     return write_patterns(TrainedPatterns.load(codebook), package, taken)
 
@@ -270,7 +265,7 @@ def write_patterns(
             pattern_feeds(trained.module.config.width),
             absolute=LARGEST_DIFFERENCE,
         )
-        parity = {output: difference for output, (difference, _) in found.items()}
+        parity = {output: measured["difference"] for output, measured in found.items()}
         report = {**trained.report, "parity": parity}
         if pictures and package.manifest.precision == "int8":
             model = LocalModel.open(package)

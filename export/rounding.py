@@ -146,7 +146,8 @@ def quantise_int8(model: ir.Model, ranges: Mapping[str, Range], chosen: Chosen) 
 
 def store_in_bytes(graph: ir.Graph, layer: Layer, input_scale: np.float32) -> None:
     """Store a layer's weight as signed bytes, and a convolution's bias in the steps of its sums."""
-    axis, width = layer.output_axis, layer.shape[layer.output_axis]
+    axis = 0 if layer.is_convolution else 1
+    width = layer.shape[axis]
     weight = layer.weight.const_value
     bias = None if layer.bias is None else layer.bias.const_value
 

@@ -64,11 +64,15 @@ class PiecewiseSession:
 
     def _cut(self, piece_bytes: int) -> list[Piece]:
         """Cut the graph where the weights of a piece would exceed the bound."""
+        sizes = {}  # as they are once single precision was made of half
+        for name, weight in self._weights.items():
+            width = max(4, helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize)
+            sizes[name] = int(np.prod(weight.dims)) * width
         groups: list[list[NodeProto]] = [[]]
         held: set[str] = set()
         for node in self._model.graph.node:
             needed = {name for name in node.input if name in self._weights}
-            if held and sum(self._bytes_of(name) for name in held | needed) > piece_bytes:
+            if held and sum(sizes[name] for name in held | needed) > piece_bytes:
                 groups.append([])
                 held = set()
             groups[-1].append(node)
@@ -83,12 +87,6 @@ class PiecewiseSession:
             )
             for index, group in enumerate(groups)
         ]
-
-    def _bytes_of(self, name: str) -> int:
-        """Size of a weight, as it is once single precision was made of half."""
-        weight = self._weights[name]
-        width = max(4, helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize)
-        return int(np.prod(weight.dims)) * width
 
     def run(self, inputs: Feeds) -> dict[str, NDArray[np.float32]]:
         """Execute the graph; see `GraphSession`."""
@@ -179,11 +177,11 @@ def require_parity(
     *,
     absolute: float,
     relative: float = 0.0,
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, dict[str, float]]:
     """Refuse a graph whose outputs differ by more than `absolute` and than `relative` times their
-    largest value; the differences are returned."""
-    found = largest_differences(wanted, made, feeds)
-    for output, (difference, largest) in found.items():
+    largest value; give by output the `difference` and that value, `of`."""
+    found = {}
+    for output, (difference, largest) in largest_differences(wanted, made, feeds).items():
         allowed = max(absolute, relative * largest)
         if not difference <= allowed:
             raise PackageCorrupted(
@@ -191,6 +189,7 @@ def require_parity(
                 seen=f"{difference:.1e}",
                 allowed=f"{allowed:.0e}",
             )
+        found[output] = {"difference": difference, "of": largest}
     return found
 
 

@@ -114,7 +114,7 @@ def open_memory(
     Raises:
         StoreNotFound: there is no directory `path`, or what it holds is no memory.
         StoreUnwritable: `path` cannot be written, and `learn` asks for it.
-        StoreError: the memory cannot be used; see `MemoryBank.compose`.
+        StoreError: the memory cannot be used; see `MemoryBank`.
     """
     policy = ContrastPolicy("gated" if isinstance(learn, bool) else learn)
     cases = package_memory(package_digest) if path is None else Path(path)
@@ -124,7 +124,7 @@ def open_memory(
     anchors = cases if versions.holds_anchors(cases) else embedded_assets() / "memory"
     if learn:
         try:
-            return MemoryBank(anchors, cases, "rw", package_digest, policy=policy)
+            return MemoryBank(anchors, cases, "rw", package_digest=package_digest, policy=policy)
         except StoreLocked as error:
             LOG.warning("nothing will be remembered: %s", error)
         except StoreUnwritable as error:
@@ -133,7 +133,7 @@ def open_memory(
                 raise StoreUnwritable(error.what, seen=error.seen, hint=hint) from error
             LOG.warning("nothing will be remembered: %s (%s)", error.what, error.seen)
     # The policy goes along, so that what it would have admitted is said not to be remembered.
-    return MemoryBank(anchors, cases, "r", package_digest, policy=policy)
+    return MemoryBank(anchors, cases, "r", package_digest=package_digest, policy=policy)
 
 
 def create_memory(path: str | Path, package_digest: str) -> None:
@@ -144,15 +144,31 @@ def create_memory(path: str | Path, package_digest: str) -> None:
         StoreError: the directory is neither absent nor empty, or cannot be written.
     """
     refuse_taken(Path(path))
-    MemoryBank(embedded_assets() / "memory", Path(path), "rw", package_digest).close()
+    anchors = embedded_assets() / "memory"
+    MemoryBank(anchors, path, "rw", package_digest=package_digest).close()
 
 
 class MemoryBank:
-    """Anchors and contrast cases of one directory, or of two; a context manager.
+    """Anchors and contrast cases of one directory (see `open`) or of two; a context manager.
 
-    Safe to share between threads. One process may write; any number may read. What changes the
-    memory raises StoreError where it is read-only or closed, or the disk is full, when nothing is
-    lost; and UsageError where a case cannot be stored or an argument makes no sense.
+    Anchors may be on a read-only file system, with other cases beside them. Safe to share between
+    threads. One process may write; any number may read. What changes the memory raises StoreError
+    where it is read-only or closed, or the disk is full, when nothing is lost; and UsageError where
+    a case cannot be stored or an argument makes no sense.
+
+    Args:
+        anchors_path: Directory of the anchors.
+        cases_path: Directory of what is learned and added; created in mode "rw", may be absent
+            in mode "r".
+        mode: "r", or "rw" to change the memory.
+        package_digest: Digest of the engine package, hexadecimal.
+        verify: Check every byte now; otherwise each case is checked when it is read.
+
+    Raises:
+        StoreNotFound: there are no anchors, or `cases_path` holds something else.
+        StoreCorrupted: a file is damaged.
+        StoreMismatch: a part is of another package, format or kind of key than it must be.
+        StoreLocked, StoreUnwritable: mode "rw", and another process writes, or none can.
 
     >>> import tempfile
     >>> import numpy as np
@@ -172,19 +188,22 @@ class MemoryBank:
 
     def __init__(
         self,
-        anchors_path: Path,
-        cases_path: Path,
-        mode: Mode,
-        package_digest: str,
+        anchors_path: str | Path,
+        cases_path: str | Path,
+        mode: Mode = "r",
         *,
+        package_digest: str,
         verify: bool = False,
         policy: ContrastPolicy | None = None,
     ) -> None:
         if mode not in ("r", "rw"):
             raise UsageError("unknown mode for a memory", seen=mode, allowed="r, rw")
         self._policy = policy or ContrastPolicy()
-        self._path = cases_path
-        self._directories: dict[Origin, Path] = {"anchor": anchors_path, "contrast": cases_path}
+        self._path = Path(cases_path)
+        self._directories: dict[Origin, Path] = {
+            "anchor": Path(anchors_path),
+            "contrast": self._path,
+        }
         self._segments = {
             each: versions.segment_path(self._directories[each], each) for each in ORIGINS
         }
@@ -201,13 +220,13 @@ class MemoryBank:
         self._snapshot: Snapshot
         self._identity = self._open_anchors(package_digest, verify)
         try:
-            _refuse_other_files(cases_path)
+            _refuse_other_files(self._path)
             if mode == "rw":
-                with disk_errors(cases_path):
-                    cases_path.mkdir(parents=True, exist_ok=True)
-                self._lock = WriterLock(cases_path / LOCK_NAME)
+                with disk_errors(self._path):
+                    self._path.mkdir(parents=True, exist_ok=True)
+                self._lock = WriterLock(self._path / LOCK_NAME)
                 self._sweep()
-            self._wal = Wal(cases_path, mode, self._identity)
+            self._wal = Wal(self._path, mode, self._identity)
             self._refresh(self._wal, verify)
         except BaseException:
             self.close()
@@ -223,38 +242,8 @@ class MemoryBank:
         verify: bool = False,
         policy: ContrastPolicy | None = None,
     ) -> MemoryBank:
-        """Open a directory that holds both the anchors and the contrast cases; see `compose`."""
-        return cls(Path(path), Path(path), mode, package_digest, verify=verify, policy=policy)
-
-    @classmethod
-    def compose(
-        cls,
-        anchors_path: str | Path,
-        cases_path: str | Path,
-        mode: Mode = "r",
-        *,
-        package_digest: str,
-        verify: bool = False,
-        policy: ContrastPolicy | None = None,
-    ) -> MemoryBank:
-        """Open anchors, which may be on a read-only file system, with other cases beside them.
-
-        Args:
-            anchors_path: Directory of the anchors.
-            cases_path: Directory of what is learned and added; created in mode "rw", may be absent
-                in mode "r".
-            mode: "r", or "rw" to change the memory.
-            package_digest: Digest of the engine package, hexadecimal.
-            verify: Check every byte now; otherwise each case is checked when it is read.
-
-        Raises:
-            StoreNotFound: there are no anchors, or `cases_path` holds something else.
-            StoreCorrupted: a file is damaged.
-            StoreMismatch: a part is of another package, format or kind of key than it must be.
-            StoreLocked, StoreUnwritable: mode "rw", and another process writes, or none can.
-        """
-        anchors, cases = Path(anchors_path), Path(cases_path)
-        return cls(anchors, cases, mode, package_digest, verify=verify, policy=policy)
+        """Open a directory that holds both the anchors and the contrast cases."""
+        return cls(path, path, mode, package_digest=package_digest, verify=verify, policy=policy)
 
     def __enter__(self) -> MemoryBank:
         return self
@@ -436,10 +425,6 @@ class MemoryBank:
         views = self.snapshot().views
         return (record for each in chosen for record in views[each].records(earliest))
 
-    def thumbnail_bytes(self) -> dict[str, int]:
-        """Give the sizes of the thumbnails that are kept, by the ids of their anchors."""
-        return self.snapshot().anchors.thumbnail_bytes()
-
     def remove(
         self,
         ids: Collection[str] | None = None,
@@ -515,21 +500,17 @@ class MemoryBank:
                 with written as publish, self._mutex:
                     wal = self._written()
                     publish()
-                    self._take_merged(wal, origin, view)
+                    with wal.writing():
+                        stamp = max(view.tombstones.values(), default=0)
+                        wal.forget_merged(origin, view.entries, stamp)
+                    self._refresh(wal)
+                    wal.shrink()
+                    with disk_errors(self._path):
+                        view.version.records_path.unlink(missing_ok=True)
                 return True
             finally:
                 with self._mutex:
                     self._merging.discard(origin)
-
-    def _take_merged(self, wal: Wal, origin: Origin, view: View) -> None:
-        """Take from the WAL what the new version holds, and remove the old one's records."""
-        with wal.writing():
-            stamp = max(view.tombstones.values(), default=0)
-            wal.forget_merged(origin, view.entries, stamp)
-        self._refresh(wal)
-        wal.shrink()
-        with disk_errors(self._path):
-            view.version.records_path.unlink(missing_ok=True)
 
     def _compact_in_background(self) -> None:
         """Compact contrast cases, unless that goes on already or has failed before."""

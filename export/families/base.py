@@ -63,7 +63,9 @@ class Section:
         return f"{self.path}{known.get(name.upper(), name)}"
 
     def below(self, name: str) -> Section:
-        values = self.checked(name, "an object", lambda value: isinstance(value, Mapping))
+        values = self.value(name)
+        if not isinstance(values, Mapping):
+            raise self.refuse(name, "an object")
         return replace(self, path=f"{self.written(name)}.", values=values)
 
     def value(self, name: str) -> Any:
@@ -76,30 +78,24 @@ class Section:
         field, seen = self.written(name), self.value(name)
         return PackageCorrupted(f"config.json has an unusable {field}", seen=seen, allowed=allowed)
 
-    def checked(self, name: str, allowed: str, fits: Callable[[Any], bool]) -> Any:
-        value = self.value(name)
-        if not fits(value):
-            raise self.refuse(name, allowed)
-        return value
-
     def whole(self, name: str) -> int:
-        value: int = self.checked(name, "a positive integer", lambda v: type(v) is int and v > 0)
+        value = self.value(name)
+        if type(value) is not int or value <= 0:
+            raise self.refuse(name, "a positive integer")
         return value
 
     def wholes(self, name: str) -> tuple[int, ...]:
         """Read a list of integers that are not negative."""
-
-        def fits(value: object) -> bool:
-            return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
-
-        return tuple(self.checked(name, "a list of integers", fits))
+        values = self.value(name)
+        if not isinstance(values, list) or any(type(one) is not int or one < 0 for one in values):
+            raise self.refuse(name, "a list of integers")
+        return tuple(values)
 
     def number(self, name: str) -> float:
-
-        def fits(value: Any) -> bool:
-            return type(value) in (int, float) and 0 < value < math.inf
-
-        return float(self.checked(name, "a positive number", fits))
+        value = self.value(name)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self.refuse(name, "a positive number")
+        return float(value)
 
     def flag(self, name: str) -> bool:
         """Read a truth value; absent means false."""

@@ -15,6 +15,7 @@ tones themselves, and each cell learns what the whole picture's statistics are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from meiqa.errors import PackageCorrupted
 from meiqa.export.decoder import DecoderConfig
 from meiqa.export.families.base import Config, Family
 
+Shape = TypeVar("Shape", "ConvHybridConfig", DecoderConfig)
 Stage = tuple[int, int, int, int, int]
 """Blocks, output channels, kernel size, stride of the first block, expansion."""
 
@@ -303,27 +305,22 @@ class ConvHybridTower(nn.Module):
 
 
 def tower_config(config: Config) -> ConvHybridConfig:
-    try:
-        vision = config["vision_config"]
-        lists = {
-            name: tuple(tuple(block) for block in vision.get(name, ()))
-            for name in ("stages", "overview")
-        }
-        return ConvHybridConfig(**{**vision, **lists})
-    except (KeyError, TypeError) as error:
-        raise unreadable("vision_config", error) from error
+    return read_section(config, "vision_config", ConvHybridConfig)
 
 
 def decoder_config(config: Config) -> DecoderConfig:
+    return read_section(config, "text_config", DecoderConfig)
+
+
+def read_section(config: Config, name: str, kind: type[Shape]) -> Shape:
+    def fixed(value: Any) -> Any:
+        return tuple(map(fixed, value)) if isinstance(value, list) else value
+
     try:
-        text = config["text_config"]
-        return DecoderConfig(**{**text, "mrope_section": tuple(text["mrope_section"])})
-    except (KeyError, TypeError) as error:
-        raise unreadable("text_config", error) from error
-
-
-def unreadable(part: str, error: Exception) -> PackageCorrupted:
-    return PackageCorrupted(f"config.json has no {part} that this version reads", seen=str(error))
+        return kind(**{field: fixed(value) for field, value in config[name].items()})
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"config.json has no {name} that this version reads"
+        raise PackageCorrupted(what, seen=str(error)) from error
 
 
 def grid(config: Config) -> tuple[int, int]:

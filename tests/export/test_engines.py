@@ -37,7 +37,6 @@ from meiqa.engine.runtime.tensorrt import (
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, PackageError, UsageError
 from meiqa.export import engines as building
 from meiqa.export.engines import (
-    BuildStep,
     EngineBuild,
     Limits,
     build_engines,
@@ -229,10 +228,14 @@ class TestBuilding:
         assert set(copied.glob("engines/*")) == {copied / e.file for e in (*kept, *made)}
 
     def test_progress_goes_up_to_the_end(self, copied: Path) -> None:
-        steps: list[BuildStep] = []
-        build_engines(copied, ["8.9"], progress=steps.append)
+        steps: list[tuple[str, float]] = []
+        build_engines(
+            copied,
+            ["8.9"],
+            progress=lambda engine, phase, share: steps.append((engine, share)),
+        )
         for graph in GRAPHS:
-            shares = [step.share for step in steps if step.engine == f"{graph} int8 for 8.9"]
+            shares = [share for engine, share in steps if engine == f"{graph} int8 for 8.9"]
             assert shares == sorted(shares)
             assert shares[0] < 0.5
             assert shares[-1] == 1.0
@@ -241,8 +244,8 @@ class TestBuilding:
     def test_ctrl_c_stops_the_build_and_leaves_nothing(self, copied: Path) -> None:
         handler = signal.getsignal(signal.SIGINT)
 
-        def interrupt(step: BuildStep) -> None:
-            if step.engine.startswith("decoder") and step.share > 0.1:
+        def interrupt(engine: str, phase: str, share: float) -> None:
+            if engine.startswith("decoder") and share > 0.1:
                 signal.raise_signal(signal.SIGINT)
 
         with pytest.raises(KeyboardInterrupt):
@@ -253,7 +256,7 @@ class TestBuilding:
         assert not list(copied.glob("engines/decoder*"))
 
     def test_a_failing_observer_stops_the_build(self, copied: Path) -> None:
-        def fail(step: BuildStep) -> None:
+        def fail(engine: str, phase: str, share: float) -> None:
             raise BrokenPipeError("nobody reads")
 
         with pytest.raises((BrokenPipeError, PackageError), match="nobody reads"):

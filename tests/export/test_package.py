@@ -306,7 +306,11 @@ def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", ["text", "levels", "grm"])
 def test_the_manifest_names_the_score_head(head: str, checkpoint: Path, tmp_path: Path) -> None:
     export = Export(Checkpoint.open(checkpoint), tmp_path, ExportOptions("fp32", score_head=head))
-    manifest = export.manifest({})
+    used = [file for graph in export.graphs.values() for file in graph.files]
+    for name in (*used, "embedding.npy", "key_projection.npy", "tokenizer.json"):
+        (tmp_path / name).touch()
+    export.seal()
+    manifest = EnginePackage.open(tmp_path).manifest
     assert manifest.score_head == head
     assert manifest.calibration.graded == (NEUTRAL_GRADED if head == "grm" else None)
 

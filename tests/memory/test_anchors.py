@@ -228,7 +228,7 @@ if os.getuid() == 0:  # after the imports, which may be readable by the superuse
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 path = Path(sys.argv[1])
 assert not os.access(path, os.W_OK)
-bank = MemoryBank.compose(path, path, "r", package_digest="ab12")
+bank = MemoryBank(path, path, "r", package_digest="ab12")
 print(len(bank.snapshot().retrieve(np.ones(8, np.float32), RetrievalPolicy(k=32), None)))
 """
 

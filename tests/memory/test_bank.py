@@ -183,10 +183,10 @@ def test_unknown_modes_are_refused(path: Path) -> None:
 
 def test_a_contrast_directory_is_created_when_written_only(path: Path, tmp_path: Path) -> None:
     contrast = tmp_path / "user" / "memory"
-    with MemoryBank.compose(path, contrast, "r", package_digest=DIGEST) as bank:
+    with MemoryBank(path, contrast, "r", package_digest=DIGEST) as bank:
         assert bank.snapshot().count_contrast == 0
     assert not contrast.exists()
-    with MemoryBank.compose(path, contrast, "rw", package_digest=DIGEST) as bank:
+    with MemoryBank(path, contrast, "rw", package_digest=DIGEST) as bank:
         bank.remember(make_case("a"), provenance="a test")
         assert bank.snapshot().count_contrast == 1
     assert not (path / "cases.sqlite3").exists()
@@ -195,7 +195,7 @@ def test_a_contrast_directory_is_created_when_written_only(path: Path, tmp_path:
 def test_an_unwritable_contrast_directory_is_named(path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(StoreError, match=r"cannot write .*file"):
-        MemoryBank.compose(path, tmp_path / "file" / "memory", "rw", package_digest=DIGEST)
+        MemoryBank(path, tmp_path / "file" / "memory", "rw", package_digest=DIGEST)
 
 
 def test_a_closed_bank_says_so_and_its_snapshots_stay(path: Path) -> None:
@@ -315,7 +315,7 @@ def test_contrast_cases_of_another_package_are_refused(path: Path, tmp_path: Pat
             writer.finish()
         for mode in ("r", "rw"):
             with pytest.raises(StoreMismatch, match=r"cases\.sqlite3"):
-                MemoryBank.compose(anchors, path, mode, package_digest=digest)
+                MemoryBank(anchors, path, mode, package_digest=digest)
 
 
 def test_a_store_refused_once_is_refused_again(path: Path, tmp_path: Path) -> None:
@@ -417,5 +417,5 @@ def test_a_directory_of_other_files_is_no_memory(
 ) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"")
     with pytest.raises(StoreNotFound, match="holds no memory, but something else; got photo"):
-        MemoryBank.compose(three_anchors, tmp_path, mode, package_digest=DIGEST)
+        MemoryBank(three_anchors, tmp_path, mode, package_digest=DIGEST)
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]

@@ -369,7 +369,7 @@ def wait_for_the_background() -> None:
 def test_anchors_elsewhere_are_not_copied(tmp_path: Path) -> None:
     anchors = build_anchors(tmp_path / "anchors", make_cases(3, "anchor"))
     own = tmp_path / "own"
-    with MemoryBank.compose(anchors, own, "rw", package_digest=DIGEST) as bank:
+    with MemoryBank(anchors, own, "rw", package_digest=DIGEST) as bank:
         bank.add_anchor(make_case("new", "anchor"), provenance="a test")
         bank.remove(["anchor-0001"])
         bank.remember(make_case("c"), provenance="a test")

@@ -129,7 +129,7 @@ def test_an_unknown_kind_is_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compacted", [False, True])
 def test_anchors_and_contrast_cases_must_be_of_one_kind(tmp_path: Path, compacted: bool) -> None:
     summaries, images = built(tmp_path / "s", "summary"), built(tmp_path / "i", "image")
-    with MemoryBank.compose(summaries, tmp_path / "c", "rw", package_digest=DIGEST) as bank:
+    with MemoryBank(summaries, tmp_path / "c", "rw", package_digest=DIGEST) as bank:
         bank.remember(make_case("learnt"), provenance="a test")
         if compacted:
             bank.compact()
@@ -137,7 +137,7 @@ def test_anchors_and_contrast_cases_must_be_of_one_kind(tmp_path: Path, compacte
         for file in (tmp_path / "c").glob("cases.*"):
             file.unlink()
     with pytest.raises(StoreMismatch) as refusal:
-        MemoryBank.compose(images, tmp_path / "c", package_digest=DIGEST)
+        MemoryBank(images, tmp_path / "c", package_digest=DIGEST)
     said = str(refusal.value)
     assert "\n" not in said
     for part in ("keys of another kind", "got summary", "allowed: image", "meiqa memory rekey"):

@@ -59,7 +59,7 @@ def test_they_live_and_go_with_their_anchors(path: Path, tmp_path: Path) -> None
         del expected["anchor-0001"]
         sizes = {name: len(kept) for name, kept in expected.items() if kept}
         for _ in range(2):
-            assert bank.thumbnail_bytes() == sizes
+            assert bank.snapshot().anchors.thumbnail_bytes() == sizes
             assert bank.statistics().origins["anchor"].thumbnails == 3
             assert exported(path, tmp_path / "cases.jsonl") == expected
             bank.compact()
@@ -75,7 +75,7 @@ def test_a_memory_without_any_has_no_room_for_them(tmp_path: Path) -> None:
     path = build_anchors(tmp_path / "m", make_cases(3, "anchor"))
     with MemoryBank.open(path, "rw", package_digest=DIGEST) as bank:
         bank.add_anchor(make_case("added", "anchor"), provenance="a test")
-        assert bank.thumbnail_bytes() == {}
+        assert bank.snapshot().anchors.thumbnail_bytes() == {}
         bank.compact()
     for database in path.glob("*.sqlite3"):
         connection = sqlite3.connect(database)
@@ -98,7 +98,7 @@ def test_an_interrupted_build_keeps_to_its_answer(tmp_path: Path) -> None:
         writer.add(make_case("a", "anchor"), thumbnail=jpeg("a"))
         writer.finish()
     with MemoryBank.open(path, package_digest=DIGEST) as bank:
-        assert bank.thumbnail_bytes() == {"a": len(jpeg("a"))}
+        assert bank.snapshot().anchors.thumbnail_bytes() == {"a": len(jpeg("a"))}
 
 
 def test_an_altered_one_is_found(path: Path) -> None:

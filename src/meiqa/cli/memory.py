@@ -165,7 +165,7 @@ def add(options: Options) -> int:
 def list_cases(options: Options) -> int:
     """List what is stored."""
     with _bank(options.memory, "r") as bank:
-        thumbnails = bank.thumbnail_bytes()
+        thumbnails = bank.snapshot().anchors.thumbnail_bytes()
         for record in bank.cases(options.origin, options.since):
             kept = thumbnails.get(record.id, 0) if record.origin == "anchor" else 0
             if options.format == "jsonl":
@@ -335,5 +335,5 @@ def _bank(path: str, mode: Literal["r", "rw"]) -> Iterator[MemoryBank]:
             hint="meiqa memory build makes one",
         )
     digest = package_digest_of(anchors)
-    with MemoryBank.compose(anchors, path, mode, package_digest=digest) as bank:
+    with MemoryBank(anchors, path, mode, package_digest=digest) as bank:
         yield bank

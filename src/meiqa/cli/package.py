@@ -121,7 +121,7 @@ def build_command(options: Options) -> int:
                 options.compute_capability,
                 options.precision,
                 limits,
-                lambda step: progress.show(f"{step.engine}: {step.phase}", step.share),
+                lambda engine, phase, share: progress.show(f"{engine}: {phase}", share),
             )
     for engine in made:
         say(f"{engine.file}: {engine.size_bytes / 1e6:.1f} MB in {engine.build_s:.1f} s")
