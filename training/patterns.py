@@ -35,9 +35,10 @@ from meiqa.export.patterns import (
 )
 from training.checkpoint import load_checkpoint
 from training.commands import run_command
-from training.data import PhotographSet
 from training.distortions import KINDS, TWO_SIDED
+from training.finetune import cached_cells
 from training.pattern_pairs import Views, read_views
+from training.towers import ConvTower
 
 NONE = "none"
 MILD_SCORE = 3.6
@@ -157,21 +158,16 @@ class Crops:
 
     @classmethod
     @torch.no_grad()
-    def read(cls, cells: Path, work: Path, checkpoint: Path) -> Crops:
-        """Make tokens of the cell statistics that stage 2 left behind for the distorted crops.
-
-        Args:
-            cells: (N, 1, h, w, F) statistics of the frozen convolutions, in the records' order.
-            work: where the records are.
-            checkpoint: whose tower turns statistics into tokens.
-        """
-        tower = load_checkpoint(checkpoint).model.visual
-        stored = np.load(cells, mmap_mode="r")
-        parts = []
-        for start in range(0, len(stored), 64):
-            some = torch.from_numpy(np.array(stored[start : start + 64, 0])).float()
+    def read(cls, work: Path, checkpoint: Path) -> Crops:
+        """See the distorted crops with the tower of a checkpoint."""
+        visual = load_checkpoint(checkpoint).model.visual
+        tower = ConvTower(visual.config)
+        tower.load_state_dict(visual.state_dict())
+        cells, parts = cached_cells(tower, work, "distorted"), []
+        for start in range(0, len(cells.photographs), 64):
+            some = torch.from_numpy(np.array(cells.features[start : start + 64])).float()
             parts.append(tower.tokens_from_features(some.flatten(1, 2)).half())
-        photographs = PhotographSet.load(work, "distorted").photographs
+        photographs = cells.photographs
         named = np.array([(p.kind, p.level) for p in photographs])
         levels = strengths(named[:, 0], named[:, 1])
         return cls(
@@ -483,7 +479,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--crops", type=Path, help="cell statistics that stage 2 left: WORK/cells-distorted-….npy"
+        "--crops", action="store_true", help="learn from WORK's distorted crops, too"
     )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -493,7 +489,7 @@ def main() -> None:
         [view for stored in read_views(given.work, unseen=kept) for view in views_of(stored)]
         for kept in (False, True)
     )
-    crops = None if given.crops is None else Crops.read(given.crops, given.work, given.out)
+    crops = Crops.read(given.work, given.out) if given.crops else None
     model = train(seen, package.decoder.embed_width, recipe, crops)
     report = {"recipe": asdict(recipe), "views": len(seen)}
     if unseen:
