@@ -19,7 +19,15 @@ from benchmarks.naturalness import (
     Niqe,
     luminance,
 )
-from benchmarks.peers import Peer, judge_peers, main, peers_text, published_peers, sharpness
+from benchmarks.peers import (
+    Peer,
+    judge_peers,
+    main,
+    nima,
+    peers_text,
+    published_peers,
+    sharpness,
+)
 from meiqa.engine.images import Pixels, load_pixels
 from meiqa.engine.package import EnginePackage
 from meiqa.errors import ImageTooSmall, UsageError
@@ -27,6 +35,7 @@ from meiqa.memory import FEWEST_PHOTOS
 from tests.engine.samples import picture
 
 SIDE = 288
+NIMA = Path(__file__).parents[3] / "shared" / "data" / "weights" / "nima_mobilenet_aesthetic.hdf5"
 
 
 def textured(seed: int, blur: float = 0.0, noise: float = 0.0) -> np.ndarray:
@@ -220,3 +229,10 @@ def test_it_stands_beside_the_engine(
         assert name in text
     with pytest.raises(UsageError, match="holds photos that are to be judged"):
         main([*arguments, "--regressor-from", str(table)])
+
+
+@pytest.mark.skipif(not NIMA.exists(), reason="NIMA's weights lie beside the checkout, and are not")
+def test_nima_grades_on_its_scale_and_likes_no_noise() -> None:
+    judged = nima(NIMA)
+    sound, noisy = (judged(load_pixels(textured(3, noise=noise))) for noise in (0.0, 60.0))
+    assert 1.0 < noisy < sound < 10.0
