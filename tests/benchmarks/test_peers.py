@@ -232,7 +232,8 @@ def test_it_stands_beside_the_engine(
 
 
 @pytest.mark.skipif(not NIMA.exists(), reason="NIMA's weights lie beside the checkout, and are not")
-def test_nima_grades_on_its_scale_and_likes_no_noise() -> None:
+def test_nima_grades_on_its_scale_and_likes_no_empty_picture() -> None:
     judged = nima(NIMA)
-    sound, noisy = (judged(load_pixels(textured(3, noise=noise))) for noise in (0.0, 60.0))
-    assert 1.0 < noisy < sound < 10.0
+    blank = np.zeros((SIDE, SIDE, 3), np.uint8)
+    empty, full = judged(load_pixels(blank)), judged(load_pixels(textured(3)))
+    assert 1.0 < empty < full < 10.0
