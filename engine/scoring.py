@@ -38,6 +38,7 @@ from meiqa.engine.estimates import (
     grading_of,
     mapped,
     preferences_of,
+    quality_word,
 )
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid
 from meiqa.engine.model import (
@@ -51,6 +52,7 @@ from meiqa.engine.model import (
     StopRule,
 )
 from meiqa.engine.patterns import PatternScore, PatternScorer, ReferencePhoto, required
+from meiqa.engine.prompts import LEVEL_WORDS
 from meiqa.errors import StoreError
 from meiqa.memory import (
     Case,
@@ -61,7 +63,7 @@ from meiqa.memory import (
     spatial_descriptor,
     token_features,
 )
-from meiqa.types import Assessment, Budget, Neighbour, Reference, grades_by_word, quality_word
+from meiqa.types import Assessment, Budget, Neighbour, Reference
 
 LOG = logging.getLogger(__name__)
 
@@ -178,7 +180,7 @@ class Scored:
             percentile=snapshot.percentile(self.posterior.score),
             summary=(description and description.text) or None,
             memory_score=None if regression is None else regression.score,
-            grades=grades_by_word(self.prediction.grading.grades),
+            grades=dict(zip(LEVEL_WORDS, self.prediction.grading.grades.tolist(), strict=True)),
             distortions=() if self.patterns is None else self.patterns.distortions,
             reference=self.reference,
             neighbours=as_neighbours(self.neighbours, self.preferences),

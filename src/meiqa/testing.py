@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from meiqa.engine.calibration import UNCALIBRATED, Calibration, ScoreHead
 from meiqa.engine.comparing import PrefixCache
 from meiqa.engine.engine import Engine
+from meiqa.engine.estimates import quality_word
 from meiqa.engine.images import ImageSource, Pixels, load_pixels, source_name
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.model import (
@@ -48,7 +49,6 @@ from meiqa.types import (
     PairComparison,
     RankedPhoto,
     Ranking,
-    quality_word,
 )
 
 FAKE_TEXT = "This photo looks {} to a model that has not seen it, and that says so in twenty words."

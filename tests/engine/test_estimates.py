@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from meiqa.engine.estimates import (
     combine_correlated,
     fold,
     preferences_of,
+    quality_word,
 )
 from meiqa.errors import UsageError
 from tests.naive import thurstone_map
@@ -169,3 +171,26 @@ def test_logits_of_two_orders_are_one_preference() -> None:
     one = 1 / (1 + np.exp(-np.array([1.0, 1.5, 0.5])))
     assert found == pytest.approx([0.5, one[0], np.nan, 1.0, (one[1] + one[2]) / 2], nan_ok=True)
     assert preferences_of(np.zeros((0, 2)), 1.0).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("score", "word"),
+    [
+        (1.0, "bad"),
+        (1.7999, "bad"),
+        (1.8, "poor"),
+        (2.6, "fair"),
+        (3.3999, "fair"),
+        (3.4, "good"),
+        (4.2, "excellent"),
+        (5.0, "excellent"),
+        (math.inf, "excellent"),
+    ],
+)
+def test_quality_word(score: float, word: str) -> None:
+    assert quality_word(score) == word
+
+
+def test_nan_has_no_word() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        quality_word(math.nan)
