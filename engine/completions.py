@@ -195,15 +195,7 @@ class Completions:
 
     def ask_all(self, requests: Sequence[Callable[[], Completion]]) -> list[Completion]:
         """Send requests, as many at once as are allowed; the answers in their order."""
-        if len(requests) == 1:
-            return [requests[0]()]
-        waiting = [self._pool.submit(request) for request in requests]
-        try:
-            return [future.result() for future in waiting]
-        except BaseException:
-            for future in waiting:
-                future.cancel()
-            raise
+        return list(self._pool.map(lambda request: request(), requests))
 
     def ask(self, question: Mapping[str, Any], max_tokens: int, *, logprobs: bool) -> Completion:
         """Send a question of `chat`, again while the server is busy, and read the answer.

@@ -12,7 +12,6 @@ from meiqa.engine.estimates import softmax
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.model import (
     ANSWER_TOKENS,
-    NEVER,
     RATING_TOKENS,
     Description,
     Draft,
@@ -20,6 +19,7 @@ from meiqa.engine.model import (
     Prefix,
     StopRule,
     VisualTokens,
+    never,
 )
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import positions_of, printed_rating
@@ -103,7 +103,7 @@ class LocalModel:
         return np.asarray(logits[:, 0].astype(np.float64) - logits[:, 1])
 
     def describe(
-        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = NEVER
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = never
     ) -> Description:
         """Write a description and a rating, greedily; see `Model.describe`.
 
@@ -130,7 +130,7 @@ class LocalModel:
         return np.asarray(mean @ self._key_projection)  # (D + 1, D_key)
 
     def _written_until_end(
-        self, writing: Writing, max_tokens: int, stop: StopRule = NEVER
+        self, writing: Writing, max_tokens: int, stop: StopRule = never
     ) -> Written:
         """Write until the next token completes the end of the description."""
         family = self.prompts.family

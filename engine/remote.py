@@ -40,7 +40,6 @@ from meiqa.engine.estimates import softmax
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.model import (
     ANSWER_TOKENS,
-    NEVER,
     RATING_TOKENS,
     Description,
     Draft,
@@ -49,6 +48,7 @@ from meiqa.engine.model import (
     Prefix,
     StopRule,
     VisualTokens,
+    never,
 )
 from meiqa.engine.prompts import (
     VISUALQUALITY_R1,
@@ -231,7 +231,7 @@ class RemoteModel:
         return np.zeros(TEXT_KEY_WIDTH, np.float32)
 
     def describe(
-        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = NEVER
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = never
     ) -> Description:
         """Ask for a description and a rating, undrafted and unstopped; see `Model.describe`."""
         family = self._family

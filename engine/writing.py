@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.model import NEVER, Description, Floats, GenerationStats, Prefix, StopRule
+from meiqa.engine.model import Description, Floats, GenerationStats, Prefix, StopRule, never
 from meiqa.engine.prompts import Prompts
 from meiqa.engine.runtime.decoder import Decoder, KeyValues, Row, require_finite
 
@@ -162,7 +162,7 @@ class Writing:
         self._reply += ids.tolist()
         self._feed(ids.tolist())
 
-    def until(self, marker: str, limit: int, start: int = 0, *, stop: StopRule = NEVER) -> bool:
+    def until(self, marker: str, limit: int, start: int = 0, *, stop: StopRule = never) -> bool:
         """Write until the next token completes a marker in the text from token `start` on.
 
         False when the turn ends, or before it `limit` tokens are accepted or the rule says to
@@ -176,7 +176,7 @@ class Writing:
             tail = prompts.text([*self.tokens[first:], self.next_token])
             if marker in tail:
                 return True
-            full = len(self.tokens) >= limit or stop.reached
+            full = len(self.tokens) >= limit or stop()
             begun = any(tail.endswith(marker[:count]) for count in range(1, len(marker)))
             if full and not begun:
                 return False
@@ -205,7 +205,9 @@ class Writing:
             wanted=1 + len(proposed),
         )
         choices = made.logits.argmax(axis=1).tolist()
-        agreed = _agreeing(choices, proposed)
+        agreed = 0  # tokens in a row that the model chose itself, before it chose another
+        while agreed < len(proposed) and choices[agreed] == proposed[agreed]:
+            agreed += 1
         require_finite(made.logits[: agreed + 1])
 
         kept = self._length + fed + agreed
@@ -243,11 +245,3 @@ class Written:
         """Give the description with its key and what was written after it."""
         key, stats = writing.mean_hidden(self.tokens), writing.stats(complete=self.complete)
         return Description(self.text, key, rating, unreadable, stats)
-
-
-def _agreeing(choices: Sequence[int], proposed: Sequence[int]) -> int:
-    """How many proposed tokens in a row the model chose itself, before it chose another."""
-    pairs = zip(choices, proposed, strict=False)  # the last choice follows all that was proposed
-    return next(
-        (count for count, (chosen, token) in enumerate(pairs) if chosen != token), len(proposed)
-    )
