@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.model import Description, Floats, GenerationStats, Prefix, StopRule, never
+from meiqa.engine.model import Floats, GenerationStats, Prefix, StopRule, never
 from meiqa.engine.prompts import Prompts
 from meiqa.engine.runtime.decoder import Decoder, KeyValues, Row, require_finite
 
@@ -183,7 +182,7 @@ class Writing:
             self.accept()
         return False
 
-    def mean_hidden(self, count: int | None = None) -> Floats | None:
+    def mean_hidden(self, count: int) -> Floats | None:
         """Give the mean (D,) of the last hidden states of the first accepted tokens, if any."""
         hidden = self._hidden[:count]
         return np.asarray(np.stack(hidden).mean(axis=0)) if hidden else None
@@ -225,23 +224,3 @@ class Writing:
     def _empty_past(self, room: int) -> Floats:
         layers, two, heads, _, width = self._prefix.key_values.array.shape
         return np.zeros((layers, two, heads, room, width), np.float32)
-
-
-@dataclass(frozen=True)
-class Written:
-    """The description in a writing, with how many of the accepted tokens are wholly part of it.
-
-    Where it is `marked`, the next token completes the end marker.
-    """
-
-    text: str
-    tokens: int
-    marked: bool
-    complete: bool
-
-    def description(
-        self, writing: Writing, rating: float | None = None, *, unreadable: bool = False
-    ) -> Description:
-        """Give the description with its key and what was written after it."""
-        key, stats = writing.mean_hidden(self.tokens), writing.stats(complete=self.complete)
-        return Description(self.text, key, rating, unreadable, stats)
