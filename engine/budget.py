@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from meiqa.engine.model import RATING_TOKENS, GenerationStats, Model, StopRule
+from meiqa.engine.model import RATING_TOKENS, GenerationStats, Model
 from meiqa.engine.runtime.decoder import ROWS_PER_CALL
 from meiqa.locations import user_cache
 from meiqa.types import Budget
@@ -68,7 +68,7 @@ class Deadline:
         """What is left, None without a limit."""
         return None if self.budget.ms is None else self.budget.ms - self.elapsed_ms
 
-    def stop_with(self, reserve_ms: float) -> StopRule:
+    def stop_with(self, reserve_ms: float) -> Callable[[], bool]:
         """Give the rule that stops when less than so much is left."""
         return lambda: (left := self.remaining_ms) is not None and left < reserve_ms
 

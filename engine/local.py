@@ -20,7 +20,6 @@ from meiqa.engine.model import (
     Prefix,
     StopRule,
     VisualTokens,
-    never,
 )
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import positions_of, printed_rating
@@ -104,7 +103,7 @@ class LocalModel:
         return np.asarray(logits[:, 0].astype(np.float64) - logits[:, 1])
 
     def describe(
-        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = never
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = None
     ) -> Description:
         """Write a description and a rating, greedily; see `Model.describe`.
 
@@ -133,7 +132,7 @@ class LocalModel:
         return np.asarray(mean @ self._key_projection)  # (D + 1, D_key)
 
     def _written_until_end(
-        self, writing: Writing, max_tokens: int, stop: StopRule = never
+        self, writing: Writing, max_tokens: int, stop: StopRule = None
     ) -> tuple[Description, bool]:
         """Write until the next token completes the description's end mark, and tell if it does."""
         family = self.prompts.family

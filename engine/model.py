@@ -24,13 +24,8 @@ ANSWER_TOKENS = 40
 """Most tokens from the end of a description to the end of the answer."""
 RATING_TOKENS = 16
 """Most tokens of an answer whose opening was forced."""
-StopRule = Callable[[], bool]
-"""Tells work that can be ended early whether it should end now."""
-
-
-def never() -> bool:
-    """Let work go on to its end."""
-    return False
+StopRule = Callable[[], bool] | None
+"""Tells work that can be ended early whether it should end now; None lets it go on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +119,7 @@ class Model(Protocol):
         ...
 
     def describe(
-        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = never
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = None
     ) -> Description:
         """Write a description of at most `max_tokens` and a rating.
 

@@ -48,7 +48,6 @@ from meiqa.engine.model import (
     Prefix,
     StopRule,
     VisualTokens,
-    never,
 )
 from meiqa.engine.prompts import (
     VISUALQUALITY_R1,
@@ -224,7 +223,7 @@ class RemoteModel:
         return np.zeros(TEXT_KEY_WIDTH, np.float32)
 
     def describe(
-        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = never
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = None
     ) -> Description:
         """Ask for a description and a rating, undrafted and unstopped; see `Model.describe`."""
         family = self._family

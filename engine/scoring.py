@@ -48,7 +48,6 @@ from meiqa.engine.model import (
     Model,
     Prefix,
     StopRule,
-    never,
 )
 from meiqa.engine.patterns import PatternScore, PatternScorer, ReferencePhoto, required
 from meiqa.engine.prompts import LEVEL_WORDS
@@ -241,8 +240,8 @@ class Scorer:
         with deadline.stage("describe"):
             drafting = self._drafting and plan.summary_tokens
             drafts = self._drafts(pixels, prefix, snapshot) if drafting else ()
-            reserve = costs and deadline.stop_with(costs.writing_reserve_ms(plan))
-            prediction = self.predict(prefix, plan.summary_tokens, drafts, reserve or never)
+            reserve = deadline.stop_with(costs.writing_reserve_ms(plan)) if costs else None
+            prediction = self.predict(prefix, plan.summary_tokens, drafts, reserve)
         estimates: list[Evidence] = list(prediction.estimates)
         with deadline.stage("retrieve"):
             regression, doubt = self._recalled(prefix, snapshot)
@@ -305,7 +304,7 @@ class Scorer:
         prefix: Prefix,
         summary_tokens: int,
         drafts: Sequence[Draft] = (),
-        stop: StopRule = never,
+        stop: StopRule = None,
     ) -> Prediction:
         """Ask the model for a grade word and, unless `summary_tokens` is 0, for text and rating."""
         calibration, head = self.model.calibration, self.model.head

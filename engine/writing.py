@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.model import Floats, GenerationStats, Prefix, StopRule, never
+from meiqa.engine.model import Floats, GenerationStats, Prefix, StopRule
 from meiqa.engine.prompts import Prompts
 from meiqa.engine.runtime.decoder import Decoder, KeyValues, Row, require_finite
 
@@ -161,7 +161,7 @@ class Writing:
         self._reply += ids.tolist()
         self._feed(ids.tolist())
 
-    def until(self, marker: str, limit: int, start: int = 0, *, stop: StopRule = never) -> bool:
+    def until(self, marker: str, limit: int, start: int = 0, *, stop: StopRule = None) -> bool:
         """Write until the next token completes a marker in the text from token `start` on.
 
         False when the turn ends, or before it `limit` tokens are accepted or the rule says to
@@ -175,7 +175,7 @@ class Writing:
             tail = prompts.text([*self.tokens[first:], self.next_token])
             if marker in tail:
                 return True
-            full = len(self.tokens) >= limit or stop()
+            full = len(self.tokens) >= limit or (stop is not None and stop())
             begun = any(tail.endswith(marker[:count]) for count in range(1, len(marker)))
             if full and not begun:
                 return False

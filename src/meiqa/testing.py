@@ -33,7 +33,6 @@ from meiqa.engine.model import (
     Prefix,
     StopRule,
     VisualTokens,
-    never,
 )
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import KeyValues
@@ -360,12 +359,12 @@ class FakeModel:
         return prefixes
 
     def describe(
-        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = never
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = None
     ) -> Description:
         """Write a text, a token a word, and print the score."""
         score, count = score_in(prefix.tokens), 0
         words = FAKE_TEXT.format(quality_word(score)).split()
-        while count < min(max_tokens, len(words)) and not stop():
+        while count < min(max_tokens, len(words)) and not (stop and stop()):
             self._spend("token")
             count += 1
         stats = GenerationStats(count, count == len(words), calls=count)

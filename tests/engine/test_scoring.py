@@ -29,7 +29,6 @@ from meiqa.engine.model import (
     Prefix,
     StopRule,
     VisualTokens,
-    never,
 )
 from meiqa.engine.scoring import Prediction, Scored, ScoreRequest
 from meiqa.memory import token_features
@@ -59,11 +58,7 @@ class Scripted(FakeModel):
         self.grades = np.array(grades, np.float64)
 
     def describe(
-        self,
-        prefix: Prefix,
-        max_tokens: int,
-        drafts: Sequence[Draft] = (),
-        stop: StopRule = never,
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = None
     ) -> Description:
         return self.said
 
