@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 
 from benchmarks.ladder import MIDDLE, TWO_SIDED, images_of, photographs_of
 from benchmarks.similarity import METRICS, similarities
+from meiqa.engine.engine import opened_model
 from meiqa.engine.images import fit_to_grid, load_pixels
 from meiqa.engine.local import LocalModel
 from meiqa.engine.model import VisualTokens
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.patterns import PatternScore, PatternScorer, opened_patterns, required
-from meiqa.engine.runtime import open_runtime
+from meiqa.engine.patterns import PatternScore, PatternScorer, required
 from meiqa.evaluation.measuring import Column, run_on, table_text
 from meiqa.evaluation.metrics import srcc
 from meiqa.locations import embedded_assets
@@ -185,10 +185,8 @@ def opinion(judge: PatternScorer, photo: VisualTokens, reference: VisualTokens) 
 @cache
 def judges(package: Path) -> tuple[LocalModel, PatternScorer]:
     """The package's model and patterns on one thread of this process."""
-    opened = EnginePackage.open(package)
-    runtime = open_runtime(opened, threads=1, patterns=True)
-    model = LocalModel(opened, runtime.vision, runtime.decoder)
-    return model, required(opened_patterns(opened, runtime.patterns))
+    model, patterns = opened_model(EnginePackage.open(package), "cpu", 1)
+    return model, required(patterns)
 
 
 def kind_names(package: Path) -> tuple[str, ...]:

@@ -18,9 +18,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from meiqa.engine.model import RATING_TOKENS, GenerationStats, Model, StopRule
+from meiqa.engine.model import RATING_TOKENS, GenerationStats, Model
 from meiqa.engine.runtime.decoder import ROWS_PER_CALL
 from meiqa.locations import user_cache
 from meiqa.types import Budget
@@ -40,8 +39,6 @@ DEVIATIONS = 2.5
 """And at least as many mean deviations longer as this, where it has been seen to vary."""
 SMOOTHING = 0.3
 """Weight of the newest measurement in a cost."""
-_FALL = 1.0 - 2.0 / math.pi
-"""φ²/(Φ(1 - Φ)) is close to (2/π) exp(-_FALL z²), since 4 Φ(1 - Φ) is to exp(-2z²/π)."""
 
 
 class Deadline:
@@ -71,22 +68,9 @@ class Deadline:
         """What is left, None without a limit."""
         return None if self.budget.ms is None else self.budget.ms - self.elapsed_ms
 
-    def stop_with(self, reserve_ms: float) -> StopRule:
-        """Give the rule that stops while so much is left."""
-        return Reserve(self, reserve_ms)
-
-
-@dataclass(frozen=True)
-class Reserve:
-    """Stops when less of a deadline is left than has to be."""
-
-    deadline: Deadline
-    reserve_ms: float
-
-    @property
-    def reached(self) -> bool:
-        left = self.deadline.remaining_ms
-        return left is not None and left < self.reserve_ms
+    def stop_with(self, reserve_ms: float) -> Callable[[], bool]:
+        """Give the rule that stops when less than so much is left."""
+        return lambda: (left := self.remaining_ms) is not None and left < reserve_ms
 
 
 @dataclass
@@ -299,30 +283,3 @@ def degraded_plans(whole: Plan, order: Sequence[str]) -> Iterator[Plan]:
                     yield plan
     for fewer in range(plan.neighbours - 1, -1, -1):
         yield replace(plan, neighbours=fewer)
-
-
-def most_informative(
-    believed: tuple[float, float],
-    scores: NDArray[np.float64],
-    stds: NDArray[np.float64],
-    preferences: NDArray[np.float64],
-    sigma: float,
-) -> NDArray[np.intp]:
-    """Order the neighbours not yet asked about by how much their answers should shrink variance.
-
-    An answer about neighbour j adds φ²/(Φ(1 - Φ)) / w_j² at z = (s - s_j)/w_j to the curvature of
-    the loss, w_j² = σ² + std_j², if it turns out as the score predicts. Its expectation over what
-    is believed (score and deviation) is compared, in closed form since it is nearly a Gaussian in
-    z; the variance that is left falls with it.
-
-    Args:
-        scores, stds: of the neighbours, (K,).
-        preferences: (K,), NaN where nothing was asked.
-    """
-    score, std = believed
-    unasked = np.flatnonzero(np.isnan(preferences))
-    widths = np.hypot(sigma, stds[unasked])
-    z = (score - scores[unasked]) / widths
-    broadened = 1.0 + 2.0 * _FALL * (std / widths) ** 2
-    information = np.exp(-_FALL * z * z / broadened) / (np.sqrt(broadened) * widths**2)
-    return np.asarray(unasked[np.argsort(-information, kind="stable")])

@@ -195,15 +195,7 @@ class Completions:
 
     def ask_all(self, requests: Sequence[Callable[[], Completion]]) -> list[Completion]:
         """Send requests, as many at once as are allowed; the answers in their order."""
-        if len(requests) == 1:
-            return [requests[0]()]
-        waiting = [self._pool.submit(request) for request in requests]
-        try:
-            return [future.result() for future in waiting]
-        except BaseException:
-            for future in waiting:
-                future.cancel()
-            raise
+        return list(self._pool.map(lambda request: request(), requests))
 
     def ask(self, question: Mapping[str, Any], max_tokens: int, *, logprobs: bool) -> Completion:
         """Send a question of `chat`, again while the server is busy, and read the answer.
@@ -227,31 +219,31 @@ class Completions:
         for attempt in range(1, self._attempts):
             # Longer from attempt to attempt, and never as long as all others wait.
             longest_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (attempt - 1))
-            response, wait_s = self._posted(body), longest_s * random.uniform(0.5, 1.0)
-            if response is not None:
+            wait_s = longest_s * random.uniform(0.5, 1.0)
+            try:
+                response = self._posted(body)
+            except ServiceUnreachable:
+                pass  # the last attempt says why
+            else:
                 if response.status_code not in _BUSY:
                     return self._completion(response, logprobs)
                 wait_s = max(wait_s, _retry_after_s(response))
             LOG.info("%s is asked again in %.1f s", self.url, wait_s)
             self._pause(wait_s)
-        return self._completion(self._posted(body, last=True), logprobs)
+        return self._completion(self._posted(body), logprobs)
 
-    def _posted(self, body: Mapping[str, Any], *, last: bool = False) -> httpx.Response | None:
-        """Send a request; None where no answer came and another attempt is left."""
+    def _posted(self, body: Mapping[str, Any]) -> httpx.Response:
         import httpx
 
         try:
             return self._client.post(f"{self.url}/chat/completions", json=body)
         except httpx.TransportError as error:
-            if not last:
-                return None
             seen, hint = type(error).__name__, "see whether the server runs"
             raise ServiceUnreachable(f"no answer from {self.url}", seen=seen, hint=hint) from None
         except httpx.HTTPError as error:
             raise ServiceError(f"{self.url} cannot be asked", seen=error) from None
 
-    def _completion(self, response: httpx.Response | None, logprobs: bool) -> Completion:
-        assert response is not None
+    def _completion(self, response: httpx.Response, logprobs: bool) -> Completion:
         if response.status_code != 200:
             raise self._refusal(response.status_code, response.text)
         try:

@@ -27,7 +27,6 @@ from meiqa.engine.patterns import (
     PatternScore,
     PatternScorer,
     ReferencePhoto,
-    opened_patterns,
     required,
 )
 from meiqa.engine.remote import RemoteModel
@@ -402,7 +401,10 @@ def opened_model(
     """Open a package's model on a device, and its distortion patterns if it has any."""
     runtime = open_runtime(package, device, threads, patterns=True)
     model = LocalModel(package, runtime.vision, runtime.decoder)
-    return model, opened_patterns(package, runtime.patterns)
+    patterns = package.manifest.patterns
+    if patterns is None or runtime.patterns is None:
+        return model, None
+    return model, PatternScorer(patterns, runtime.patterns)
 
 
 def decode_ahead(

@@ -9,6 +9,7 @@ when it is left out.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -17,9 +18,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from meiqa.engine.calibration import Calibration, GradedHead, Logistic, ScoreHead
+from meiqa.engine.prompts import LEVEL_WORDS
 from meiqa.errors import UsageError
 from meiqa.kernels.graded import grade_moments, grade_probabilities
 from meiqa.kernels.thurstone import thurstone_map
+from meiqa.types import QualityWord
 
 Floats = NDArray[np.float64]
 
@@ -27,6 +30,9 @@ LOWEST, HIGHEST = 1.0, 5.0
 Z95 = 1.959964
 """Half-width of a normal 95 % interval, in deviations."""
 GRADES = np.arange(1.0, 6.0)
+_FALL = 1.0 - 2.0 / math.pi
+"""φ²/(Φ(1 - Φ)) is close to (2/π) exp(-_FALL z²), since 4 Φ(1 - Φ) is to exp(-2z²/π)."""
+_WORDS_BEGIN = (1.8, 2.6, 3.4, 4.2)
 LEAST_PROBABILITY = 1e-9
 """A grade word less likely than this counts as this likely: a remote model may not name it."""
 
@@ -111,6 +117,22 @@ class Comparisons:
         )
         return float(scores[0]), float(stds[0])
 
+    def most_informative(self, prior: float) -> NDArray[np.intp]:
+        """Order the neighbours not yet asked by how much their answers should shrink variance.
+
+        An answer about neighbour j adds φ²/(Φ(1 - Φ)) / w_j² at z = (s - s_j)/w_j to the curvature
+        of the loss, w_j² = σ² + std_j², if it turns out as the score predicts. Its expectation over
+        the solution so far is compared, in closed form since it is nearly a Gaussian in z; the
+        variance that is left falls with it.
+        """
+        score, std = self.solution(prior)
+        unasked = np.flatnonzero(np.isnan(self.preferences))
+        widths = np.hypot(self.calibration.sigma, self.stds[unasked])
+        z = (score - self.scores[unasked]) / widths
+        broadened = 1.0 + 2.0 * _FALL * (std / widths) ** 2
+        information = np.exp(-_FALL * z * z / broadened) / (np.sqrt(broadened) * widths**2)
+        return np.asarray(unasked[np.argsort(-information, kind="stable")])
+
 
 @dataclass(frozen=True)
 class Doubt:
@@ -168,6 +190,20 @@ def combine_correlated(first: Posterior, second: Posterior, correlation: float) 
         + 2 * share * (1 - share) * shared
     )
     return Posterior(weighted(first.score, second.score, share), math.sqrt(variance))
+
+
+def quality_word(score: float) -> QualityWord:
+    """Name the fifth of the 1–5 scale that a score lies in.
+
+    >>> quality_word(1.79), quality_word(1.8), quality_word(5.0)
+    ('bad', 'poor', 'excellent')
+
+    Raises:
+        ValueError: the score is NaN.
+    """
+    if math.isnan(score):
+        raise ValueError("a NaN score has no quality word")
+    return LEVEL_WORDS[bisect_right(_WORDS_BEGIN, score)]
 
 
 def weighted(first: float, second: float, share: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -12,7 +13,6 @@ from meiqa.engine.estimates import softmax
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.model import (
     ANSWER_TOKENS,
-    NEVER,
     RATING_TOKENS,
     Description,
     Draft,
@@ -25,7 +25,7 @@ from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import positions_of, printed_rating
 from meiqa.engine.runtime import open_runtime
 from meiqa.engine.runtime.decoder import Decoder, GraphSession, Row, require_finite
-from meiqa.engine.writing import Proposer, Writing, Written
+from meiqa.engine.writing import Proposer, Writing
 from meiqa.kernels.patches import pixels_to_patches
 
 
@@ -103,7 +103,7 @@ class LocalModel:
         return np.asarray(logits[:, 0].astype(np.float64) - logits[:, 1])
 
     def describe(
-        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = NEVER
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = None
     ) -> Description:
         """Write a description and a rating, greedily; see `Model.describe`.
 
@@ -112,17 +112,19 @@ class LocalModel:
         """
         proposer = self._proposer(drafts)
         writing = Writing(self, prefix, self.prompts.score, max_tokens + RATING_TOKENS, proposer)
-        written = self._written_until_end(writing, max_tokens, stop)
-        asked = bool(self.prompts.family.answer_open)
-        rating = self._rating(writing, written) if asked else None
-        return written.description(writing, rating, unreadable=asked and rating is None)
+        description, marked = self._written_until_end(writing, max_tokens, stop)
+        if not self.prompts.family.answer_open:
+            return description
+        rating = self._rating(writing, marked)
+        stats = writing.stats(complete=description.stats.complete)
+        return replace(description, rating=rating, unreadable=rating is None, stats=stats)
 
     def reflect(self, prefix: Prefix, summary: str, initial: float, score: float) -> Description:
         """Write a corrected description; see `Model.reflect`."""
         question = self.prompts.reflect(summary, initial, score)
         limit = len(self.prompts.ids(summary)) + 32
         writing = Writing(self, prefix, question, limit, self._proposer([Draft(summary)]))
-        return self._written_until_end(writing, limit).description(writing)
+        return self._written_until_end(writing, limit)[0]
 
     def unwritten_key(self, tokens: VisualTokens) -> Floats:
         """Map the mean visual token linearly to a key; see `Model.unwritten_key`."""
@@ -130,9 +132,9 @@ class LocalModel:
         return np.asarray(mean @ self._key_projection)  # (D + 1, D_key)
 
     def _written_until_end(
-        self, writing: Writing, max_tokens: int, stop: StopRule = NEVER
-    ) -> Written:
-        """Write until the next token completes the end of the description."""
+        self, writing: Writing, max_tokens: int, stop: StopRule = None
+    ) -> tuple[Description, bool]:
+        """Write until the next token completes the description's end mark, and tell if it does."""
         family = self.prompts.family
         marked = writing.until(family.description_end, max_tokens, stop=stop)
         if marked:
@@ -141,20 +143,21 @@ class LocalModel:
             # An answer without the end marker before it ends the description as well.
             ids, marker = writing.tokens, family.answer_open if writing.stopped else ""
         text, tokens = self.prompts.before(ids, marker)
-        return Written(text.strip(), tokens, marked=marked, complete=marked or writing.stopped)
+        key, stats = writing.mean_hidden(tokens), writing.stats(complete=marked or writing.stopped)
+        return Description(text.strip(), key, stats=stats), marked
 
-    def _rating(self, writing: Writing, written: Written) -> float | None:
+    def _rating(self, writing: Writing, marked: bool) -> float | None:
         """The number the model prints as its answer, None if it prints none when asked twice."""
         family = self.prompts.family
         start, rating = len(writing.tokens), None
-        if written.marked:
+        if marked:
             # The token that completes the end marker may begin the answer's opening, too.
             writing.accept()
             rating = self._answer(writing, start, ANSWER_TOKENS)
         elif writing.stopped:
             rating = printed_rating(self.prompts.text(writing.tokens), family, cut=False)
         if rating is None:
-            ended = "" if written.marked else family.description_end
+            ended = "" if marked else family.description_end
             writing.force(self.prompts.ids(ended + family.answer_open))
             start = len(writing.tokens)
             rating = self._answer(writing, start, RATING_TOKENS, opening=family.answer_open)

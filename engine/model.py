@@ -7,7 +7,7 @@ of an engine package (`engine/local.py`) or by one behind a server (`engine/remo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,8 @@ ANSWER_TOKENS = 40
 """Most tokens from the end of a description to the end of the answer."""
 RATING_TOKENS = 16
 """Most tokens of an answer whose opening was forced."""
+StopRule = Callable[[], bool] | None
+"""Tells work that can be ended early whether it should end now; None lets it go on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,20 +50,6 @@ class Prefix:
     opening: KeyValues
     key_values: KeyValues
     next_position: int
-
-
-class StopRule(Protocol):
-    """Tells work that can be ended early whether it should end now."""
-
-    @property
-    def reached(self) -> bool: ...
-
-
-class _Never:
-    reached = False
-
-
-NEVER: StopRule = _Never()
 
 
 @dataclass(frozen=True)
@@ -131,7 +119,7 @@ class Model(Protocol):
         ...
 
     def describe(
-        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = NEVER
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = None
     ) -> Description:
         """Write a description of at most `max_tokens` and a rating.
 

@@ -116,7 +116,6 @@ class EnginePackage:
         self,
         *,
         calibration: Calibration | None = None,
-        score_head: ScoreHead | None = None,
         engines: Sequence[TensorRtEngine] | None = None,
         patterns: PatternGraph | None = None,
     ) -> EnginePackage:
@@ -125,13 +124,16 @@ class EnginePackage:
         Args:
             patterns: their file must be there; engines of those before them are dropped.
         """
-        given = {"calibration": calibration, "score_head": score_head, "patterns": patterns}
-        changes: dict[str, Any] = {name: part for name, part in given.items() if part is not None}
         present = EnginePackage.open(self.path, verify=False).manifest
         kept = present.engines if engines is None else engines
         if patterns is not None:
             kept = [engine for engine in kept if engine.graph != PATTERNS]
-        changed = replace(present, engines=tuple(kept), **changes)
+        changed = replace(
+            present,
+            calibration=calibration or present.calibration,
+            engines=tuple(kept),
+            patterns=patterns or present.patterns,
+        )
         write_manifest(self.path, changed)
         return EnginePackage(self.path, changed)
 

@@ -21,7 +21,6 @@ from meiqa.engine.estimates import mapped, softmax
 from meiqa.engine.images import Pixels, fitted, resized
 from meiqa.engine.manifest import ImageProcessing, PatternGraph
 from meiqa.engine.model import Floats, VisualTokens
-from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import GraphSession, require_finite
 from meiqa.errors import ImageError, UsageError
 from meiqa.types import Distortion
@@ -145,12 +144,6 @@ class PatternScorer:
             for i in likeliest[:MOST_NAMED]
             if probabilities[i] >= NAMED_ABOVE
         )
-
-
-def opened_patterns(package: EnginePackage, session: GraphSession | None) -> PatternScorer | None:
-    """Give the patterns of a package, whose graph was opened; None where it has none."""
-    patterns = package.manifest.patterns
-    return None if patterns is None or session is None else PatternScorer(patterns, session)
 
 
 def required(patterns: PatternScorer | None) -> PatternScorer:

@@ -11,12 +11,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.errors import PackageCorrupted, UsageError
+from meiqa.types import QualityWord
 
 if TYPE_CHECKING:  # who decodes photos needs none
     from tokenizers import Tokenizer
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # who decodes photos needs none
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
-LEVEL_WORDS = ("bad", "poor", "fair", "good", "excellent")
+LEVEL_WORDS: tuple[QualityWord, ...] = get_args(QualityWord)
 """The five grades, worth 1 to 5."""
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)(?::([^{}]*))?\}")

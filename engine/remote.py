@@ -40,7 +40,6 @@ from meiqa.engine.estimates import softmax
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.model import (
     ANSWER_TOKENS,
-    NEVER,
     RATING_TOKENS,
     Description,
     Draft,
@@ -107,9 +106,11 @@ class RemoteSettings:
         unfinished.replace(memory / SETTINGS)
 
     @classmethod
-    def read(cls, memory: Path) -> RemoteSettings | None:
-        """Read those of a memory, None if it has none; UsageError if they are another version's."""
-        file = memory / SETTINGS
+    def of_memory(cls, memory: str | Path) -> RemoteSettings:
+        """Read those of a memory; StoreNotFound or UsageError where there are none of this form."""
+        file = Path(memory, SETTINGS)
+        if not file.parent.is_dir():
+            raise StoreNotFound(f"there is no memory directory {memory}", hint="check the path")
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             if values.pop("schema") != SCHEMA or fault_of(values["prompt"]):
@@ -118,24 +119,15 @@ class RemoteSettings:
             values["calibration"] = Calibration.from_dict(values["calibration"])
             return cls(**values)
         except FileNotFoundError:
-            return None
+            hint = "name one that was: meiqa memory build --remote URL makes it"
+            what = f"the memory {memory} was not made with a remote model"
+            raise UsageError(what, hint=hint) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, MeiqaError) as error:
             raise UsageError(
                 f"{file} is not what this version writes",
                 seen=f"{type(error).__name__}: {error}",
                 hint="build the memory again",
             ) from error
-
-    @classmethod
-    def of_memory(cls, memory: str | Path) -> RemoteSettings:
-        """Read those of a memory; StoreNotFound or UsageError where it has none."""
-        if not Path(memory).is_dir():
-            raise StoreNotFound(f"there is no memory directory {memory}", hint="check the path")
-        settings = cls.read(Path(memory))
-        if settings is None:
-            hint = "name one that was: meiqa memory build --remote URL makes it"
-            raise UsageError(f"the memory {memory} was not made with a remote model", hint=hint)
-        return settings
 
     @property
     def image(self) -> ImageProcessing:
@@ -231,7 +223,7 @@ class RemoteModel:
         return np.zeros(TEXT_KEY_WIDTH, np.float32)
 
     def describe(
-        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = NEVER
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = None
     ) -> Description:
         """Ask for a description and a rating, undrafted and unstopped; see `Model.describe`."""
         family = self._family

@@ -21,7 +21,6 @@ from meiqa.engine.budget import (
     CostModel,
     Deadline,
     Plan,
-    most_informative,
     plan_work,
 )
 from meiqa.engine.comparing import MOST_AT_ONCE, CacheState, Comparer, PrefixCache
@@ -38,10 +37,10 @@ from meiqa.engine.estimates import (
     grading_of,
     mapped,
     preferences_of,
+    quality_word,
 )
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid
 from meiqa.engine.model import (
-    NEVER,
     Description,
     Draft,
     Floats,
@@ -51,6 +50,7 @@ from meiqa.engine.model import (
     StopRule,
 )
 from meiqa.engine.patterns import PatternScore, PatternScorer, ReferencePhoto, required
+from meiqa.engine.prompts import LEVEL_WORDS
 from meiqa.errors import StoreError
 from meiqa.memory import (
     Case,
@@ -61,7 +61,7 @@ from meiqa.memory import (
     spatial_descriptor,
     token_features,
 )
-from meiqa.types import Assessment, Budget, Neighbour, Reference, grades_by_word, quality_word
+from meiqa.types import Assessment, Budget, Neighbour, Reference
 
 LOG = logging.getLogger(__name__)
 
@@ -74,14 +74,11 @@ that the model may write are in one of them."""
 class ScoreRequest:
     """One photo, with settings of its own; see `meiqa.Engine.score`.
 
-    Attributes:
-        budget: what may be spent, from when the photo is taken up.
-        deadline: one that is running already, in the budget's place.
+    The budget is what may be spent from when the photo is taken up.
     """
 
     image: ImageSource
     budget: Budget | None = None
-    deadline: Deadline | None = None
     k: int | None = None
     learn: bool = True
 
@@ -142,7 +139,7 @@ class Scored:
     @property
     def initial_score(self) -> float:
         """The model's own score: the printed rating, or the grade where none was printed."""
-        return self.estimates[0].score if isinstance(self.estimates[0], Estimate) else np.nan
+        return self.prediction.estimates[0].score
 
     @property
     def asked(self) -> int:
@@ -178,7 +175,7 @@ class Scored:
             percentile=snapshot.percentile(self.posterior.score),
             summary=(description and description.text) or None,
             memory_score=None if regression is None else regression.score,
-            grades=grades_by_word(self.prediction.grading.grades),
+            grades=dict(zip(LEVEL_WORDS, self.prediction.grading.grades.tolist(), strict=True)),
             distortions=() if self.patterns is None else self.patterns.distortions,
             reference=self.reference,
             neighbours=as_neighbours(self.neighbours, self.preferences),
@@ -228,10 +225,10 @@ class Scorer:
 
         With a reference nothing is learned, since the score is that of the likeness as well.
         """
-        limit = request.deadline.budget if request.deadline else request.budget or UNBOUNDED
+        limit = request.budget or UNBOUNDED
         # The first time they are measured, which no photo has to pay for.
         costs = None if limit.ms is None else self.costs()
-        deadline = request.deadline or Deadline(limit, clock=self.clock)
+        deadline = Deadline(limit, clock=self.clock)
         before = self.prefixes.state()["neighbours"]
         with deadline.stage("decode"):
             pixels = decoded()
@@ -243,20 +240,21 @@ class Scorer:
         with deadline.stage("describe"):
             drafting = self._drafting and plan.summary_tokens
             drafts = self._drafts(pixels, prefix, snapshot) if drafting else ()
-            reserve = costs and deadline.stop_with(costs.writing_reserve_ms(plan))
-            prediction = self.predict(prefix, plan.summary_tokens, drafts, reserve or NEVER)
+            reserve = deadline.stop_with(costs.writing_reserve_ms(plan)) if costs else None
+            prediction = self.predict(prefix, plan.summary_tokens, drafts, reserve)
         estimates: list[Evidence] = list(prediction.estimates)
         with deadline.stage("retrieve"):
             regression, doubt = self._recalled(prefix, snapshot)
             estimates += regression
-            key = self._key(prefix, prediction)
+            key = self._key(prefix, prediction.description)
             neighbours = self._retrieve(pixels, prefix, key, plan, snapshot)
         with deadline.stage("compare"):
             prior = before_comparisons(estimates)
-            logits, reused = self._compare(prefix, neighbours, (prior, doubt), plan, deadline)
+            logits, compared, reused = self._compare(
+                prefix, neighbours, prior, doubt, plan, deadline
+            )
         with deadline.stage("fuse"):
-            preferences = preferences_of(logits, self.model.calibration.temperature)
-            estimates += [self._comparisons(neighbours, preferences), doubt]
+            estimates += [compared, doubt]
             posterior = fold(estimates)
         with deadline.stage("patterns"):
             seen = self.patterns.seen(pixels, prefix.tokens, reference) if self.patterns else None
@@ -271,7 +269,7 @@ class Scorer:
             key=key,
             neighbours=neighbours,
             logits=logits,
-            preferences=preferences,
+            preferences=compared.preferences,
             estimates=tuple(estimates),
             posterior=posterior,
             plan=plan,
@@ -306,7 +304,7 @@ class Scorer:
         prefix: Prefix,
         summary_tokens: int,
         drafts: Sequence[Draft] = (),
-        stop: StopRule = NEVER,
+        stop: StopRule = None,
     ) -> Prediction:
         """Ask the model for a grade word and, unless `summary_tokens` is 0, for text and rating."""
         calibration, head = self.model.calibration, self.model.head
@@ -346,9 +344,7 @@ class Scorer:
 
     def _drafts(self, pixels: Pixels, prefix: Prefix, snapshot: Snapshot) -> tuple[Draft, ...]:
         """Guess what will be written: summaries of cases near the picture's projected key."""
-        projected = self.model.unwritten_key(prefix.tokens)
-        key = retrieval_key(self.memory.key_kind, projected, prefix.tokens.values)
-        cases = snapshot.retrieve(key, DRAFTS, pixels.digest)
+        cases = snapshot.retrieve(self._key(prefix), DRAFTS, pixels.digest)
         return tuple(Draft(case.summary, case.score) for case in cases if case.summary)
 
     def _recalled(self, prefix: Prefix, snapshot: Snapshot) -> tuple[list[Estimate], Doubt]:
@@ -361,9 +357,8 @@ class Scorer:
         said = Estimate("regression", regression.score(features), regression.std, correlation)
         return [said], Doubt(regression.doubt(features))
 
-    def _key(self, prefix: Prefix, prediction: Prediction) -> Floats:
+    def _key(self, prefix: Prefix, description: Description | None = None) -> Floats:
         """Make the key by which neighbours are found: of what was written, or guessed."""
-        description = prediction.description
         written = None if description is None else description.key
         summary = self.model.unwritten_key(prefix.tokens) if written is None else written
         return retrieval_key(self.memory.key_kind, summary, prefix.tokens.values)
@@ -377,51 +372,45 @@ class Scorer:
         descriptor = spatial_descriptor(prefix.tokens.values, prefix.tokens.grid)
         return snapshot.retrieve(key, policy, exclude_digest=pixels.digest, descriptor=descriptor)
 
-    def _comparisons(
-        self, neighbours: Sequence[Case], preferences: NDArray[np.float64]
-    ) -> Comparisons:
+    def _comparisons(self, neighbours: Sequence[Case], logits: NDArray[np.float64]) -> Comparisons:
         scores = np.array([case.score for case in neighbours])
         stds = np.array([case.std for case in neighbours])
-        return Comparisons(scores, stds, preferences, self.model.calibration)
+        calibration = self.model.calibration
+        preferences = preferences_of(logits, calibration.temperature)
+        return Comparisons(scores, stds, preferences, calibration)
 
     def _compare(
         self,
         prefix: Prefix,
         neighbours: Sequence[Case],
-        known: tuple[Posterior, Doubt],
+        prior: Posterior,
+        doubt: Doubt,
         plan: Plan,
         deadline: Deadline,
-    ) -> tuple[NDArray[np.float64], int]:
+    ) -> tuple[NDArray[np.float64], Comparisons, int]:
         """Compare in waves until all are asked, or the budget is: see `Comparer.ask`."""
         logits, reused = np.full((len(neighbours), 2), np.nan), 0
-        while len(wave := self._next_wave(neighbours, logits, known, plan, deadline)):
+        while True:
+            so_far = self._comparisons(neighbours, logits)
+            wave = self._next_wave(so_far, prior, doubt, plan, deadline)
+            if not len(wave):
+                return logits, so_far, reused
             cases = [neighbours[index] for index in wave]
             logits[wave], saved = self.comparer.ask(prefix, cases, both_orders=plan.both_orders)
             reused += saved
-        return logits, reused
 
     def _next_wave(
-        self,
-        neighbours: Sequence[Case],
-        logits: NDArray[np.float64],
-        known: tuple[Posterior, Doubt],
-        plan: Plan,
-        deadline: Deadline,
+        self, so_far: Comparisons, prior: Posterior, doubt: Doubt, plan: Plan, deadline: Deadline
     ) -> NDArray[np.intp]:
         if deadline.budget == UNBOUNDED:
-            return np.flatnonzero(np.isnan(logits[:, 0]))[:MOST_AT_ONCE]
-        calibration, most = self.model.calibration, WAVE
+            return np.flatnonzero(np.isnan(so_far.preferences))[:MOST_AT_ONCE]
+        most = WAVE
         if deadline.remaining_ms is not None:
             most = self.costs().affordable(plan, deadline.remaining_ms)
-        so_far = self._comparisons(neighbours, preferences_of(logits, calibration.temperature))
-        prior, doubt = known
-        believed = so_far.solution(prior.score)
         wanted_std = deadline.budget.std
         if wanted_std is not None and not np.isnan(so_far.preferences).all():
             most = 0 if doubt.combined(so_far.combined(prior)).std <= wanted_std else most
-        sigma = calibration.sigma
-        ordered = most_informative(believed, so_far.scores, so_far.stds, so_far.preferences, sigma)
-        return ordered[:most]
+        return so_far.most_informative(prior.score)[:most]
 
     def _degradations(self, scored: Scored) -> tuple[str, ...]:
         """Name everything that was left out or went another way."""
@@ -485,8 +474,7 @@ class Scorer:
             if corrected.key is None:
                 return scored.noted("not reflected: nothing was written")
             text = reflection = corrected.text
-            picture = scored.prefix.tokens.values
-            key = retrieval_key(self.memory.key_kind, corrected.key, picture)
+            key = self._key(scored.prefix, corrected)
         if self.memory.writable:  # whoever opened it was told if it is not
             try:
                 case = learned_case(scored, text, key)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.model import NEVER, Description, Floats, GenerationStats, Prefix, StopRule
+from meiqa.engine.model import Floats, GenerationStats, Prefix, StopRule
 from meiqa.engine.prompts import Prompts
 from meiqa.engine.runtime.decoder import Decoder, KeyValues, Row, require_finite
 
@@ -162,7 +161,7 @@ class Writing:
         self._reply += ids.tolist()
         self._feed(ids.tolist())
 
-    def until(self, marker: str, limit: int, start: int = 0, *, stop: StopRule = NEVER) -> bool:
+    def until(self, marker: str, limit: int, start: int = 0, *, stop: StopRule = None) -> bool:
         """Write until the next token completes a marker in the text from token `start` on.
 
         False when the turn ends, or before it `limit` tokens are accepted or the rule says to
@@ -176,14 +175,14 @@ class Writing:
             tail = prompts.text([*self.tokens[first:], self.next_token])
             if marker in tail:
                 return True
-            full = len(self.tokens) >= limit or stop.reached
+            full = len(self.tokens) >= limit or (stop is not None and stop())
             begun = any(tail.endswith(marker[:count]) for count in range(1, len(marker)))
             if full and not begun:
                 return False
             self.accept()
         return False
 
-    def mean_hidden(self, count: int | None = None) -> Floats | None:
+    def mean_hidden(self, count: int) -> Floats | None:
         """Give the mean (D,) of the last hidden states of the first accepted tokens, if any."""
         hidden = self._hidden[:count]
         return np.asarray(np.stack(hidden).mean(axis=0)) if hidden else None
@@ -205,7 +204,9 @@ class Writing:
             wanted=1 + len(proposed),
         )
         choices = made.logits.argmax(axis=1).tolist()
-        agreed = _agreeing(choices, proposed)
+        agreed = 0  # tokens in a row that the model chose itself, before it chose another
+        while agreed < len(proposed) and choices[agreed] == proposed[agreed]:
+            agreed += 1
         require_finite(made.logits[: agreed + 1])
 
         kept = self._length + fed + agreed
@@ -223,31 +224,3 @@ class Writing:
     def _empty_past(self, room: int) -> Floats:
         layers, two, heads, _, width = self._prefix.key_values.array.shape
         return np.zeros((layers, two, heads, room, width), np.float32)
-
-
-@dataclass(frozen=True)
-class Written:
-    """The description in a writing, with how many of the accepted tokens are wholly part of it.
-
-    Where it is `marked`, the next token completes the end marker.
-    """
-
-    text: str
-    tokens: int
-    marked: bool
-    complete: bool
-
-    def description(
-        self, writing: Writing, rating: float | None = None, *, unreadable: bool = False
-    ) -> Description:
-        """Give the description with its key and what was written after it."""
-        key, stats = writing.mean_hidden(self.tokens), writing.stats(complete=self.complete)
-        return Description(self.text, key, rating, unreadable, stats)
-
-
-def _agreeing(choices: Sequence[int], proposed: Sequence[int]) -> int:
-    """How many proposed tokens in a row the model chose itself, before it chose another."""
-    pairs = zip(choices, proposed, strict=False)  # the last choice follows all that was proposed
-    return next(
-        (count for count, (chosen, token) in enumerate(pairs) if chosen != token), len(proposed)
-    )

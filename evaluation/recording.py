@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from meiqa.engine.comparing import Comparer, Pictured, PrefixCache
 from meiqa.engine.images import Pixels
-from meiqa.engine.model import NEVER, Draft, Model, Prefix, StopRule
+from meiqa.engine.model import Draft, Model, Prefix, StopRule
 from meiqa.engine.scoring import Prediction, Scored, Scorer, ScoreRequest
 from meiqa.memory import MemoryBank, RetrievalPolicy
 
@@ -77,7 +77,7 @@ class Recorder(Scorer):
         prefix: Prefix,
         summary_tokens: int,
         drafts: Sequence[Draft] = (),
-        stop: StopRule = NEVER,
+        stop: StopRule = None,
     ) -> Prediction:
         """Ask the model, unless it was asked; see `Scorer.predict`."""
         ask = super().predict

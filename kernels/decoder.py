@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 
 from meiqa.kernels import _decoder
 
-__all__ = ["FASTEST", "KERNELS", "FusedDecoder", "FusedShape", "Linear"]
-
 Floats = NDArray[np.float32]
 Number = TypeVar("Number", bound=np.generic)
 PANEL, LANES, FOUR = 32, 16, 4
@@ -78,11 +76,6 @@ class Linear:
     scale: Floats | None = None
     input_scale: float = 1.0
     input_zero: int = 0
-
-    @property
-    def in_bytes(self) -> bool:
-        """Whether it multiplies bytes."""
-        return self.scale is not None
 
     def in_floats(self) -> Linear:
         """The same weight in floats, for an input that is not rounded."""
@@ -324,22 +317,14 @@ class FusedDecoder:
 
 
 def require_one_range(readers: Sequence[Linear]) -> None:
-    """Refuse layers that round the same input to bytes in different ways.
-
-    Raises:
-        ValueError: they do.
-    """
-    ranges = {(each.input_scale, each.input_zero) for each in readers if each.in_bytes}
+    """Refuse, as a ValueError, layers that round the same input to bytes in different ways."""
+    ranges = {(each.input_scale, each.input_zero) for each in readers if each.scale is not None}
     if len(ranges) > 1:
         raise ValueError(f"layers round the same input by {sorted(ranges)}")
 
 
 def checked(array: NDArray[Number], shape: tuple[int, ...]) -> NDArray[Number]:
-    """An array of that shape.
-
-    Raises:
-        ValueError: it has another.
-    """
+    """Give an array of that shape; ValueError if it has another."""
     if array.shape != shape:
         raise ValueError(f"an array of shape {array.shape} should have {shape}")
     return array

@@ -12,15 +12,6 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = [
-    "LEAST_STEP",
-    "grade_log_probabilities",
-    "grade_moments",
-    "grade_probabilities",
-    "multimodal",
-    "soft_grades",
-]
-
 Floats = NDArray[np.float64]
 
 LEAST_STEP = math.log(3.0)

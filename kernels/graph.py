@@ -11,8 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Graph", "check_graph"]
-
 LARGEST_WIDTH = 1 << 16
 
 

@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 
 from meiqa.kernels.graph import Graph
 
-__all__ = ["Workspace", "search_graph", "workspace"]
-
 Queries = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Rows = NDArray[np.int64]

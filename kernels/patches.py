@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 from meiqa.kernels._native import write_patches
 
-__all__ = ["pixels_to_patches"]
-
 
 def pixels_to_patches(
     pixels: NDArray[np.uint8],

@@ -12,8 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 from meiqa.kernels import _thurstone
 from meiqa.kernels.cores import usable_cores
 
-__all__ = ["thurstone_joint", "thurstone_map"]
-
 Floats = NDArray[np.float64]
 
 # Inside these limits of sigma and lam the bracket closes, whatever the answers.
@@ -34,8 +32,6 @@ def thurstone_map(
     preferences: ArrayLike,
     sigma: float,
     lam: float,
-    *,
-    threads: int | None = None,
 ) -> tuple[Floats, Floats]:
     """Find the most probable score of each photo, given how it compares with its neighbours.
 
@@ -51,7 +47,6 @@ def thurstone_map(
             ``(B, K)``. NaN where it was not asked: that neighbour is ignored, whatever its score.
         sigma: spread of one comparison on the scale of the scores, in 1e-9 to 1e9.
         lam: weight of the prior, in 1e-9 to 1e9.
-        threads: among which many photos are shared; by default those of this process.
 
     Returns:
         Scores ``(B,)`` and standard deviations ``(B,)``: one over the root of the loss's second
@@ -73,10 +68,9 @@ def thurstone_map(
     known = np.ascontiguousarray(neighbour_scores, dtype=np.float64)
     spreads = np.ascontiguousarray(neighbour_stds, dtype=np.float64)
     answers = np.ascontiguousarray(preferences, dtype=np.float64)
-    _check_shapes(priors, known, spreads, answers)
-    _check_values(priors, known, spreads, answers)
+    _check_map(priors, known, spreads, answers)
     score, std = np.empty_like(priors), np.empty_like(priors)
-    shared_by = (threads or usable_cores()) if len(priors) >= _PARALLEL_FROM else 1
+    shared_by = usable_cores() if len(priors) >= _PARALLEL_FROM else 1
     _thurstone.thurstone_map(
         priors, known, spreads, answers, float(sigma), float(lam), shared_by, score, std
     )
@@ -156,11 +150,8 @@ def _of_each(name: str, given: ArrayLike, answers: Floats) -> Floats:
     return np.ascontiguousarray(np.broadcast_to(values, answers.shape))
 
 
-def _check_shapes(
-    prior: Floats,
-    neighbour_scores: Floats,
-    neighbour_stds: Floats,
-    preferences: Floats,
+def _check_map(
+    prior: Floats, neighbour_scores: Floats, neighbour_stds: Floats, preferences: Floats
 ) -> None:
     if prior.ndim != 1 or preferences.ndim != 2 or preferences.shape[0] != prior.shape[0]:
         raise ValueError(
@@ -171,14 +162,6 @@ def _check_shapes(
             "neighbour_scores, neighbour_stds and preferences must share one shape (B, K), not "
             f"{neighbour_scores.shape}, {neighbour_stds.shape} and {preferences.shape}"
         )
-
-
-def _check_values(
-    prior: Floats,
-    neighbour_scores: Floats,
-    neighbour_stds: Floats,
-    preferences: Floats,
-) -> None:
     if not np.isfinite(prior).all():
         raise ValueError("prior must be finite")
     wrong = _thurstone.which_is_out_of_range(neighbour_scores, neighbour_stds, preferences)

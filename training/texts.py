@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from meiqa.engine.estimates import quality_word
 from meiqa.engine.prompts import MEIQA
-from meiqa.types import quality_word
 from training.attributes import describe_attributes
 from training.data import Photograph
 from training.distortions import KINDS, TONES

@@ -325,9 +325,7 @@ class TensorRtSession:
             raise DeviceUnavailable(what, seen=self._runtime.errors)
 
 
-def open_tensorrt(
-    package: EnginePackage, names: Sequence[str], *, verify: bool = True
-) -> list[TensorRtSession]:
+def open_tensorrt(package: EnginePackage, names: Sequence[str]) -> list[TensorRtSession]:
     """Load the engines of some of a package's graphs built for this device; see `open_runtime`."""
     gpu, misses = open_gpu(), []
     for runtime in installed_tensorrts():
@@ -337,7 +335,7 @@ def open_tensorrt(
             misses.append(error)
             continue
         for record in records:
-            package.check(record.file, record.sha256 if verify else None)
+            package.check(record.file, record.sha256)
         return [_opened(package, record, runtime, gpu) for record in records]
     raise misses[0]
 

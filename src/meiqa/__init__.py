@@ -20,6 +20,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 if TYPE_CHECKING:
     from meiqa.engine.engine import Engine as Engine
+    from meiqa.engine.estimates import quality_word as quality_word
     from meiqa.errors import *  # noqa: F403
     from meiqa.types import *  # noqa: F403
 
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 
 _RESULTS = (
     "Assessment Budget CulledPhoto Culling Distortion Failure Neighbour PairComparison RankedPhoto "
-    "Ranking Reference quality_word"
+    "Ranking Reference"
 )
 _MODULE_OF = {
     "Engine": "meiqa.engine.engine",
+    "quality_word": "meiqa.engine.estimates",
     **{name: "meiqa.errors" for name, each in vars(errors).items() if isinstance(each, type)},
     **dict.fromkeys(_RESULTS.split(), "meiqa.types"),
 }

@@ -12,16 +12,15 @@ from typing import IO
 
 from PIL import Image
 
+from meiqa.engine.estimates import HIGHEST, LOWEST, Z95, quality_word
 from meiqa.engine.images import load_pixels
 from meiqa.errors import ImageError, one_line
 from meiqa.formats import failure_line
 from meiqa.locations import embedded_assets
-from meiqa.types import CulledPhoto, Culling, Failure, RankedPhoto, Ranking, quality_word
+from meiqa.types import CulledPhoto, Culling, Failure, RankedPhoto, Ranking
 
 THUMBNAIL_SIDE = 240
 THUMBNAIL_QUALITY = 78
-LOWEST, HIGHEST = 1.0, 5.0
-Z95 = 1.959964
 
 _HEAD = """<!DOCTYPE html>
 <!-- made by meiqa -->

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from meiqa.engine.calibration import UNCALIBRATED, Calibration, ScoreHead
 from meiqa.engine.comparing import PrefixCache
 from meiqa.engine.engine import Engine
+from meiqa.engine.estimates import quality_word
 from meiqa.engine.images import ImageSource, Pixels, load_pixels, source_name
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.model import (
-    NEVER,
     Description,
     Draft,
     Floats,
@@ -48,7 +48,6 @@ from meiqa.types import (
     PairComparison,
     RankedPhoto,
     Ranking,
-    quality_word,
 )
 
 FAKE_TEXT = "This photo looks {} to a model that has not seen it, and that says so in twenty words."
@@ -172,16 +171,14 @@ class FakeEngine(Engine):
     ) -> Iterator[Assessment | Failure]:
         """Assess photos one after the other; see `Engine.score_many`."""
         for image in images:
-            asked = ScoreRequest(b"", budget, None, k, learn)
-            asked = image if isinstance(image, ScoreRequest) else replace(asked, image=image)
-            left = None if asked.deadline is None else asked.deadline.remaining_ms
-            limit = asked.budget if left is None else Budget(ms=max(left, 1e-3))
+            common = ScoreRequest(b"", budget, k, learn)
+            one = image if isinstance(image, ScoreRequest) else replace(common, image=image)
             try:
                 yield self.score(
-                    asked.image, reference=reference, budget=limit, k=asked.k, learn=asked.learn
+                    one.image, reference=reference, budget=one.budget, k=one.k, learn=one.learn
                 )
             except ImageError as error:
-                yield Failure(source_name(asked.image), error)
+                yield Failure(source_name(one.image), error)
 
     def rank(
         self,
@@ -362,25 +359,17 @@ class FakeModel:
         return prefixes
 
     def describe(
-        self,
-        prefix: Prefix,
-        max_tokens: int,
-        drafts: Sequence[Draft] = (),
-        stop: StopRule = NEVER,
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = None
     ) -> Description:
         """Write a text, a token a word, and print the score."""
-        score = score_in(prefix.tokens)
+        score, count = score_in(prefix.tokens), 0
         words = FAKE_TEXT.format(quality_word(score)).split()
-        written: list[str] = []
-        for word in words[:max_tokens]:
-            if stop.reached:
-                break
+        while count < min(max_tokens, len(words)) and not (stop and stop()):
             self._spend("token")
-            written.append(word)
-        count, complete = len(written), len(written) == len(words)
-        key = _key_of(score) if written else None
-        stats = GenerationStats(count, complete, calls=count)
-        return Description(" ".join(written), key, round(score, 2), stats=stats)
+            count += 1
+        stats = GenerationStats(count, count == len(words), calls=count)
+        key = _key_of(score) if count else None
+        return Description(" ".join(words[:count]), key, round(score, 2), stats=stats)
 
     def grade(self, prefix: Prefix) -> NDArray[np.float64]:
         """Give probabilities whose expectation is the score."""

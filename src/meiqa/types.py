@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -14,8 +13,6 @@ Origin = Literal["anchor", "contrast"]
 KeyKind = Literal["summary", "image", "both"]
 QualityWord = Literal["bad", "poor", "fair", "good", "excellent"]
 
-_WORDS: tuple[QualityWord, ...] = ("bad", "poor", "fair", "good", "excellent")
-_WORD_CUTS = (1.8, 2.6, 3.4, 4.2)
 _DIGITS = {"percentile": 1, "timings_ms": 1, "total_ms": 1}
 _USUAL_DIGITS = 4
 """Decimals of scores, deviations and probabilities: more would be noise of the arithmetic."""
@@ -29,29 +26,6 @@ def digits_of(name: str) -> int:
     (4, 1)
     """
     return _DIGITS.get(name, _USUAL_DIGITS)
-
-
-def quality_word(score: float) -> QualityWord:
-    """Name the fifth of the 1–5 scale that a score lies in.
-
-    >>> quality_word(1.79), quality_word(1.8), quality_word(5.0)
-    ('bad', 'poor', 'excellent')
-
-    Raises:
-        ValueError: the score is NaN.
-    """
-    if math.isnan(score):
-        raise ValueError("a NaN score has no quality word")
-    return _WORDS[bisect_right(_WORD_CUTS, score)]
-
-
-def grades_by_word(probabilities: Iterable[float]) -> dict[QualityWord, float]:
-    """Name the probabilities of grades 1 to 5.
-
-    >>> grades_by_word([0.0, 0.1, 0.2, 0.5, 0.2])["good"]
-    0.5
-    """
-    return {word: float(one) for word, one in zip(_WORDS, probabilities, strict=True)}
 
 
 @dataclass(frozen=True)

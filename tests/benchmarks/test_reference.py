@@ -19,12 +19,12 @@ from benchmarks.reference import (
 )
 from benchmarks.similarity import METRICS
 from meiqa.cli.score import demo_photos
+from meiqa.engine.engine import opened_model
 from meiqa.engine.images import fit_to_grid, load_pixels
 from meiqa.engine.local import LocalModel
 from meiqa.engine.model import VisualTokens
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.patterns import PatternScorer, opened_patterns
-from meiqa.engine.runtime import open_runtime
+from meiqa.engine.patterns import PatternScorer
 from training.distortions import KINDS, distort
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def model(shipped: EnginePackage) -> LocalModel:
 @pytest.fixture(scope="module")
 def judge(shipped: EnginePackage) -> PatternScorer:
     """Give its patterns."""
-    patterns = opened_patterns(shipped, open_runtime(shipped, threads=1, patterns=True).patterns)
+    _, patterns = opened_model(shipped, "cpu", 1)
     assert patterns is not None
     return patterns
 

@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meiqa.engine.budget import Deadline
 from meiqa.engine.engine import Engine
-from meiqa.engine.scoring import ScoreRequest
 from meiqa.testing import FakeClock, FakeModel
 from meiqa.types import Budget
 from tests.engine.samples import ANCHORS, assessed, fake_engine, toned
@@ -174,16 +172,6 @@ def test_a_description_ends_in_time_for_what_comes_after_it(warm: Engine, clock:
     assert "summary cut at the token limit" in result.degraded
     assert result.counters["comparisons"] >= 4
     assert result.timings_ms["total"] <= 600
-
-
-def test_a_deadline_that_runs_already_is_kept(warm: Engine, clock: FakeClock) -> None:
-    running = Deadline(Budget(ms=400), clock=clock)
-    clock.advance(300)
-    late = ScoreRequest(PHOTOS[3], budget=Budget(ms=1e6), deadline=running)
-    first, second = assessed(warm.score_many([late, PHOTOS[3]]))
-    assert first.summary is None
-    assert first.timings_ms["total"] <= 400
-    assert second.summary is not None
 
 
 def test_a_precision_stops_the_comparisons(engine: Engine) -> None:

@@ -12,7 +12,7 @@ import pytest
 from meiqa.engine.budget import SHORT_SUMMARY_TOKENS
 from meiqa.engine.engine import Engine
 from meiqa.engine.local import LocalModel
-from meiqa.engine.model import NEVER, Description, Draft, Prefix, StopRule
+from meiqa.engine.model import Description, Draft, Prefix, StopRule
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import MEIQA
 from meiqa.engine.scoring import DRAFTS, Scorer
@@ -266,11 +266,7 @@ class Noting(FakeModel):
     drafts: Sequence[Draft] = ()
 
     def describe(
-        self,
-        prefix: Prefix,
-        max_tokens: int,
-        drafts: Sequence[Draft] = (),
-        stop: StopRule = NEVER,
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = None
     ) -> Description:
         self.drafts = drafts
         return super().describe(prefix, max_tokens, drafts, stop)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import ndtr
 
 from meiqa.engine.calibration import UNCALIBRATED, Calibration
 from meiqa.engine.estimates import (
@@ -19,6 +23,7 @@ from meiqa.engine.estimates import (
     combine_correlated,
     fold,
     preferences_of,
+    quality_word,
 )
 from meiqa.errors import UsageError
 from tests.naive import thurstone_map
@@ -169,3 +174,65 @@ def test_logits_of_two_orders_are_one_preference() -> None:
     one = 1 / (1 + np.exp(-np.array([1.0, 1.5, 0.5])))
     assert found == pytest.approx([0.5, one[0], np.nan, 1.0, (one[1] + one[2]) / 2], nan_ok=True)
     assert preferences_of(np.zeros((0, 2)), 1.0).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("score", "word"),
+    [
+        (1.0, "bad"),
+        (1.7999, "bad"),
+        (1.8, "poor"),
+        (2.6, "fair"),
+        (3.3999, "fair"),
+        (3.4, "good"),
+        (4.2, "excellent"),
+        (5.0, "excellent"),
+        (math.inf, "excellent"),
+    ],
+)
+def test_quality_word(score: float, word: str) -> None:
+    assert quality_word(score) == word
+
+
+def test_nan_has_no_word() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        quality_word(math.nan)
+
+
+def ordered(std: float, scores: np.ndarray, stds: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Neighbours of a photo that is believed to be at 3, so surely if nothing was asked."""
+    calibration = replace(UNCALIBRATED, sigma=0.6, lam=0.5 / std**2)
+    return Comparisons(scores, stds, asked, calibration).most_informative(3.0)
+
+
+def test_the_nearest_in_score_tell_most_when_all_are_known_alike() -> None:
+    scores = np.array([1.0, 2.9, 4.5, 3.3, 2.0])
+    stds, unasked = np.full(5, 0.2), np.full(5, np.nan)
+    assert ordered(0.3, scores, stds, unasked)[:3].tolist() == [1, 3, 4]
+
+
+def test_a_neighbour_whose_own_score_is_vague_tells_less() -> None:
+    scores, stds, unasked = np.array([3.0, 3.3]), np.array([2.0, 0.1]), np.full(2, np.nan)
+    assert ordered(0.3, scores, stds, unasked).tolist() == [1, 0]
+
+
+def test_who_was_asked_is_not_asked_again() -> None:
+    preferences = np.array([np.nan, 0.5, np.nan])
+    scores, stds = np.array([1.0, 3.0, 5.0]), np.full(3, 0.2)
+    assert set(ordered(0.3, scores, stds, preferences).tolist()) == {0, 2}
+    assert ordered(0.3, scores, stds, np.full(3, 0.5)).tolist() == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), std=st.floats(0.1, 1.5))
+def test_the_chosen_shrink_the_variance_most(seed: int, std: float) -> None:
+    """No neighbour that was passed over is expected to add clearly more to the curvature."""
+    random = np.random.default_rng(seed)
+    scores, stds = random.uniform(1, 5, 12), random.uniform(0, 0.5, 12)
+    believed = 3.0 + std * random.standard_normal(4000)
+    widths = np.hypot(0.6, stds)
+    z = (believed[:, None] - scores) / widths
+    density = np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
+    added = (density**2 / np.maximum(ndtr(z) * ndtr(-z), 1e-300) / widths**2).mean(axis=0)
+    chosen = ordered(std, scores, stds, np.full(12, np.nan))
+    assert added[chosen[4:]].max() <= 1.35 * added[chosen[:4]].min()

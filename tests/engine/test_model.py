@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meiqa.engine.comparing import PrefixCache, held_bytes
-from meiqa.engine.model import NEVER, Prefix, VisualTokens
+from meiqa.engine.model import Prefix, VisualTokens
 from meiqa.engine.runtime.decoder import KeyValues
 
 
@@ -105,10 +105,6 @@ def test_one_part_is_forgotten() -> None:
     cache.forget("photos")
     assert kept(cache, "abn") == "n"
     assert cache.state()["photos"].used_bytes == 0
-
-
-def test_nothing_stops_what_is_never_stopped() -> None:
-    assert not NEVER.reached
 
 
 @pytest.mark.parametrize("threads", [4])

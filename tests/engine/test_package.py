@@ -210,7 +210,7 @@ def test_a_rewritten_manifest_keeps_what_others_changed(folder: Path) -> None:
     assert after.manifest.engines == (engine,)
     assert after.manifest == EnginePackage.open(folder).manifest
     assert before.rewritten(engines=[]).manifest.engines == ()
-    assert after.rewritten(score_head="levels").manifest.calibration.sigma == 0.5
+    assert after.rewritten(engines=[]).manifest.calibration.sigma == 0.5
 
 
 def test_another_head_is_of_this_process_alone(folder: Path) -> None:

@@ -143,7 +143,7 @@ def test_writing_equals_reading_everything_anew(
     assert len(set(written)) > 3
     text = np.concatenate([question, np.array(written, np.int64)])
     hidden = read_anew(model, [*opening(model, pictures[index]), text]).hidden[-12:]
-    mean = writing.mean_hidden()
+    mean = writing.mean_hidden(len(writing.tokens))
     assert mean is not None
     np.testing.assert_allclose(mean, hidden.mean(axis=0), atol=TOLERANCE, rtol=0)
 

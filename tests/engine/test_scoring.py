@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from meiqa.engine.budget import most_informative
 from meiqa.engine.calibration import NEUTRAL_GRADED, Logistic
 from meiqa.engine.engine import Engine
-from meiqa.engine.estimates import Estimate, before_comparisons, combine_correlated, fold
+from meiqa.engine.estimates import (
+    Comparisons,
+    Estimate,
+    before_comparisons,
+    combine_correlated,
+    fold,
+)
 from meiqa.engine.images import load_pixels
 from meiqa.engine.model import (
-    NEVER,
     Description,
     Draft,
     Floats,
@@ -54,11 +58,7 @@ class Scripted(FakeModel):
         self.grades = np.array(grades, np.float64)
 
     def describe(
-        self,
-        prefix: Prefix,
-        max_tokens: int,
-        drafts: Sequence[Draft] = (),
-        stop: StopRule = NEVER,
+        self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = None
     ) -> Description:
         return self.said
 
@@ -228,13 +228,9 @@ def test_a_precision_asks_the_most_informative_first(anchors: Path) -> None:
     found = scored(engine, ScoreRequest(PHOTO, Budget(std=0.45), k=ANCHORS))
     asked = set(np.flatnonzero(~np.isnan(found.preferences)).tolist())
     prior, calibration = before_comparisons(found.estimates), engine.model.calibration
-    ordered = most_informative(
-        (prior.score, 1 / np.sqrt(2 * calibration.lam)),
-        np.array([case.score for case in found.neighbours]),
-        np.array([case.std for case in found.neighbours]),
-        np.full(ANCHORS, np.nan),
-        calibration.sigma,
-    )
+    scores, stds = np.array([(case.score, case.std) for case in found.neighbours]).T
+    unasked = Comparisons(scores, stds, np.full(ANCHORS, np.nan), calibration)
+    ordered = unasked.most_informative(prior.score)
     assert asked == {*ordered[:8].tolist()}
     assert found.posterior.std <= 0.45
 

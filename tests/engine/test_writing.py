@@ -182,13 +182,12 @@ def test_a_reflection_ends_where_its_description_does() -> None:
 
 
 class After:
-    """A stop rule that is reached after so many looks."""
+    """A stop rule that says so after so many looks."""
 
     def __init__(self, looks: int) -> None:
         self.looks = looks
 
-    @property
-    def reached(self) -> bool:
+    def __call__(self) -> bool:
         self.looks -= 1
         return self.looks < 0
 

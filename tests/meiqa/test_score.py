@@ -23,11 +23,17 @@ from meiqa.engine.package import EnginePackage
 from meiqa.errors import UsageError, install_hint
 from meiqa.formats import ResultWriter
 from meiqa.testing import FakeEngine
-from meiqa.types import Assessment, grades_by_word
+from meiqa.types import Assessment, QualityWord
 
 Grey = Callable[..., Path]
 Output = pytest.CaptureFixture[str]
-GRADES = grades_by_word([0.0, 0.01, 0.2, 0.6, 0.19])
+GRADES: dict[QualityWord, float] = {
+    "bad": 0.0,
+    "poor": 0.01,
+    "fair": 0.2,
+    "good": 0.6,
+    "excellent": 0.19,
+}
 ASSESSED = Assessment("a.jpg", 4.0, 0.3, (3.4, 4.6), 3.9, "good", 80.0, None, grades=GRADES)
 
 

@@ -18,31 +18,7 @@ from meiqa.types import (
     PairComparison,
     RankedPhoto,
     Ranking,
-    quality_word,
 )
-
-
-@pytest.mark.parametrize(
-    ("score", "word"),
-    [
-        (1.0, "bad"),
-        (1.7999, "bad"),
-        (1.8, "poor"),
-        (2.6, "fair"),
-        (3.3999, "fair"),
-        (3.4, "good"),
-        (4.2, "excellent"),
-        (5.0, "excellent"),
-        (math.inf, "excellent"),
-    ],
-)
-def test_quality_word(score: float, word: str) -> None:
-    assert quality_word(score) == word
-
-
-def test_nan_has_no_word() -> None:
-    with pytest.raises(ValueError, match="NaN"):
-        quality_word(math.nan)
 
 
 @pytest.mark.parametrize("limit", [0, -1.0, math.nan, math.inf])
