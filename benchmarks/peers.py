@@ -18,13 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 from scipy.ndimage import laplace
-from torch.nn import functional
 
 from benchmarks.labelled import engine_of, labelled_parser, labels_of, other_table, print_report
 from benchmarks.naturalness import Brisque, Niqe, luminance
@@ -34,17 +30,13 @@ from meiqa.errors import ImageTooSmall, UsageError
 from meiqa.evaluation.accuracy import judge, photos_of
 from meiqa.evaluation.measuring import Column, table_text
 from meiqa.evaluation.metrics import krcc, plcc, srcc
-from meiqa.export.families.conv_hybrid import Overview
 from meiqa.labels import LabelTable
 from meiqa.memory import FEWEST_PHOTOS, Regression, token_features
 from meiqa.progress import Progress
-from training.backbone import begin_from_votes
-from training.towers import conv_config, normalised
 
 __all__ = ["judge_peers", "main", "peers_text", "published_peers", "ridge", "sharpness"]
 
 Scores = NDArray[np.float64]
-NIMA_SIDE = 224
 Peer = Callable[[Pixels], float]
 """Scores a photo; higher is better."""
 
@@ -66,27 +58,6 @@ def published_peers(models: Path | None) -> dict[str, Peer]:
 def sharpness(pixels: Pixels) -> float:
     """Take the logarithm of the variance of the Laplacian of the luminance."""
     return math.log1p(float(np.var(laplace(luminance(pixels.array)))))
-
-
-def nima(weights: Path) -> Peer:
-    """Open NIMA as published: a picture at 224 x 224, and the mean of ten grades of beauty."""
-    eye = Overview(conv_config(16)).eval()
-    begin_from_votes(eye, weights)
-    with h5py.File(weights) as stored:
-        kernel, bias = (
-            torch.from_numpy(stored[f"dense_1/dense_1/{part}:0"][()]) for part in ("kernel", "bias")
-        )
-
-    @torch.no_grad()
-    def judged(pixels: Pixels) -> float:
-        image = Image.fromarray(pixels.array).resize((NIMA_SIDE,) * 2, Image.Resampling.NEAREST)
-        x = functional.relu6(eye.stem(normalised(torch.from_numpy(np.array(image))[None])))
-        for block in eye.blocks:
-            x = block(x)
-        grades = (x.mean((2, 3)) @ kernel + bias).softmax(-1)
-        return float(grades[0] @ torch.arange(1.0, 11.0))
-
-    return judged
 
 
 def ridge(
@@ -186,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     labels, peers = labels_of(given), published_peers(given.models)
     if given.votes is not None:
+        from benchmarks.nima import nima  # which needs PyTorch
+
         peers["NIMA"] = nima(given.votes)
     training = other_table(given.regressor_from, given.train_split, labels)
     with engine_of(given) as engine:

@@ -86,7 +86,8 @@ DAMAGES: tuple[tuple[Damage, Damage], ...] = (
 
 def in_bytes(values: NDArray[np.floating]) -> Bytes:
     """Round to what a photo holds."""
-    return np.rint(np.clip(values, 0, 255)).astype(np.uint8)
+    rounded: Bytes = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
+    return rounded
 
 
 def two_shots(pixels: Bytes, number: int) -> tuple[Bytes, Bytes]:

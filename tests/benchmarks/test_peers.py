@@ -19,11 +19,11 @@ from benchmarks.naturalness import (
     Niqe,
     luminance,
 )
+from benchmarks.nima import nima
 from benchmarks.peers import (
     Peer,
     judge_peers,
     main,
-    nima,
     peers_text,
     published_peers,
     sharpness,
