@@ -2,8 +2,9 @@
 
     python -m benchmarks.eyes --data DATA [--photographs 40] [--ladders 12]
 
-Unseen pristine photographs are damaged step by step (KADID-10k's 25 types; a step counts where
-people's scores of the two levels differ): how often does `compare` find the better one, how often
+Unseen pristine photographs are damaged step by step (KADID-10k's 25 types, and seven of tone and
+colour, whose wanted scores are settings; a step counts where the wanted scores of the two levels
+differ): how often does `compare` find the better one, how often
 do the two scores, and does the score fall along the ladder? Of two hand-held shots, one of which
 is damaged by one level, is the sound one chosen? And how far does the score move under haze, casts
 and darkness, under what people hardly mind, and on what is no picture at all?
@@ -34,8 +35,15 @@ from training.data import (
     random_place,
     read_pixels,
 )
-from training.distortions import KINDS, LEVELS, TONES, damage_scores, distort
-from training.readout import CHANGES, EQUAL_TO_THE_EYE, PLAIN
+from training.distortions import (
+    EQUAL_TO_THE_EYE,
+    KINDS,
+    LEVELS,
+    TONES,
+    damage_scores,
+    distort,
+)
+from training.readout import CHANGES, PLAIN
 
 SIDE = 384
 """Of the squares that are damaged, in pixels."""
@@ -45,18 +53,17 @@ HANDS = 4
 
 @dataclass(frozen=True)
 class Watcher:
-    """An engine, and what people give each type and level of damage, (32, 5)."""
+    """An engine, and what is wanted of each type and level of damage, (32, 5)."""
 
     engine: Engine
     wanted: np.ndarray
-    k: int | None
 
     def score(self, pixels: np.ndarray) -> float:
         """Score pixels, without learning."""
-        return self.engine.score(pixels, k=self.k, learn=False).score
+        return self.engine.score(pixels, learn=False).score
 
     def level_score(self, kind: int, level: int) -> float:
-        """Give what people give a pristine photograph under damage."""
+        """Give what is wanted of a pristine photograph under damage."""
         return damaged_score(PRISTINE_SCORE, self.wanted, kind, level)
 
     def prefers_first(self, first: np.ndarray, second: np.ndarray) -> bool:
@@ -102,7 +109,7 @@ class Watcher:
 
 
 def differ(first: float, second: float) -> bool:
-    """Tell if people tell two levels apart."""
+    """Tell if two levels are a step."""
     return abs(first - second) > EQUAL_TO_THE_EYE
 
 
@@ -198,12 +205,11 @@ def main() -> None:
     parser.add_argument("--memory", type=Path)
     parser.add_argument("--photographs", type=int, default=40, help="unseen pristine ones")
     parser.add_argument("--ladders", type=int, default=12, help="of them, for ladders")
-    parser.add_argument("--k", type=int, help="neighbours (default: the package's)")
     given = parser.parse_args()
     memory = given.memory or embedded_assets() / "memory"
     wanted = damage_scores(given.data / "labels" / "KADID-10k.txt")
     with Engine.open(given.package, memory=memory, learn=False) as engine:
-        watcher = Watcher(engine, wanted, given.k)
+        watcher = Watcher(engine, wanted)
         print(
             json.dumps(bench_eyes(watcher, given.data, given.photographs, given.ladders), indent=1)
         )

@@ -42,6 +42,7 @@ NOT_NEGATIVE = _numbers("0 or a number above it", lambda value: value >= 0)
 SHARE = _numbers("0 to 1", lambda value: 0 <= value <= 1)
 COUNT = _numbers("a whole number, 1 or more", lambda value: value >= 1, Integral)
 COUNT_OR_NONE = _numbers("a whole number, 0 or more", lambda value: value >= 0, Integral)
+YES_OR_NO = _numbers("true or false", lambda value: True, bool)
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,9 @@ def _refuse_others(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
         what = f"the manifest does not say the numbers of {name}"
         raise PackageCorrupted(what, seen=repr(value), allowed=f"{count} numbers")
     for each in (value,) if count is None else value:
-        number = isinstance(each, allowed["kind"]) and not isinstance(each, bool)
-        if not (number and abs(each) <= sys.float_info.max and allowed["holds"](each)):
+        kind = allowed["kind"]
+        of_kind = isinstance(each, kind) and isinstance(each, bool) == (kind is bool)
+        if not (of_kind and abs(each) <= sys.float_info.max and allowed["holds"](each)):
             what = f"a number in the manifest makes no sense: {name}"
             raise PackageCorrupted(what, seen=repr(each), allowed=allowed["words"])
 

@@ -20,6 +20,7 @@ from meiqa.engine.calibration import (
     NOT_NEGATIVE,
     POSITIVE,
     SCORE_HEADS,
+    YES_OR_NO,
     Calibration,
     PatternCalibration,
     Record,
@@ -63,7 +64,7 @@ class ImageProcessing(Record):
     max_pixels: int = field(metadata=COUNT)
     mean: tuple[float, float, float] = field(metadata={**FINITE, "count": 3})
     std: tuple[float, float, float] = field(metadata={**POSITIVE, "count": 3})
-    pad_to_grid: bool = False
+    pad_to_grid: bool = field(default=False, metadata=YES_OR_NO)
 
     def __post_init__(self) -> None:
         super().__post_init__()

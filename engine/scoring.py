@@ -156,6 +156,11 @@ class Scored:
         """Add a note on something that went another way."""
         return replace(self, degraded=(*self.degraded, note))
 
+    @property
+    def doubt(self) -> Doubt:
+        """How much farther than usual such photographs are misjudged."""
+        return next(each for each in self.estimates if isinstance(each, Doubt))
+
     def estimate(self, name: str) -> Estimate | None:
         """Find the estimate of a source."""
         named = (e for e in self.estimates if isinstance(e, Estimate) and e.name == name)

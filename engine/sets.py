@@ -31,8 +31,9 @@ RIVALS = 4
 ALL_PAIRS = 8
 """Photos behind it that a shot is compared with: all, in groups of up to nine."""
 HELD = 20.0
-"""How much more two shots' comparison holds their scores apart than the scores alone, which speak
-in it already, hold them together."""
+"""Weight of a comparison of two shots against that of their scores alone, which speak in it
+already: an even gap follows the comparison to 0.64 HELD / (1 + 0.64 HELD) = 93 %."""
+LEAST_COUNT = 1e-6
 
 Floats = NDArray[np.float64]
 
@@ -73,7 +74,7 @@ class Candidate:
             summary=None if description is None else description.text,
             view=view_of(scored.pixels.array),
             hurried=scored.hurried,
-            doubt=next(each for each in scored.estimates if isinstance(each, Doubt)),
+            doubt=scored.doubt,
         )
 
 
@@ -87,7 +88,8 @@ class Solution:
         order: indices, best first; alone: the same by the scores before the photos met.
         compared: (N,) with how many of the set each was compared.
         left_out: of all `pairs` those that there was no time for.
-        gap_std: deviation of the difference of the first two scores.
+        gap_std: deviation of the difference of the first two scores: that of one comparison where
+            all were of shots of one scene, else of both scores.
     """
 
     scores: Floats
@@ -101,11 +103,16 @@ class Solution:
 
 
 def solve(
-    candidates: Sequence[Candidate], comparer: Comparer, rivals: int, time: PairTime
+    candidates: Sequence[Candidate],
+    comparer: Comparer,
+    rivals: int,
+    time: PairTime,
+    alike: float = ALIKE,
 ) -> Solution:
     """Compare photos with those next to them in score, and solve for all scores together.
 
-    Each is compared with `rivals` others, half of them before it and half behind it.
+    Each is compared with `rivals` others, half of them before it and half behind it; those that
+    are at least `alike` are shots of one scene.
     """
     calibration, verdicts, left_out = comparer.model.calibration, Verdicts(), 0
     alone = order_of([each.score for each in candidates])
@@ -114,7 +121,9 @@ def solve(
         while following and (wave := following[: time.affordable]):
             others = [candidates[other] for other in wave]
             logits = comparer.between(candidates[index], others)
-            verdicts.add(index, wave, *told(candidates[index], others, logits, calibration))
+            of_scene = [_likeness(candidates[index], other) >= alike for other in others]
+            preferences = told(candidates[index], others, logits, of_scene, calibration)
+            verdicts.add(index, wave, preferences, of_scene)
             following = following[len(wave) :]
         left_out += len(following)
     scores, stds = joint_scores(candidates, verdicts, calibration)
@@ -156,18 +165,21 @@ class Verdicts:
 
 
 def told(
-    first: Candidate, others: Sequence[Candidate], logits: Floats, calibration: Calibration
-) -> tuple[Floats, list[bool]]:
-    """Tell by logits (n, 2) how probably a photo looks better than others, and who shows the same.
+    first: Candidate,
+    others: Sequence[Candidate],
+    logits: Floats,
+    of_scene: Sequence[bool],
+    calibration: Calibration,
+) -> Floats:
+    """Tell by logits (n, 2) how probably a photo looks better than each of n others.
 
     What is known of shots of one scene counts where they are that: see `SceneVerdict`.
     """
     preferences, scene = preferences_of(logits, calibration.temperature), calibration.scene
     if scene is None:
-        return preferences, [False] * len(others)
-    alike = [_likeness(first, other) >= ALIKE for other in others]
+        return preferences
     gaps = np.array([first.prior - other.prior for other in others])
-    return np.where(alike, scene.preferences(logits, gaps), preferences), alike
+    return np.where(of_scene, scene.preferences(logits, gaps), preferences)
 
 
 def joint_scores(
@@ -175,7 +187,8 @@ def joint_scores(
 ) -> tuple[Floats, Floats]:
     """Scores and deviations (N,) that suit all comparisons best; see `thurstone_joint`.
 
-    Each photo has its prior; a remembered photo that several were compared with is one item.
+    Each photo has its prior; a remembered photo that several were compared with is one item. Shots
+    of one scene err alike, of which their comparisons tell nothing: deviations are those without.
     """
     count, scene = len(candidates), calibration.scene
     prior, stds = [each.prior for each in candidates], [np.nan] * count
@@ -190,20 +203,22 @@ def joint_scores(
                     stds.append(known.std)
                 pairs.append((index, item))
                 preferences.append(known.preference)
+    weights, places = np.full(len(prior), calibration.lam), np.array(pairs, np.int64)
+    known, given = (prior, weights, stds), np.array(preferences)
     sigmas, counts = np.full(len(pairs), calibration.sigma), np.ones(len(pairs))
+    of_scene = np.zeros(len(pairs), bool)
     if scene is not None:
-        of_scene = np.flatnonzero(verdicts.of_scene)
+        of_scene[: len(verdicts.of_scene)] = verdicts.of_scene
         sigmas[of_scene] = scene.sigma
-        counts[of_scene] = HELD * calibration.lam * scene.sigma**2
+        counts[of_scene] = max(LEAST_COUNT, HELD * calibration.lam * scene.sigma**2)
     scores, deviations = thurstone_joint(
-        prior,
-        np.full(len(prior), calibration.lam),
-        stds,
-        np.array(pairs, np.int64).reshape(-1, 2),
-        preferences,
-        sigmas,
-        counts=counts,
+        *known, places.reshape(-1, 2), given, sigmas, counts=counts
     )
+    if of_scene.any():
+        strangers = ~of_scene
+        _, deviations = thurstone_joint(
+            *known, places[strangers], given[strangers], calibration.sigma
+        )
     return scores[:count], deviations[:count]
 
 
@@ -237,7 +252,8 @@ def culled(
     groups, solutions = [], []
     for members in grouped(views, digests, alike):
         group = [candidates[index] for index in members]
-        solution = solve(group, comparer, 2 * min(len(group) - 1, ALL_PAIRS), time)
+        rivals = 2 * min(len(group) - 1, ALL_PAIRS)
+        solution = solve(group, comparer, rivals, time, alike=-1.0)
         groups.append(_in_order(group, solution))
         solutions.append(solution)
     return tuple(groups), tuple(solutions)

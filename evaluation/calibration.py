@@ -115,7 +115,7 @@ class Judged:
         text: (N,) ratings as they were printed; NaN where none could be read.
         words: (N, 5) probabilities of the grade words.
         memory: (N,) what the memory's regression says without having seen the photo; NaN where it
-            has none.
+            has none. doubts: (N,) factor of the deviation.
         compared: comparisons by the number of neighbours retrieved.
     """
 
@@ -123,6 +123,7 @@ class Judged:
     text: Floats
     words: Floats
     memory: Floats
+    doubts: Floats
     compared: dict[int, Compared]
 
 
@@ -197,7 +198,7 @@ def judge_anchors(
     """Score some anchors, files and human scores, each beside each number of neighbours."""
     recorder = Recorder(AskedOnce(model), bank)
     recalled = bank.snapshot().scores_left_out()
-    text, words, memory = [], [], []
+    text, words, memory, doubts = [], [], [], []
     tables = {k: Compared.empty(len(rows), k) for k in NEIGHBOURS}
     for at, (file, _) in enumerate(rows):
         pixels = load_pixels(images / file)
@@ -210,12 +211,14 @@ def judge_anchors(
         text.append(np.nan if description.rating is None else description.rating)
         words.append(scored.prediction.words)
         memory.append(recalled.get(pixels.digest, np.nan))
+        doubts.append(scored.doubt.factor)
         on_progress()
     return Judged(
         human=np.array([score for _, score in rows]),
         text=np.array(text),
         words=np.array(words),
         memory=np.array(memory),
+        doubts=np.array(doubts),
         compared=tables,
     )
 
@@ -432,7 +435,7 @@ def fitted_calibration(
     temperature = fitted_temperature(human, compared)
     sigma, lam = fitted_fusion(human, compared, prior, temperature)
     scores, stds = fused_scores(compared, prior, temperature, sigma, lam)
-    scale, floor = fitted_deviation(scores - human, stds)
+    scale, floor = fitted_deviation((scores - human) / judged.doubts, stds)
     moved = float(np.quantile(np.abs(scores - priors.initial), 1.0 - REFLECTED_SHARE))
     calibration = replace(
         base,

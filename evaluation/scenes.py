@@ -7,6 +7,7 @@ what cameras do. Nobody has to be asked which is better, and how much does not m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -31,10 +32,10 @@ SCENES = 120
 """Anchors that are shot twice, at the most."""
 HAND, EXPOSURE = 0.03, 0.1
 """By how much of its side the view moves, and by how many EV the light differs, at the most."""
-BOUNDS = (0.02, 50.0)
-"""Between these temperature and gap are sought."""
-CERTAIN = 1e-4
-"""Preferences are not taken for surer than this when sigma is fitted."""
+RIDGE, LEAST_WEIGHT = 0.01, 1e-3
+"""Of the weights of verdict and gap, in units of their size; evidence that errs gets the least."""
+CERTAIN, SMALLEST_SIGMA = 1e-4, 0.02
+"""Preferences are not taken for surer than this when sigma is fitted, and it is no smaller."""
 
 
 def blurred(radius: float) -> Damage:
@@ -137,19 +138,20 @@ def fitted_scene(
 def fitted_verdict(logits: Floats, gaps: Floats) -> SceneVerdict:
     """Fit verdicts (N, 2) and gaps (N,) of pairs of which the first is the better.
 
-    Temperature and gap are the likeliest; sigma is the one by which a preference stands for the
-    gap that goes with it.
+    Temperature and gap are the likeliest with a ridge, without which pairs that are all told right
+    would be told ever surer. Sigma is the scale on which a preference stands for the gap that goes
+    with it.
     """
-    said = logits.mean(axis=1)
+    evidence = np.stack([logits.mean(axis=1), gaps], axis=1)
+    sizes = np.sqrt(np.mean(evidence**2, axis=0)) + 1e-9
+    units = evidence / sizes
 
-    def surprise(logs: Floats) -> float:
-        temperature, gap = np.exp(logs)
-        return float(np.logaddexp(0.0, -(said / temperature + gaps / gap)).mean())
+    def surprise(weights: Floats) -> float:
+        return float(np.logaddexp(0.0, -units @ weights).mean() + RIDGE * np.sum(weights**2))
 
-    limits = [tuple(np.log(BOUNDS))] * 2
-    temperature, gap = np.exp(minimize(surprise, np.zeros(2), bounds=limits).x)
-    unscaled = SceneVerdict(float(temperature), float(gap), 1.0)
-    preferences = np.clip(unscaled.preferences(logits, gaps), CERTAIN, 1.0 - CERTAIN)
-    units = ndtri(preferences)
-    sigma = float(np.sum(units * gaps) / np.sum(units**2))
-    return SceneVerdict(float(temperature), float(gap), min(1.0, max(0.02, sigma)))
+    found = minimize(surprise, np.ones(2), bounds=[(LEAST_WEIGHT, None)] * 2)
+    temperature, gap = sizes / found.x
+    verdict = SceneVerdict(float(temperature), float(gap), 1.0)
+    deviates = ndtri(np.clip(verdict.preferences(logits, gaps), CERTAIN, 1.0 - CERTAIN))
+    sigma = float(np.sum(deviates * gaps) / np.sum(deviates**2))
+    return replace(verdict, sigma=max(SMALLEST_SIGMA, sigma))

@@ -324,7 +324,7 @@ class Checkpoint:
                 seen=str(error),
                 allowed="image_mean and image_std",
             ) from error
-        pads = self.processing.get("pad_to_grid", False) is True
+        pads = self.processing.get("pad_to_grid", False)
         return ImageProcessing(patch, merge, least, most, mean, std, pads)
 
 

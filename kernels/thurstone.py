@@ -146,7 +146,8 @@ def _of_each(name: str, given: ArrayLike, answers: Floats) -> Floats:
     if values.shape not in ((), answers.shape):
         raise ValueError(f"{name} must be one for all or {answers.shape}, not {values.shape}")
     if not ((values >= _SMALLEST) & (values <= _LARGEST)).all():
-        raise ValueError(f"{name} must be in {_SMALLEST:g} to {_LARGEST:g}, not {values}")
+        wrong = values[~((values >= _SMALLEST) & (values <= _LARGEST))].flat[0]
+        raise ValueError(f"{name} must be in {_SMALLEST:g} to {_LARGEST:g}, not {wrong}")
     return np.ascontiguousarray(np.broadcast_to(values, answers.shape))
 
 

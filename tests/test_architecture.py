@@ -69,6 +69,7 @@ EXTRAS_OF = {
     "meiqa.evaluation.fitting": ("eval",),
     "meiqa.evaluation.metrics": ("eval",),
     "meiqa.evaluation.plots": ("cpu", "plots"),
+    "meiqa.evaluation.scenes": ("cpu", "eval"),
     "meiqa.evaluation.speed": ("cpu", "bench"),
     "meiqa.kernels.hnsw": ("index",),
     "meiqa.memory.index": ("index",),

@@ -500,6 +500,8 @@ TONE_SCORES = np.array(
 )  # fmt: skip
 """What is wanted of them on KADID-10k's scale, where an undistorted photograph has 4.6. These are
 settings, not measurements: nobody was asked."""
+EQUAL_TO_THE_EYE = 0.03
+"""Levels whose wanted scores differ by less are no step."""
 FADING_COLOUR, FINE_JPEG = TONES[-2].number, TONES[-1].number
 TWO_SIDED = (18, 25)
 """Types whose middle level is the untouched picture."""

@@ -31,6 +31,7 @@ from meiqa.export.families.conv_hybrid import ConvHybridTower
 from training.checkpoint import ConvHybridVlm, TrainedVlm, save_checkpoint
 from training.commands import run_command
 from training.data import SHOTS_PER_SCENE, Photograph, PhotographSet
+from training.distortions import EQUAL_TO_THE_EYE
 from training.pretrain import HIDDEN_SIZE, load_judged, stage_folder
 from training.texts import corpus_of, reflection_pair, scored_answer, train_tokenizer
 from training.timed_run import Pace, TimedRun
@@ -49,8 +50,6 @@ LARGEST_SQUARE, SHORTEST_SIDE, LONGEST_SIDE = 8, 3, 12
 """Sides of grids, in cells: 8 x 8 is 512 x 512 pixels, the most that the tower is shown; 3 x 3 is
 what cuts of photographs have."""
 SAME_GRID_SHARE = 0.6
-EQUAL_TO_THE_EYE = 0.03
-"""Shots whose wanted scores differ by less are not judged by."""
 REPORTED_ANCHORS = 256
 REPORTED_SHOTS = 320
 """Unseen photographs and shots in a line of the log."""

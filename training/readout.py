@@ -31,15 +31,20 @@ from training.data import (
     pristine_names,
     read_pixels,
 )
-from training.distortions import KINDS, LEVELS, TONES, damage_scores, distort
+from training.distortions import (
+    EQUAL_TO_THE_EYE,
+    KINDS,
+    LEVELS,
+    TONES,
+    damage_scores,
+    distort,
+)
 from training.pretrain import load_judged, stage_folder
 from training.towers import MEAN, STD, ConvTower, JudgedTower, normalised
 
 FOLDS = 8
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3)
 SHARES = tuple(np.linspace(0, 1, 11))
-EQUAL_TO_THE_EYE = 0.03
-"""Levels whose wanted scores differ by less are no step."""
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 

@@ -37,17 +37,17 @@ def brightness(pixels: Pixels) -> float:
 
 def test_every_question_is_asked_and_shares_are_shares(data: Path) -> None:
     with FakeEngine(brightness) as engine:
-        report = bench_eyes(Watcher(cast(Engine, engine), WANTED, None), data, 1, 1)
+        report = bench_eyes(Watcher(cast(Engine, engine), WANTED), data, 1, 1)
     assert (report["photographs"], report["ladders"]) == (1, 1)
     assert len(report["types"]) == 32
     assert report["hand-held"]["pairs"] == 4
     # Of two-sided types the middle level is the photograph itself.
     assert report["types"]["gaussian blur"]["steps"] == LEVELS
-    for row in report["types"].values():
-        assert 0.0 <= row["by_scores"] <= 1.0
-        assert 0.0 <= row["by_comparing"] <= 1.0
-    assert report["types"]["underexposure"]["by_scores"] == 1.0
-    assert report["types"]["overexposure"]["by_scores"] == 0.0
+    # A judge of brightness is right of the dark and wrong of the light.
+    for way in ("by_scores", "by_comparing"):
+        assert report["types"]["underexposure"][way] == 1.0
+        assert report["types"]["overexposure"][way] == 0.0
+    assert report["types"]["underexposure"]["srcc"] == 1.0
     assert report["changes"]["light x 0.12"]["fall"] > 0.5
     assert report["changes"]["mirrored"] == {"fall": 0.0, "size": 0.0, "falls": 0.0}
     assert report["plain"]["white"] == 5.0

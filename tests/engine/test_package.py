@@ -233,3 +233,17 @@ def test_an_engine_says_which_shapes_it_accepts(folder: Path, profile: object) -
     assert EnginePackage.open(folder).manifest.engines == (engine,)
     rewrite(folder, lambda values: values["engines"][0].update(profile=profile))
     refusal(folder, PackageCorrupted)
+
+
+def test_padding_changes_the_digest_only_where_it_is_done(package: EnginePackage) -> None:
+    manifest = package.manifest
+    image = manifest.image
+    assert not image.pad_to_grid
+    assert "pad_to_grid" not in image.identity
+    assert replace(manifest, image=replace(image, pad_to_grid=True)).digest != manifest.digest
+    values = json.loads(manifest.to_json())
+    del values["image"]["pad_to_grid"]  # as versions before this field wrote it
+    assert Manifest.from_json(json.dumps(values)).digest == manifest.digest
+    values["image"]["pad_to_grid"] = 1
+    with pytest.raises(PackageCorrupted, match=r"pad_to_grid.*true or false"):
+        Manifest.from_json(json.dumps(values))

@@ -178,6 +178,10 @@ def test_between_shots_of_one_scene_the_verdict_weighs_more_than_the_scores() ->
     assert solution.order == (1, 0)
     # What both scored together stays; how far they are apart is what the comparison says.
     assert solution.scores.mean() == pytest.approx(3.05, abs=1e-6)
+    # That is nothing about how far both are from what people would say.
+    alone = 1.0 / np.sqrt(2.0 * sure.lam)
+    assert [each.std for each in solution.posteriors] == pytest.approx([alone, alone])
+    assert strangers.posteriors[0].std < alone
     without = solve(shots, eyes(replace(sure, scene=None)), 2, ALWAYS)
     np.testing.assert_array_equal(without.scores, strangers.scores)
 

@@ -114,6 +114,7 @@ def judged(*, rating: float, comparisons: float, biased: bool = False) -> Judged
         text=human + random.normal(0, rating, 400),
         words=soft_grades(human + random.normal(0, 0.6, 400)),
         memory=np.full(400, np.nan),
+        doubts=np.ones(400),
         compared=compared,
     )
 

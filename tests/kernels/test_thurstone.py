@@ -404,9 +404,22 @@ def test_impossible_values_are_refused_together(part: int, value: float, said: s
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, np.nan, np.inf])
-def test_sigma_must_be_positive_together(wrong: float) -> None:
-    with pytest.raises(ValueError, match="sigma"):
-        thurstone_joint(*problem(3, 4), wrong)
+def test_sigma_and_counts_must_be_positive_together(wrong: float) -> None:
+    one_wrong = np.array([1.0, 1.0, wrong, 1.0])
+    for sigma in (wrong, one_wrong):
+        with pytest.raises(ValueError, match="sigma must be in"):
+            thurstone_joint(*problem(3, 4), sigma)
+    for counts in (wrong, one_wrong):
+        with pytest.raises(ValueError, match="counts must be in"):
+            thurstone_joint(*problem(3, 4), SIGMA, counts=counts)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 1), (1,)])
+def test_sigma_and_counts_are_one_for_all_or_one_each(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="sigma must be one for all"):
+        thurstone_joint(*problem(3, 4), np.ones(shape))
+    with pytest.raises(ValueError, match="counts must be one for all"):
+        thurstone_joint(*problem(3, 4), SIGMA, counts=np.ones(shape))
 
 
 def test_shapes_must_agree_together() -> None:

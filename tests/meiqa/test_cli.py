@@ -346,6 +346,19 @@ def test_eval_writes_a_row_for_each_photo(
     assert rows.read_text() == "a thesis"
 
 
+def test_eval_writes_rows_over_nothing_that_it_reads_and_not_into_its_report(
+    engine: Any, labels: Path, capsys: Output
+) -> None:
+    command = ["eval", str(labels), "--images", str(labels.parent), "--force", "--output"]
+    photo = next(labels.parent.glob("*.png"))
+    before = labels.read_bytes(), photo.read_bytes()
+    for target in (labels, photo):
+        assert cli.main([*command, str(target)]) == 2
+    assert (labels.read_bytes(), photo.read_bytes()) == before
+    assert cli.main([*command, "-"]) == 2
+    assert "name a file for the rows" in capsys.readouterr().err
+
+
 def test_eval_draws(engine: Any, labels: Path, tmp_path: Path, capsys: Output) -> None:
     plots = tmp_path / "deep" / "plots"
     command = ["eval", str(labels), "--images", str(labels.parent), "--plots", str(plots)]

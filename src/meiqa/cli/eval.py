@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from meiqa.cli import options as cli
 from meiqa.cli.options import Options
@@ -17,7 +17,7 @@ from meiqa.errors import UsageError
 from meiqa.formats import csv_line, csv_row, json_text
 from meiqa.labels import LabelTable
 from meiqa.locations import embedded_assets
-from meiqa.outputs import PICTURE, Kind, marked_png, open_output
+from meiqa.outputs import PICTURE, STDOUT, Kind, marked_png, open_output
 from meiqa.progress import Progress
 
 if TYPE_CHECKING:
@@ -48,9 +48,8 @@ def eval_command(options: Options) -> int:
         with cli.optional_packages("plots"):
             import meiqa.evaluation.plots  # noqa: F401
     labels = cli.table_of(options)
-    rows = options.output and open_output(options.output, ROWS, force=options.force)
-    with rows or nullcontext() as file, cli.engine_of(options) as engine:
-        with Progress(len(labels)) as progress:
+    with cli.engine_of(options) as engine:
+        with _rows_file(options, labels) as file, Progress(len(labels)) as progress:
             judged = judge(
                 engine,
                 labels,
@@ -59,8 +58,8 @@ def eval_command(options: Options) -> int:
                 budget=cli.budget_of(options),
                 on_result=progress.advance,
             )
-        if file is not None:
-            file.write(_rows(judged).encode())
+            if file is not None:
+                file.write(_rows(judged).encode())
         report = judged.report()
         if limits := options.budgets:
             with Progress((1 + len(limits)) * len(labels)) as progress:
@@ -71,6 +70,16 @@ def eval_command(options: Options) -> int:
         report["plots"] = _plots(options, judged, report)
     cli.print_report(report, options.format, _text)
     return cli.report_failures(report["failures"], len(labels))
+
+
+def _rows_file(options: Options, labels: LabelTable) -> AbstractContextManager[IO[bytes] | None]:
+    """Open the file for rows, where one is asked for; never over what is read."""
+    if options.output is None:
+        return nullcontext()
+    if str(options.output) in STDOUT:
+        raise UsageError("the report goes to standard output", hint="name a file for the rows")
+    inputs = (options.labels, *(Path(options.images, file) for file in labels.files))
+    return open_output(options.output, ROWS, force=options.force, inputs=inputs)
 
 
 def _rows(judged: Judged) -> str:
