@@ -204,7 +204,7 @@ def joint_scores(
                 pairs.append((index, item))
                 preferences.append(known.preference)
     weights, places = np.full(len(prior), calibration.lam), np.array(pairs, np.int64)
-    known, given = (prior, weights, stds), np.array(preferences)
+    start, given = (prior, weights, stds), np.array(preferences)
     sigmas, counts = np.full(len(pairs), calibration.sigma), np.ones(len(pairs))
     of_scene = np.zeros(len(pairs), bool)
     if scene is not None:
@@ -212,12 +212,12 @@ def joint_scores(
         sigmas[of_scene] = scene.sigma
         counts[of_scene] = max(LEAST_COUNT, HELD * calibration.lam * scene.sigma**2)
     scores, deviations = thurstone_joint(
-        *known, places.reshape(-1, 2), given, sigmas, counts=counts
+        *start, places.reshape(-1, 2), given, sigmas, counts=counts
     )
     if of_scene.any():
         strangers = ~of_scene
         _, deviations = thurstone_joint(
-            *known, places[strangers], given[strangers], calibration.sigma
+            *start, places[strangers], given[strangers], calibration.sigma
         )
     return scores[:count], deviations[:count]
 
