@@ -172,7 +172,12 @@ def bench_eyes(watcher: Watcher, data: Path, photographs: int, ladders: int) -> 
     with Progress((len(KINDS) + len(TONES)) * len(squares)) as progress:
         rows = climbed(watcher, squares, progress)
     hands = np.array(
-        [watcher.hand_held(pixels, seed) for pixels in whole for seed in range(HANDS)], float
+        [
+            watcher.hand_held(pixels, HANDS * number + hand)
+            for number, pixels in enumerate(whole)
+            for hand in range(HANDS)
+        ],
+        float,
     )
     ordered = list(rows.values())
     return {
