@@ -403,7 +403,8 @@ class TestSession:
             if isinstance(made, str):
                 assert made == wanted
             else:
-                np.testing.assert_allclose(made, wanted, atol=1e-5)
+                # Batches of another size may round an 8-bit activation the other way.
+                np.testing.assert_allclose(made, wanted, atol=5e-4)
         assert set(calls.used) == {0, 1, 2}
 
     def test_a_shape_outside_is_refused_before_the_device_is_touched(
