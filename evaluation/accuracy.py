@@ -16,7 +16,7 @@ from meiqa.engine.scoring import Scorer
 from meiqa.errors import UsageError
 from meiqa.evaluation.measuring import Column, quantiles_ms, run_on, table_text
 from meiqa.evaluation.metrics import (
-    doubt_tells,
+    deviation_agreement,
     fineness,
     reliability,
     srcc,
@@ -81,7 +81,7 @@ class Judged:
             "tied_pairs": tied_pairs(self.initial, self.fused, self.human),
             "coverage95": coverage([one.ci95 for one in self.assessments], self.human),
             "reliability": reliability(self.fused, deviations, self.human),
-            "deviation": doubt_tells(self.fused, deviations, self.human),
+            "deviation": deviation_agreement(self.fused, deviations, self.human),
             "seconds_per_image": self.seconds_per_image,
             "failures": [failure.to_dict() for failure in self.failures],
         }

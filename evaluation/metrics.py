@@ -118,7 +118,7 @@ def reliability(
     ]
 
 
-def doubt_tells(
+def deviation_agreement(
     predicted: ArrayLike, deviations: ArrayLike, human: ArrayLike
 ) -> dict[str, float | list[float] | None]:
     """Return how a photo's own deviation goes with its error.

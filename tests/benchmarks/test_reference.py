@@ -114,10 +114,10 @@ def test_strong_distortions_are_named(
     assert listed >= 0.6 * len(kinds) * len(photographs)
 
 
-def test_the_map_shows_which_half_is_distorted(
-    model: LocalModel, judge: PatternScorer, photographs: list[np.ndarray]
-) -> None:
-    excess = []
+@pytest.fixture(scope="module")
+def excess(model: LocalModel, judge: PatternScorer, photographs: list[np.ndarray]) -> np.ndarray:
+    """Tell how much stronger the map is in a distorted half than in the other, of twelve."""
+    found = []
     for clean in photographs:
         for kind in (2, 10, 11):
             distorted = distort(clean, kind, 5, np.random.default_rng(0))
@@ -126,10 +126,22 @@ def test_the_map_shows_which_half_is_distorted(
             mixed[:, :half] = distorted[:, :half]
             cells = judge.judge(tokens(model, mixed), tokens(model, clean)).map
             middle = cells.shape[1] // 2
-            excess.append(cells[:, :middle].mean() - cells[:, -middle:].mean())
-    # What the tower tells each cell of the whole picture carries distortion over.
-    assert np.mean(np.array(excess) > 0.05) >= 0.9
-    assert np.mean(excess) > 0.15
+            found.append(cells[:, :middle].mean() - cells[:, -middle:].mean())
+    return np.array(found)
+
+
+def test_the_map_tells_the_distorted_half_from_the_other(excess: np.ndarray) -> None:
+    assert np.mean(excess > 0.05) >= 0.9
+    assert excess.mean() > 0.15
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="0.16 and 10 of 12: since the tower has two eyes, each cell is told of the whole picture",
+)
+def test_the_map_is_as_clear_as_with_the_model_before(excess: np.ndarray) -> None:
+    assert np.mean(excess > 0.1) >= 0.9
+    assert excess.mean() > 0.25
 
 
 def test_the_benchmark_reports_every_score(

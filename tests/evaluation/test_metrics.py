@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 
 from meiqa.evaluation.metrics import (
+    deviation_agreement,
     distinct,
-    doubt_tells,
     effective_bins,
     js_divergence,
     krcc,
@@ -162,12 +162,12 @@ def test_a_deviation_that_is_the_photos_own_goes_with_its_error() -> None:
     random = np.random.default_rng(0)
     human, deviations = random.uniform(1, 5, 20_000), random.uniform(0.2, 0.8, 20_000)
     scores = human + deviations * random.normal(size=20_000)
-    told = doubt_tells(scores, deviations, human)
+    told = deviation_agreement(scores, deviations, human)
     assert 0.25 < told["srcc"] < 0.5
     assert told["coverage95"] == pytest.approx([0.95] * 4, abs=0.012)
-    alike = doubt_tells(scores, np.full(20_000, 0.5), human)
+    alike = deviation_agreement(scores, np.full(20_000, 0.5), human)
     assert alike["srcc"] is None
-    shuffled = doubt_tells(scores, random.permutation(deviations), human)
+    shuffled = deviation_agreement(scores, random.permutation(deviations), human)
     assert abs(shuffled["srcc"]) < 0.03
     assert shuffled["coverage95"][0] < 0.85
 
