@@ -142,7 +142,8 @@ def calibrate_package(
             model, whose settings beside the memory are.
         memory: anchors made by this model.
         labels: the table that the memory was built from; images: where its images are.
-        limit: anchors to judge, chosen by name; on_progress: called after each.
+        limit: anchors to judge, chosen by name; on_progress: called after each, and after each of
+            the `SCENES` that are shot twice.
 
     Returns:
         JSON-ready: reached (SRCC and RMSE of each score on the anchors), neighbours (the held-out
@@ -174,7 +175,8 @@ def calibrate_package(
         fitted, report = fitted_calibration(judged, opened.calibration, opened.head)
         # What two shots score alone is said by what was just fitted.
         opened.calibration = fitted
-        scene, report["scenes"] = fitted_scene(opened, bank, [file for file, _ in rows], images)
+        files = [file for file, _ in rows]
+        scene, report["scenes"] = fitted_scene(opened, bank, files, images, on_progress)
         fitted = replace(fitted, scene=scene)
     if isinstance(opened, RemoteModel):
         opened.calibrate(fitted)

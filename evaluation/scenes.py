@@ -18,7 +18,7 @@ from scipy.optimize import minimize
 from scipy.special import ndtri
 
 from meiqa.engine.calibration import SceneVerdict
-from meiqa.engine.images import load_pixels
+from meiqa.engine.images import SMALLEST_SIDE, load_pixels
 from meiqa.engine.model import Model
 from meiqa.engine.sets import Candidate
 from meiqa.evaluation.recording import AskedOnce, Recorder
@@ -95,7 +95,8 @@ def two_shots(pixels: Bytes, number: int) -> tuple[Bytes, Bytes]:
     """Make two shots of a photo (H, W, 3), the sound one first."""
     rng = np.random.default_rng(number)
     little, more = DAMAGES[number % len(DAMAGES)]
-    size = (np.array(pixels.shape[:2]) * (1.0 - HAND)).astype(int)
+    # A photo that is as small as may be judged is not moved.
+    size = np.maximum((np.array(pixels.shape[:2]) * (1.0 - HAND)).astype(int), SMALLEST_SIDE)
     shots = []
     for light in (1.0, 2.0 ** rng.uniform(-EXPOSURE, EXPOSURE)):
         top, left = rng.integers(0, np.array(pixels.shape[:2]) - size + 1)
@@ -106,7 +107,11 @@ def two_shots(pixels: Bytes, number: int) -> tuple[Bytes, Bytes]:
 
 
 def fitted_scene(
-    model: Model, bank: MemoryBank, files: Sequence[str], images: Path
+    model: Model,
+    bank: MemoryBank,
+    files: Sequence[str],
+    images: Path,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> tuple[SceneVerdict, dict[str, float]]:
     """Compare two shots of each of some anchors, and fit what that is worth.
 
@@ -124,6 +129,7 @@ def fitted_scene(
         )
         logits.append(recorder.comparer.between(sound, [worse])[0])
         gaps.append(sound.prior - worse.prior)
+        on_progress()
     verdict = fitted_verdict(np.array(logits), np.array(gaps))
     said = np.array(logits).mean(axis=1)
     both = verdict.preferences(np.array(logits), np.array(gaps))

@@ -137,7 +137,7 @@ def test_the_map_tells_the_distorted_half_from_the_other(excess: np.ndarray) -> 
 
 @pytest.mark.xfail(
     strict=True,
-    reason="0.16 and 10 of 12: since the tower has two eyes, each cell is told of the whole picture",
+    reason="0.16 and 10 of 12: since the tower has two eyes, a cell is told of the whole picture",
 )
 def test_the_map_is_as_clear_as_with_the_model_before(excess: np.ndarray) -> None:
     assert np.mean(excess > 0.1) >= 0.9

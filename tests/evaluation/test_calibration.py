@@ -178,9 +178,11 @@ def test_a_package_is_calibrated_where_it_lies(
     report = calibrate_package(
         copy, anchors, labels, tmp_path, on_progress=lambda: seen.append(None)
     )
-    assert len(seen) == 12
+    assert len(seen) == 12 + 12  # each is judged, and then shot twice
+    assert report["scenes"]["pairs"] == 12
     assert {"levels", "graded", "prior", "fused"} <= report["reached"].keys()
     written = EnginePackage.open(copy)
     assert written.digest == package.digest
     assert asdict(written.manifest.calibration) == report["calibration"]
+    assert written.manifest.calibration.scene is not None
     assert written.manifest.calibration != package.manifest.calibration

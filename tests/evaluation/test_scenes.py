@@ -34,6 +34,11 @@ def test_of_two_shots_the_second_is_damaged_more(number: int) -> None:
     assert np.array_equal(worse, again[1])
 
 
+def test_the_smallest_photo_that_is_judged_can_be_shot() -> None:
+    for shot in two_shots(PHOTO[:16, :20], 4):
+        assert min(shot.shape[:2]) == 16
+
+
 def pairs(verdict_noise: float, gap_noise: float) -> tuple[np.ndarray, np.ndarray]:
     """Logits and gaps of 4,000 pairs whose first is the better by 0 to 1, seen through noise."""
     rng = np.random.default_rng(1)

@@ -185,10 +185,12 @@ def calibrate_command(options: Options) -> int:
         raise UsageError("a model is required", hint="--package DIR or --remote URL")
     with cli.optional_packages("eval"):
         from meiqa.evaluation.calibration import calibrate_package
+        from meiqa.evaluation.scenes import SCENES
 
     labels = LabelTable.read(options.labels)
     memory, images = Path(options.memory), Path(options.images)
-    with Progress(min(len(labels), options.limit)) as progress:
+    judged = min(len(labels), options.limit)
+    with Progress(judged + min(judged, SCENES)) as progress:
         fitted = calibrate_package(
             model, memory, labels, images, options.limit, on_progress=progress.advance
         )
