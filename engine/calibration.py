@@ -61,9 +61,9 @@ class Record:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if "holds" in each.metadata:
-                name = f"{type(self).__name__}.{each.name}"
-                _refuse_others(name, getattr(self, each.name), each.metadata)
+            value = getattr(self, each.name)
+            if "holds" in each.metadata and not (value is None and "or_none" in each.metadata):
+                _refuse_others(f"{type(self).__name__}.{each.name}", value, each.metadata)
 
     @classmethod
     def from_dict(cls: type[Held], values: Mapping[str, Any]) -> Held:
@@ -214,12 +214,13 @@ class Calibration(Record):
         bins: strata over the anchors' scores.
         memory_correlation: how far the errors of the starting score go with those of the memory's
             regression on visual tokens (Pearson), which is joined with it.
+        memory_share: weight of that regression, None for the one with the smallest variance.
         graded: graded response of the grade words, None where none was fitted.
         degradation: `DEGRADATION` in the order in which a tight budget gives these up.
         scene: of comparisons between shots of one scene, None where it was not fitted.
     """
 
-    later = ("memory_correlation", "graded", "degradation", "scene")
+    later = ("memory_correlation", "memory_share", "graded", "degradation", "scene")
 
     text: Logistic = field(default=IDENTITY, metadata=_LOGISTIC)
     levels: Logistic = field(default=IDENTITY, metadata=_LOGISTIC)
@@ -235,6 +236,7 @@ class Calibration(Record):
     neighbours: int = field(default=32, metadata=COUNT_OR_NONE)
     bins: int = field(default=5, metadata=COUNT)
     memory_correlation: float = field(default=0.5, metadata=SHARE)
+    memory_share: float | None = field(default=None, metadata={**SHARE, "or_none": True})
     graded: GradedHead | None = field(default=None, metadata={"part": GradedHead})
     degradation: tuple[str, ...] = DEGRADATION
     scene: SceneVerdict | None = field(default=None, metadata={"part": SceneVerdict})

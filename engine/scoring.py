@@ -358,8 +358,9 @@ class Scorer:
         if regression is None:
             return [], UNDOUBTED
         features = token_features(prefix.tokens.values)
-        correlation = self.model.calibration.memory_correlation
-        said = Estimate("regression", regression.score(features), regression.std, correlation)
+        numbers, score = self.model.calibration, regression.score(features)
+        trust = numbers.memory_correlation, numbers.memory_share
+        said = Estimate("regression", score, regression.std, *trust)
         return [said], Doubt(regression.doubt(features))
 
     def _key(self, prefix: Prefix, description: Description | None = None) -> Floats:

@@ -25,8 +25,6 @@ from meiqa.engine.calibration import Calibration, ScoreHead
 from meiqa.engine.estimates import (
     HIGHEST,
     LOWEST,
-    Posterior,
-    combine_correlated,
     expected_grade,
     graded_response,
     preferences_of,
@@ -63,6 +61,7 @@ TEMPERATURES = (0.01, 100.0)
 SIGMAS = (0.5, 0.7, 1.0, 1.5, 2.0, 2.5, 3.5)
 LAMBDAS = (0.01, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0, 30.0, 60.0, 100.0, 300.0)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+MEMORY_SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 FEWEST_ANCHORS = 100
 REFLECTED_SHARE = 0.05
 """Share of photos whose score moves enough to be reflected on."""
@@ -341,21 +340,26 @@ def fitted_degradation(
     return tuple(order), costs
 
 
-def with_memory(judged: Judged, base: Calibration, observed: Observations) -> Floats:
-    """Combine observations with the memory's regression, where there is one."""
+def with_memory(judged: Judged, share: float, own: Floats) -> Floats:
+    """Combine the model's own scores with those of the memory's regression, where there is one."""
     if np.isnan(judged.memory).any():
-        return observed[0]
-    recalled_std = root_mean_square(judged.memory - judged.human)
-    recalled = np.clip(judged.memory, LOWEST, HIGHEST)
-    combined = (
-        combine_correlated(
-            Posterior(float(score), float(std)),
-            Posterior(float(memory), recalled_std),
-            base.memory_correlation,
-        )
-        for score, std, memory in zip(*observed, recalled, strict=True)
+        return own
+    return weighted(own, np.clip(judged.memory, LOWEST, HIGHEST), share)
+
+
+def fitted_memory_share(judged: Judged, own: Floats) -> float:
+    """Choose the least share of the memory's regression that is not surely worse than the best.
+
+    The regression has seen nothing but photographs that people scored. Damage, and what is no
+    picture, is what the model itself was taught.
+    """
+    human = judged.human
+    squares = np.array(
+        [(widened(with_memory(judged, s, own), human) - human) ** 2 for s in MEMORY_SHARES]
     )
-    return np.array([posterior.score for posterior in combined])
+    excess = squares - squares[squares.mean(axis=1).argmin()]
+    sure = excess.mean(axis=1) > excess.std(axis=1) / np.sqrt(len(human))
+    return MEMORY_SHARES[int(sure.argmin())]
 
 
 @dataclass(frozen=True, eq=False)
@@ -378,7 +382,7 @@ class Priors:
 
 
 def fitted_priors(judged: Judged, base: Calibration, head: ScoreHead) -> tuple[Calibration, Priors]:
-    """Fit the heads, the grade's share and how far their errors go with the memory's."""
+    """Fit the heads, the grade's share and that of the memory's regression."""
     human = judged.human
     raw = np.array([expected_grade(words) for words in judged.words])
     of_levels, of_text = matched_logistic(raw, human), base.text
@@ -388,7 +392,7 @@ def fitted_priors(judged: Judged, base: Calibration, head: ScoreHead) -> tuple[C
         of_text = matched_logistic(judged.text[readable], human[readable])
         text[readable] = of_text(judged.text[readable])
     response = fitted_head(judged.words, human)
-    gradings = [graded_response(words, response) for words in judged.words]
+    graded = np.array([graded_response(words, response).score for words in judged.words])
 
     def mixed(share: float) -> Floats:
         return (1.0 - share) * text + share * levels
@@ -402,19 +406,14 @@ def fitted_priors(judged: Judged, base: Calibration, head: ScoreHead) -> tuple[C
         graded=response,
         grade_share=min(SHARES, key=lambda share: root_mean_square(mixed(share) - human)),
     )
-    graded = np.array([each.score for each in gradings])
-    alone = levels, np.full(len(human), base.levels_std)
-    if head == "grm":
-        alone = graded, np.array([each.std for each in gradings])
-    observed = alone
-    if head == "text":
-        std = weighted(base.text_std, base.levels_std, base.grade_share)
-        observed = mixed(base.grade_share), np.full(len(human), std)
+    alone = graded if head == "grm" else levels
+    observed = mixed(base.grade_share) if head == "text" else alone
+    share = 0.0
     if not np.isnan(judged.memory).any():
-        shared = np.corrcoef(observed[0] - human, judged.memory - human)[0, 1]
-        base = replace(base, memory_correlation=float(np.clip(shared, 0.0, 1.0)))
-    combined, unwritten = (with_memory(judged, base, each) for each in (observed, alone))
-    initial = text if head == "text" else observed[0]
+        share = fitted_memory_share(judged, observed)
+        base = replace(base, memory_share=share)
+    combined, unwritten = (with_memory(judged, share, each) for each in (observed, alone))
+    initial = text if head == "text" else observed
     return base, Priors(text, levels, graded, initial, combined, unwritten)
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+BLOCK, FLATTEST = 16, 0.02
+"""Side of the blocks that noise is looked for in, and the quantile of theirs that counts."""
+DARKEST, BRIGHTEST = 12, 243
+"""Tones beyond these are nearly clipped."""
 
 WORDS: dict[str, tuple[tuple[float, str], ...]] = {
     "sharpness": ((3.0, "very soft"), (4.8, "soft"), (6.3, "fairly sharp"), (np.inf, "sharp")),
     "noise": (
-        (0.3, "no noise"),
-        (0.7, "little noise"),
-        (1.8, "some noise"),
+        (0.6, "no noise"),
+        (2.2, "little noise"),
+        (5.0, "some noise"),
         (np.inf, "strong noise"),
     ),
     "exposure": (
@@ -46,7 +50,8 @@ def measure_attributes(pixels: np.ndarray) -> dict[str, float]:
 
     Returns:
         sharpness: log of the variance of the Laplacian of luma;
-        noise: Immerkaer's estimate of the deviation of white noise, in grey levels;
+        noise: Immerkaer's estimate of the deviation of white noise where the picture is flattest,
+        in grey levels;
         exposure: mean luma; contrast: deviation of luma; colour: Hasler and Suesstrunk's
         colourfulness; blocking: luma steps on the 8-pixel lattice over those beside it.
     """
@@ -78,10 +83,27 @@ def laplacian(luma: np.ndarray) -> np.ndarray:
 
 
 def noise_deviation(luma: np.ndarray) -> float:
-    """Deviation of white noise, robust to edges: median response of Immerkaer's mask."""
+    """Deviation of white noise by Immerkaer's mask, in the flattest of the blocks.
+
+    Leaves and pebbles answer the mask as noise does, and clipped tones have lost theirs: neither
+    counts while there is anything else.
+    """
     rows = luma[:-2] - 2 * luma[1:-1] + luma[2:]
     response = rows[:, :-2] - 2 * rows[:, 1:-1] + rows[:, 2:]
-    return float(np.median(np.abs(response)) / (0.6745 * 6))
+    deviations = np.sqrt(block_means(response**2)) / 6
+    tone = block_means(luma[1:-1, 1:-1])
+    open_tones = (tone > DARKEST) & (tone < BRIGHTEST)
+    counted = deviations[open_tones] if open_tones.any() else deviations
+    return float(np.quantile(counted, FLATTEST))
+
+
+def block_means(values: np.ndarray) -> np.ndarray:
+    """Means (N,) of the whole blocks of an array (H, W)."""
+    side = min(BLOCK, *values.shape)
+    rows, columns = values.shape[0] // side, values.shape[1] // side
+    whole = values[: rows * side, : columns * side]
+    means: np.ndarray = whole.reshape(rows, side, columns, side).mean((1, 3)).ravel()
+    return means
 
 
 def colourfulness(rgb: np.ndarray) -> float:

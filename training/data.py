@@ -41,9 +41,13 @@ SYNTHETIC_SIDE = 320
 CALIBRATION_PHOTOGRAPHS = 256
 SYNTHETIC_PER_PHOTOGRAPH = 18
 PRISTINE_PER_PHOTOGRAPH = 2
+PLAIN_PICTURES, PLAIN_SCORE = 400, 1.0
+"""What is no picture of anything is bad."""
 PRISTINE_SCORE = 4.6
 """What people give an undistorted photograph on KADID's scale (its mildest levels reach 4.6)."""
-SCENES_PER_PRISTINE, HUMAN_SCENES = 6, 1_200
+SCENES_PER_PRISTINE, HUMAN_SCENES = 18, 2_400
+SUBTLE = (3, 4, 5, 7, 17, 18, 20, 25, 28, 31, 32)
+"""Types of damage that are hardest to tell apart; scenes have twice as many of each."""
 SHOTS_PER_SCENE = 4
 """Two levels of one damage, each as the camera stood and after a hand moved and exposed anew."""
 SHOT_EXPOSURE = 0.1
@@ -215,7 +219,7 @@ def scene(
     pixels: np.ndarray, name: str, score: float, scores: np.ndarray, rng: np.random.Generator
 ) -> list[Made]:
     """Shots of one place of a photograph: two levels of one damage, each twice."""
-    kind = int(rng.integers(1, len(scores) + 1))
+    kind = int(rng.choice([*range(1, len(scores) + 1), *SUBTLE]))
     lower = int(rng.integers(LEVELS))
     higher = lower + 1 if rng.random() < 0.7 else int(rng.integers(lower + 1, LEVELS + 1))
     place, made = random_place(rng, pixels.shape, SYNTHETIC_SIDE), []
@@ -246,6 +250,27 @@ def human_scene(row: dict[str, str], data: Path, scores: np.ndarray) -> list[Mad
     pixels, photograph = human_photograph(row, data)
     rng = np.random.default_rng(int(name_hash(photograph.name)[-16:], 16))
     return scene(pixels, photograph.name, photograph.score, scores, rng)
+
+
+def plain_picture(rng: np.random.Generator, side: int) -> np.ndarray:
+    """A tone, a shade between two, or noise."""
+    first, second = rng.integers(0, 256, (2, 3))
+    if rng.random() < 0.5:
+        first = second = np.repeat(rng.choice([0, 255, 128, first[0]]), 3)
+    elif rng.random() < 0.5:
+        second = first
+    share = np.linspace(0, 1, side)[:, None, None]
+    shade = np.broadcast_to(first + share * (second - first), (side, side, 3))
+    strength = rng.choice([0, 0, 2, 20, 80])
+    grain = rng.normal(0, 1, (side, side, int(rng.choice([1, 3])))) * strength
+    return np.rint(np.clip(shade + grain, 0, 255)).astype(np.uint8)
+
+
+def plain_photograph(number: int) -> Made:
+    """Pixels and record of one that is no picture of anything."""
+    pixels = plain_picture(np.random.default_rng(number), SYNTHETIC_SIDE)
+    record = Photograph(f"plain-{number}", PLAIN_SCORE, 0, 0, measure_attributes(pixels))
+    return pixels, record
 
 
 def write_set(folder: Path, name: str, count: int, made: Iterator[Made]) -> None:
@@ -302,6 +327,8 @@ def prepare(data: Path, folder: Path, workers: int) -> None:
                 read = cut_photograph if name == "cuts" else human_photograph
                 made = pool.map(partial(read, data=data), part, chunksize=16)
                 write_set(folder, name, len(part), iter(made))
+        if not (folder / "plain.jsonl").exists():
+            write_set(folder, "plain", PLAIN_PICTURES, map(plain_photograph, range(PLAIN_PICTURES)))
         makers: dict[str, tuple[Callable[..., list[Made]], Sequence[Any], int, np.ndarray]] = {
             "distorted": (distorted_photographs, pristine, per_source, kadid),
             "distorted_unseen": (distorted_photographs, unseen, per_source, kadid),

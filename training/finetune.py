@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -28,14 +26,16 @@ from torch.nn import functional
 from meiqa.engine.prompts import MEIQA, Prompts, positions_of
 from meiqa.export.decoder import DecoderConfig, Segments, SharedPrefixDecoder
 from meiqa.export.families.conv_hybrid import ConvHybridTower
+from training.cells import CellSet, Drawn, cached_cells
 from training.checkpoint import ConvHybridVlm, TrainedVlm, save_checkpoint
 from training.commands import run_command
-from training.data import SHOTS_PER_SCENE, Photograph, PhotographSet
+from training.data import SHOTS_PER_SCENE, Photograph
 from training.distortions import EQUAL_TO_THE_EYE
-from training.pretrain import HIDDEN_SIZE, load_judged, stage_folder
+from training.pretrain import HIDDEN_SIZE, LADDER_SOFTNESS, load_judged, stage_folder
+from training.reading import LinearScore
 from training.texts import corpus_of, reflection_pair, scored_answer, train_tokenizer
 from training.timed_run import Pace, TimedRun
-from training.towers import MEAN, STD, ConvTower, normalised
+from training.towers import MEAN, STD, ConvTower
 
 LAYERS, HEADS, KV_HEADS, INNER = 4, 4, 2, 640
 PREFERENCE_DEVIATION = 0.5
@@ -45,6 +45,8 @@ SCENE_DEVIATION = 0.12
 LEVEL_DEVIATION = 0.6
 SCENE_SHARE = 0.4
 """Share of a batch that are shots of scenes, compared with the scene's other shots."""
+PLAIN_SHARE = 0.04
+"""Share of the others that is no picture of anything."""
 SQUARE_SHARE, CUT_SHARE = 0.35, 0.2
 LARGEST_SQUARE, SHORTEST_SIDE, LONGEST_SIDE = 8, 3, 12
 """Sides of grids, in cells: 8 x 8 is 512 x 512 pixels, the most that the tower is shown; 3 x 3 is
@@ -83,61 +85,6 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class CellSet:
-    """Cell statistics (N, h, w, F) of photographs."""
-
-    features: np.ndarray
-    photographs: tuple[Photograph, ...]
-
-    def window(
-        self, index: int, side: tuple[int, int], at: np.ndarray, *, mirrored: bool
-    ) -> np.ndarray:
-        """A window (h * w, F) of one photograph, `at` (2,) in 0-1.
-
-        Cells are texture: a photograph smaller than the window is continued by its mirror images,
-        and a mirrored one's cells are those of the photograph in another order.
-        """
-        view: np.ndarray = self.features[index]
-        view = view[:, ::-1] if mirrored else view
-        lacking = [(0, max(0, s - n)) for n, s in zip(view.shape[:2], side, strict=True)]
-        view = np.pad(view, [*lacking, (0, 0)], mode="symmetric")
-        top, left = (at * (np.array(view.shape[:2]) - side + 1)).astype(int)
-        window: np.ndarray = view[top : top + side[0], left : left + side[1]]
-        return window.reshape(side[0] * side[1], -1)
-
-
-def cells_digest(tower: ConvHybridTower, records: Path) -> str:
-    """What cell statistics depend on: the tower's weights and statistics, and the records."""
-    digest = hashlib.sha256(records.read_bytes())
-    for name, value in tower.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-@torch.no_grad()
-def cached_cells(tower: ConvTower, work: Path, name: str) -> CellSet:
-    """Cell statistics of a prepared set, computed once for this tower."""
-    photographs = PhotographSet.load(work, name)
-    path = work / f"cells-{name}-{cells_digest(tower, work / f'{name}.jsonl')}.npy"
-    if not path.exists():
-        cell, device = tower.config.cell_pixels, tower.embed.weight.device
-        count, height, width = photographs.pixels.shape[:3]
-        shape = (count, height // cell, width // cell, tower.statistics_width)
-        made = np.lib.format.open_memmap(
-            path.with_suffix(".tmp"), mode="w+", dtype=np.float16, shape=shape
-        )
-        for start in range(0, count, 8):
-            pixels = torch.from_numpy(np.array(photographs.pixels[start : start + 8])).to(device)
-            made[start : start + 8] = tower.seen(normalised(pixels)).float().cpu().numpy()
-            if start % 800 == 0:
-                print(f"cells of {name}: {start} of {count}", flush=True)
-        made.flush()
-        path.with_suffix(".tmp").rename(path)
-    return CellSet(np.load(path, mmap_mode="r"), photographs.photographs)
-
-
-@dataclass(frozen=True)
 class WindowBatch:
     """Windows of one size from several photographs."""
 
@@ -151,10 +98,6 @@ class WindowBatch:
         return torch.tensor([p.score for p in self.photographs], device=self.features.device)
 
 
-Drawn: TypeAlias = tuple[np.ndarray, Photograph]
-"""A window (h * w, F) and what is known of its photograph."""
-
-
 @dataclass(frozen=True)
 class ComparedBatch:
     """Pictures that are read, and others that they are compared with.
@@ -162,12 +105,14 @@ class ComparedBatch:
     Attributes:
         partners: (P, R) which of the others each is compared with.
         deviations: (P, 1) of the difference of two scores.
+        alone: how many come first that are of no scene; then two shots of each.
     """
 
     first: WindowBatch
     others: WindowBatch
     partners: Tensor
     deviations: Tensor
+    alone: int
 
 
 class WindowSampler:
@@ -177,11 +122,12 @@ class WindowSampler:
         self,
         scored: Sequence[CellSet],
         scenes: Sequence[CellSet],
+        plain: CellSet,
         seed: int,
         device: torch.device,
     ) -> None:
-        """Draw from human-scored sets, none abroad, and from scenes of consecutive shots."""
-        self.scored, self.scenes, self.device = scored, scenes, device
+        """Draw from human-scored sets, none abroad, scenes of consecutive shots, and the plain."""
+        self.scored, self.scenes, self.plain, self.device = scored, scenes, plain, device
         self.rng = np.random.default_rng(seed)
 
     def grid(self) -> tuple[int, int]:
@@ -198,27 +144,30 @@ class WindowSampler:
     def batch(self, size: int) -> ComparedBatch:
         """`size` windows on one grid, and those that they are compared with on the same or another.
 
-        A shot of a scene is compared with its other shots, the rest with any of the others.
+        Of a scene, a shot of either level is compared with its other shots; the rest with any of
+        the others.
         """
         side = self.grid()
         beside = side if self.rng.random() < SAME_GRID_SHARE else self.grid()
-        shots, partners = round(size * SCENE_SHARE), SHOTS_PER_SCENE - 1
-        plain = size - shots
-        first = [self.photograph(side) for _ in range(plain)]
-        others = [self.photograph(beside) for _ in range(plain)]
-        for _ in range(shots):
-            scene = self.scene(side, beside)
-            first.append(scene[0])
-            others.extend(scene[1:])
-        chosen = self.rng.integers(0, len(others), (size, partners))
-        chosen[plain:] = plain + np.arange(shots * partners).reshape(shots, partners)
+        scenes = round(size * SCENE_SHARE / 2)
+        alone = size - 2 * scenes
+        first = [self.photograph(side) for _ in range(alone)]
+        others = [self.photograph(beside) for _ in range(alone)]
+        partners = []
+        for number in range(scenes):
+            read, seen, compared = self.scene(side, beside)
+            first.extend(read)
+            others.extend(seen)
+            partners.append(alone + SHOTS_PER_SCENE * number + compared)
+        anyone = self.rng.integers(0, len(others), (alone, SHOTS_PER_SCENE - 1))
         deviations = torch.full((size, 1), PREFERENCE_DEVIATION, device=self.device)
-        deviations[plain:] = SCENE_DEVIATION
+        deviations[alone:] = SCENE_DEVIATION
         return ComparedBatch(
             self.stacked(first, side),
             self.stacked(others, beside),
-            torch.from_numpy(chosen).to(self.device),
+            torch.from_numpy(np.concatenate([anyone, *partners])).to(self.device),
             deviations,
+            alone,
         )
 
     def photograph(self, side: tuple[int, int]) -> Drawn:
@@ -226,25 +175,32 @@ class WindowSampler:
         sets = self.scored or self.scenes
         holding = [s for s in sets if min(s.features.shape[1:3]) >= max(side)] or [sets[-1]]
         source = holding[0] if self.scored else holding[self.rng.integers(len(holding))]
+        if self.rng.random() < PLAIN_SHARE:
+            source = self.plain
         index = int(self.rng.integers(len(source.photographs)))
         at = self.rng.random(2)
         return source.window(
             index, side, at, mirrored=bool(self.rng.integers(2))
         ), source.photographs[index]
 
-    def scene(self, side: tuple[int, int], beside: tuple[int, int]) -> list[Drawn]:
-        """All shots of one scene in a random order, the first on one grid, the rest on another."""
+    def scene(
+        self, side: tuple[int, int], beside: tuple[int, int]
+    ) -> tuple[list[Drawn], list[Drawn], np.ndarray]:
+        """Of one scene, a shot of each level on one grid, all on another, and whom each meets."""
         sizes = np.array([len(s.photographs) for s in self.scenes])
         source = self.scenes[self.rng.choice(len(sizes), p=sizes / sizes.sum())]
         begin = int(self.rng.integers(len(source.photographs) // SHOTS_PER_SCENE)) * SHOTS_PER_SCENE
         at, mirrored = self.rng.random(2), bool(self.rng.integers(2))
-        return [
-            (
-                source.window(begin + shot, beside if number else side, at, mirrored=mirrored),
-                source.photographs[begin + shot],
-            )
-            for number, shot in enumerate(self.rng.permutation(SHOTS_PER_SCENE))
-        ]
+
+        def shots(numbers: Sequence[int], grid: tuple[int, int]) -> list[Drawn]:
+            places = [begin + number for number in numbers]
+            windows = [source.window(place, grid, at, mirrored=mirrored) for place in places]
+            return list(zip(windows, (source.photographs[p] for p in places), strict=True))
+
+        read = [int(level + 2 * self.rng.integers(2)) for level in range(2)]
+        everyone = range(SHOTS_PER_SCENE)
+        compared = np.array([[other for other in everyone if other != shot] for shot in read])
+        return shots(read, side), shots(everyone, beside), compared
 
     def stacked(self, drawn: Sequence[Drawn], side: tuple[int, int]) -> WindowBatch:
         """Windows of one grid as a batch."""
@@ -401,13 +357,21 @@ def soft_answer_loss(logits: Tensor, ids: np.ndarray | Sequence[int], wanted: Te
     return -(wanted * chosen).sum(-1).mean()
 
 
+def step_loss(said: Tensor, wanted: Tensor) -> Tensor:
+    """What lacks of the wanted gap between two shots of a scene, (2 N,) one behind the other."""
+    gaps, found = (each[0::2] - each[1::2] for each in (wanted, said))
+    lacking = gaps.abs() - gaps.sign() * found
+    lost = 2 * LADDER_SOFTNESS * functional.softplus(lacking / LADDER_SOFTNESS)
+    return (lost * (gaps.abs() > EQUAL_TO_THE_EYE)).mean()
+
+
 class Objective(nn.Module):
     """The losses of one batch."""
 
     def __init__(self, reader: Reader, recipe: Recipe) -> None:
         super().__init__()
         self.reader, self.recipe = reader, recipe
-        self.rating = nn.Linear(HIDDEN_SIZE, 1)
+        self.rating, self.linear = nn.Linear(HIDDEN_SIZE, 1), LinearScore()
 
     def forward(self, drawn: ComparedBatch, rng: np.random.Generator) -> dict[str, Tensor]:
         """Named losses of a batch; their sum is minimised."""
@@ -420,13 +384,17 @@ class Objective(nn.Module):
         difference = batch.scores[:, None] - others.scores[drawn.partners]
         wins = torch.special.ndtr(difference / drawn.deviations).flatten()
         seconds = reader.model.visual.tokens_from_features(others.features)
+        levels = reader.asked(read, prompts.levels)
+        words = levels[:, torch.as_tensor(prompts.level_ids, device=levels.device)].softmax(-1)
+        grades = words @ torch.arange(1.0, 6.0, device=levels.device)
+        linear = self.linear(read.tokens)
+        scores, shots = batch.scores, slice(drawn.alone, None)
         return {
-            "rated": 0.5 * functional.smooth_l1_loss(rated, batch.scores, beta=0.5),
+            "rated": 0.5 * functional.smooth_l1_loss(rated, scores, beta=0.5),
+            "linear": 0.5 * functional.smooth_l1_loss(linear, scores, beta=0.5),
+            "steps": 0.3 * sum(step_loss(said[shots], scores[shots]) for said in (grades, linear)),
             "text": reader.text_loss(read, [prompts.score] * size, answers),
-            "levels": 0.5
-            * soft_answer_loss(
-                reader.asked(read, prompts.levels), prompts.level_ids, level_targets(batch.scores)
-            ),
+            "levels": 0.5 * soft_answer_loss(levels, prompts.level_ids, level_targets(scores)),
             "pairs": 2.0
             * soft_answer_loss(
                 reader.compared(read, seconds, others.grid, drawn.partners),
@@ -563,6 +531,7 @@ class Finetuning(TimedRun):
             "model": model,
             "average": self.average,
             "rating": self.objective.rating,
+            "linear": self.objective.linear,
         }
         super().__init__(folder, parts, optimiser, recipe.pace)
 
@@ -579,6 +548,7 @@ class Finetuning(TimedRun):
         ]
         rate = self.recipe.learning_rate
         decoder = [*self.model.language_model.parameters(), *self.objective.rating.parameters()]
+        decoder += self.objective.linear.parameters()
         return [
             {"params": decoder, "lr": rate},
             {
@@ -620,12 +590,12 @@ def main() -> None:
     stage1 = work / stage_folder("stage1-conv", abroad=abroad) / "checkpoint.pt"
     tower = load_pretrained(arguments.tower or stage1).to(arguments.device)
     tower.in_half = arguments.bfloat16
-    scored, scenes, (anchors, unseen) = (
+    scored, scenes, (plain, anchors, unseen) = (
         [cached_cells(tower, work, name) for name in names]
         for names in (
             [] if abroad else ["cuts", "human"],
             ["scenes"] if abroad else ["scenes", "human_scenes"],
-            ["anchors", "scenes_unseen"],
+            ["plain", "anchors", "scenes_unseen"],
         )
     )
     seen = [photograph for cells in (*scored, *scenes) for photograph in cells.photographs]
@@ -633,7 +603,8 @@ def main() -> None:
     model = initial_model(tower, tokenizer.get_vocab_size()).to(arguments.device)
     folder = work / stage_folder("stage2", abroad=abroad)
     run = Finetuning(model, tokenizer, folder, Recipe(arguments.minutes, arguments.steps))
-    run.run(WindowSampler(scored, scenes, run.steps, arguments.device), anchors, unseen)
+    sampler = WindowSampler(scored, scenes, plain, run.steps, arguments.device)
+    run.run(sampler, anchors, unseen)
     save_checkpoint(TrainedVlm(run.average.cpu().eval(), tokenizer, MEAN, STD), arguments.out)
 
 

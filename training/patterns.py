@@ -33,10 +33,10 @@ from meiqa.export.patterns import (
     PatternConfig,
     TrainedPatterns,
 )
+from training.cells import cached_cells
 from training.checkpoint import load_checkpoint
 from training.commands import run_command
 from training.distortions import KINDS, TWO_SIDED
-from training.finetune import cached_cells
 from training.pattern_pairs import Views, read_views
 from training.towers import ConvTower
 

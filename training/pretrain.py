@@ -34,12 +34,14 @@ from training.backbone import (
 )
 from training.commands import run_command
 from training.data import (
+    PLAIN_SCORE,
     PRISTINE_SCORE,
     SYNTHETIC_SIDE,
     PhotographSet,
     cut_square,
     damaged_score,
     place_beside,
+    plain_picture,
     random_place,
 )
 from training.distortions import FADING_COLOUR, FINE_JPEG, LEVELS, damage_scores, distort
@@ -100,7 +102,8 @@ class CropBatch:
     """Crops and what is known about them.
 
     Attributes:
-        images: (B, 3, S, S); scores: (B,); human: (B,) whether people gave the score.
+        images: (B, 3, S, S), or statistics (B, cells, F) of their cells.
+        scores: (B,); human: (B,) whether people gave the score.
         kinds: (B,) distortion, 0 for none, `UNNAMED` for what has no name; levels: (B,).
         groups: (B,) collection that the photograph is of, 0 if people did not score it.
         same: (M, 2) crops that show the same and look as good.
@@ -166,7 +169,7 @@ class CropSampler:
             crops += [crop, again] if number < repeated else [crop]
         for _ in range(pairs):
             crops += self.steps(side)
-        crops += [self.plain(side) for _ in range(plain)]
+        crops += [Crop(plain_picture(self.rng, side), PLAIN_SCORE, UNNAMED) for _ in range(plain)]
         first = humans + repeated + 2 * torch.arange(pairs)
         return CropBatch(
             normalised(torch.from_numpy(np.stack([crop.pixels for crop in crops]))),
@@ -246,20 +249,6 @@ class CropSampler:
             crops.append(Crop(cut, kept, kind if level else 0, level))
         return sorted(crops, key=lambda crop: -crop.score)
 
-    def plain(self, side: int) -> Crop:
-        """What is no picture of anything: a tone, a shade between two, noise."""
-        first, second = self.rng.integers(0, 256, (2, 3))
-        if self.rng.random() < 0.5:
-            first = second = np.repeat(self.rng.choice([0, 255, 128, first[0]]), 3)
-        elif self.rng.random() < 0.5:
-            second = first
-        share = np.linspace(0, 1, side)[:, None, None]
-        shade = np.broadcast_to(first + share * (second - first), (side, side, 3))
-        strength = self.rng.choice([0, 0, 2, 20, 80])
-        grain = self.rng.normal(0, 1, (side, side, int(self.rng.choice([1, 3])))) * strength
-        pixels = np.rint(np.clip(shade + grain, 0, 255)).astype(np.uint8)
-        return Crop(pixels, 1.0, UNNAMED)
-
 
 def stage_folder(name: str, *, abroad: bool) -> str:
     """Where a stage keeps its checkpoint; the two settings keep theirs apart."""
@@ -308,19 +297,32 @@ class Remembered(nn.Module):
         return weight / 2 * torch.stack(losses).sum()
 
 
-def batch_loss(model: JudgedTower, batch: CropBatch, remembered: Remembered) -> dict[str, Tensor]:
-    """Score (value and order), steps of ladders, repetitions, distortion type and level."""
-    score, kind, level = model(batch.images)
+def value_loss(score: Tensor, batch: CropBatch) -> Tensor:
+    """Distance from people's scores; what damage costs is a setting, and counts less."""
     made = ~batch.human
-    better, worse = batch.ladders.unbind(1)
-    first, again = batch.same.unbind(1)
-    lacking = batch.scores[better] - batch.scores[worse] - (score[better] - score[worse])
     off = functional.smooth_l1_loss(score, batch.scores, beta=0.5, reduction="none")
+    people = off[batch.human].mean() if batch.human.any() else off.new_zeros(())
+    return people + MADE_WEIGHT * off[made].mean()
+
+
+def gap_loss(score: Tensor, batch: CropBatch) -> Tensor:
+    """What lacks of the wanted gap between two steps of a ladder."""
+    better, worse = batch.ladders.unbind(1)
+    lacking = batch.scores[better] - batch.scores[worse] - (score[better] - score[worse])
+    return 2 * LADDER_SOFTNESS * functional.softplus(lacking / LADDER_SOFTNESS).mean()
+
+
+def batch_loss(
+    judged: tuple[Tensor, Tensor, Tensor], batch: CropBatch, remembered: Remembered
+) -> dict[str, Tensor]:
+    """Score (value and order), steps of ladders, repetitions, distortion type and level."""
+    score, kind, level = judged
+    made = ~batch.human
+    first, again = batch.same.unbind(1)
     losses = {
-        # What damage costs is a setting: it counts less than what people said.
-        "value": (off[~made].mean() if batch.human.any() else 0) + MADE_WEIGHT * off[made].mean(),
+        "value": value_loss(score, batch),
         "order": remembered.order_loss(score, batch),
-        "ladder": 2 * LADDER_SOFTNESS * functional.softplus(lacking / LADDER_SOFTNESS).mean(),
+        "ladder": gap_loss(score, batch),
         "named": 0.2
         * functional.cross_entropy(kind[made], batch.kinds[made], ignore_index=UNNAMED),
         "graded": 0.1 * functional.smooth_l1_loss(level[made], batch.levels[made]),
@@ -388,8 +390,8 @@ class Pretraining(TimedRun):
         sizes = self.recipe.sizes
         shares = np.array([share for *_, share in sizes])
         side, count, _ = sizes[sampler.rng.choice(len(sizes), p=shares / shares.sum())]
-        batch = sampler.batch(count, self.recipe.human_share, side)
-        losses = batch_loss(self.model, batch.to(self.device), self.remembered)
+        batch = sampler.batch(count, self.recipe.human_share, side).to(self.device)
+        losses = batch_loss(self.model(batch.images), batch, self.remembered)
         self.descend(torch.stack(list(losses.values())).sum())
         return {name: float(loss.detach()) for name, loss in losses.items()}
 

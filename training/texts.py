@@ -34,20 +34,25 @@ def distortion_sentence(photograph: Photograph) -> str:
     return f"{SEVERITIES[photograph.level - 1]} {named.name}. "
 
 
-def describe(photograph: Photograph, score: float) -> str:
-    """The description that goes with a picture of this score."""
+def describe(photograph: Photograph, score: float | None = None) -> str:
+    """The description of a picture, with a verdict where its score is known.
+
+    A first description is written before memory and comparisons have spoken: a verdict in it could
+    only contradict theirs.
+    """
     words = describe_attributes(photograph.attributes)
+    verdict = "" if score is None else f" Overall {quality_word(score)} quality."
     return (
         f"{distortion_sentence(photograph)}The picture is {words['sharpness']} and "
         f"{words['exposure']}, with {words['noise']}, {words['contrast']}, {words['colour']} and "
-        f"{words['blocking']}. Overall {quality_word(score)} quality."
+        f"{words['blocking']}.{verdict}"
     )
 
 
 def scored_answer(photograph: Photograph) -> str:
     """What the model writes after the score prompt."""
     return (
-        f"{describe(photograph, photograph.score)}{MEIQA.description_end}"
+        f"{describe(photograph)}{MEIQA.description_end}"
         f"{MEIQA.answer_open}{photograph.score:.2f}{MEIQA.answer_close}{MEIQA.stop}"
     )
 
@@ -57,8 +62,8 @@ def reflection_pair(
 ) -> tuple[str, str]:
     """Prompt and answer of a reflection.
 
-    The first impression is off: it grades as another picture's score would, and sometimes sees
-    that picture's attributes. The corrected description is the true one.
+    The first impression is off: it scores as another picture's score would, and sometimes sees
+    that picture's attributes. The corrected description is the true one, with the verdict.
     """
     seen = other if rng.random() < 0.5 else photograph
     mistaken = Photograph(
@@ -66,7 +71,7 @@ def reflection_pair(
     )
     fused = float(np.clip(photograph.score + rng.normal(0, 0.2), 1, 5))
     prompt = MEIQA.reflect.format(
-        summary=describe(mistaken, other.score), initial=other.score, score=fused
+        summary=describe(mistaken), initial=other.score, score=fused
     )
     return prompt, f"{describe(photograph, fused)}{MEIQA.description_end}"
 

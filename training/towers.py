@@ -185,7 +185,11 @@ class JudgedTower(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images → score (B,) on 1-5, distortion logits (B, 33), level (B,)."""
-        pooled = self.mix(self.tower.tokens(images)).mean(1)
+        return self.judged(self.tower.tokens(images))
+
+    def judged(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of visual tokens (B, cells, D)."""
+        pooled = self.mix(tokens).mean(1)
         score = 3.0 + self.score(pooled).squeeze(-1)
         return score, self.kind(pooled), self.level(pooled).squeeze(-1)
 

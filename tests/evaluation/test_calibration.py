@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from meiqa.evaluation.calibration import (
     Judged,
     calibrate_package,
     fitted_calibration,
+    fitted_memory_share,
     fitted_temperature,
 )
 from meiqa.evaluation.fitting import matched_logistic
@@ -146,6 +147,21 @@ def test_an_order_that_corrects_the_other_outlasts_half_of_the_neighbours() -> N
     calibration, report = fitted_calibration(found, UNCALIBRATED)
     assert report["costs"]["orders"] > report["costs"]["neighbours"]
     assert calibration.degradation == DEGRADATION
+
+
+@pytest.mark.parametrize(
+    ("own", "recalled", "allowed"),
+    [(0.2, 1.0, (0.0, 0.1)), (1.0, 0.1, (0.9, 1.0)), (0.4, 0.38, (0.2, 0.6))],
+)
+def test_the_memory_gets_no_more_than_it_surely_earns(
+    own: float, recalled: float, allowed: tuple[float, float]
+) -> None:
+    """Errors of the model and of the memory's regression have these deviations."""
+    random = np.random.default_rng(3)
+    human = random.uniform(1.5, 4.5, 400)
+    own_scores, memory = (human + random.normal(0, std, 400) for std in (own, recalled))
+    known = replace(judged(rating=0.5, comparisons=0.5), human=human, memory=memory)
+    assert allowed[0] <= fitted_memory_share(known, own_scores) <= allowed[1]
 
 
 def test_fitting_can_be_repeated() -> None:

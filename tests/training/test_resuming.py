@@ -11,9 +11,9 @@ import torch
 from meiqa.export.families.conv_hybrid import ConvHybridConfig, ConvHybridTower
 from tests.engine.samples import picture
 from training.attributes import measure_attributes
+from training.cells import cells_digest
 from training.data import Photograph, PhotographSet
 from training.distortions import LEVELS
-from training.finetune import cells_digest
 from training.pretrain import (
     UNNAMED,
     CropSampler,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from training.cells import CellSet
 from training.data import (
     PRISTINE_SCORE,
     SHOTS_PER_SCENE,
@@ -19,8 +20,8 @@ from training.distortions import FADING_COLOUR, LEVELS
 from training.finetune import (
     PREFERENCE_DEVIATION,
     SCENE_DEVIATION,
-    CellSet,
     WindowSampler,
+    step_loss,
 )
 from training.pretrain import REMEMBERED, CropBatch, Remembered
 
@@ -61,19 +62,22 @@ def cells(count: int, side: int, name: str) -> CellSet:
 
 
 def test_shots_are_compared_with_their_scene_and_photographs_with_any() -> None:
-    sampler = WindowSampler(
-        [cells(9, 3, "cut"), cells(9, 8, "whole")], [cells(40, 5, "shot")], 0, torch.device("cpu")
-    )
+    scored = [cells(9, 3, "cut"), cells(9, 8, "whole")]
+    plain = cells(9, 5, "plain")
+    sampler = WindowSampler(scored, [cells(40, 5, "shot")], plain, 0, torch.device("cpu"))
     for _ in range(20):
         batch = sampler.batch(10)
         rows, columns = batch.first.grid
         assert batch.first.features.shape == (10, rows * columns, 2)
-        assert len(batch.others.photographs) == 6 + 4 * (SHOTS_PER_SCENE - 1)
+        assert batch.alone == 6
+        assert len(batch.others.photographs) == 6 + 2 * SHOTS_PER_SCENE
         expected = "cut" if max(rows, columns) <= 3 else "whole"
+        numbers = [int(p.name.removeprefix("shot")) for p in batch.first.photographs[6:]]
+        assert [number % 2 for number in numbers] == [0, 1, 0, 1]  # of either level
         for at, photograph in enumerate(batch.first.photographs):
             partners = [batch.others.photographs[i].name for i in batch.partners[at]]
             if at < 6:
-                assert photograph.name.startswith(expected)
+                assert photograph.name.startswith((expected, "plain"))
                 continue
             number = int(photograph.name.removeprefix("shot"))
             first = number - number % SHOTS_PER_SCENE
@@ -83,9 +87,16 @@ def test_shots_are_compared_with_their_scene_and_photographs_with_any() -> None:
         assert batch.deviations[6:, 0].tolist() == pytest.approx([SCENE_DEVIATION] * 4)
 
 
-def test_abroad_all_are_shots() -> None:
-    batch = WindowSampler([], [cells(40, 5, "shot")], 0, torch.device("cpu")).batch(10)
-    assert {p.name[:4] for p in batch.first.photographs} == {"shot"}
+def test_abroad_all_are_shots_or_plain() -> None:
+    plain, device = cells(9, 5, "plain"), torch.device("cpu")
+    batch = WindowSampler([], [cells(40, 5, "shot")], plain, 0, device).batch(50)
+    assert {p.name[:4] for p in batch.first.photographs} == {"shot", "plai"}
+
+
+def test_a_step_that_is_seen_costs_little_and_one_that_is_none_costs_nothing() -> None:
+    wanted = torch.tensor([4.0, 3.0, 2.0, 2.01])
+    right, wrong = torch.tensor([4.2, 2.8, 1.0, 5.0]), torch.tensor([3.0, 4.0, 2.0, 2.0])
+    assert float(step_loss(right, wanted)) < 0.05 < 1.0 < float(step_loss(wrong, wanted))
 
 
 def crops(wanted: torch.Tensor, groups: torch.Tensor) -> CropBatch:
