@@ -70,9 +70,7 @@ def reflection_pair(
         photograph.name, other.score, photograph.kind, photograph.level, seen.attributes
     )
     fused = float(np.clip(photograph.score + rng.normal(0, 0.2), 1, 5))
-    prompt = MEIQA.reflect.format(
-        summary=describe(mistaken), initial=other.score, score=fused
-    )
+    prompt = MEIQA.reflect.format(summary=describe(mistaken), initial=other.score, score=fused)
     return prompt, f"{describe(photograph, fused)}{MEIQA.description_end}"
 
 
