@@ -23,13 +23,7 @@ from meiqa.engine.images import ImageSource, Pixels, load_pixels, source_name
 from meiqa.engine.local import LocalModel
 from meiqa.engine.model import Model
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.patterns import (
-    PatternScore,
-    PatternScorer,
-    ReferencePhoto,
-    required,
-)
-from meiqa.engine.remote import RemoteModel
+from meiqa.engine.patterns import PatternScore, PatternScorer, ReferencePhoto, required
 from meiqa.engine.runtime import open_runtime
 from meiqa.engine.scoring import Scorer, ScoreRequest
 from meiqa.engine.sets import (
@@ -119,6 +113,8 @@ class Engine:
             head: what makes the first score: "text", "levels" or "grm".
             retrieval: how neighbours are chosen; the memory's numbers by default.
         """
+        from meiqa.engine.remote import RemoteModel
+
         remote = RemoteModel.connect(url, memory, model=model, head=head)
         try:
             bank = open_memory(memory, remote.digest, learn=keep_pictures)

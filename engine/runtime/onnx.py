@@ -109,16 +109,17 @@ def _made(
     )
 
 
-def _options(threads: int | None) -> onnxruntime.SessionOptions:
-    """Make the options of every session.
+def _options(threads: int | None, **entries: str) -> onnxruntime.SessionOptions:
+    """Make the options of every session, and add entries of one's own.
 
     Threads of a session spin for a while when they are made and after each answer, in the way of
     the other session's and of the kernels' threads: that took a third of a photo's time.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
+    entries |= {"force_spinning_stop": "1", "intra_op.spin_duration_us": SPIN_US}
+    for name, value in entries.items():
+        options.add_session_config_entry(f"session.{name}", value)
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
@@ -127,8 +128,8 @@ def _options(threads: int | None) -> onnxruntime.SessionOptions:
 def _from_kept(kept: KeptGraph, threads: int | None) -> onnxruntime.InferenceSession | None:
     if not kept.is_sound():
         return None
-    options = _options(threads)
-    options.add_session_config_entry("session.load_model_format", "ORT")
+    mapped = {"use_memory_mapped_ort_model": "1", "use_ort_model_bytes_for_initializers": "1"}
+    options = _options(threads, load_model_format="ORT", **mapped)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(kept.path, options, providers=[PROVIDERS["cpu"]])
@@ -140,8 +141,7 @@ def _from_kept(kept: KeptGraph, threads: int | None) -> onnxruntime.InferenceSes
 def _kept_now(
     path: Path, threads: int | None, kept: KeptGraph
 ) -> onnxruntime.InferenceSession | None:
-    options = _options(threads)
-    options.add_session_config_entry("session.save_model_format", "ORT")
+    options = _options(threads, save_model_format="ORT")
     try:
         with kept.written() as unfinished:
             options.optimized_model_filepath = str(unfinished)

@@ -126,6 +126,13 @@ def calibrated_copy(package: EnginePackage, folder: Path, **changes: float) -> E
     return EnginePackage(folder, package.manifest).rewritten(calibration=calibration)
 
 
+def copy_graphs(package: EnginePackage, folder: Path) -> None:
+    """Take the graphs of a package."""
+    for graph in package.manifest.graphs.values():
+        for name in graph.files:
+            (folder / name).write_bytes((package.path / name).read_bytes())
+
+
 def read_memory(package: EnginePackage, path: Path) -> MemoryBank:
     """A memory opened read-only."""
     return MemoryBank.open(path, "r", package_digest=package.digest)

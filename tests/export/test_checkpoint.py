@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from meiqa.export.checkpoint import (
     StoredWeights,
     digest_of,
     give_weights,
+    local_folder,
     weightless,
 )
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -258,3 +260,9 @@ def test_limits_of_the_tokenizer_are_lifted(folder: Path) -> None:
 def test_a_tokenizer_that_is_no_text(folder: Path, content: bytes) -> None:
     (folder / "tokenizer.json").write_bytes(content)
     assert "tokenizer.json" in refusal(folder, PackageCorrupted)
+
+
+def test_a_hub_id_is_downloaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(checkpoint))
+    assert local_folder("some/model") == checkpoint
+    assert local_folder(str(checkpoint)) == checkpoint

@@ -29,8 +29,7 @@ from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.layers import temporary_folder
 from meiqa.export.package import Export, ExportOptions, export_package
 from meiqa.export.verify import PiecewiseSession
-from tests.engine.samples import open_model, picture, seen
-from tests.export.tiny import copy_graphs
+from tests.engine.samples import copy_graphs, open_model, picture, seen
 
 PICTURES = [picture(0)]
 

@@ -28,7 +28,7 @@ from meiqa.export.patterns import (
     TrainedPatterns,
     write_patterns,
 )
-from tests.engine.samples import SIZES, picture
+from tests.engine.samples import SIZES, copy_graphs, picture
 from training.checkpoint import ConvHybridVlm, TrainedVlm, save_checkpoint
 from training.patterns import settle
 from training.texts import corpus_of, train_tokenizer
@@ -126,13 +126,6 @@ def export_from(
         # Random weights have no grades worth keeping; the shipped package is held to the limit.
         patch.setitem(packaging.LARGEST_MOVES, precision, 1.0)
         return export_package(checkpoint, out, ExportOptions(precision, pictures=pictures))
-
-
-def copy_graphs(package: EnginePackage, folder: Path) -> None:
-    """Take the graphs of a package."""
-    for graph in package.manifest.graphs.values():
-        for name in graph.files:
-            (folder / name).write_bytes((package.path / name).read_bytes())
 
 
 def reference_sessions(checkpoint: Checkpoint) -> tuple[TorchSession, TorchSession]:

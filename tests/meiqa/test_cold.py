@@ -14,7 +14,7 @@ from meiqa.evaluation.measuring import made_jpeg
 NOT_NEEDED = {
     *("numba", "llvmlite", "scipy", "hnswlib"),  # solvers and searches of more than one photo
     *("torch", "transformers", "onnx", "tensorrt", "tensorrt_rtx", "matplotlib"),
-    *("meiqa.evaluation", "meiqa.export", "meiqa.serve"),
+    *("meiqa.evaluation", "meiqa.export", "meiqa.serve", "meiqa.engine.remote"),
     *("importlib.metadata", "email", "PIL.TiffImagePlugin", "numpy.ma"),
 }
 PROBE = """

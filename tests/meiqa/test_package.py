@@ -7,18 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 from PIL import Image
 
 from meiqa import cli
 from meiqa.engine.package import EnginePackage
 from meiqa.errors import install_hint
-from meiqa.export.checkpoint import local_folder
-from meiqa.export.package import Export
 from meiqa.locations import embedded_assets
-from tests.engine.samples import picture
-from tests.export.tiny import copy_graphs
+from tests.engine.samples import copy_graphs, picture
 
 Output = pytest.CaptureFixture[str]
 
@@ -35,7 +31,10 @@ def photographs(tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(package: EnginePackage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the graphs from a package, since tracing is slow."""
-    monkeypatch.setattr(Export, "write_graphs", lambda made: copy_graphs(package, made.folder))
+    # By its name, so that PyTorch is imported when a test needs it, not by each process.
+    monkeypatch.setattr(
+        "meiqa.export.package.Export.write_graphs", lambda made: copy_graphs(package, made.folder)
+    )
 
 
 def refusal(command: list[str], output: Output) -> str:
@@ -117,16 +116,10 @@ def test_a_hub_that_cannot_be_reached(
         asked.append((name, allow_patterns))
         raise OSError("no route\nto host")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     command = ["export", "some/model", "--out", str(tmp_path / "p"), "--precision", "fp32"]
     assert "can't be downloaded; got no route" in refusal(command, capsys)
     assert asked == [("some/model", ["*.json", "*.safetensors"])]
-
-
-def test_a_hub_id_is_downloaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(checkpoint))
-    assert local_folder("some/model") == checkpoint
-    assert local_folder(str(checkpoint)) == checkpoint
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ from tests.memory.samples import (
     python_child,
 )
 
-KILLS = 200
 CALLS = 60_000  # of a writer: about twenty steps
 PATIENCE_S = 300.0  # with a process that does not go on; how fast it goes is not looked at
 SECONDS = float(os.environ.get("MEIQA_TEST_SECONDS", "3"))
@@ -163,14 +162,15 @@ def killed(writers: subprocess.Popen[str], run: int, acknowledged: Path, draw: R
     return size_of(acknowledged)
 
 
-def test_killed_writers_lose_nothing_that_they_acknowledged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_killed_writers_lose_nothing_that_they_acknowledged(tmp_path: Path, kills: int) -> None:
     """Writers in turn, each killed at a random instant, replacing and removing earlier cases."""
     path, acknowledged = build_anchors(tmp_path / "m"), tmp_path / "acknowledged"
     draw, state, steps, compactions_killed = Random(20), State(), 0, 0
     with python_child(WRITER, path, acknowledged) as writers:
         assert writers.stdout is not None
         assert writers.stdout.readline() == "ready\n"
-        for run in range(KILLS):
+        for run in range(kills):
             count = killed(writers, run, acknowledged, draw)
             compactions_killed += any(path.glob(".*.seg.*.partial"))
             for number in range(count):
@@ -180,8 +180,8 @@ def test_killed_writers_lose_nothing_that_they_acknowledged(tmp_path: Path) -> N
             assert found in (state, after(state, run, count))
             state, steps = found, steps + count
         writers.communicate(timeout=PATIENCE_S)
-    assert steps > KILLS
-    assert compactions_killed > KILLS // 20
+    assert steps > kills
+    assert compactions_killed > kills // 20
     open_and_close(path)
     assert verify_memory(path) == []
 

@@ -267,7 +267,6 @@ def engine_of(options: Options, *, learn: bool = False) -> Engine:
     with _uncollected():
         from meiqa.engine.engine import Engine
         from meiqa.engine.package import EnginePackage
-        from meiqa.engine.remote import RemoteSettings
 
         if remote is not None:
             if options.memory is None or options.package is not None or options.device != "cpu":
@@ -275,6 +274,8 @@ def engine_of(options: Options, *, learn: bool = False) -> Engine:
                     "a remote model takes the place of a package and its device",
                     hint="name the memory that was made with it, and no other: --memory DIR",
                 )
+            from meiqa.engine.remote import RemoteSettings
+
             calibration = RemoteSettings.of_memory(options.memory).calibration
             engine = Engine.connect(
                 remote,
