@@ -62,6 +62,8 @@ SIGMAS = (0.5, 0.7, 1.0, 1.5, 2.0, 2.5, 3.5)
 LAMBDAS = (0.01, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0, 30.0, 60.0, 100.0, 300.0)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 MEMORY_SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(11))
+HARDLY_MORE = 1.005
+"""Times the least error that is given for a smaller share of the memory's regression."""
 FEWEST_ANCHORS = 100
 REFLECTED_SHARE = 0.05
 """Share of photos whose score moves enough to be reflected on."""
@@ -348,18 +350,18 @@ def with_memory(judged: Judged, share: float, own: Floats) -> Floats:
 
 
 def fitted_memory_share(judged: Judged, own: Floats) -> float:
-    """Choose the least share of the memory's regression that is not surely worse than the best.
+    """Choose the least share of the memory's regression that costs hardly more than the best.
 
     The regression has seen nothing but photographs that people scored. Damage, and what is no
     picture, is what the model itself was taught.
     """
     human = judged.human
-    squares = np.array(
-        [(widened(with_memory(judged, s, own), human) - human) ** 2 for s in MEMORY_SHARES]
-    )
-    excess = squares - squares[squares.mean(axis=1).argmin()]
-    sure = excess.mean(axis=1) > excess.std(axis=1) / np.sqrt(len(human))
-    return MEMORY_SHARES[int(sure.argmin())]
+    errors = {
+        share: root_mean_square(widened(with_memory(judged, share, own), human) - human)
+        for share in MEMORY_SHARES
+    }
+    allowed = HARDLY_MORE * min(errors.values())
+    return min(share for share, error in errors.items() if error <= allowed)
 
 
 @dataclass(frozen=True, eq=False)

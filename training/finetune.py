@@ -392,7 +392,7 @@ class Objective(nn.Module):
         return {
             "rated": 0.5 * functional.smooth_l1_loss(rated, scores, beta=0.5),
             "linear": 0.5 * functional.smooth_l1_loss(linear, scores, beta=0.5),
-            "steps": 0.3 * sum(step_loss(said[shots], scores[shots]) for said in (grades, linear)),
+            "shots": 0.3 * sum(step_loss(said[shots], scores[shots]) for said in (grades, linear)),
             "text": reader.text_loss(read, [prompts.score] * size, answers),
             "levels": 0.5 * soft_answer_loss(levels, prompts.level_ids, level_targets(scores)),
             "pairs": 2.0
