@@ -1,4 +1,4 @@
-"""Stage 2: the decoder learns to read visual tokens: describe, rate, compare, reflect.
+"""Stage 3: the decoder learns to read visual tokens: describe, rate, compare, reflect.
 
     python -m training.finetune --work WORK --minutes 35 --out training/default
 
@@ -61,7 +61,7 @@ RATING_WEIGHT = 4.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """How stage 2 trains."""
+    """How stage 3 trains."""
 
     minutes: float = math.inf
     steps: float = math.inf
@@ -511,7 +511,7 @@ def initial_model(tower: ConvHybridTower, vocabulary: int) -> ConvHybridVlm:
 
 
 class Finetuning(TimedRun):
-    """A resumable run of stage 2."""
+    """A resumable run of stage 3."""
 
     def __init__(
         self, model: ConvHybridVlm, tokenizer: Tokenizer, folder: Path, recipe: Recipe
