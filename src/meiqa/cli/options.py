@@ -329,7 +329,7 @@ def _uncollected() -> Iterator[None]:
 
 def photos_of(paths: Sequence[str]) -> tuple[list[str], list[Failure]]:
     """Replace each directory by the photos in and below it, in order of their paths."""
-    from meiqa.engine.images import IMAGE_SUFFIXES
+    from meiqa.engine.files import IMAGE_SUFFIXES
 
     photos: list[str] = []
     failures: list[Failure] = []
