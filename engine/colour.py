@@ -151,7 +151,9 @@ def matrix_profile(white: tuple[float, ...], primaries: tuple[float, ...], curve
     tags = {b"wtpt": _xyz_tag(_D50)}
     for channel, column in zip(b"rgb", (adapt @ columns).T, strict=True):
         tags[bytes([channel]) + b"XYZ"] = _xyz_tag(column)
-        tags[bytes([channel]) + b"TRC"] = struct.pack(">4sII", b"curv", 0, len(table)) + bytes(table)
+        tags[bytes([channel]) + b"TRC"] = struct.pack(">4sII", b"curv", 0, len(table)) + bytes(
+            table
+        )
     place, index, body = 132 + 12 * len(tags), b"", b""
     for name, tag in tags.items():
         index += struct.pack(">4sII", name, place + len(body), len(tag))
@@ -192,7 +194,9 @@ def _transform(profile: bytes, mode: str) -> Any:
     probe = _probe().convert(mode)
     if mode == "CMYK":
         return transform
-    shown, given = (np.asarray(each.convert("RGB"), int) for each in (transform.apply(probe), probe))
+    shown, given = (
+        np.asarray(each.convert("RGB"), int) for each in (transform.apply(probe), probe)
+    )
     return None if np.abs(shown - given).max() <= _ALIKE else transform
 
 

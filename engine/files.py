@@ -15,15 +15,21 @@ from PIL import Image, UnidentifiedImageError
 from meiqa.engine.colour import cicp_of
 from meiqa.errors import DecodeError, install_hint
 
-_RENDERED = "avif bmp gif heic heif hif jfif jp2 jpe jpeg jpg jxl mpo pgm png pnm ppm tif tiff webp"
-_RAW = (
-    "3fr arw cr2 cr3 crw dcr dng erf fff iiq kdc mef mos mrw nef nrw orf pef raf rw2 rwl sr2 srf srw "
-    "x3f"
+
+def suffixes(names: str) -> frozenset[str]:
+    """Make the set of suffixes, in lower case, of names with spaces between them."""
+    return frozenset(f".{name}" for name in names.split())
+
+
+RAW_SUFFIXES = suffixes(
+    "3fr arw cr2 cr3 crw dcr dng erf fff iiq kdc mef mos mrw nef nrw orf pef raf rw2 rwl sr2 srf "
+    "srw x3f"
 )
-RAW_SUFFIXES = frozenset(f".{suffix}" for suffix in _RAW.split())
-"""Suffixes of what cameras' sensors saw, in lower case: what LibRaw reads."""
-IMAGE_SUFFIXES = RAW_SUFFIXES | {f".{suffix}" for suffix in _RENDERED.split()}
-"""Suffixes by which a photograph is recognised in a folder, in lower case."""
+"""Suffixes of what cameras' sensors saw: what LibRaw reads."""
+IMAGE_SUFFIXES = RAW_SUFFIXES | suffixes(
+    "avif bmp gif heic heif hif jfif jp2 jpe jpeg jpg jxl mpo pgm png pnm ppm tif tiff webp"
+)
+"""Suffixes by which a photograph is recognised in a folder."""
 
 # Photographs only: Pillow's other plugins run Ghostscript, follow references or hold no photo.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")

@@ -67,9 +67,7 @@ def test_what_looks_the_same_becomes_the_same(photo: Image.Image, space: str, fo
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
     options |= {"AVIF": {"quality": 100, "subsampling": "4:4:4"}}
     profile = WIDE[space]
-    data = stored(
-        in_space(photo, profile), format, icc_profile=profile, **options.get(format, {})
-    )
+    data = stored(in_space(photo, profile), format, icc_profile=profile, **options.get(format, {}))
     assert difference(data, photo) <= (4 if format in ("PNG", "TIFF", "WEBP") else 12)
     assert load_pixels(data).notes == ()
 
@@ -186,5 +184,8 @@ def test_nclx_of_an_avif(photo: Image.Image) -> None:
     assert difference(nclx(data, 12, 13), photo) <= 6
     for usual in (1, 13), (1, 1), (2, 2):
         assert load_pixels(nclx(data, *usual)).digest == load_pixels(data).digest
-    bright = load_pixels(nclx(data, 9, 16)).array.mean(), load_pixels(nclx(data, 9, 18)).array.mean()
+    bright = (
+        load_pixels(nclx(data, 9, 16)).array.mean(),
+        load_pixels(nclx(data, 9, 18)).array.mean(),
+    )
     assert min(bright) > load_pixels(data).array.mean()
