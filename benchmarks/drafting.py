@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.timing import times_in_turns_ms
-from meiqa.cli.options import photos_of
 from meiqa.cli.score import demo_photos
 from meiqa.engine.images import ImageSource, load_pixels
 from meiqa.engine.local import LocalModel
@@ -34,6 +33,7 @@ from meiqa.engine.runtime.decoder import Array, GraphSession
 from meiqa.engine.scoring import Scored, Scorer, ScoreRequest
 from meiqa.engine.writing import PROPOSED_TOKENS
 from meiqa.evaluation.measuring import Column, quantiles_ms, run_on, table_text
+from meiqa.folders import gather
 from meiqa.locations import embedded_assets
 from meiqa.memory import MemoryBank
 
@@ -121,10 +121,10 @@ def bench_drafting(
 def _sources(images: Path | None) -> Sequence[ImageSource]:
     if images is None:
         return [photo for _, photo in demo_photos()]
-    found, failures = photos_of([str(images)])
-    if failures:
-        raise failures[0].error
-    return found
+    found = gather([str(images)])
+    if found.failures:
+        raise found.failures[0].error
+    return found.photos
 
 
 def _written(scored: Scored) -> tuple[object, ...]:

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.engine import Engine
-from meiqa.engine.images import IMAGE_SUFFIXES, load_pixels
+from meiqa.engine.files import IMAGE_SUFFIXES
+from meiqa.engine.images import load_pixels
 from meiqa.errors import UsageError
 from meiqa.evaluation.measuring import Column, run_on, table_text
 from meiqa.evaluation.metrics import srcc

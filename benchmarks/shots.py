@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from meiqa.engine.engine import Engine
-from meiqa.engine.images import IMAGE_SUFFIXES, fit_to_grid, load_pixels
+from meiqa.engine.files import IMAGE_SUFFIXES
+from meiqa.engine.images import fit_to_grid, load_pixels
 from meiqa.engine.local import LocalModel
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.shots import SIDE, grouped, likenesses, view_of

@@ -182,7 +182,7 @@ class Engine:
         k: int | None = None,
         learn: bool = True,
     ) -> Assessment:
-        """Assess one photo: a path, encoded bytes, a Pillow image or a uint8 array.
+        """Assess one photo: a path, encoded bytes, a file, a Pillow image or a uint8 array.
 
         Args:
             reference: the photo as it should be, of the same shape; nothing is learned then, since
@@ -423,7 +423,7 @@ def decode_ahead(
 def require_several(images: object) -> None:
     """Refuse, as a TypeError, one photo where several are taken: its bytes are no photos."""
     one_array = isinstance(images, np.ndarray) and images.ndim < 4
-    one = isinstance(images, str | bytes | bytearray | Path) or one_array
+    one = isinstance(images, str | bytes | bytearray | Path) or hasattr(images, "read") or one_array
     if one or not isinstance(images, Iterable):
         kind = type(images).__name__
         raise TypeError(f"several photos are expected, got one {kind}: give a list of photos")

@@ -7,11 +7,10 @@ import io
 import math
 import re
 import stat
-import struct
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,15 +18,31 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from meiqa.engine.colour import to_srgb
+from meiqa.engine.files import (
+    ORIENTATION,
+    describe_tiff,
+    is_negative,
+    is_raw,
+    loaded,
+    misread_tiff,
+    opened,
+    raw_picture,
+    readable_formats,
+    without_metadata,
+)
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.errors import DecodeError, ImageError, ImageTooLarge, ImageTooSmall, UsageError
 
 DEFAULT_MAX_PIXELS = 100_000_000
-_SUFFIXES = "avif bmp gif jfif jp2 jpeg jpg pgm png pnm ppm tif tiff webp"
-IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
-"""Suffixes by which a photograph is recognised in a folder, in lower case."""
+ImageSource = str | Path | bytes | IO[bytes] | Image.Image | NDArray[Any]
 
-ImageSource = str | Path | bytes | Image.Image | NDArray[Any]
+
+class Developed(str):
+    """The path of a RAW file that is to be developed, not judged by its embedded preview.
+
+    The preview is what the camera made of the shot; developing takes a second or two.
+    """
 
 
 class NamedBytes(bytes):
@@ -42,9 +57,6 @@ class NamedBytes(bytes):
 
 
 MAX_ASPECT, SMALLEST_SIDE = 100.0, 16
-# Photographs only: Pillow's other plugins run Ghostscript, follow references or hold no photo.
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -64,25 +76,29 @@ class Pixels:
     """A decoded photograph.
 
     `array` is RGB uint8, ``(H, W, 3)``, C-contiguous and read-only, so that `digest`, the SHA-256
-    of its shape and bytes in hex, stays true. `name` is what messages call the photo.
+    of its shape and bytes in hex, stays true. `name` is what messages call the photo; `notes` say
+    what of its file is damaged.
     """
 
     array: NDArray[np.uint8]
     digest: str
     name: str
+    notes: tuple[str, ...] = ()
 
 
 def load_pixels(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
     """Decode a photograph to upright 8-bit RGB; DecodeError or ImageTooLarge if it can't be.
 
-    EXIF orientation is applied; transparency is laid over white, the page most viewers show it
-    on; 16-bit samples are scaled to 8; CMYK and palettes become RGB without colour management; of
-    an animation the first frame is taken (of an open Pillow image, its current frame). JPEGs are
-    decoded at full size, never in draft mode, so a photo has one digest whatever is asked of it.
+    EXIF orientation is applied; colours become sRGB, by what the file says they are; transparency
+    is laid over white, the page most viewers show it on; 16-bit samples are scaled to 8; of an
+    animation the first frame is taken (of an open Pillow image, its current frame), of an HDR photo
+    the base picture, of a RAW file the largest preview. JPEGs are decoded at full size, never in
+    draft mode, so a photo has one digest whatever is asked of it.
 
     Args:
-        source: a path, an encoded image, an open Pillow image (left as it is) or a uint8 array
-            of shape ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` RGB or ``(H, W, 4)`` RGBA.
+        source: a path, an encoded image or an open binary file of one, an open Pillow image (left
+            as it is) or a uint8 array of shape ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` RGB or
+            ``(H, W, 4)`` RGBA.
         max_pixels: the largest H x W, held against the header before anything is decoded.
 
     >>> load_pixels(np.zeros((2, 3), np.uint8)).array.shape
@@ -92,14 +108,14 @@ def load_pixels(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) ->
     if isinstance(source, np.ndarray):
         source = _image_from_array(source, name)
     if isinstance(source, Image.Image):
-        array = _decode(source, name, max_pixels)
+        array, notes = _decode(source, name, max_pixels)
     else:
-        with _byte_stream(source, name) as stream, _header(stream, name, max_pixels) as image:
-            array = _decode(image, name, max_pixels)
+        with _byte_stream(source, name) as stream:
+            array, notes = _from_file(stream, name, max_pixels, isinstance(source, Developed))
     array.flags.writeable = False
     digest = hashlib.sha256(np.array(array.shape, dtype="<i8").tobytes())
     digest.update(array.data)
-    return Pixels(array, digest.hexdigest(), name)
+    return Pixels(array, digest.hexdigest(), name, tuple(notes))
 
 
 def source_name(source: ImageSource) -> str:
@@ -110,7 +126,10 @@ def source_name(source: ImageSource) -> str:
         return str(getattr(source, "filename", "") or "<image>")
     if isinstance(source, NamedBytes):
         return source.name
-    return "<array>" if isinstance(source, np.ndarray) else "<bytes>"
+    if isinstance(source, bytes | np.ndarray):
+        return "<array>" if isinstance(source, np.ndarray) else "<bytes>"
+    name = getattr(source, "name", None)  # a file opened by its number is called by it
+    return name if isinstance(name, str) else "<file>"
 
 
 def fit_to_grid(photo: Pixels, image: ImageProcessing) -> NDArray[np.uint8]:
@@ -195,10 +214,10 @@ def _image_from_array(array: NDArray[Any], name: str) -> Image.Image:
     colours = array.shape[2:] in ((), (1,), (3,), (4,)) and array.ndim in (2, 3)
     if array.dtype != np.uint8 or not colours:
         raise DecodeError(
-            f"{name} is not an 8-bit image",
+            f"{name} is {_array_kind(array, colours)}",
             seen=f"{array.dtype} {array.shape}",
             allowed="uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)",
-            hint="scale it to 0-255 and convert with .astype(numpy.uint8)",
+            hint=_array_remedy(array, colours),
         )
     if array.size == 0:
         raise _no_pixels(name, array.shape[1], array.shape[0])
@@ -206,7 +225,41 @@ def _image_from_array(array: NDArray[Any], name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(single))
 
 
+def _channels_first(array: NDArray[Any]) -> bool:
+    return array.ndim == 3 and array.shape[0] in (1, 3, 4)
+
+
+def _array_kind(array: NDArray[Any], colours: bool) -> str:
+    if array.ndim == 4:
+        return "several images"
+    if not colours:
+        return "an image with its channels first" if _channels_first(array) else "not an image"
+    return "an image of floats" if array.dtype.kind == "f" else "not an 8-bit image"
+
+
+def _array_remedy(array: NDArray[Any], colours: bool) -> str | None:
+    """Give the conversion to what is taken, for axes and for samples."""
+    if array.ndim == 4:
+        return "give a list of images"
+    if not colours and not _channels_first(array):
+        return None
+    axes = "" if colours else ".transpose(1, 2, 0)"
+    if array.dtype == np.uint8:
+        return f"array{axes}"
+    if array.dtype.kind == "f" and array.size:
+        scale = " * 255" if np.nanmax(array) <= 1 else ""
+        return f"(array{axes}{scale}).round().clip(0, 255).astype(numpy.uint8)"
+    if array.dtype == np.uint16:
+        return f"(array{axes} // 257).astype(numpy.uint8), for samples that go up to 65535"
+    return f"scale it to 0-255: array{axes}.astype(numpy.uint8)"
+
+
 def _byte_stream(source: object, name: str) -> IO[bytes]:
+    if hasattr(source, "read"):
+        source = source.read()
+        if not isinstance(source, bytes):
+            hint = "open it as binary: open(path, 'rb')"
+            raise DecodeError(f"{name} gives {type(source).__name__}, not bytes", hint=hint)
     if isinstance(source, bytes):
         if not source:
             raise DecodeError(f"{name} is empty", hint=_DAMAGED)
@@ -215,7 +268,7 @@ def _byte_stream(source: object, name: str) -> IO[bytes]:
         raise DecodeError(
             "an image cannot be read from such an object",
             seen=type(source).__name__,
-            allowed="a path, bytes, a Pillow image or a uint8 array",
+            allowed="a path, bytes, an open file, a Pillow image or a uint8 array",
         )
     try:
         status = Path(source).stat()
@@ -235,30 +288,25 @@ def _byte_stream(source: object, name: str) -> IO[bytes]:
         raise DecodeError(f"{name} cannot be opened: {reason}") from None
 
 
-@cache
-def _readable_formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
-def _identified(stream: IO[bytes]) -> Image.Image:
-    """Open with the first plugins that can: a process that scores a JPEG needs no others.
-
-    Loading Pillow's usual ones takes 5 ms, and loading all of them 20 ms.
-    """
-    if stream.read(3) == b"\xff\xd8\xff":
-        from PIL.JpegImagePlugin import jpeg_factory
-
-        try:
-            stream.seek(0)
-            return jpeg_factory(stream, "")
-        except (SyntaxError, IndexError, TypeError, struct.error):
-            pass  # damaged: refused below
-    Image.preinit()
+def _from_file(
+    stream: IO[bytes], name: str, max_pixels: int, develop: bool
+) -> tuple[NDArray[np.uint8], list[str]]:
+    if is_raw(stream, name):
+        picture = raw_picture(stream, name, develop=develop)
+        if isinstance(picture, Image.Image):
+            return _decode(picture, name, max_pixels)
+        stream = io.BytesIO(picture)
     try:
-        return Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
-    except UnidentifiedImageError:
-        return Image.open(stream, formats=_readable_formats())
+        with _header(stream, name, max_pixels) as image:
+            return _decode(image, name, max_pixels, loaded)
+    except DecodeError:
+        bare = without_metadata(stream)
+        if bare is None:
+            raise
+    stream, notes = bare
+    with _header(stream, name, max_pixels) as image:
+        array, more = _decode(image, name, max_pixels, loaded)
+    return array, notes + more
 
 
 def _header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
@@ -273,27 +321,46 @@ def _header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
         try:
-            return _identified(stream)
+            image = opened(stream, name)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             count = re.search(r"\d+", str(error))
             raise _too_large(name, f"{count[0]} pixels" if count else None, max_pixels) from None
         except UnidentifiedImageError:
+            if kind := describe_tiff(stream):
+                raise _unread_tiff(name, kind) from None
             raise DecodeError(
-                f"{name} is not an image, or its header is damaged",
-                allowed=", ".join(_readable_formats()),
+                f"{name} is not an image, or its header is damaged", allowed=readable_formats()
             ) from None
+        except DecodeError:
+            raise
         except Exception as error:  # hostile bytes make Pillow's plugins raise nearly anything
             raise _undecodable(name, error) from None
         finally:
             Image.MAX_IMAGE_PIXELS = before
+    if misread_tiff(image):
+        raise _unread_tiff(name, describe_tiff(stream))
+    return image
 
 
-def _decode(image: Image.Image, name: str, max_pixels: int) -> NDArray[np.uint8]:
+def _loaded_alone(image: Image.Image, notes: list[str]) -> Image.Image:
+    image.load()
+    return image
+
+
+def _decode(
+    image: Image.Image,
+    name: str,
+    max_pixels: int,
+    load: Callable[[Image.Image, list[str]], Image.Image] = _loaded_alone,
+) -> tuple[NDArray[np.uint8], list[str]]:
+    """Give upright RGB, and what is damaged."""
+    notes: list[str] = []
     _check_size(image, name, max_pixels)
     try:
-        image.load()
-        _check_size(image, name, max_pixels)  # a damaged header may have announced less
-        return np.array(_to_rgb(_upright(image), name))
+        pixels = load(image, notes)
+        _check_size(pixels, name, max_pixels)  # a damaged header may have announced less
+        colours = to_srgb(_eight_bit(pixels, name), image.info, notes)
+        return np.array(_upright(_on_white(colours), image)), notes
     except ImageError:
         raise
     except Exception as error:  # hostile bytes make Pillow's plugins raise nearly anything
@@ -308,15 +375,18 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         raise _too_large(name, f"{width} x {height} pixels", max_pixels)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    """Turn pixels as the image that they were read from says."""
+    if image.format == "JXL":  # its pixels come upright, whatever its EXIF says
+        return pixels
     try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        turn = _UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # unreadable EXIF is no reason to refuse the pixels
-        return image
-    return image if turn is None else image.transpose(turn)
+        return pixels
+    return pixels if turn is None else pixels.transpose(turn)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _eight_bit(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F":
         raise _unsupported_samples(name, "floating-point samples")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -325,9 +395,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             raise _unsupported_samples(name, "32-bit integer samples")
         # Scaled to 0–255; Pillow would clip instead.
         grey = ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode == "La":  # Pillow converts premultiplied grey only to straight grey
-        image = image.convert("LA")
+        return Image.fromarray(255 - grey if is_negative(image) else grey)
+    # Pillow converts premultiplied grey only to straight grey.
+    return image.convert("LA") if image.mode == "La" else image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -349,6 +422,15 @@ def _unsupported_samples(name: str, seen: str) -> DecodeError:
         seen=seen,
         allowed="8 or 16 bits a sample",
         hint="save it as an 8-bit or 16-bit image",
+    )
+
+
+def _unread_tiff(name: str, seen: str | None) -> DecodeError:
+    return DecodeError(
+        f"{name} is a TIFF of a kind that is not read",
+        seen=seen,
+        allowed="integers of 8 or 16 bits, interleaved; no compression, LZW, Deflate or JPEG",
+        hint="save it as an 8-bit TIFF or PNG",
     )
 
 

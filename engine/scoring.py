@@ -420,7 +420,7 @@ class Scorer:
 
     def _degradations(self, scored: Scored) -> tuple[str, ...]:
         """Name everything that was left out or went another way."""
-        notes = list(scored.plan.losses(scored.whole))
+        notes = [*scored.pixels.notes, *scored.plan.losses(scored.whole)]
         description, retrieved = scored.prediction.description, len(scored.neighbours)
         if not scored.prediction.stats.complete and "shorter summary" not in notes:
             notes.append("summary cut at the token limit")

@@ -45,6 +45,7 @@ class Candidate:
     Attributes:
         prior: the score before any comparison; score: the fused one; doubt: of its deviation.
         view: what it shows, None if that is not known.
+        notes: what of its file is damaged.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Candidate:
     view: NDArray[np.float32] | None = None
     hurried: bool = False
     doubt: Doubt = UNDOUBTED
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, scored: Scored) -> Candidate:
@@ -75,6 +77,7 @@ class Candidate:
             view=view_of(scored.pixels.array),
             hurried=scored.hurried,
             doubt=scored.doubt,
+            notes=scored.pixels.notes,
         )
 
 
@@ -293,8 +296,8 @@ def preference_of(solution: Solution) -> float:
 
 
 def left_out(candidates: Sequence[Candidate], solutions: Sequence[Solution]) -> tuple[str, ...]:
-    """Name what there was no time for."""
-    notes = []
+    """Name what is damaged, and what there was no time for."""
+    notes = [f"{each.path}: {note}" for each in candidates for note in each.notes]
     if hurried := sum(each.hurried for each in candidates):
         photos = f"{hurried} of {len(candidates)} photos"
         notes.append(f"{photos} scored without all of their text and comparisons: no time")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from meiqa.engine.images import IMAGE_SUFFIXES
+from meiqa.engine.files import IMAGE_SUFFIXES
 from meiqa.errors import UsageError
 
 _PROCESSORS = Path("/proc/cpuinfo")

@@ -32,7 +32,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from meiqa.engine.estimates import expected_grade
-from meiqa.engine.images import IMAGE_SUFFIXES
+from meiqa.engine.files import IMAGE_SUFFIXES
 from meiqa.engine.model import Model, VisualTokens
 from meiqa.engine.runtime.decoder import Array, GraphSession
 from meiqa.errors import UsageError

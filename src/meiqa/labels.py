@@ -14,6 +14,9 @@ from meiqa.errors import UsageError
 _IMAGE_COLUMNS = ("file", "path", "image", "filename", "name")
 _SCORE_COLUMNS = ("mos", "score", "quality")
 _KNOWN_RANGES = ((0.0, 1.0), (1.0, 5.0), (0.0, 100.0))
+_DOUBTFUL = 10.0
+"""Scores of which none is above this are hardly on the scale 0–100."""
+_GUESSED = "0 to 1, 1 to 5 or, with some above 10, 0 to 100"
 _HINT = "give the ends of the scale with --mos-range LO HI"
 
 
@@ -36,7 +39,7 @@ class LabelTable:
         split: str | None = None,
         mos_range: Sequence[float] | None = None,
     ) -> Self:
-        """Read a CSV file with a header.
+        """Read a CSV file with a header, of commas, semicolons (decimal commas, too) or tabs.
 
         The image column is the first of file, path, image, filename, name that is there; the score
         column the first of mos, score, quality; an optional column split selects rows.
@@ -45,7 +48,7 @@ class LabelTable:
             path: The table.
             split: Only rows whose split is this.
             mos_range: Ends of the human scale; without it the first of 0–1, 1–5 and 0–100 that
-                holds every score of the table, whatever its split.
+                holds every score of the table, whatever its split, and leaves no doubt.
 
         Raises:
             UsageError: the file, its columns, a score or the split make no sense.
@@ -78,6 +81,13 @@ class LabelTable:
         files, scores = (self.files[i] for i in chosen), (self.scores[i] for i in chosen)
         return type(self)(tuple(files), tuple(scores), self.mos_range)
 
+    def contradictions(self) -> dict[str, list[float]]:
+        """Give the files that have several scores, with these."""
+        scores: dict[str, dict[float, None]] = {}
+        for file, score in zip(self.files, self.scores, strict=True):
+            scores.setdefault(file, {})[score] = None
+        return {file: [*given] for file, given in scores.items() if len(given) > 1}
+
     def scores_1_to_5(self) -> tuple[float, ...]:
         """Map the human scores linearly to 1–5."""
         low, high = self.mos_range
@@ -88,7 +98,10 @@ def _rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], tuple[str, ...]
     """Read (line number, row) pairs and the column names in lower case."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="", restkey="")
+            header = file.readline()
+            file.seek(0)
+            delimiter = max(",;\t", key=header.count)
+            reader = csv.DictReader(file, restval="", restkey="", delimiter=delimiter)
             columns = tuple((name or "").strip().lower() for name in reader.fieldnames or ())
             reader.fieldnames = list(columns)
             rows = [(reader.line_num, row) for row in reader]
@@ -113,7 +126,7 @@ def _column(columns: Sequence[str], accepted: Sequence[str], path: str | Path) -
 
 def _score(text: str, line: int, path: str | Path) -> float:
     try:
-        score = float(text)
+        score = float(text.replace(",", "."))
     except ValueError:
         score = math.nan
     if not math.isfinite(score):
@@ -130,9 +143,12 @@ def _range_of(
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise UsageError("the range of human scores is empty", seen=f"{low:g} to {high:g}")
         if low <= min(scores) and max(scores) <= high:
+            if mos_range is None and high > _DOUBTFUL >= max(scores):
+                what = f"{path} has scores whose scale is in doubt"
+                raise UsageError(what, seen=seen, allowed=_GUESSED, hint=_HINT)
             return low, high
     if mos_range is None:
-        what, allowed = f"{path} has scores on an unknown scale", "0 to 1, 1 to 5 or 0 to 100"
+        what, allowed = f"{path} has scores on an unknown scale", _GUESSED
     else:
         what = f"{path} has scores outside the range given"
         allowed = f"{mos_range[0]:g} to {mos_range[1]:g}"

@@ -194,7 +194,17 @@ def force_option(needs: str) -> Decorator:
     return flag("--force", "replace what is there, whatever it is", needs=needs)
 
 
-PATHS = argument("paths", "PATH...", nargs=-1, required=True)
+RAW = option(
+    "--raw",
+    "judge RAW files by their largest embedded preview, or develop them",
+    ("preview", "develop"),
+    default="preview",
+)
+PATHS = together(
+    argument("paths", "PATH...", nargs=-1, required=True),
+    flag("--hidden", "look into hidden folders, thumbnails and bins, too"),
+    RAW,
+)
 BUDGET = option("--budget-ms N", "time for each photo (default: no limit)", AMOUNT)
 NEIGHBOURS = option(
     "--k N", "how many neighbours to compare with (default: the package's number)", COUNT
@@ -232,7 +242,7 @@ LABELS = together(
     option("--limit N", "N photos, spread over the table", POSITIVE),
     option(
         "--mos-range LO HI",
-        "ends of the human scale (default: 0-1, 1-5 or 0-100, whichever holds all scores)",
+        "ends of the human scale (default: 0-1, 1-5 or 0-100, if the scores leave no doubt)",
         number(),
         nargs=2,
     ),
@@ -258,6 +268,12 @@ def budget_of(options: Options) -> Budget | None:
 def table_of(options: Options) -> LabelTable:
     """Read the label table."""
     table = LabelTable.read(options.labels, split=options.split, mos_range=options.mos_range)
+    if options.mos_range is None:
+        low, high = table.mos_range
+        say(f"{options.labels}: scores are taken to be from {low:g} to {high:g} (--mos-range)")
+    for file, scores in table.contradictions().items():
+        several = ", ".join(f"{score:g}" for score in scores)
+        say(f"warning: {options.labels}: {file} has several scores: {several}")
     return table.spread(options.limit)
 
 
@@ -328,30 +344,17 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def photos_of(paths: Sequence[str]) -> tuple[list[str], list[Failure]]:
-    """Replace each directory by the photos in and below it, in order of their paths."""
-    from meiqa.engine.images import IMAGE_SUFFIXES
+def photos_of(options: Options) -> tuple[list[str], list[Failure]]:
+    """Replace each directory by the photos in and below it, and say what was passed over."""
+    from meiqa.engine.images import Developed
+    from meiqa.folders import gather
 
-    photos: list[str] = []
-    failures: list[Failure] = []
-    for path in paths:
-        if not os.path.isdir(path):
-            photos.append(path)
-            continue
-        unreadable: list[OSError] = []
-        found = [
-            os.path.join(folder, file)
-            for folder, _, files in os.walk(path, onerror=unreadable.append)
-            for file in files
-            if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
-        ]
-        errors = {str(e.filename): DecodeError(f"{e.filename}: {e.strerror}") for e in unreadable}
-        if not found and not errors:
-            hint = "give a directory with images"
-            errors = {path: DecodeError(f"{path} holds no photos", hint=hint)}
-        photos += sorted(found)
-        failures += [Failure(name, error) for name, error in errors.items()]
-    return photos, failures
+    develop = options.raw == "develop"
+    found = gather(options.paths, hidden=options.hidden, develop=develop)
+    if found.passed_over:
+        say(str(found))
+    photos = [Developed(path) for path in found.photos] if develop else found.photos
+    return [*photos], found.failures
 
 
 def sources(paths: Sequence[str]) -> list[str | NamedBytes]:

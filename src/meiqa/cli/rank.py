@@ -41,7 +41,8 @@ _SET = cli.together(
 def rank_command(options: Options) -> int:
     """Put photos in order, best first, by comparing them with each other, too.
 
-    A PATH is a directory for the photos in and below it, a photo, or - for standard input.
+    A PATH is a directory for the photos in and below it, a photo, or - for standard input. A RAW
+    file and the JPEG or HEIC of the same name are one photo.
     """
     return _judge_set(options, lambda engine: engine.rank, Ranking(()), rivals=options.rivals)
 
@@ -57,7 +58,8 @@ def rank_command(options: Options) -> int:
 def cull_command(options: Options) -> int:
     """Group near-identical shots, and mark the best of each group.
 
-    A PATH is a directory for the photos in and below it, a photo, or - for standard input.
+    A PATH is a directory for the photos in and below it, a photo, or - for standard input. A RAW
+    file and the JPEG or HEIC of the same name are one photo.
     """
     asked = {} if options.alike is None else {"alike": options.alike}
     return _judge_set(options, lambda engine: engine.cull, Culling(()), **asked)
@@ -70,7 +72,7 @@ def _judge_set(
     **settings: Any,
 ) -> int:
     """Judge the photos that were named, each once, and report them; `result` is that of none."""
-    photos, failures = cli.photos_of(options.paths)
+    photos, failures = cli.photos_of(options)
     photos = list(dict.fromkeys(photos))  # no photo is to be its own rival
     page = options.html and open_output(options.html, PAGE, force=options.force, inputs=photos)
     with page or nullcontext() as file:
@@ -102,6 +104,7 @@ def _judge_set(
 @cli.argument("first", "A")
 @cli.argument("second", "B")
 @cli.format_option("text", "json", "jsonl", "csv")
+@cli.RAW
 @cli.BUDGET
 @cli.engine_options()
 @cli.REMOTE

@@ -85,9 +85,10 @@ if TYPE_CHECKING:
 def score_command(options: Options) -> int:
     """Score photos, 1.00 to 5.00, higher is better.
 
-    A PATH is a photo, a directory for the photos in and below it, or - for standard input.
+    A PATH is a photo, a directory for the photos in and below it, or - for standard input. A RAW
+    file and the JPEG or HEIC of the same name are one photo.
     """
-    photos, unreadable = cli.photos_of(options.paths)
+    photos, unreadable = cli.photos_of(options)
     _require_sense(options, photos)
     if options.output is not None and options.output not in STDOUT:
         return _score_to_file(options, photos, unreadable)
@@ -205,11 +206,21 @@ def _score_to_file(options: Options, photos: Sequence[str], unreadable: Sequence
 def _terms(engine: Engine, options: Options) -> dict[str, Any]:
     """What a row depends on, beside the photo: package, calibration, and options."""
     calibration = json.dumps(asdict(engine.model.calibration), sort_keys=True)
-    names = ("admission", "budget_ms", "device", "exclude_above", "head", "k", "map", "memory")
+    names = (
+        "admission",
+        "budget_ms",
+        "device",
+        "exclude_above",
+        "head",
+        "k",
+        "map",
+        "memory",
+        "raw",
+    )
     return {
         "package": engine.model.digest,
         "calibration": hashlib.sha256(calibration.encode()).hexdigest(),
-        **{name: getattr(options, name) for name in (*names, "model", "reference")},
+        **{name: getattr(options, name) for name in names.split()},
     }
 
 

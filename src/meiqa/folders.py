@@ -1,0 +1,111 @@
+"""Which files of folders are photographs, and what is passed over on the way."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from meiqa.engine.files import IMAGE_SUFFIXES, RAW_SUFFIXES, looks_like_photo, suffixes
+from meiqa.errors import DecodeError
+from meiqa.types import Failure
+
+_VIDEOS = suffixes("3gp avi insv lrv m2ts m4v mkv mov mp4 mpg mts webm wmv")
+_SIDECARS = suffixes("aae cos dop json pp3 thm txt vrd xml xmp")
+_TWINS = suffixes("avif heic heif hif jpe jpeg jpg jxl")
+"""What a camera or phone writes beside a RAW file of the same shot."""
+_SYSTEM_FOLDERS = frozenset(["@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found"])
+_HEAD_BYTES = 32
+
+
+@dataclass
+class Gathered:
+    """What was found: photos in order of their paths, what can't be read, what was passed over."""
+
+    photos: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        counts = [_counted(number, kind) for kind, number in sorted(self.passed_over.items())]
+        skipped = f"; skipped {', '.join(counts)}" if counts else ""
+        return _counted(len(self.photos), "photo") + skipped
+
+
+def gather(paths: Sequence[str], *, hidden: bool = False, develop: bool = False) -> Gathered:
+    """Replace each directory by the photos in and below it; other paths stay.
+
+    A RAW file and the JPEG or HEIC of the same name are one photo.
+
+    Args:
+        hidden: walk hidden and system folders and files (thumbnails, bins), too.
+        develop: of a RAW file and its JPEG take the former, otherwise the latter.
+    """
+    found = Gathered()
+    for path in paths:
+        if not os.path.isdir(path):
+            found.photos.append(path)
+            continue
+        unreadable: list[OSError] = []
+        photos = sorted(_photos_below(path, hidden, develop, unreadable, found.passed_over))
+        errors = {str(e.filename): DecodeError(f"{e.filename}: {e.strerror}") for e in unreadable}
+        if not photos and not errors:
+            hint = "give a directory with images"
+            errors = {path: DecodeError(f"{path} holds no photos", hint=hint)}
+        found.photos += photos
+        found.failures += [Failure(name, error) for name, error in errors.items()]
+    return found
+
+
+def _photos_below(
+    path: str, hidden: bool, develop: bool, unreadable: list[OSError], passed_over: Counter[str]
+) -> Iterator[str]:
+    for folder, inner, files in os.walk(path, onerror=unreadable.append):
+        if not hidden:
+            shown = [name for name in inner if not _is_hidden(name)]
+            passed_over.update(["hidden folder"] * (len(inner) - len(shown)))
+            inner[:] = shown
+            files = [name for name in files if not name.startswith(".")]
+        kinds = {name: _kind(os.path.join(folder, name)) for name in files}
+        photos = [name for name, kind in kinds.items() if kind == "photo"]
+        twins = _twins(photos, develop)
+        passed_over.update(kind for kind in kinds.values() if kind != "photo")
+        passed_over.update(["JPEG twin" if develop else "RAW twin"] * len(twins))
+        yield from (os.path.join(folder, name) for name in photos if name not in twins)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
+
+
+def _kind(path: str) -> str:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in IMAGE_SUFFIXES:
+        return "photo"
+    if suffix in _VIDEOS:
+        return "video"
+    if suffix in _SIDECARS:
+        return "sidecar"
+    try:
+        with open(path, "rb") if os.path.isfile(path) else open(os.devnull, "rb") as file:
+            return "photo" if looks_like_photo(file.read(_HEAD_BYTES)) else "other file"
+    except OSError:
+        return "other file"
+
+
+def _twins(names: Iterable[str], develop: bool) -> set[str]:
+    """Of files of one shot, those that the other stands for."""
+    raws, pictures = dict[str, str](), dict[str, str]()
+    for name in names:
+        stem, suffix = os.path.splitext(name.lower())
+        if suffix in RAW_SUFFIXES:
+            raws[stem] = name
+        elif suffix in _TWINS:
+            pictures[stem] = name
+    given = pictures if develop else raws
+    return {given[stem] for stem in raws.keys() & pictures.keys()}
+
+
+def _counted(number: int, kind: str) -> str:
+    return f"{number} {kind}{'' if number == 1 else 's'}"
