@@ -14,9 +14,9 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -30,10 +30,8 @@ _CLOCK_STEP_NS = 2_000_000_000
 """What file systems round times of change to, at worst (FAT)."""
 
 
-class Action:
+class _Action:
     """Something done to a user's files; a kill at any moment leaves it to be done, or undone."""
-
-    target: str
 
     def do(self) -> None:
         """Do it, unless it is done; OutputUnwritable where something unknown is in the way."""
@@ -44,12 +42,12 @@ class Action:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        source = f"{self.source} to " if isinstance(self, Copy | Link | Move) else ""
-        return f"{type(self).__name__.lower()} {source}{self.target}"
+        source = f"{vars(self)['source']} to " if "source" in vars(self) else ""
+        return f"{type(self).__name__.lower()} {source}{vars(self)['target']}"
 
 
 @dataclass(frozen=True)
-class Make(Action):
+class Make(_Action):
     """A folder to be made; it stays as long as there is something in it."""
 
     target: str
@@ -64,7 +62,7 @@ class Make(Action):
 
 
 @dataclass(frozen=True)
-class Write(Action):
+class Write(_Action):
     """A small file to be written; `old` is what it held, None where there was none.
 
     Both are UTF-8, with lone surrogates for other bytes. Where an action before this one `moved`
@@ -85,21 +83,21 @@ class Write(Action):
 
     def _turn(self, before: str | None, after: str | None) -> None:
         held = None if _is_vacant(self.target) else Path(self.target).read_bytes()
-        known = [None if each is None else as_bytes(each) for each in (before, after)]
+        known = [None if each is None else _bytes(each) for each in (before, after)]
         if held not in known:
             raise _refused(self.target, "another content than the journal knows")
         if after is None:
             Path(self.target).unlink(missing_ok=True)
         elif held != known[1]:
             with _unfinished(self.target) as unfinished:
-                _write_durably(unfinished, as_bytes(after))
+                _write_durably(unfinished, _bytes(after))
                 if held is not None:
                     shutil.copymode(self.target, unfinished)
                 _put(unfinished, self.target)
 
 
 @dataclass(frozen=True)
-class Copy(Action):
+class Copy(_Action):
     """A file to be copied to where there is none."""
 
     source: str
@@ -123,7 +121,7 @@ class Copy(Action):
 
 
 @dataclass(frozen=True)
-class Link(Action):
+class Link(_Action):
     """A symbolic link to be made where there is nothing."""
 
     source: str
@@ -147,7 +145,7 @@ class Link(Action):
 
 
 @dataclass(frozen=True)
-class Move(Action):
+class Move(_Action):
     """A file to be moved to where there is none, if need be to another disk.
 
     `size` (bytes) and `mtime_ns` tell whether it is the same file still; None where another action
@@ -197,7 +195,14 @@ class Move(Action):
         return False
 
 
-_KINDS = {kind.__name__: kind for kind in (Make, Write, Copy, Link, Move)}
+Action = Make | Write | Copy | Link | Move
+_KINDS: dict[str, Callable[..., Action]] = {
+    "Make": Make,
+    "Write": Write,
+    "Copy": Copy,
+    "Link": Link,
+    "Move": Move,
+}
 
 
 class Journal:
@@ -238,7 +243,7 @@ class Journal:
             OutputUnwritable: the journal is there already, or the disk refuses.
         """
         head = {"meiqa_journal": _SCHEMA, "actions": len(actions)}
-        lines = [head, *({"do": type(each).__name__, **asdict(each)} for each in actions)]
+        lines = [head, *({"do": type(each).__name__, **vars(each)} for each in actions)]
         hint = "name another place: --journal FILE"
         if os.path.lexists(path):
             raise OutputUnwritable(f"{path} exists", hint=hint)
@@ -277,12 +282,14 @@ class Journal:
     def _go_through(self, way: str) -> list[OutputUnwritable]:
         refused = []
         with self._locked() as descriptor:
-            for action in self.actions if way == "do" else reversed(self.actions):
+            for action in self.actions[:: 1 if way == "do" else -1]:
                 try:
                     with disk_errors(action.target):
                         getattr(action, way)()
-                        for path in asdict(action).keys() & {"source", "target"}:
-                            _unfinished_place(getattr(action, path)).unlink(missing_ok=True)
+                        for path in vars(action).keys() & {"source", "target"}:
+                            left = _unfinished_place(getattr(action, path))
+                            if left.exists():  # a read-only disk refuses to remove nothing, too
+                                left.unlink()
                 except OutputUnwritable as error:
                     if getattr(error.__cause__, "errno", None) in _DISK_IS_FULL:
                         error.hint = f"make room, then: meiqa cull --resume or --undo {self.path}"
@@ -319,8 +326,7 @@ def new_journal(folder: str | Path) -> Path:
     return Path(folder) / f"{_PREFIX}{datetime.now():%Y%m%d-%H%M%S-%f}.jsonl"
 
 
-def as_bytes(text: str) -> bytes:
-    """Give the bytes that a text of a `Write` stands for."""
+def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 

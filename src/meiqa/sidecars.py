@@ -48,7 +48,7 @@ def embedded_packet(photo: str | Path) -> bytes | None:
     """Give the first XMP packet near the beginning of a photo, None if there is none."""
     with open(photo, "rb") as file:
         found = _EMBEDDED.search(file.read(_HEAD_BYTES))
-    return found and found[0]
+    return found[0] if found else None
 
 
 def merged(packet: bytes | None, path: str, rating: int, label: str, *, force: bool) -> bytes:

@@ -109,11 +109,12 @@ def stars_given(stars: Sequence[float] | float, scores: Iterable[float]) -> Call
             five; each star less then goes to twice as many.
         scores: of the run's photos.
     """
-    if isinstance(stars, float):
-        ranked = sorted(scores, reverse=True)
-        places = (min(stars / 100 * part, 1.0) * len(ranked) for part in (15, 7, 3, 1))
-        stars = [ranked[math.ceil(place - 1e-9) - 1] for place in places if ranked]
-    return lambda score: 1 + bisect_right(stars, score)
+    if not isinstance(stars, float):
+        return lambda score: 1 + bisect_right(stars, score)
+    ranked = sorted(scores, reverse=True)
+    places = (min(stars / 100 * part, 1.0) * len(ranked) for part in (15, 7, 3, 1))
+    thresholds = [ranked[math.ceil(place - 1e-9) - 1] for place in places if ranked]
+    return lambda score: 1 + bisect_right(thresholds, score)
 
 
 def verdicts_of(found: Culling, stars: Sequence[float] | float) -> list[Verdict]:

@@ -90,7 +90,7 @@ def test_a_rating_by_hand_stays(where: str, shoot: Path, tmp_path: Path, capsys:
     (shoot / where).write_bytes(held + RATED.encode())
     before = tree(shoot)
     assert cull(shoot, "--xmp") == 0
-    assert "1 rated by somebody are left as they are; --force" in capsys.readouterr().err
+    assert "rated by somebody, and left as they are: 1; --force" in capsys.readouterr().err
     assert {k: v for k, v in tree(shoot).items() if k in before} == before
     assert not (shoot / "1.xmp").exists() or where == "1.xmp"
     assert cull(shoot, "--xmp", "--force") == 0

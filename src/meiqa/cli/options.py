@@ -465,7 +465,7 @@ def take(way: WayOut, verdicts: Sequence[Verdict], options: Options) -> int:
     for failure in planned.failures:
         say(f"error: {failure_line(failure.path, str(failure.error))}")
     if planned.by_hand:
-        say(f"{planned.by_hand} rated by somebody are left as they are; --force takes them, too")
+        say(f"rated by somebody, and left as they are: {planned.by_hand}; --force takes them, too")
     code = EXIT_FAILURES if planned.failures else 0
     if options.dry_run:
         for action in planned.actions:
