@@ -389,10 +389,11 @@ class Objective(nn.Module):
         grades = words @ torch.arange(1.0, 6.0, device=levels.device)
         linear = self.linear(read.tokens)
         scores, shots = batch.scores, slice(drawn.alone, None)
+        told_apart = [step_loss(said[shots], scores[shots]) for said in (grades, linear)]
         return {
             "rated": 0.5 * functional.smooth_l1_loss(rated, scores, beta=0.5),
             "linear": 0.5 * functional.smooth_l1_loss(linear, scores, beta=0.5),
-            "shots": 0.3 * sum(step_loss(said[shots], scores[shots]) for said in (grades, linear)),
+            "shots": 0.3 * torch.stack(told_apart).sum(),
             "text": reader.text_loss(read, [prompts.score] * size, answers),
             "levels": 0.5 * soft_answer_loss(levels, prompts.level_ids, level_targets(scores)),
             "pairs": 2.0

@@ -123,12 +123,12 @@ def open_output(
             output_target(path, kind, force=force, inputs=inputs)  # as it is by now
             with disk_errors(path):
                 os.replace(unfinished, target)
-                _sync_folder(target.parent)
+                sync_folder(target.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a file's new name durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -193,7 +193,7 @@ class ResultFile:
         self.failures: list[dict[str, Any]] = []
         self.changed: set[str] = set()
         self._path, self._format = output_target(path, ROWS, force=True), format
-        self._done: set[str] = set()
+        self._done: dict[str, float | None] = {}
         header = header_text(format).encode()
         with self._disk_errors():
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -234,6 +234,10 @@ class ResultFile:
         """Photos that have their row."""
         return len(self._done)
 
+    def score_of(self, photo: str) -> float | None:
+        """Give the score in a photo's row, None if there is none."""
+        return self._done.get(_as_written(photo))
+
     def write(self, result: Assessment | Failure) -> None:
         """Append one row.
 
@@ -241,7 +245,8 @@ class ResultFile:
             OutputUnwritable: the disk refuses, and has none of the row.
         """
         self._append(_as_written(row_text(result, self._format)).encode())
-        self._done.add(_as_written(result.path))
+        score = result.score if isinstance(result, Assessment) else None
+        self._done[_as_written(result.path)] = score
         if isinstance(result, Failure):  # not kept itself: its traceback holds the photo's pixels
             self.failures.append(result.to_dict())
         if time.monotonic() - self._durable_at >= _DURABLE_EVERY_S:
@@ -292,7 +297,8 @@ class ResultFile:
                 try:
                     if size or not header:
                         values = _parsed(row.decode(), self._format)
-                        self._done.add(_as_written(values["path"]))
+                        score = values.get("score")
+                        self._done[_as_written(values["path"])] = float(score) if score else None
                         if values.get("error"):
                             failure = {key: values[key] for key in ("path", "error", "hint")}
                             self.failures.append(failure)

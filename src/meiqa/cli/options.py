@@ -5,17 +5,18 @@ from __future__ import annotations
 import gc
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import reduce
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from meiqa.errors import DecodeError, UsageError, install_hint
+from meiqa.errors import DecodeError, OutputUnwritable, UsageError, install_hint, one_line
 from meiqa.formats import failure_line, json_text
 from meiqa.labels import LabelTable
 from meiqa.locations import embedded_assets
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from meiqa.engine.calibration import Calibration
     from meiqa.engine.engine import Engine
     from meiqa.engine.images import NamedBytes
+    from meiqa.journal import Journal
     from meiqa.memory import RetrievalPolicy
+    from meiqa.wayout import Verdict, WayOut
 
 EXIT_FAILURES = 1
 """Some photos could not be assessed, or something essential is missing."""
@@ -189,9 +192,48 @@ def format_option(*formats: str) -> Decorator:
     return option("--format", type=formats, default=formats[0])
 
 
-def force_option(needs: str) -> Decorator:
+def force_option(needs: str, also: str = "") -> Decorator:
     """Add --force, of these outputs."""
-    return flag("--force", "replace what is there, whatever it is", needs=needs)
+    return flag("--force", f"replace what is there, whatever it is{also}", needs=needs)
+
+
+def stars(text: str) -> tuple[float, ...] | float:
+    """Read the scores from which on photos have two to five stars, or the share that has five."""
+    if text.startswith("top"):
+        return number(0, 100, above=True)(text.removeprefix("top").removesuffix("%"))
+    given = tuple(map(number(1, 5), text.split(",")))
+    if len(given) != 4 or list(given) != sorted({*given}):
+        raise click.BadParameter(f"{text!r} is neither four rising scores nor top and a percentage")
+    return given
+
+
+def sidecar_options(*ways: str) -> Decorator:
+    """Add --xmp and what belongs to it; `ways` are the command's other ways out."""
+    needs = " ".join(["--xmp", *ways])
+    return together(
+        flag("--xmp", "write ratings into XMP sidecars; what they hold besides stays as it is"),
+        option(
+            "--sidecar",
+            "names of sidecars: PHOTO.xmp (lightroom, the default) or PHOTO.JPG.xmp (darktable)",
+            ("lightroom", "darktable"),
+            needs="--xmp",
+        ),
+        option(
+            "--stars S",
+            "the scores from which on there are two, three, four and five stars (default: "
+            "1.8,2.6,3.4,4.2); or top10: the best 10 % of the photos get five stars, and each star "
+            "less goes to twice as many",
+            stars,
+            needs="--xmp",
+        ),
+        flag("--dry-run", "only tell what would be done", needs=needs),
+        option(
+            "--journal FILE",
+            "what `meiqa cull --undo` reads (default: a hidden file in the photos' folder)",
+            path,
+            needs=needs,
+        ),
+    )
 
 
 RAW = option(
@@ -390,6 +432,64 @@ def optional_packages(extra: str) -> Iterator[None]:
             seen=f"no {error.name}",
             hint=install_hint(extra),
         ) from error
+
+
+def way_out(options: Options) -> WayOut | None:
+    """Give what is to be done with photos, None if nothing is; refuse it before they are judged."""
+    from meiqa.journal import journals_in
+    from meiqa.wayout import WayOut
+
+    names = ("list", "copy_to", "link_to", "move_rejects_to")
+    asked = {name: vars(options).get(name) for name in names}
+    if not options.xmp and not any(asked.values()):
+        return None
+    if STDIN & {*options.paths}:
+        raise UsageError("standard input is no file that could be rated, listed or moved")
+    sidecar = (options.sidecar or "lightroom") if options.xmp else None
+    way = WayOut(options.paths, sidecar, force=options.force, **asked)
+    if not options.dry_run:
+        if cut := [each for each in journals_in(way.base) if each.state == "planned"]:
+            hint = "finish it: meiqa cull --resume FILE, or undo it: meiqa cull --undo FILE"
+            raise UsageError(
+                "an earlier run was cut short, or is at it", seen=cut[0].path, hint=hint
+            )
+        if options.journal is None and not os.access(way.base, os.W_OK):
+            hint = "name a place for the journal: --journal FILE"
+            raise OutputUnwritable(f"{way.base} cannot be written", hint=hint)
+    return way
+
+
+def take(way: WayOut, verdicts: Sequence[Verdict], options: Options) -> int:
+    """Do with photos what is to be done, or tell it; give the exit code."""
+    from meiqa.journal import Journal, new_journal
+    from meiqa.wayout import plan
+
+    planned = plan(verdicts, way)
+    for failure in planned.failures:
+        say(f"error: {failure_line(failure.path, str(failure.error))}")
+    if planned.by_hand:
+        say(f"rated by somebody, and left as they are: {planned.by_hand}; --force takes them, too")
+    code = EXIT_FAILURES if planned.failures else 0
+    if options.dry_run:
+        for action in planned.actions:
+            say(one_line(f"would {action}"))
+    elif planned.actions:
+        journal = Journal.begin(options.journal or new_journal(way.base), planned.actions)
+        code = max(code, go_through(journal, "do"))
+    else:
+        say("nothing is left to be done")
+    return code
+
+
+def go_through(journal: Journal, way: Literal["do", "undo"]) -> int:
+    """Do or undo a journal's actions, and tell of it; give the exit code."""
+    errors = journal.do() if way == "do" else journal.undo()
+    for error in errors:
+        say(f"error: {error}")
+    told = f"{len(journal.actions) - len(errors)} of {len(journal.actions)} actions {way}ne"
+    undo = f"; undo them: meiqa cull --undo {shlex.quote(str(journal.path))}" if way == "do" else ""
+    say(one_line(f"{told}{undo}"))
+    return EXIT_FAILURES if errors else 0
 
 
 def say(line: str) -> None:

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from meiqa.cli import options as cli
 from meiqa.cli.options import Options
+from meiqa.errors import UsageError
 from meiqa.formats import write_comparison, write_set
 from meiqa.outputs import PAGE, STDOUT, disk_errors, open_output
 from meiqa.progress import Progress
@@ -18,11 +19,12 @@ from meiqa.types import Culling, Ranking
 if TYPE_CHECKING:
     from meiqa.engine.engine import Engine
 
+Judged = TypeVar("Judged", Ranking, Culling)
+_WAYS = ("--list", "--copy-to", "--link-to", "--move-rejects-to")
 _SET = cli.together(
     cli.PATHS,
     cli.format_option("text", "json", "csv"),
     cli.option("--html FILE", "write a page with thumbnails, scores and intervals, too", cli.path),
-    cli.force_option(needs="--html"),
     cli.EFFORT,
     cli.EXCLUDE_ABOVE,
     cli.engine_options(),
@@ -37,6 +39,7 @@ _SET = cli.together(
     cli.COUNT,
     default=4,
 )
+@cli.force_option(needs="--html")
 @_SET
 def rank_command(options: Options) -> int:
     """Put photos in order, best first, by comparing them with each other, too.
@@ -44,7 +47,9 @@ def rank_command(options: Options) -> int:
     A PATH is a directory for the photos in and below it, a photo, or - for standard input. A RAW
     file and the JPEG or HEIC of the same name are one photo.
     """
-    return _judge_set(options, lambda engine: engine.rank, Ranking(()), rivals=options.rivals)
+    settings = {"rivals": options.rivals}
+    code, _ = _judge_set(options, lambda engine: engine.rank, Ranking(()), **settings)
+    return code
 
 
 @cli.command()
@@ -54,24 +59,67 @@ def rank_command(options: Options) -> int:
     "higher: more and smaller groups)",
     cli.number(0, 1, above=True),
 )
+@cli.option("--list FILE", "write the names of the best shots, one a line", cli.path)
+@cli.option("--copy-to DIR", "copy the best shots, with files of the same name", cli.path)
+@cli.option("--link-to DIR", "make symbolic links to them", cli.path)
+@cli.option("--move-rejects-to DIR", "move the other shots of each group", cli.path)
+@cli.sidecar_options(*_WAYS)
+@cli.flag(
+    "--undo",
+    "undo what the latest run did with the files of PATH, a folder or a journal",
+    excludes=f"--resume --html --xmp --dry-run {' '.join(_WAYS)}",
+)
+@cli.flag(
+    "--resume",
+    "finish what a run that was cut short began; PATH is as for --undo",
+    excludes=f"--undo --html --xmp --dry-run {' '.join(_WAYS)}",
+)
+@cli.force_option(needs=f"--html --xmp {' '.join(_WAYS)}", also="; ratings given by hand, too")
 @_SET
 def cull_command(options: Options) -> int:
     """Group near-identical shots, and mark the best of each group.
 
     A PATH is a directory for the photos in and below it, a photo, or - for standard input. A RAW
-    file and the JPEG or HEIC of the same name are one photo.
+    file and the JPEG or HEIC of the same name are one photo. Nothing is deleted or overwritten by
+    --xmp, --list, --copy-to, --link-to and --move-rejects-to; what they do is written into a
+    journal first, and can be undone.
     """
+    if options.undo or options.resume:
+        return _go_back_to(options)
     asked = {} if options.alike is None else {"alike": options.alike}
-    return _judge_set(options, lambda engine: engine.cull, Culling(()), **asked)
+    way = cli.way_out(options)
+    code, found = _judge_set(options, lambda engine: engine.cull, Culling(()), **asked)
+    if way is None:
+        return code
+    from meiqa.wayout import STARS, verdicts_of
+
+    verdicts = verdicts_of(found, options.stars or STARS)
+    return max(code, cli.take(way, verdicts, options))
+
+
+def _go_back_to(options: Options) -> int:
+    """Undo or finish what an earlier run began."""
+    from meiqa.journal import Journal
+
+    if len(options.paths) > 1:
+        seen = f"{len(options.paths)} of them"
+        raise UsageError("one folder or journal is undone or finished", seen=seen)
+    states = ("planned", "done") if options.undo else ("planned",)
+    journal = Journal.of(options.paths[0], states)
+    return cli.go_through(journal, "undo" if options.undo else "do")
 
 
 def _judge_set(
     options: Options,
-    judging: Callable[[Engine], Callable[..., Ranking | Culling]],
-    result: Ranking | Culling,
+    judging: Callable[[Engine], Callable[..., Judged]],
+    result: Judged,
     **settings: Any,
-) -> int:
-    """Judge the photos that were named, each once, and report them; `result` is that of none."""
+) -> tuple[int, Judged]:
+    """Judge the photos that were named, each once, and report them; `result` is that of none.
+
+    Returns:
+        The exit code, and what came of them.
+    """
     photos, failures = cli.photos_of(options)
     photos = list(dict.fromkeys(photos))  # no photo is to be its own rival
     page = options.html and open_output(options.html, PAGE, force=options.force, inputs=photos)
@@ -97,7 +145,7 @@ def _judge_set(
     if result.degraded:
         cli.say(f"note: {'; '.join(result.degraded)}")
     reasons = [failure.to_dict() for failure in result.failures]
-    return cli.report_failures(reasons, len(photos) + len(failures))
+    return cli.report_failures(reasons, len(photos) + len(failures)), result
 
 
 @cli.command()

@@ -63,7 +63,8 @@ if TYPE_CHECKING:
     "write the photo with a heat map of its distortions over it, as PNG; of one photo",
     cli.path,
 )
-@cli.force_option(needs="--output --map")
+@cli.sidecar_options()
+@cli.force_option(needs="--output --map --xmp", also="; ratings given by hand, too")
 @cli.EFFORT
 @cli.flag("--no-learn", "leave the memory as it is")
 @cli.option(
@@ -90,8 +91,27 @@ def score_command(options: Options) -> int:
     """
     photos, unreadable = cli.photos_of(options)
     _require_sense(options, photos)
+    way, scores = cli.way_out(options), dict[str, float]()
     if options.output is not None and options.output not in STDOUT:
-        return _score_to_file(options, photos, unreadable)
+        code = _score_to_file(options, photos, unreadable, scores)
+    else:
+        code = _score_to_stream(options, photos, unreadable, scores)
+    if way is None:
+        return code
+    from meiqa.wayout import STARS, Verdict, stars_given
+
+    stars = stars_given(options.stars or STARS, scores.values())
+    verdicts = [Verdict(path, stars(score)) for path, score in scores.items()]
+    return max(code, cli.take(way, verdicts, options))
+
+
+def _score_to_stream(
+    options: Options,
+    photos: Sequence[str],
+    unreadable: Sequence[Failure],
+    scores: dict[str, float],
+) -> int:
+    """Score photos as they come and print what comes of them; give the exit code."""
     failures = [failure.to_dict() for failure in unreadable]
     learn = not options.no_learn and options.output is None
     reference = [] if options.reference is None else [options.reference]
@@ -107,10 +127,16 @@ def score_command(options: Options) -> int:
         engine = stack.enter_context(cli.engine_of(options, learn=learn)) if photos else None
         stream = io.StringIO() if options.map in STDOUT else sys.stdout
         writer = stack.enter_context(ResultWriter(options.format, stream))
+
+        def write(result: Assessment | Failure) -> None:
+            writer.write(result)
+            if isinstance(result, Assessment):
+                scores[result.path] = result.score
+
         for failure in unreadable:
             writer.write(failure)
         if engine is not None:
-            failures += _score(engine, given, beside, options, writer.write)
+            failures += _score(engine, given, beside, options, write)
             if picture is not None and not failures:
                 picture.write(_distortion_map(engine, given[0], beside))
     return cli.report_failures(failures, len(photos) + len(unreadable))
@@ -171,7 +197,12 @@ def _distortion_map(engine: Engine, photo: ImageSource, reference: ImageSource |
     return marked_png(file.getvalue())
 
 
-def _score_to_file(options: Options, photos: Sequence[str], unreadable: Sequence[Failure]) -> int:
+def _score_to_file(
+    options: Options,
+    photos: Sequence[str],
+    unreadable: Sequence[Failure],
+    scores: dict[str, float],
+) -> int:
     """Score the photos that have no row yet, each with the memory as it is now."""
     photos = list(dict.fromkeys(photos))  # one that is named twice has one row
     target = output_target(options.output, ROWS, force=True, inputs=photos)
@@ -197,6 +228,8 @@ def _score_to_file(options: Options, photos: Sequence[str], unreadable: Sequence
             _score(engine, waiting, None, options, file.write, done=len(photos) - len(waiting))
             speed = len(waiting) / max(time.monotonic() - began, 1e-3)
             failures, rows = file.failures, len(file)
+            found = ((photo, file.score_of(photo)) for photo in photos)
+            scores.update((photo, score) for photo, score in found if score is not None)
     code = cli.report_failures(failures, rows)
     told = f", {speed:.3g} images/s" if waiting else ""
     say(f"{options.output}: {rows} rows, {rows - before} of them new{told}")
