@@ -263,7 +263,8 @@ def plain_picture(rng: np.random.Generator, side: int) -> np.ndarray:
     shade = np.broadcast_to(first + share * (second - first), (side, side, 3))
     strength = rng.choice([0, 0, 2, 20, 80])
     grain = rng.normal(0, 1, (side, side, int(rng.choice([1, 3])))) * strength
-    return np.rint(np.clip(shade + grain, 0, 255)).astype(np.uint8)
+    pixels: np.ndarray = np.rint(np.clip(shade + grain, 0, 255)).astype(np.uint8)
+    return pixels
 
 
 def plain_photograph(number: int) -> Made:
