@@ -10,7 +10,7 @@ import zlib
 from functools import cache
 from typing import IO, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from meiqa.engine.colour import cicp_of
 from meiqa.errors import DecodeError, install_hint
@@ -67,6 +67,7 @@ def opened(stream: IO[bytes], name: str) -> Image.Image:
     head = stream.read(_HEAD_BYTES)
     stream.seek(0)
     kind = _heif_kind(head)
+    image: Image.Image
     if kind == "HEIF":
         image = _library("pillow_heif", name, "HEIF").HeifImageFile(stream, name)
     elif head.startswith(_JXL):
@@ -127,6 +128,7 @@ def loaded(image: Image.Image, notes: list[str]) -> Image.Image:
     if decoder is None or colours is None:
         image.load()
         return image
+    assert isinstance(image, ImageFile.ImageFile)
     assert image.fp is not None
     image.fp.seek(0)
     data = image.fp.read()

@@ -28,7 +28,6 @@ from meiqa.engine.estimates import (
     expected_grade,
     graded_response,
     preferences_of,
-    weighted,
 )
 from meiqa.engine.images import load_pixels
 from meiqa.engine.local import LocalModel
@@ -346,7 +345,7 @@ def with_memory(judged: Judged, share: float, own: Floats) -> Floats:
     """Combine the model's own scores with those of the memory's regression, where there is one."""
     if np.isnan(judged.memory).any():
         return own
-    return weighted(own, np.clip(judged.memory, LOWEST, HIGHEST), share)
+    return (1.0 - share) * own + share * np.clip(judged.memory, LOWEST, HIGHEST)
 
 
 def fitted_memory_share(judged: Judged, own: Floats) -> float:

@@ -163,7 +163,13 @@ class Reading(TimedRun):
         self.linear = LinearScore()
         self.average = copy.deepcopy(model)
         tower, rate = model.tower, recipe.learning_rate
-        heads = [tower.whole, tower.blocks, tower.merger_norm, tower.merger, self.linear]
+        heads: list[nn.Module] = [
+            tower.whole,
+            tower.blocks,
+            tower.merger_norm,
+            tower.merger,
+            self.linear,
+        ]
         heads += [model.mix, model.score, model.kind, model.level]
         groups = [
             {"params": [p for head in heads for p in head.parameters()], "lr": rate},
@@ -185,12 +191,17 @@ class Reading(TimedRun):
         batch = sampler.batch(count, side)
         cells = batch.images.shape[1]
         kept = sampler.rng.permutation(cells)[: round(cells * sampler.rng.uniform(*KEPT_CELLS))]
-        tokens = self.model.tower.tokens_from_features(batch.images[:, kept])
+        tokens = self.seen_by(self.model, batch.images[:, kept])
         losses = batch_loss(self.model.judged(tokens), batch, self.remembered)
         linear = self.linear(tokens)
         losses["linear"] = value_loss(linear, batch) + gap_loss(linear, batch)
         self.descend(torch.stack(list(losses.values())).sum())
         return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def seen_by(self, model: JudgedTower, features: Tensor) -> Tensor:
+        """Statistics (B, cells, F) → visual tokens (B, cells, D)."""
+        assert isinstance(model.tower, ConvTower)
+        return model.tower.tokens_from_features(features)
 
     @torch.no_grad()
     def scores(self, cells: CellSet, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -198,9 +209,7 @@ class Reading(TimedRun):
         own, linear = [], []
         for start in range(0, len(chosen), AT_ONCE):
             features = np.array(cells.features[chosen[start : start + AT_ONCE]], np.float32)
-            tokens = self.average.tower.tokens_from_features(
-                torch.from_numpy(features).flatten(1, 2)
-            )
+            tokens = self.seen_by(self.average, torch.from_numpy(features).flatten(1, 2))
             own.append(self.average.judged(tokens)[0])
             linear.append(self.linear(tokens))
         return torch.cat(own).numpy(), torch.cat(linear).numpy()

@@ -445,7 +445,7 @@ def way_out(options: Options) -> WayOut | None:
         return None
     if STDIN & {*options.paths}:
         raise UsageError("standard input is no file that could be rated, listed or moved")
-    sidecar = (options.sidecar or "lightroom") if options.xmp else None
+    sidecar: Any = (options.sidecar or "lightroom") if options.xmp else None
     way = WayOut(options.paths, sidecar, force=options.force, **asked)
     if not options.dry_run:
         if cut := [each for each in journals_in(way.base) if each.state == "planned"]:

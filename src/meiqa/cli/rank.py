@@ -14,7 +14,7 @@ from meiqa.errors import UsageError
 from meiqa.formats import write_comparison, write_set
 from meiqa.outputs import PAGE, STDOUT, disk_errors, open_output
 from meiqa.progress import Progress
-from meiqa.types import Culling, Ranking
+from meiqa.types import Culling, Failure, Ranking
 
 if TYPE_CHECKING:
     from meiqa.engine.engine import Engine
@@ -120,8 +120,9 @@ def _judge_set(
     Returns:
         The exit code, and what came of them.
     """
-    photos, failures = cli.photos_of(options)
-    photos = list(dict.fromkeys(photos))  # no photo is to be its own rival
+    unreadable: list[Failure]
+    listed, unreadable = cli.photos_of(options)
+    photos = list(dict.fromkeys(listed))  # no photo is to be its own rival
     page = options.html and open_output(options.html, PAGE, force=options.force, inputs=photos)
     with page or nullcontext() as file:
         if photos:
@@ -134,7 +135,7 @@ def _judge_set(
                     on_photo=progress.advance,
                     **settings,
                 )
-        result = replace(result, failures=(*failures, *result.failures))
+        result = replace(result, failures=(*unreadable, *result.failures))
         if options.html not in STDOUT:
             write_set(result, options.format, sys.stdout)
         if file is not None:
@@ -145,7 +146,7 @@ def _judge_set(
     if result.degraded:
         cli.say(f"note: {'; '.join(result.degraded)}")
     reasons = [failure.to_dict() for failure in result.failures]
-    return cli.report_failures(reasons, len(photos) + len(failures)), result
+    return cli.report_failures(reasons, len(photos) + len(unreadable)), result
 
 
 @cli.command()

@@ -228,8 +228,8 @@ def _score_to_file(
             _score(engine, waiting, None, options, file.write, done=len(photos) - len(waiting))
             speed = len(waiting) / max(time.monotonic() - began, 1e-3)
             failures, rows = file.failures, len(file)
-            found = ((photo, file.score_of(photo)) for photo in photos)
-            scores.update((photo, score) for photo, score in found if score is not None)
+            rated = ((photo, file.score_of(photo)) for photo in photos)
+            scores.update((photo, score) for photo, score in rated if score is not None)
     code = cli.report_failures(failures, rows)
     told = f", {speed:.3g} images/s" if waiting else ""
     say(f"{options.output}: {rows} rows, {rows - before} of them new{told}")
