@@ -11,6 +11,7 @@ from functools import cache
 from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from meiqa.engine.colour import cicp_of
 from meiqa.errors import DecodeError, install_hint
@@ -68,7 +69,7 @@ def opened(stream: IO[bytes], name: str) -> Image.Image:
     stream.seek(0)
     kind = _heif_kind(head)
     if kind == "HEIF":
-        image = _library("pillow_heif", name, "HEIF").HeifImageFile(stream, name)
+        image: Image.Image = _library("pillow_heif", name, "HEIF").HeifImageFile(stream, name)
     elif head.startswith(_JXL):
         image = _library("pylibjxl.pillow_plugin", name, "JPEG XL").JxlImageFile(stream, name)
     else:
@@ -127,6 +128,7 @@ def loaded(image: Image.Image, notes: list[str]) -> Image.Image:
     if decoder is None or colours is None:
         image.load()
         return image
+    assert isinstance(image, ImageFile)
     assert image.fp is not None
     image.fp.seek(0)
     data = image.fp.read()

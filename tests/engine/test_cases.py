@@ -80,8 +80,11 @@ def test_what_looks_the_same_scores_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEIQA_MEMORY", str(tmp_path / "memory"))
-    plain = Image.open(IMAGES / "icc_none.jpg")
-    profile = Image.open(IMAGES / "icc_prophoto.jpg").info["icc_profile"]
+    plain, prophoto = (
+        Image.open(io.BytesIO((IMAGES / f"icc_{name}.jpg").read_bytes()))
+        for name in ("none", "prophoto")
+    )
+    profile = prophoto.info["icc_profile"]
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     wide = ImageCms.profileToProfile(plain, srgb, io.BytesIO(profile))
     wide.save(lossless := io.BytesIO(), "PNG", icc_profile=profile)

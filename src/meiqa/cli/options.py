@@ -235,17 +235,18 @@ HEAD = option(
     "these words, or their graded response (default: the package's)",
     ("text", "levels", "grm"),
 )
+MOS_RANGE = option(
+    "--mos-range LO HI",
+    "ends of the human scale (default: 0-1, 1-5 or 0-100, if the scores leave no doubt)",
+    number(),
+    nargs=2,
+)
 LABELS = together(
     argument("labels", "LABELS.csv"),
     option("--images DIR", "where the images are", path, required=True),
     option("--split S", "only the rows of this split"),
     option("--limit N", "N photos, spread over the table", POSITIVE),
-    option(
-        "--mos-range LO HI",
-        "ends of the human scale (default: 0-1, 1-5 or 0-100, if the scores leave no doubt)",
-        number(),
-        nargs=2,
-    ),
+    MOS_RANGE,
 )
 
 
