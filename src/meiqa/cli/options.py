@@ -346,15 +346,19 @@ def _uncollected() -> Iterator[None]:
 
 def photos_of(options: Options) -> tuple[list[str], list[Failure]]:
     """Replace each directory by the photos in and below it, and say what was passed over."""
-    from meiqa.engine.images import Developed
     from meiqa.folders import gather
 
-    develop = options.raw == "develop"
-    found = gather(options.paths, hidden=options.hidden, develop=develop)
+    found = gather(options.paths, hidden=options.hidden, develop=options.raw == "develop")
     if found.passed_over:
         say(str(found))
-    photos = [Developed(path) for path in found.photos] if develop else found.photos
-    return [*photos], found.failures
+    return as_asked(found.photos, options), found.failures
+
+
+def as_asked(paths: Sequence[str], options: Options) -> list[str]:
+    """Give paths to be read as --raw says."""
+    from meiqa.engine.images import Developed
+
+    return [Developed(path) for path in paths] if options.raw == "develop" else [*paths]
 
 
 def sources(paths: Sequence[str]) -> list[str | NamedBytes]:
