@@ -326,7 +326,8 @@ def test_eval_lists_missing_images_and_exits_1(engine: Any, labels: Path, capsys
     assert cli.main(command) == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out)["failures"][0]["path"].endswith("90.png")
-    assert "90.png: no such file" in captured.err.splitlines()[0]
+    assert "scores are taken to be from 0 to 1" in captured.err.splitlines()[0]
+    assert "90.png: no such file" in captured.err.splitlines()[1]
 
 
 def test_eval_writes_a_row_for_each_photo(
@@ -425,7 +426,7 @@ def test_eval_of_nothing_usable(engine: Any, tmp_path: Path, capsys: Output) -> 
         assert len(errors_of(capsys)) == 1
     table.write_text("file,mos\na.png,3\n")
     assert cli.main(["eval", str(table), "--images", str(tmp_path / "none")]) == 2
-    assert "no such directory" in errors_of(capsys)[0]
+    assert "no such directory" in errors_of(capsys)[-1]
 
 
 def test_unexpected_errors_are_one_line_too(

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from meiqa import cli
+from meiqa.cli import options
+from meiqa.engine.images import Developed
+from meiqa.errors import UsageError
 from meiqa.evaluation.measuring import made_jpeg
 from meiqa.folders import gather
 
@@ -74,3 +78,21 @@ def test_a_folder_without_photos_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "a.xmp").write_text("<x/>")
     (failure,) = gather([str(tmp_path)]).failures
     assert "holds no photos" in str(failure.error)
+
+
+@pytest.mark.parametrize("raw", ["preview", "develop"])
+def test_commands_read_raw_files_as_asked(
+    library: Path, raw: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[object] = []
+
+    def sources(paths: list[str]) -> list[str]:
+        seen.extend(paths)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(options, "sources", sources)
+    for command in (["rank", str(library)], ["compare", "a.nef", "b.nef"]):
+        assert cli.main([*command, "--raw", raw]) == 2
+        assert all(isinstance(path, Developed) == (raw == "develop") for path in seen)
+        assert seen
+    assert "skipped 1" in capsys.readouterr().err.splitlines()[0]

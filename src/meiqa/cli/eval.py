@@ -175,6 +175,7 @@ def deviation_line(told: Mapping[str, Any]) -> str:
 @cli.option("--remote URL", "or a remote model: its memory's settings are rewritten")
 @cli.option("--memory DIR", "anchors made by this model", cli.folder, required=True)
 @cli.option("--limit N", "anchors to judge", cli.POSITIVE, default=500)
+@cli.MOS_RANGE
 def calibrate_command(options: Options) -> int:
     """Fit the calibration of a model on its anchors, each judged against the others.
 
@@ -187,7 +188,7 @@ def calibrate_command(options: Options) -> int:
         from meiqa.evaluation.calibration import calibrate_package
         from meiqa.evaluation.scenes import SCENES
 
-    labels = LabelTable.read(options.labels)
+    labels = LabelTable.read(options.labels, mos_range=options.mos_range)
     memory, images = Path(options.memory), Path(options.images)
     judged = min(len(labels), options.limit)
     with Progress(judged + min(judged, SCENES)) as progress:

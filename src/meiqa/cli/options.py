@@ -277,17 +277,18 @@ HEAD = option(
     "these words, or their graded response (default: the package's)",
     ("text", "levels", "grm"),
 )
+MOS_RANGE = option(
+    "--mos-range LO HI",
+    "ends of the human scale (default: 0-1, 1-5 or 0-100, if the scores leave no doubt)",
+    number(),
+    nargs=2,
+)
 LABELS = together(
     argument("labels", "LABELS.csv"),
     option("--images DIR", "where the images are", path, required=True),
     option("--split S", "only the rows of this split"),
     option("--limit N", "N photos, spread over the table", POSITIVE),
-    option(
-        "--mos-range LO HI",
-        "ends of the human scale (default: 0-1, 1-5 or 0-100, if the scores leave no doubt)",
-        number(),
-        nargs=2,
-    ),
+    MOS_RANGE,
 )
 
 
@@ -388,15 +389,19 @@ def _uncollected() -> Iterator[None]:
 
 def photos_of(options: Options) -> tuple[list[str], list[Failure]]:
     """Replace each directory by the photos in and below it, and say what was passed over."""
-    from meiqa.engine.images import Developed
     from meiqa.folders import gather
 
-    develop = options.raw == "develop"
-    found = gather(options.paths, hidden=options.hidden, develop=develop)
+    found = gather(options.paths, hidden=options.hidden, develop=options.raw == "develop")
     if found.passed_over:
         say(str(found))
-    photos = [Developed(path) for path in found.photos] if develop else found.photos
-    return [*photos], found.failures
+    return as_asked(found.photos, options), found.failures
+
+
+def as_asked(paths: Sequence[str], options: Options) -> list[str]:
+    """Give paths to be read as --raw says."""
+    from meiqa.engine.images import Developed
+
+    return [Developed(path) for path in paths] if options.raw == "develop" else [*paths]
 
 
 def sources(paths: Sequence[str]) -> list[str | NamedBytes]:

@@ -159,7 +159,7 @@ def _judge_set(
 @cli.REMOTE
 def compare_command(options: Options) -> int:
     """Tell which of two photos looks better, and with what probability."""
-    first, second = cli.sources([options.first, options.second])
+    first, second = cli.sources(cli.as_asked([options.first, options.second], options))
     with cli.engine_of(options) as engine:
         compared = engine.compare(first, second, budget=cli.budget_of(options))
     write_comparison(compared, options.format, sys.stdout)

@@ -239,7 +239,7 @@ def _score_to_file(
 def _terms(engine: Engine, options: Options) -> dict[str, Any]:
     """What a row depends on, beside the photo: package, calibration, and options."""
     calibration = json.dumps(asdict(engine.model.calibration), sort_keys=True)
-    names = "admission budget_ms device exclude_above head k map memory raw"
+    names = "admission budget_ms device exclude_above head k map memory model raw reference"
     return {
         "package": engine.model.digest,
         "calibration": hashlib.sha256(calibration.encode()).hexdigest(),
