@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+SAYS_COLOURS = {"icc_profile", "cicp", "gamma", "chromaticity"}
+"""What Pillow calls that which tells of an image's colours; without any they are sRGB's."""
 PROFILE_UNREADABLE = "colour profile unreadable: taken as sRGB"
 _ALIKE = 2
 """Levels by which a profile's colours may differ from sRGB's and still be called sRGB."""

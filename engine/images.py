@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from meiqa.engine.colour import to_srgb
+from meiqa.engine.colour import SAYS_COLOURS, to_srgb
 from meiqa.engine.files import (
     ORIENTATION,
     describe_tiff,
@@ -359,7 +359,9 @@ def _decode(
     try:
         pixels = load(image, notes)
         _check_size(pixels, name, max_pixels)  # a damaged header may have announced less
-        colours = to_srgb(_eight_bit(pixels, name), image.info, notes)
+        colours = _eight_bit(pixels, name)
+        if image.info.keys() & SAYS_COLOURS:
+            colours = to_srgb(colours, image.info, notes)
         return np.array(_upright(_on_white(colours), image)), notes
     except ImageError:
         raise
