@@ -387,7 +387,6 @@ def test_calibrate_hands_its_options_on(
 
     room = ModuleType("meiqa.evaluation.calibration")
     room.calibrate_package = calibrate_package  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "meiqa.evaluation", ModuleType("meiqa.evaluation"))
     monkeypatch.setitem(sys.modules, "meiqa.evaluation.calibration", room)
     (tmp_path / "l.csv").write_text("file,mos\na.png,1\nb.png,5\n")
     command = ["calibrate", str(tmp_path / "l.csv"), "--images", "I", "--memory", str(tmp_path)]
