@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,16 +31,16 @@ _CLOCK_STEP_NS = 2_000_000_000
 """What file systems round times of change to, at worst (FAT)."""
 
 
-class _Action:
+class _Action(ABC):
     """Something done to a user's files; a kill at any moment leaves it to be done, or undone."""
 
+    @abstractmethod
     def do(self) -> None:
         """Do it, unless it is done; OutputUnwritable where something unknown is in the way."""
-        raise NotImplementedError
 
+    @abstractmethod
     def undo(self) -> None:
         """Undo it, unless it is undone; OutputUnwritable where something changed since."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         source = f"{vars(self)['source']} to " if "source" in vars(self) else ""
