@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from meiqa.engine.engine import Engine
 from meiqa.engine.images import fit_to_grid, load_pixels
@@ -145,3 +147,17 @@ def assessed(results: Iterator[Assessment | Failure]) -> list[Assessment]:
         assert isinstance(result, Assessment)
         kept.append(result)
     return kept
+
+
+def smooth_photo() -> Image.Image:
+    """Make a smooth 97 x 64 colour picture with a bright top left corner."""
+    y, x = np.mgrid[0:64, 0:97]
+    channels = [255 - 2 * y - x, 200 - 2 * x + y // 2, 90 + y]
+    return Image.fromarray(np.stack(channels, axis=2).clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    """Write an image as Pillow does."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()

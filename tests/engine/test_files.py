@@ -22,6 +22,7 @@ from meiqa.engine.files import looks_like_photo
 from meiqa.engine.images import Developed, ImageSource, load_pixels
 from meiqa.engine.package import EnginePackage
 from meiqa.errors import DecodeError, ImageError, ImageTooLarge
+from tests.engine.samples import encoded, smooth_photo
 
 SENSOR = (64, 96)
 """Rows and columns of the RAW files made here."""
@@ -36,16 +37,7 @@ def writers() -> None:
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    """Give a smooth colour picture of 97 x 64 pixels."""
-    y, x = np.mgrid[0:64, 0:97]
-    channels = [255 - 2 * y - x, 200 - 2 * x + y // 2, 90 + y]
-    return Image.fromarray(np.stack(channels, axis=2).clip(0, 255).astype(np.uint8))
-
-
-def stored(image: Image.Image, format: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
+    return smooth_photo()
 
 
 def off(array: np.ndarray, photo: Image.Image) -> float:
@@ -64,23 +56,23 @@ class TestPhonesFormats:
 
     def test_is_read(self, photo: Image.Image, format: str, tmp_path: Path) -> None:
         path = tmp_path / "without_a_suffix"
-        path.write_bytes(stored(photo, format, quality=95))
+        path.write_bytes(encoded(photo, format, quality=95))
         assert looks_like_photo(path.read_bytes()[:32])
         assert off(load_pixels(path).array, photo) < 5
 
     def test_truncated_is_refused(self, photo: Image.Image, format: str) -> None:
-        data = stored(photo, format, quality=95)
+        data = encoded(photo, format, quality=95)
         for share in (0.02, 0.3, 0.7):
             assert "<bytes>" in refusal(data[: int(len(data) * share)])
 
     def test_the_limit_is_told_from_the_header(self, photo: Image.Image, format: str) -> None:
-        data = stored(photo, format)
+        data = encoded(photo, format)
         assert load_pixels(data, max_pixels=97 * 64).array.shape == (64, 97, 3)
         with pytest.raises(ImageTooLarge):
             load_pixels(data, max_pixels=97 * 64 - 1)
 
     def test_damaged_bytes_never_raise_anything_else(self, photo: Image.Image, format: str) -> None:
-        data = stored(photo, format, quality=60)
+        data = encoded(photo, format, quality=60)
         random = np.random.default_rng(0)
         for _ in range(60):
             damaged = bytearray(data)
@@ -90,13 +82,13 @@ class TestPhonesFormats:
                 load_pixels(bytes(damaged))
 
     def test_transparency_lies_over_white(self, format: str) -> None:
-        clear = stored(Image.new("RGBA", (32, 32)), format)
+        clear = encoded(Image.new("RGBA", (32, 32)), format)
         assert load_pixels(clear).array.min() > 250
 
 
 def test_an_animated_avif_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
-    data = stored(frames[0], "AVIF", save_all=True, append_images=frames[1:])
+    data = encoded(frames[0], "AVIF", save_all=True, append_images=frames[1:])
     red, _, blue = load_pixels(data).array[9, 9]
     assert red > 240 > 15 > blue
 
@@ -109,13 +101,13 @@ def orientation(value: int) -> bytes:
 
 def test_a_turned_heic_comes_upright(photo: Image.Image) -> None:
     turned = photo.transpose(Image.Transpose.ROTATE_90)
-    data = stored(turned, "HEIF", exif=orientation(6), quality=95)
+    data = encoded(turned, "HEIF", exif=orientation(6), quality=95)
     assert off(load_pixels(data).array, photo) < 5
 
 
 def test_a_jpeg_xl_is_turned_by_its_codestream_alone(photo: Image.Image) -> None:
     """Its EXIF may say what has been done already."""
-    said = stored(photo, "JXL", exif=orientation(6), lossless=True)
+    said = encoded(photo, "JXL", exif=orientation(6), lossless=True)
     assert off(load_pixels(said).array, photo) == 0
 
 
@@ -126,7 +118,7 @@ def test_a_jpeg_xl_is_turned_by_its_codestream_alone(photo: Image.Image) -> None
 def test_without_the_library_a_file_is_named_with_the_extra(
     photo: Image.Image, format: str, module: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = stored(photo, format)
+    data = encoded(photo, format)
     without(module, monkeypatch)
     message = refusal(data)
     assert f"<bytes> is a {kind} file" in message
@@ -143,7 +135,7 @@ def without(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_libraries_are_loaded_only_for_their_files(photo: Image.Image, tmp_path: Path) -> None:
     for format in ("PNG", "AVIF", "WEBP"):
-        (tmp_path / format).write_bytes(stored(photo, format))
+        (tmp_path / format).write_bytes(encoded(photo, format))
     code = (
         "import sys; from meiqa.engine.images import load_pixels\n"
         "for path in sys.argv[1:]: load_pixels(path)\n"
@@ -216,7 +208,7 @@ def raw_file(preview: bytes | None, samples: np.ndarray | None = None, turned: i
 def path(photo: Image.Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a RAW whose preview and sensor differ."""
     path = tmp_path_factory.mktemp("raw") / "shot.dng"
-    path.write_bytes(raw_file(stored(photo, "JPEG", quality=95)))
+    path.write_bytes(raw_file(encoded(photo, "JPEG", quality=95)))
     return path
 
 
@@ -242,7 +234,7 @@ class TestRaw:
 
     def test_a_turned_one_comes_upright(self, photo: Image.Image) -> None:
         turned = photo.transpose(Image.Transpose.ROTATE_90)
-        data = raw_file(stored(turned, "JPEG", quality=95), turned=6)
+        data = raw_file(encoded(turned, "JPEG", quality=95), turned=6)
         assert off(load_pixels(data).array, photo) < 3
 
     def test_broken_or_of_another_kind(self, path: Path, tmp_path: Path) -> None:
@@ -262,7 +254,7 @@ class TestRaw:
 def jpeg(seed: int = 0, **options: object) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), np.uint8)
     image = Image.fromarray(pixels).resize((400, 304), Image.Resampling.BICUBIC)
-    return stored(image, "JPEG", quality=90, **options)
+    return encoded(image, "JPEG", quality=90, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}])
@@ -290,7 +282,7 @@ def test_the_damage_stands_in_what_is_degraded(
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_the_pixels_of_a_sound_jpeg_are_pillows(mode: str) -> None:
-    data = stored(Image.open(io.BytesIO(jpeg())).convert(mode), "JPEG")
+    data = encoded(Image.open(io.BytesIO(jpeg())).convert(mode), "JPEG")
     pillows = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert np.array_equal(load_pixels(data).array, pillows)
 
@@ -309,7 +301,7 @@ def test_a_jpeg_without_its_last_marker_is_whole() -> None:
 
 
 def png_with(image: Image.Image, kind: bytes, body: bytes, *, sound: bool = True) -> bytes:
-    data = stored(image, "PNG")
+    data = encoded(image, "PNG")
     crc = zlib.crc32(kind + body) ^ (not sound)
     chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
     return data[:33] + chunk + data[33:]
@@ -317,7 +309,7 @@ def png_with(image: Image.Image, kind: bytes, body: bytes, *, sound: bool = True
 
 @pytest.mark.parametrize("place", [33, -12])
 def test_metadata_is_no_reason_to_refuse_a_png(photo: Image.Image, place: int) -> None:
-    plain, data = load_pixels(photo), stored(photo, "PNG")
+    plain, data = load_pixels(photo), encoded(photo, "PNG")
     long = b"note\0\0" + zlib.compress(b"x" * 3_000_000)
     for body, wrong in ((long, 0), (b"note\0text", 1)):
         chunk = struct.pack(">I4s", len(body), b"zTXt" if not wrong else b"tEXt") + body
@@ -387,7 +379,7 @@ def test_a_tiff_that_is_not_read_is_called_what_it_is(data: bytes, words: str) -
 
 def test_files_that_are_open(photo: Image.Image, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
-    path.write_bytes(stored(photo, "PNG"))
+    path.write_bytes(encoded(photo, "PNG"))
     with path.open("rb") as file:
         pixels = load_pixels(file)
     assert (pixels.name, pixels.digest) == (str(path), load_pixels(path).digest)

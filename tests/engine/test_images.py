@@ -28,22 +28,14 @@ from meiqa.errors import (
     MeiqaError,
     UsageError,
 )
+from tests.engine.samples import encoded, smooth_photo
 
 LOSSY = {"JPEG", "WEBP", "AVIF"}
 
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    """Give a smooth 97 x 64 colour picture with a bright top left corner."""
-    y, x = np.mgrid[0:64, 0:97]
-    channels = [255 - 2 * y - x, 200 - 2 * x + y // 2, 90 + y]
-    return Image.fromarray(np.stack(channels, axis=2).clip(0, 255).astype(np.uint8))
-
-
-def encoded(image: Image.Image, format: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
+    return smooth_photo()
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
