@@ -249,7 +249,7 @@ def gradient_tensors(luma: np.ndarray, noise: float) -> np.ndarray:
 
 
 def sharpness_of(steepness: float) -> float:
-    """Estimate one over the width of edges, by the energy of gradients over that two octaves coarser.
+    """Estimate one over the width of edges by gradients: their energy over that two octaves on.
 
     Blur of variance b leaves energy as 1 / (b + c) where the spectrum falls with the square of the
     frequency, as photographs' do, c being the octave's own; an edge is as wide as a step of its

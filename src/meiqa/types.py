@@ -13,7 +13,7 @@ Origin = Literal["anchor", "contrast"]
 KeyKind = Literal["summary", "image", "both"]
 QualityWord = Literal["bad", "poor", "fair", "good", "excellent"]
 
-_DIGITS = {"percentile": 1, "timings_ms": 1, "total_ms": 1}
+_DIGITS = {"percentile": 1, "timings_ms": 1, "total_ms": 1, "motion": 2, "noise": 2}
 _USUAL_DIGITS = 4
 """Decimals of scores, deviations and probabilities: more would be noise of the arithmetic."""
 _TEXT_ONLY: dict[str, Any] = {"in_dict": False}
