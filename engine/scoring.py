@@ -24,6 +24,7 @@ from meiqa.engine.budget import (
     plan_work,
 )
 from meiqa.engine.comparing import MOST_AT_ONCE, CacheState, Comparer, PrefixCache
+from meiqa.engine.detail import measure_detail
 from meiqa.engine.estimates import (
     UNDOUBTED,
     Comparisons,
@@ -40,7 +41,6 @@ from meiqa.engine.estimates import (
     quality_word,
 )
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid
-from meiqa.engine.measures import measure_detail
 from meiqa.engine.model import (
     Description,
     Draft,
