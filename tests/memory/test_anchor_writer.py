@@ -115,6 +115,7 @@ def test_a_finished_writer_says_so(tmp_path: Path) -> None:
         writer_of(tmp_path / "m", resume=True)
 
 
+@pytest.mark.slow
 def test_many_anchors_are_searched_by_an_index(tmp_path: Path) -> None:
     """Above the crossover the segment holds an index, which filters and finds as flat search."""
     random = np.random.default_rng(7)

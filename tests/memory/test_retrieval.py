@@ -145,6 +145,7 @@ def test_bins_with_none_near_the_query_are_searched_for_themselves(tmp_path: Pat
         assert int(found[-1]) >= 97 - 97 // bins - 1  # the farthest is the worst bin's nearest
 
 
+@pytest.mark.slow
 def test_an_index_gives_the_bins_what_comparing_with_all_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
