@@ -75,8 +75,8 @@ def opened(stream: IO[bytes], name: str) -> Image.Image:
     else:
         image = _pillow(stream, head)
     # A PNG says it before its pixels, which may hold any bytes.
-    said = head.partition(b"IDAT")[0] if head.startswith(_PNG) else head if kind else b""
-    if cicp := cicp_of(said):
+    says = head.partition(b"IDAT")[0] if head.startswith(_PNG) else head if kind else None
+    if says and (cicp := cicp_of(says)):
         image.info["cicp"] = cicp
     if head.startswith(_JPEG) and not image.info.keys() & SAYS_COLOURS and is_adobe_rgb(image):
         image.info |= ADOBE_RGB
