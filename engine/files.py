@@ -41,7 +41,7 @@ _AVIF_BRANDS, _HEIF_BRANDS = {b"avif", b"avis"}, {b"heic", b"heix", b"heim", b"h
 _HEAD_BYTES = 1 << 16
 _IMAGE_MAGIC = (_JPEG, _PNG, b"GIF8", b"\0\0\0\x0cjP  ", *_TIFF, *_JXL, *_RAW_HEADS)
 # What a PNG's pixels and colours hang on; the rest is metadata.
-_PNG_NEEDED = frozenset(b"IHDR PLTE IDAT IEND tRNS gAMA cHRM sRGB iCCP eXIf".split())
+_PNG_NEEDED = frozenset(b"IHDR PLTE IDAT IEND tRNS gAMA cHRM sRGB iCCP cICP eXIf".split())
 _LARGEST_PNG_PROFILE = 1 << 20
 """Bytes of a profile, or of a text, that Pillow unpacks."""
 _SUBFILE, _MAKE, _DNG_VERSION = 254, 271, 50706

@@ -168,6 +168,13 @@ def test_cicp_of_a_png(photo: Image.Image, code: tuple[int, int], space: str | N
     assert (difference(data, photo) <= 4) == (space is not None)
 
 
+def test_a_damaged_text_costs_a_png_no_colours(photo: Image.Image) -> None:
+    wide = in_space(photo, WIDE["Display P3"])
+    data = png_with(wide, (b"cICP", bytes([12, 13, 0, 1])), (b"tEXt", b"Author\0somebody"))
+    damaged = data.replace(b"somebody", b"nobody!!")
+    assert difference(damaged, photo) <= 4
+
+
 def test_cicp_of_srgb_changes_nothing(photo: Image.Image) -> None:
     said = png_with(photo, (b"cICP", bytes([1, 13, 0, 1])))
     assert load_pixels(said).digest == load_pixels(stored(photo)).digest
