@@ -1,7 +1,7 @@
-"""The way of one photo: decode, prefill, predict, retrieve, compare, fuse, patterns, reflect.
+"""The way of one photo: decode, read, describe, retrieve, compare, fuse, patterns, reflect.
 
 `Scorer.score` is the only place where a photo is scored. Engine, sets, service, evaluation and
-calibration all call it, with different tasks.
+calibration all call it.
 """
 
 from __future__ import annotations
