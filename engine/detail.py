@@ -21,9 +21,11 @@ SMALLEST_DETAILED = CELL << (OCTAVES - 3)
 
 FLATTEST_OF_NOISE = 0.836
 """What `noise_deviation` gives for white noise of deviation 1: its flattest blocks have less."""
+ROUNDING = 1 / 12
+"""Variance, in grey levels squared, of what whole levels leave out; of much blur it hides most."""
 LEAST_ENERGY = 1e-3
 """Added to energies of gradients, in grey levels squared, where there may be none."""
-LEAST_TEXTURE = 0.05
+LEAST_TEXTURE = 0.2
 """Share of the most textured cut's energy, two octaves on, that a cut is judged from on."""
 BLUR_VARIANCE = 2.4
 """Of blur, in square pixels, that halves the excess of fine gradients; see `sharpness_of`."""
@@ -52,12 +54,13 @@ def measure_detail(pixels: NDArray[np.uint8]) -> Detail | None:
         return luma
 
     noise = noise_deviation(np.hstack([cut(place) for place in flat])) / FLATTEST_OF_NOISE
-    tensors = np.stack([gradient_tensors(cut(place), noise) for place in textured])
+    variance = noise**2 + ROUNDING
+    tensors = np.stack([gradient_tensors(cut(place), variance) for place in textured])
     energies = tensors.trace(axis1=2, axis2=3)
     steepness = energies[:, 0] / (energies[:, 2] + LEAST_ENERGY)
     # A cut of little texture, or mostly of noise, tells nothing of edges; if all are, the first is
     # taken, which is the most textured.
-    told = (energies[:, 2] > LEAST_TEXTURE * energies[:, 2].max()) & (energies[:, 0] > noise**2)
+    told = (energies[:, 2] > LEAST_TEXTURE * energies[:, 2].max()) & (energies[:, 0] > variance)
     sharpest = int((steepness * told).argmax())
     row, column = textured[sharpest]
     return Detail(
@@ -99,10 +102,10 @@ def chosen_places(pixels: NDArray[np.uint8], side: int) -> tuple[list[Place], li
     return least(-texture * central, TEXTURED), least(texture + 255 * closed, FLAT)
 
 
-def gradient_tensors(luma: NDArray[Any], noise: float) -> NDArray[Any]:
+def gradient_tensors(luma: NDArray[Any], variance: float) -> NDArray[Any]:
     """Structure tensors (OCTAVES, 2, 2) of a cut, each of it at half the size of the one before.
 
-    What white noise of a deviation adds to them is taken off, as far as anything is left.
+    What white noise of a variance adds to them is taken off, as far as anything is left.
     """
     tensors = np.empty((OCTAVES, 2, 2))
     for octave in range(OCTAVES):
@@ -113,7 +116,7 @@ def gradient_tensors(luma: NDArray[Any], noise: float) -> NDArray[Any]:
         tensors[octave] /= across.size
         luma = (luma[::2, ::2] + luma[1::2, ::2] + luma[::2, 1::2] + luma[1::2, 1::2]) / 4
     added = np.minimum(
-        noise**2 / 4.0 ** np.arange(OCTAVES), 0.9 * np.linalg.eigvalsh(tensors)[:, 0]
+        variance / 4.0 ** np.arange(OCTAVES), 0.9 * np.linalg.eigvalsh(tensors)[:, 0]
     )
     tensors -= added[:, None, None] * np.eye(2)
     return tensors
