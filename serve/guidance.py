@@ -19,7 +19,7 @@ STILL = 2.0
 """Grey levels of `motion_between` below which a camera is held still."""
 MOVING = 5.0
 SHORT_MOTION, LONG_MOTION = 8.0, 16.0
-"""Pixels; see `Detail.motion`. Blur of another kind is read as less than the first."""
+"""Pixels; see `Detail.motion`. Defocus is mostly read as less than the first."""
 GOOD = 3.6
 DARK, VERY_DARK = 75.0, 40.0
 """Mean grey; the words of the descriptions change there too."""
