@@ -10,7 +10,8 @@ import pytest
 from benchmarks.detail import LADDERS, Tally, climb, moved, noisy, text_of
 from meiqa.testing import FakeEngine, mean_brightness
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+BLOCKS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+PICTURE = BLOCKS.repeat(8, 0).repeat(8, 1)
 
 
 def test_motion_keeps_the_tone_and_follows_one_line() -> None:
