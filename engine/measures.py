@@ -25,9 +25,9 @@ SHRUNK = 4
 LEAST_COLOURED, NEGLIGIBLE = 0.01, 0.02
 """Of a cast: the share of the picture that is nearest to grey, and a difference of log channels
 that says nothing."""
-CAST = 0.26
+CAST = 0.3
 """Cast from which it is named."""
-CLIPPED, BLOCKED = 0.05, 0.1
+CLIPPED, BLOCKED = 0.045, 0.1
 """Shares of white and of black from which they are named."""
 HUES = ("red", "yellow", "green", "cyan", "blue", "magenta")
 """What a cast is called, a sixth of the circle each."""
@@ -36,7 +36,7 @@ WORDS: dict[str, tuple[tuple[float, str], ...]] = {
     "sharpness": ((3.0, "very soft"), (4.8, "soft"), (6.3, "fairly sharp"), (np.inf, "sharp")),
     "exposure": (
         (40.0, "very dark"),
-        (65.0, "dark"),
+        (68.0, "dark"),
         (222.0, "well exposed"),
         (240.0, "bright"),
         (np.inf, "very bright"),
