@@ -48,13 +48,19 @@ def register_writers() -> None:
 
 def files_of(picture: Image.Image) -> dict[str, list[bytes]]:
     """Write a picture in every format that is read, several ways each."""
-    register_writers()
     made = {
-        format: [encoded(picture.convert(mode), name, options) for mode, name, options in ways]
+        format: [file_of(picture, format, way) for way in range(len(ways))]
         for format, ways in WAYS.items()
     }
     preview = encoded(picture.convert("RGB"), "JPEG", {"quality": 90})
     return made | {"DNG": [raw_file(preview), raw_file(None)]}
+
+
+def file_of(picture: Image.Image, format: str, way: int = 0) -> bytes:
+    """Write a picture in one of the ways of a format."""
+    register_writers()
+    mode, name, options = WAYS[format][way % len(WAYS[format])]
+    return encoded(picture.convert(mode), name, options)
 
 
 def encoded(picture: Image.Image, format: str, options: Mapping[str, object]) -> bytes:
