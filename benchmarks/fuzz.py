@@ -3,8 +3,8 @@
     python -m benchmarks.fuzz --files 10000 --seed 0 [--keep DIR] [--format json]
 
 Each is made by program, then damaged at random; the same seed damages alike. A file may be read or
-refused with one of `meiqa.errors`. Faults are: another exception, a process that ends or does not
-answer in time, and memory that grows. `--keep` keeps the files that are at fault.
+refused with one of `meiqa.errors`. Faults are: another exception, a warning, a process that ends
+or does not answer in time, and memory that grows. `--keep` keeps the files that are at fault.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import sys
+import warnings
 from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -65,15 +66,15 @@ def read_files(files: Connection) -> None:
     """Read files until there are no more, and say what came of each and the memory that is held."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of damage
     while (data := files.recv_bytes()) != b"":
-        try:
-            pixels = load_pixels(data)
-            outcome = "read, damage named" if pixels.notes else "read"
-            del pixels  # before memory is looked at
-        except MeiqaError:
-            outcome = "refused"
-        except BaseException as error:  # whatever else it is, it is what is looked for
-            outcome = f"{type(error).__name__}: {error}"
-        files.send((outcome, resident_mb()))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                outcome = "read, damage named" if load_pixels(data).notes else "read"
+            except MeiqaError:
+                outcome = "refused"
+            except BaseException as error:  # whatever else it is, it is what is looked for
+                outcome = f"{type(error).__name__}: {error}"
+        files.send((f"warned: {said[0].message}" if said else outcome, resident_mb()))
 
 
 def resident_mb() -> float:

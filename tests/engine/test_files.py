@@ -175,6 +175,19 @@ class TestRaw:
         path.write_bytes(raw_file(None))
         assert load_pixels(path).array.shape == (*SENSOR, 3)
 
+    def test_a_sensor_without_colours(self) -> None:
+        pattern = struct.pack("<HHI", 33422, 1, 4)
+        unread = struct.pack("<HHI", 33422, 1, 4 + (5 << 16))
+        pixels = load_pixels(raw_file(None).replace(pattern, unread)).array
+        assert pixels.shape == (*SENSOR, 3)
+        assert (pixels[..., :1] == pixels).all()
+
+    def test_damaged_tags_are_nothing_to_warn_of(self) -> None:
+        """Warnings are errors in tests."""
+        model = struct.pack("<HHI", 50708, 2, 13)
+        far = struct.pack("<HHI", 50708, 2, 13 << 16)
+        assert load_pixels(raw_file(None).replace(model, far)).array.shape == (*SENSOR, 3)
+
     def test_a_turned_one_comes_upright(self, photo: Image.Image) -> None:
         turned = photo.transpose(Image.Transpose.ROTATE_90)
         data = raw_file(encoded(turned, "JPEG", quality=95), turned=6)
