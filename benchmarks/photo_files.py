@@ -11,18 +11,34 @@ import pillow_heif
 from PIL import Image
 from pylibjxl.pillow_plugin import register_pillow
 
+from meiqa.engine.files import ORIENTATION
+
 SENSOR = (64, 96)
 """Rows and columns of the sensor of the RAW files that are made."""
+
+
+def exif_of(orientation: int) -> bytes:
+    """Make EXIF that says how a photo was held and by what camera."""
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[271], exif[272] = orientation, "Maker", "Camera of some length"
+    return exif.tobytes()
+
+
 WAYS: Mapping[str, tuple[tuple[str, str, Mapping[str, object]], ...]] = {
     "JPEG": (
-        ("RGB", "JPEG", {"quality": 90}),
+        ("RGB", "JPEG", {"quality": 90, "exif": exif_of(1)}),
         ("RGB", "JPEG", {"quality": 60, "progressive": True}),
         ("L", "JPEG", {}),
         ("CMYK", "JPEG", {}),
     ),
-    "PNG": (("RGB", "PNG", {}), ("RGBA", "PNG", {}), ("P", "PNG", {}), ("I;16", "PNG", {})),
+    "PNG": (
+        ("RGB", "PNG", {"exif": exif_of(3)}),
+        ("RGBA", "PNG", {}),
+        ("P", "PNG", {}),
+        ("I;16", "PNG", {}),
+    ),
     "WebP": (
-        ("RGB", "WEBP", {"quality": 80}),
+        ("RGB", "WEBP", {"quality": 80, "exif": exif_of(6)}),
         ("RGBA", "WEBP", {"lossless": True}),
     ),
     "TIFF": (
@@ -33,8 +49,8 @@ WAYS: Mapping[str, tuple[tuple[str, str, Mapping[str, object]], ...]] = {
     ),
     "GIF": (("P", "GIF", {}), ("L", "GIF", {"interlace": 1})),
     "BMP": (("RGB", "BMP", {}), ("P", "BMP", {}), ("1", "BMP", {})),
-    "HEIC": (("RGB", "HEIF", {"quality": 80}), ("RGBA", "HEIF", {})),
-    "AVIF": (("RGB", "AVIF", {"quality": 80}), ("RGBA", "AVIF", {})),
+    "HEIC": (("RGB", "HEIF", {"quality": 80, "exif": exif_of(1)}), ("RGBA", "HEIF", {})),
+    "AVIF": (("RGB", "AVIF", {"quality": 80, "exif": exif_of(1)}), ("RGBA", "AVIF", {})),
     "JXL": (("RGB", "JXL", {}), ("RGB", "JXL", {"lossless": True})),
 }
 """For each format the modes and options in which it is written: (mode, Pillow's name, options)."""

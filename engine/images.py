@@ -10,7 +10,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -350,6 +350,9 @@ def _header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
             raise _undecodable(name, error) from None
         finally:
             Image.MAX_IMAGE_PIXELS = before
+        if image.format == "TIFF":  # which reads it again with the pixels, and warns then
+            with suppress(Exception):
+                image.getexif()
     if misread_tiff(image):
         raise _unread_tiff(name, describe_tiff(stream))
     return image
@@ -395,7 +398,8 @@ def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
     if image.format == "JXL":  # its pixels come upright, whatever its EXIF says
         return pixels
     try:
-        turn = _UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+        with _quietly():
+            turn = _UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # unreadable EXIF is no reason to refuse the pixels
         return pixels
     return pixels if turn is None else pixels.transpose(turn)
