@@ -144,7 +144,7 @@ def laplacian(luma: Floats) -> Floats:
 def laplacian_variance(luma: Floats) -> float:
     """Variance of the Laplacian, whose mean is nothing."""
     squares = sum(float(np.square(laplacian(strip)).sum()) for strip in strips_of(luma))
-    return squares / ((luma.shape[0] - 2) * (luma.shape[1] - 2))
+    return float(squares / ((luma.shape[0] - 2) * (luma.shape[1] - 2)))
 
 
 def noise_deviation(luma: Floats) -> float:

@@ -20,7 +20,7 @@ STILL = 2.0
 """Grey levels of `motion_between` below which a camera is held still."""
 MOVING = 5.0
 GOOD = 3.6
-_, (DARK, _), (BRIGHT, _), *_ = WORDS["exposure"]
+DARK, BRIGHT = WORDS["exposure"][1][0], WORDS["exposure"][2][0]
 """Exposure at which pictures begin to be called dark, and bright."""
 _SEVERE = 2.5
 """Strength of a distortion that speaks fully for itself, on its scale of 0 to 5."""
