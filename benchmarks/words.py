@@ -58,6 +58,8 @@ MADE_BY = {
 }
 """What makes a photograph so."""
 LEAST, MOST = 0.9, 0.05
+TRIES = 5
+"""Times that measuring is timed on a photograph, of which the least counts."""
 
 
 def versions(pixels: Bytes, rng: np.random.Generator) -> Iterator[tuple[str, Bytes]]:
@@ -79,7 +81,7 @@ def bench_words(data: Path, part: str = "held-out") -> dict[str, Any]:
     Returns:
         for each word the share of the untouched, of all made so, and of each version of which it is
         said; `held`, the words that keep both bars; the untouched of which it is said by name;
-        milliseconds of measuring one photograph of 512 x 512.
+        milliseconds of the processor's time for measuring one photograph of 512 x 512.
     """
     image = EnginePackage.open(embedded_assets() / "package").manifest.image
     said: dict[str, dict[str, list[str]]] = {word: {} for word in SAID}
@@ -92,10 +94,7 @@ def bench_words(data: Path, part: str = "held-out") -> dict[str, Any]:
             for word, is_said in SAID.items():
                 of_version = said[word].setdefault(version, [])
                 of_version += [name] * is_said(words)
-        square = resized(pixels, 512, 512)
-        began = time.perf_counter()
-        measure_attributes(square)
-        times_ms.append(1e3 * (time.perf_counter() - began))
+        times_ms.append(min(_measuring_ms(resized(pixels, 512, 512)) for _ in range(TRIES)))
     found = {word: _judged(word, of_versions, len(names)) for word, of_versions in said.items()}
     return {
         "part": part,
@@ -104,6 +103,12 @@ def bench_words(data: Path, part: str = "held-out") -> dict[str, Any]:
         "measuring": quantiles_ms(times_ms),
         **run_on("numpy", "pillow"),
     }
+
+
+def _measuring_ms(pixels: Bytes) -> float:
+    began = time.thread_time()
+    measure_attributes(pixels)
+    return 1e3 * (time.thread_time() - began)
 
 
 def _judged(word: str, said: Mapping[str, list[str]], count: int) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def words_text(found: Mapping[str, Any]) -> str:
     measuring = found["measuring"]
     return (
         f"{found['photographs']} photographs ({found['part']})\n{table_text(rows, columns)}\n"
-        f"measuring 512 x 512: {measuring['p50_ms']:.2f} ms, at least {measuring['min_ms']:.2f}"
+        f"measuring 512 x 512: {measuring['p50_ms']:.2f} ms of the processor's time"
     )
 
 
