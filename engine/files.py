@@ -10,6 +10,8 @@ import zlib
 from functools import cache
 from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from meiqa.engine.colour import ADOBE_RGB, SAYS_COLOURS, cicp_of
@@ -117,7 +119,7 @@ def raw_picture(stream: IO[bytes], name: str, *, develop: bool) -> Image.Image |
     try:
         with rawpy.imread(stream) as raw:
             preview = None if develop else _raw_preview(rawpy, raw)
-            return preview or Image.fromarray(raw.postprocess(use_camera_wb=True))
+            return preview or _image_of(raw.postprocess(use_camera_wb=True))
     except rawpy.LibRawError as error:
         raise DecodeError(f"{name} is no RAW file that LibRaw reads: {error}") from None
 
@@ -277,9 +279,14 @@ def _raw_preview(rawpy: Any, raw: Any) -> Image.Image | bytes | None:
         return None
     if preview.format == rawpy.ThumbFormat.JPEG:
         return bytes(preview.data)
-    image = Image.fromarray(preview.data)
+    image = _image_of(preview.data)
     image.getexif()[ORIENTATION] = _ORIENTATION_OF_FLIP.get(raw.sizes.flip, 1)
     return image
+
+
+def _image_of(samples: NDArray[np.uint8]) -> Image.Image:
+    """Make an image of samples (H, W, C); a sensor without colours gives one channel."""
+    return Image.fromarray(samples[:, :, 0] if samples.shape[2:] == (1,) else samples)
 
 
 def _profile_unpacks(chunk: bytes) -> bool:

@@ -9,7 +9,8 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -68,7 +69,7 @@ _UPRIGHT = {
 }
 """What turns a photo of each EXIF orientation upright."""
 _DAMAGED = "the file is damaged or incomplete: fetch it again"
-_pillow_limit_lock = threading.Lock()
+_pillow_lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,7 +292,9 @@ def _byte_stream(source: object, name: str) -> IO[bytes]:
 def _from_file(
     stream: IO[bytes], name: str, max_pixels: int, develop: bool
 ) -> tuple[NDArray[np.uint8], list[str]]:
-    if is_raw(stream, name):
+    with _quietly():
+        raw = is_raw(stream, name)
+    if raw:
         picture = raw_picture(stream, name, develop=develop)
         if isinstance(picture, Image.Image):
             return _decode(picture, name, max_pixels)
@@ -309,15 +312,25 @@ def _from_file(
     return array, notes + more
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Hear no warnings: broken metadata is no reason to refuse the pixels, nor the user's concern.
+
+    Their filters are global in Python, so this is one thread's at a time.
+    """
+    with _pillow_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
     """Read the header, with Pillow's own limit set to ours.
 
     Plugins may allocate while they open, so the limit has to hold there already. It is a module
-    global of Pillow, as are the warning filters: both are changed for the moment of the header
-    only, by one thread at a time, and put back.
+    global of Pillow: it is changed for the moment of the header only, by one thread at a time, and
+    put back.
     """
-    with _pillow_limit_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # broken metadata is no reason to refuse the pixels
+    with _quietly():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
         try:
@@ -337,6 +350,9 @@ def _header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
             raise _undecodable(name, error) from None
         finally:
             Image.MAX_IMAGE_PIXELS = before
+        if image.format == "TIFF":  # which reads it again with the pixels, and warns then
+            with suppress(Exception):
+                image.getexif()
     if misread_tiff(image):
         raise _unread_tiff(name, describe_tiff(stream))
     return image
@@ -382,7 +398,8 @@ def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
     if image.format == "JXL":  # its pixels come upright, whatever its EXIF says
         return pixels
     try:
-        turn = _UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+        with _quietly():
+            turn = _UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # unreadable EXIF is no reason to refuse the pixels
         return pixels
     return pixels if turn is None else pixels.transpose(turn)

@@ -422,7 +422,9 @@ class Scorer:
         """Name everything that was left out or went another way."""
         notes = [*scored.pixels.notes, *scored.plan.losses(scored.whole)]
         description, retrieved = scored.prediction.description, len(scored.neighbours)
-        if not scored.prediction.stats.complete and "shorter summary" not in notes:
+        if scored.prediction.stats.complete:  # few tokens were enough
+            notes = [note for note in notes if note != "shorter summary"]
+        elif "shorter summary" not in notes:
             notes.append("summary cut at the token limit")
         if description is not None and description.unreadable and self.model.head == "text":
             notes.append("rating unreadable: scored by grade word")
