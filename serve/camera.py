@@ -181,6 +181,7 @@ class CameraSession:
             measured=plan.stats.measured,
             words=(full and (full.reflection or full.summary)) or "",
             distortions=found.distortions,
+            detail=found.detail,
         )
         return self._adviser.advise(evidence, plan.at_s)
 

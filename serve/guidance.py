@@ -14,11 +14,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from meiqa.engine.measures import WORDS, describe_attributes
-from meiqa.types import Distortion
+from meiqa.types import Detail, Distortion
 
 STILL = 2.0
 """Grey levels of `motion_between` below which a camera is held still."""
 MOVING = 5.0
+SHORT_MOTION, LONG_MOTION = 5.0, 12.0
+"""Pixels; see `Detail.motion`. Blur of another kind is read as less than the first."""
 GOOD = 3.6
 DARK, BRIGHT = WORDS["exposure"][1][0], WORDS["exposure"][2][0]
 """Exposure at which pictures begin to be called dark, and bright."""
@@ -48,6 +50,7 @@ class Evidence:
     measured: Mapping[str, float]  # by `meiqa.engine.measures`
     words: str = ""  # the description of this frame, or of one that looked the same
     distortions: tuple[Distortion, ...] = ()  # as the model's patterns see them
+    detail: Detail | None = None  # of this frame
 
     def says(self, *phrases: str) -> float:
         """Give 1 if one of these phrases is what the frame's measures are called, or 0."""
@@ -100,7 +103,8 @@ def _hold_still(seen: Evidence) -> float:
     if seen.still:
         return 0.0
     moving = 0.0 if seen.motion is None else ramp(seen.motion, STILL, MOVING)
-    return max(moving, seen.distorted(_SHAKES))
+    length = 0.0 if seen.detail is None else seen.detail.motion
+    return max(moving, seen.distorted(_SHAKES), ramp(length, SHORT_MOTION, LONG_MOTION))
 
 
 def _more_light(seen: Evidence) -> float:

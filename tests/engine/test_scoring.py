@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from meiqa.engine.calibration import NEUTRAL_GRADED, Logistic
+from meiqa.engine.detail import measure_detail
 from meiqa.engine.engine import Engine
 from meiqa.engine.estimates import (
     Comparisons,
@@ -168,9 +169,31 @@ def test_a_cut_description_is_marked(anchors: Path) -> None:
 
 def test_a_package_that_was_never_calibrated_says_so(anchors: Path) -> None:
     result = fake_engine(FakeModel(), anchors).score(PHOTO)
-    assert result.degraded == (
-        "package not calibrated: score and deviation are not fitted to people's",
+    assert (
+        "package not calibrated: score and deviation are not fitted to people's" in result.degraded
     )
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "said"),
+    [(499, 500, ("small: judged as the 500 x 499 pixels it has",)), (500, 500, ())],
+)
+def test_a_small_photo_is_said_to_be_small(
+    anchors: Path, height: int, width: int, said: tuple[str, ...]
+) -> None:
+    engine, photo = fake_engine(FakeModel(), anchors), np.full((height, width, 3), 90, np.uint8)
+    notes = engine.score(photo).degraded
+    assert tuple(note for note in notes if note.startswith("small")) == said
+    assert not any("small" in note for note in engine.rank([photo, photo]).degraded)
+
+
+def test_detail_stands_beside_the_score_and_can_be_left_out(anchors: Path) -> None:
+    engine = fake_engine(FakeModel(), anchors)
+    photo = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    found, without = engine.score(photo), engine.score(photo, detail=False)
+    assert found.detail == measure_detail(photo)
+    assert without.detail is None
+    assert found.score == without.score
 
 
 # What is remembered
@@ -278,8 +301,8 @@ def test_an_assessment_says_what_was_found_and_what_it_took(anchors: Path) -> No
     assert [n.id for n in said.neighbours] == [case.id for case in found.neighbours]
     assert sum(said.grades.values()) == pytest.approx(1.0)
     assert 0 < said.percentile < 100
-    stages = ["decode", "read", "describe", "retrieve", "compare", "fuse", "patterns", "total"]
-    assert list(said.timings_ms) == stages
+    steps = "decode detail read describe retrieve compare fuse patterns total"
+    assert list(said.timings_ms) == steps.split()
     assert said.counters["visual_tokens"] == 24
     assert said.counters["written_tokens"] == said.counters["writing_calls"] == 19
 

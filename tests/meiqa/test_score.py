@@ -83,8 +83,9 @@ def test_demo_tells_of_each_photo(engine: Any, capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()
     at = lines.index("coffee, dark")
     assert "±" in lines[at + 1]
-    assert lines[at + 2 : at + 4] == [
-        "  An even picture.",
+    assert lines[at + 2] == "  An even picture."
+    assert lines[at + 3].startswith("  at 100 %: edges ")
+    assert lines[at + 4 : at + 5] == [
         "  beats anchor 1.00 (1.00) 100 %, loses to anchor 3.00 (3.00) 100 % (3 compared)",
     ]
     assert lines[-1] == "20 photos, 0 reflections written"
@@ -131,6 +132,18 @@ def test_a_photo_is_read_from_standard_input(
     assert cli.main(["score", str(grey("b.png", 0)), name, "--format", "jsonl"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["path"], row["score"]) for row in rows[1:]] == [(name, 5.0)]
+
+
+def test_detail_is_given_unless_it_is_left_out(
+    engine: FakeEngine, tmp_path: Path, capsys: Output
+) -> None:
+    photo = str(tmp_path / "photo.png")
+    Image.fromarray(np.eye(200, dtype=np.uint8) * 255).save(photo)
+    assert cli.main(["score", photo, "--format", "jsonl"]) == 0
+    assert cli.main(["score", photo, "--format", "jsonl", "--no-detail"]) == 0
+    given, without = map(json.loads, capsys.readouterr().out.splitlines())
+    assert set(given["detail"]) == {"sharpness", "motion", "noise", "place"}
+    assert without["detail"] is None
 
 
 @pytest.mark.parametrize(

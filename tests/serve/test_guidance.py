@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from meiqa.serve.guidance import OTHERWISE, RULES, Adviser, Evidence
-from meiqa.types import Distortion
+from meiqa.types import Detail, Distortion
 
 MEASURED = {
     **{"sharpness": 7.0, "exposure": 150.0, "clipped": 0.0, "blocked": 0.0, "noise": 0.2},
@@ -22,6 +22,10 @@ FINE = "The picture is sharp and well exposed, with no noise, good contrast, nat
 
 def measured(**changes: float) -> Evidence:
     return replace(WELL, measured={**MEASURED, **changes})
+
+
+def shaken(pixels: float) -> Detail:
+    return Detail(0.4, pixels, 1.0, (0, 0, 256, 256))
 
 
 def advice(seen: Evidence) -> str:
@@ -40,6 +44,10 @@ def course(frames: Sequence[Evidence], every_s: float = 0.15) -> list[str]:
         (replace(WELL, motion=9.0), "hold-still"),
         (replace(WELL, motion=None, words="Severe motion blur. " + FINE), "hold-still"),
         (replace(WELL, motion=3.0, distortions=(Distortion("jitter", 3.0, 0.9),)), "hold-still"),
+        (replace(WELL, motion=3.0, detail=shaken(12.0)), "hold-still"),
+        (replace(WELL, motion=None, detail=shaken(12.0)), "hold-still"),
+        (replace(WELL, motion=None, detail=shaken(4.0)), OTHERWISE.code),
+        (replace(WELL, detail=shaken(12.0)), OTHERWISE.code),  # the camera was still
         (replace(WELL, distortions=(Distortion("motion blur", 4.0, 0.9),)), "step-back"),
         (measured(exposure=60.0), "more-light"),
         (measured(exposure=10.0), "more-light"),
