@@ -273,6 +273,7 @@ def _in_order(group: Sequence[Candidate], solution: Solution) -> tuple[CulledPho
             alone=group[index].score,
             likeness=_likeness(best, group[index]),
             summary=group[index].summary,
+            kind="burst" if len(group) > 1 else None,
         )
         for place, index in enumerate(solution.order, 1)
     )

@@ -260,7 +260,8 @@ def write_set(found: Ranking | Culling, format: Format, stream: TextIO) -> None:
         lines = [_ranked_text(photo) for photo in found.photos]
         entries = [photo.to_dict() for photo in found.photos]
     else:
-        columns = ["group", "place", "best", "path", "score", "std", "alone", "likeness"]
+        columns = ["group", "kind", "place", "best", "kept", "path", "score", "std", "alone"]
+        columns += ["likeness", "too_close", "reason"]
         groups = list(enumerate(found.groups, 1))
         lines = [_culled_text(photo, len(group)) for _, group in groups for photo in group]
         entries = [{"group": n, **photo.to_dict()} for n, group in groups for photo in group]
