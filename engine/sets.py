@@ -21,6 +21,7 @@ from meiqa.engine.estimates import (
     preferences_of,
 )
 from meiqa.engine.scoring import Scored, as_neighbours
+from meiqa.engine.series import Frame, frame_of, series_in
 from meiqa.engine.shots import ALIKE, grouped, likenesses, view_of
 from meiqa.errors import UsageError
 from meiqa.kernels.thurstone import thurstone_joint
@@ -44,7 +45,7 @@ class Candidate:
 
     Attributes:
         prior: the score before any comparison; score: the fused one; doubt: of its deviation.
-        view: what it shows, None if that is not known.
+        view: what it shows, None if that is not known; frame: the shot as far as series go.
         notes: what of its file is damaged.
     """
 
@@ -57,6 +58,7 @@ class Candidate:
     neighbours: tuple[Neighbour, ...]
     summary: str | None = None
     view: NDArray[np.float32] | None = None
+    frame: Frame | None = None
     hurried: bool = False
     doubt: Doubt = UNDOUBTED
     notes: tuple[str, ...] = ()
@@ -75,6 +77,7 @@ class Candidate:
             neighbours=as_neighbours(scored.neighbours, scored.preferences),
             summary=None if description is None else description.text,
             view=view_of(scored.pixels.array),
+            frame=frame_of(scored.pixels),
             hurried=scored.hurried,
             doubt=scored.doubt,
             notes=scored.pixels.notes,
