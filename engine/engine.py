@@ -181,6 +181,7 @@ class Engine:
         budget: Budget | None = None,
         k: int | None = None,
         learn: bool = True,
+        detail: bool = True,
     ) -> Assessment:
         """Assess one photo: a path, encoded bytes, a file, a Pillow image or a uint8 array.
 
@@ -190,11 +191,14 @@ class Engine:
             budget: what may be spent; everything by default.
             k: neighbours to compare with; the package's number by default.
             learn: remember the photo if the comparisons moved its score a lot.
+            detail: measure sharpness, motion and noise at full size, beside the score.
 
         Raises:
             ImageError: the photo can't be judged.
         """
-        (result,) = self.score_many([image], reference=reference, budget=budget, k=k, learn=learn)
+        (result,) = self.score_many(
+            [image], reference=reference, budget=budget, k=k, learn=learn, detail=detail
+        )
         if isinstance(result, Failure):
             raise result.error
         return result
@@ -207,6 +211,7 @@ class Engine:
         budget: Budget | None = None,
         k: int | None = None,
         learn: bool = True,
+        detail: bool = True,
     ) -> Iterator[Assessment | Failure]:
         """Assess photos one after the other; one that can't be judged gives a Failure.
 
@@ -214,7 +219,7 @@ class Engine:
         score; what they teach serves the next call. Arguments are those of `score`; a
         `ScoreRequest` among the images brings its own.
         """
-        common = ScoreRequest(b"", budget=budget, k=k, learn=learn)
+        common = ScoreRequest(b"", budget=budget, k=k, learn=learn, detail=detail)
         require_several(images)
         check_request(common)
         requests = (

@@ -40,6 +40,7 @@ from meiqa.engine.estimates import (
     quality_word,
 )
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid
+from meiqa.engine.measures import measure_detail
 from meiqa.engine.model import (
     Description,
     Draft,
@@ -61,13 +62,16 @@ from meiqa.memory import (
     spatial_descriptor,
     token_features,
 )
-from meiqa.types import Assessment, Budget, Neighbour, Reference
+from meiqa.types import Assessment, Budget, Detail, Neighbour, Reference
 
 LOG = logging.getLogger(__name__)
 
 DRAFTS = RetrievalPolicy(k=16)
 """Cases whose summaries are drafts of a photo's: likely ones, and of all scores, so that most words
 that the model may write are in one of them."""
+
+SMALL_PIXELS = 250_000
+"""Photos of fewer are said to be small: at a screen's size they look worse than they score."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class ScoreRequest:
     budget: Budget | None = None
     k: int | None = None
     learn: bool = True
+    detail: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +116,8 @@ class Scored:
         neighbours: K remembered cases; logits: (K, 2) of the comparisons with them, see
             `Comparer.ask`; preferences: (K,) the same as probabilities, NaN where not asked.
         estimates: all of them, in the order in which they were folded into `posterior`.
-        patterns: what the distortion patterns see; reference: what a reference brought.
+        patterns: what the distortion patterns see; reference: what a reference brought; detail:
+            what is seen at full size, None where it was not asked for.
         reflection: the corrected description, None unless the gate opened.
         plan: what was done; whole: what would have been done without a limit.
         degraded: what was left out or went another way.
@@ -133,6 +139,7 @@ class Scored:
     degraded: tuple[str, ...] = ()
     patterns: PatternScore | None = None
     reference: Reference | None = None
+    detail: Detail | None = None
     reflection: str | None = None
     counters: dict[str, int] = field(default_factory=dict)
 
@@ -161,6 +168,12 @@ class Scored:
         """How much farther than usual such photographs are misjudged."""
         return next(each for each in self.estimates if isinstance(each, Doubt))
 
+    def _too_small(self) -> tuple[str, ...]:
+        """Name a small photo: a property of each photo, so that no set of photos repeats it."""
+        height, width = self.pixels.array.shape[:2]
+        small = height * width < SMALL_PIXELS
+        return (f"small: judged as the {width} x {height} pixels it has",) if small else ()
+
     def estimate(self, name: str) -> Estimate | None:
         """Find the estimate of a source."""
         named = (e for e in self.estimates if isinstance(e, Estimate) and e.name == name)
@@ -183,8 +196,9 @@ class Scored:
             grades=dict(zip(LEVEL_WORDS, self.prediction.grading.grades.tolist(), strict=True)),
             distortions=() if self.patterns is None else self.patterns.distortions,
             reference=self.reference,
+            detail=self.detail,
             neighbours=as_neighbours(self.neighbours, self.preferences),
-            degraded=self.degraded,
+            degraded=self.degraded + self._too_small(),
             reflection=self.reflection,
             timings_ms={name: round(ms, 3) for name, ms in self.deadline.timings_ms.items()},
             counters=self.counters,
@@ -237,6 +251,8 @@ class Scorer:
         before = self.prefixes.state()["neighbours"]
         with deadline.stage("decode"):
             pixels = decoded()
+        with deadline.stage("detail"):
+            detail = measure_detail(pixels.array) if request.detail else None
         with deadline.stage("read"):
             prefix, was_cached = self.prefill(pixels)
         k = self.retrieval.k if request.k is None else replace(self.retrieval, k=request.k).k
@@ -281,6 +297,7 @@ class Scorer:
             whole=whole,
             deadline=deadline,
             patterns=seen,
+            detail=detail,
         )
         if costs:
             costs.observe(deadline.timings_ms, plan, prediction.stats, scored.asked)

@@ -116,7 +116,7 @@ def judge(
     photos = [str(photo) for photo in photos_of(labels, images_dir)]
     started = time.perf_counter()
     results: list[Assessment | Failure] = []
-    for result in engine.score_many(photos, budget=budget, k=k, learn=False):
+    for result in engine.score_many(photos, budget=budget, k=k, learn=False, detail=False):
         results.append(result)
         on_result(result)
     seconds = time.perf_counter() - started

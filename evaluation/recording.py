@@ -69,7 +69,7 @@ class Recorder(Scorer):
             ImageError: it cannot be judged.
         """
         self.retrieval = retrieval
-        request = ScoreRequest(pixels.array, learn=False)
+        request = ScoreRequest(pixels.array, learn=False, detail=False)
         return self.score(lambda: pixels, request, self._snapshot)
 
     def predict(

@@ -181,6 +181,7 @@ class CameraSession:
             blown_out=plan.stats.blown_out,
             words=(full and (full.reflection or full.summary)) or "",
             distortions=found.distortions,
+            detail=found.detail,
         )
         return self._adviser.advise(evidence, plan.at_s)
 

@@ -13,11 +13,13 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from meiqa.types import Distortion
+from meiqa.types import Detail, Distortion
 
 STILL = 2.0
 """Grey levels of `motion_between` below which a camera is held still."""
 MOVING = 5.0
+SHORT_MOTION, LONG_MOTION = 5.0, 12.0
+"""Pixels; see `Detail.motion`. Blur of another kind is read as less than the first."""
 GOOD = 3.6
 DARK, VERY_DARK = 75.0, 40.0
 """Mean grey; the words of the descriptions change there too."""
@@ -49,6 +51,7 @@ class Evidence:
     blown_out: float  # share that is white, 0-1
     words: str = ""  # the description of this frame, or of one that looked the same
     distortions: tuple[Distortion, ...] = ()  # as the model's patterns see them
+    detail: Detail | None = None  # of this frame
 
     def says(self, *phrases: str) -> float:
         """Give 1 if the description has one of these phrases, or 0. "soft" is not "very soft"."""
@@ -101,7 +104,8 @@ def _hold_still(seen: Evidence) -> float:
     if seen.still:
         return 0.0
     moving = 0.0 if seen.motion is None else ramp(seen.motion, STILL, MOVING)
-    return max(moving, seen.distorted(_SHAKES))
+    length = 0.0 if seen.detail is None else seen.detail.motion
+    return max(moving, seen.distorted(_SHAKES), ramp(length, SHORT_MOTION, LONG_MOTION))
 
 
 def _more_light(seen: Evidence) -> float:

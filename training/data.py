@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from training.attributes import measure_attributes
+from meiqa.engine.measures import measure_attributes
 from training.commands import run_command
 from training.distortions import (
     FADING_COLOUR,

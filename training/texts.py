@@ -8,8 +8,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from meiqa.engine.estimates import quality_word
+from meiqa.engine.measures import describe_attributes
 from meiqa.engine.prompts import MEIQA
-from training.attributes import describe_attributes
 from training.data import Photograph
 from training.distortions import KINDS, TONES
 

@@ -300,6 +300,12 @@ def assessment_text(assessment: Assessment) -> str:
     lines = [one_line(assessment.path), f"  {score}   ({', '.join(facts)})"]
     if assessment.summary:
         lines.append(f"  {assessment.summary}")
+    if (detail := assessment.detail) is not None:
+        x, y, *_ = detail.place
+        lines.append(
+            f"  at 100 %: edges {1 / detail.sharpness:.1f} px wide, motion {detail.motion:.1f} px, "
+            f"noise {detail.noise:.1f}   (sharpest at {x}, {y})"
+        )
     if assessment.distortions:
         seen = (
             f"{each.kind} {each.strength:.1f} of 5 ({100 * each.probability:.0f} %)"

@@ -25,6 +25,7 @@ from meiqa.engine.engine import Engine
 from meiqa.engine.estimates import quality_word
 from meiqa.engine.images import ImageSource, Pixels, load_pixels, source_name
 from meiqa.engine.manifest import ImageProcessing
+from meiqa.engine.measures import measure_detail
 from meiqa.engine.model import (
     Description,
     Draft,
@@ -130,6 +131,7 @@ class FakeEngine(Engine):
         budget: Budget | None = None,
         k: int | None = None,
         learn: bool = True,
+        detail: bool = True,
     ) -> Assessment:
         """Assess one photo; see `Engine.score`."""
         beside = None if reference is None else source_name(reference)
@@ -155,6 +157,7 @@ class FakeEngine(Engine):
                 Neighbour(f"anchor {level:.2f}", "anchor", level, 0.2, float(score > level))
                 for level in levels
             ),
+            detail=measure_detail(pixels.array) if detail else None,
             timings_ms={"decode": 1.5, "total": 12.0},
             counters={"reused_tokens": 49},
         )
@@ -168,14 +171,20 @@ class FakeEngine(Engine):
         budget: Budget | None = None,
         k: int | None = None,
         learn: bool = True,
+        detail: bool = True,
     ) -> Iterator[Assessment | Failure]:
         """Assess photos one after the other; see `Engine.score_many`."""
         for image in images:
-            common = ScoreRequest(b"", budget, k, learn)
+            common = ScoreRequest(b"", budget, k, learn, detail)
             one = image if isinstance(image, ScoreRequest) else replace(common, image=image)
             try:
                 yield self.score(
-                    one.image, reference=reference, budget=one.budget, k=one.k, learn=one.learn
+                    one.image,
+                    reference=reference,
+                    budget=one.budget,
+                    k=one.k,
+                    learn=one.learn,
+                    detail=one.detail,
                 )
             except ImageError as error:
                 yield Failure(source_name(one.image), error)

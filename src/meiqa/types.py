@@ -14,7 +14,7 @@ KeyKind = Literal["summary", "image", "both"]
 QualityWord = Literal["bad", "poor", "fair", "good", "excellent"]
 GroupKind = Literal["burst", "bracket", "focus stack", "panorama"]
 
-_DIGITS = {"percentile": 1, "timings_ms": 1, "total_ms": 1}
+_DIGITS = {"percentile": 1, "timings_ms": 1, "total_ms": 1, "motion": 2, "noise": 2}
 _USUAL_DIGITS = 4
 """Decimals of scores, deviations and probabilities: more would be noise of the arithmetic."""
 _TEXT_ONLY: dict[str, Any] = {"in_dict": False}
@@ -109,6 +109,25 @@ class Distortion(Result):
 
 
 @dataclass(frozen=True)
+class Detail(Result):
+    """How a photo holds up at 100 %, seen in a few cuts of its full-size pixels.
+
+    Attributes:
+        sharpness: one over the width of its edges in pixels, 0-1 where the photo is sharpest and
+            has most to show; higher is sharper. 0.5: an edge takes two pixels.
+        motion: length in pixels of what moved while the shutter was open, camera or subject.
+        noise: deviation of its noise in grey levels, where it is flattest.
+        place: x, y, width and height, in pixels of the photo as shown, of the cut that sharpness
+            and motion are those of.
+    """
+
+    sharpness: float
+    motion: float
+    noise: float
+    place: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
 class Reference(Result):
     """What a reference brought to an assessment.
 
@@ -134,7 +153,7 @@ class Assessment(Result):
     what the memory's regression from visual tokens to human scores says, None where it has none;
     `grades` are the model's probabilities of the five words, before any comparison;
     `distortions` are the likeliest, as the package's patterns see them; `reference` is None unless
-    one was given.
+    one was given; `detail` is what is seen at full size, beside the score, None where left out.
     """
 
     path: str
@@ -152,6 +171,7 @@ class Assessment(Result):
     grades: dict[QualityWord, float] = field(default_factory=dict)
     distortions: tuple[Distortion, ...] = ()
     reference: Reference | None = None
+    detail: Detail | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
 

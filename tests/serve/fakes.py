@@ -105,12 +105,15 @@ class FakeEngine(testing.FakeEngine):
         budget: Budget | None = None,
         k: int | None = None,
         learn: bool = True,
+        detail: bool = True,
     ) -> Assessment:
         self.begun.set()
         self.open.wait()
         if self.fails is not None:
             raise self.fails
-        found = super().score(image, reference=reference, budget=budget, k=k, learn=learn)
+        found = super().score(
+            image, reference=reference, budget=budget, k=k, learn=learn, detail=detail
+        )
         if reference is not None:
             load_pixels(reference)
         read_ms = self._varied(self.costs.read_ms)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from meiqa.engine.measures import measure_attributes
 from meiqa.export.families.conv_hybrid import ConvHybridConfig, ConvHybridTower
 from tests.engine.samples import picture
-from training.attributes import measure_attributes
 from training.cells import cells_digest
 from training.data import Photograph, PhotographSet
 from training.distortions import LEVELS

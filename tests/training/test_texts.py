@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from meiqa.engine.measures import measure_attributes
 from meiqa.engine.prompts import MEIQA, Prompts
 from tests.engine.samples import picture
-from training.attributes import measure_attributes
 from training.data import Photograph
 from training.texts import (
     VOCABULARY,

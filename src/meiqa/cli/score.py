@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 @cli.force_option(needs="--output --map --xmp", also="; ratings given by hand, too")
 @cli.EFFORT
 @cli.flag("--no-learn", "leave the memory as it is")
+@cli.flag("--no-detail", "leave out sharpness, motion and noise at full size")
 @cli.option(
     "--admission",
     "remember photos that were reflected on (gated, the default), or all",
@@ -172,6 +173,7 @@ def _score(
         budget=cli.budget_of(options),
         k=options.k,
         learn=not options.no_learn and options.output is None,
+        detail=not options.no_detail,
     )
     with Progress(done + len(photos), done=done) as progress:
         for result in results:
@@ -239,7 +241,9 @@ def _score_to_file(
 def _terms(engine: Engine, options: Options) -> dict[str, Any]:
     """What a row depends on, beside the photo: package, calibration, and options."""
     calibration = json.dumps(asdict(engine.model.calibration), sort_keys=True)
-    names = "admission budget_ms device exclude_above head k map memory model raw reference"
+    names = (
+        "admission budget_ms device exclude_above head k map memory model no_detail raw reference"
+    )
     return {
         "package": engine.model.digest,
         "calibration": hashlib.sha256(calibration.encode()).hexdigest(),
