@@ -292,9 +292,7 @@ def _byte_stream(source: object, name: str) -> IO[bytes]:
         raise DecodeError(f"{name} cannot be opened: {reason}") from None
 
 
-def _from_file(
-    stream: IO[bytes], name: str, max_pixels: int, develop: bool
-) -> _Decoded:
+def _from_file(stream: IO[bytes], name: str, max_pixels: int, develop: bool) -> _Decoded:
     told: dict[int, Any] = {}
     if is_raw(stream, name):
         told = raw_exif(stream)

@@ -122,9 +122,10 @@ def exposure_of(exif: Mapping[int, Any]) -> Exposure | None:
     bias = _number(exif.get(_BIAS))
     if seconds is None and bias is None:
         return None
-    # A lens that tells no aperture tells none of any shot: what is not known stays the same.
-    light = math.log2((iso or 100.0) / 100.0 * seconds / (f_number or 1.0) ** 2) if seconds else bias
-    assert light is not None
+    light = bias or 0.0
+    if seconds is not None:
+        # A lens that tells no aperture tells none of any shot: what is not known stays the same.
+        light = math.log2((iso or 100.0) / 100.0 * seconds / (f_number or 1.0) ** 2)
     camera = tuple(str(exif.get(tag)) for tag in (_MODEL, _SERIAL, _FOCAL_LENGTH))
     since = (begun - datetime(1970, 1, 1)).total_seconds()
     return Exposure(since + part, seconds or 0.0, light, settings, camera)
