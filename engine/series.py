@@ -39,10 +39,13 @@ SOFT = 0.2
 """Gradient of the logarithm of light from which on an edge is one, however strong."""
 MATCH = 0.45
 """Cosine of edges from which on two pictures overlap: of strangers, 5 % of pairs reach it."""
-HAND = 0.1
-"""Share of a side by which a hand moves between the shots of a bracket."""
+HAND, LEAST_SEEN = 0.1, 0.3
+"""Share of a side by which a hand moves between the shots of a bracket, and share of a shot that is
+neither black nor white, from which on it is looked at."""
 LEAST_OVERLAP, MOST_OVERLAP, ASKEW = 0.15, 0.8, 0.15
 """Of neighbours in a panorama, along their row, and by how much they miss it."""
+SWUNG = 0.8
+"""Difference of the parts that overlap to that of the whole views, at most."""
 SWING_S = 0.4
 """Seconds that a panorama takes for a shot, at least: bursts are faster."""
 TILES, SHARPEST_SIDE = 8, 768
@@ -54,6 +57,8 @@ BLURRED = 0.5
 """Share of its best contrast to which a tile falls that goes out of focus."""
 LEAST_BLURRED = 6
 """Tiles that do."""
+LEAST_THIRD = 0.1
+"""Share of those tiles that are sharpest in the first, the middle and the last third of a stack."""
 TRAVEL, BACK = 0.15, 0.05
 """Share of the frame that the focus travels through, at least, and by how much it may waver."""
 
@@ -225,7 +230,8 @@ def _is_bracket(frames: Sequence[Frame]) -> bool:
         return False
     if np.any(np.diff([frame.luma.mean() for frame in frames]) < 0.0):  # the light changed instead
         return False
-    moves = (moved(one.luma, other.luma) for one, other in pairwise(frames))
+    seen = [frame.luma for frame in frames if _edges(frame.luma)[1].mean() >= LEAST_SEEN]
+    moves = (moved(one, other) for one, other in pairwise(seen))
     return all(move is not None and max(map(abs, move)) <= HAND for move in moves)
 
 
@@ -234,9 +240,30 @@ def _stacks(run: Sequence[Frame]) -> Iterator[Span]:
     start = 0
     for stop in range(1, len(run) + 1):
         if stop == len(run) or not _is_still(run[stop - 1], run[stop]):
-            if stop - start >= FEWEST and (places := _focus(run[start:stop])) is not None:
-                yield from ((start + begin, start + end) for begin, end in _sweeps(places))
+            if stop - start >= FEWEST:
+                contrast = np.stack([frame.contrast.ravel() for frame in run[start:stop]])
+                yield from ((start + begin, start + end) for begin, end in _focused(contrast))
             start = stop
+
+
+def _focused(contrast: Floats) -> Iterator[Span]:
+    """Spans of n frames, by the contrast of their tiles (n, 64), through which focus travels."""
+    shares = contrast / np.maximum(contrast.max(axis=0), 1e-6)
+    # A frame that is blurred all over, by a hand, is still sharpest where it is.
+    shares /= np.maximum(shares.max(axis=1, keepdims=True), 1e-6)
+    changing = shares.min(axis=0) <= BLURRED
+    if changing.sum() < LEAST_BLURRED:
+        return
+    weights = shares[:, changing] ** 4
+    centres = (np.indices((TILES, TILES)).reshape(2, -1).T[changing] + 0.5) / TILES
+    places = weights @ centres / weights.sum(axis=1, keepdims=True)
+    around = places - places.mean(axis=0)
+    for start, stop in _sweeps(around @ np.linalg.svd(around, full_matrices=False)[2][0]):
+        # In a burst from a hand, nearly everything is sharpest in the same frame.
+        sharpest = contrast[start:stop, changing].argmax(axis=0)
+        thirds = np.bincount(3 * sharpest // (stop - start), minlength=3)
+        if thirds.min() >= LEAST_THIRD * changing.sum():
+            yield start, stop
 
 
 def _sweeps(places: Floats) -> Iterator[Span]:
@@ -263,25 +290,6 @@ def _is_still(one: Frame, other: Frame) -> bool:
     return bool(np.abs(cells).max() <= STILL)
 
 
-def _focus(frames: Sequence[Frame]) -> Floats | None:
-    """How far along its way the focus of each of n frames is, (n,) in shares of the frame's sides.
-
-    None if it never moves.
-    """
-    contrast = np.stack([frame.contrast.ravel() for frame in frames])
-    shares = contrast / np.maximum(contrast.max(axis=0), 1e-6)
-    # A frame that is blurred all over, by a hand, is still sharpest where it is.
-    shares /= np.maximum(shares.max(axis=1, keepdims=True), 1e-6)
-    changing = shares.min(axis=0) <= BLURRED
-    if changing.sum() < LEAST_BLURRED:
-        return None
-    weights = shares[:, changing] ** 4
-    centres = (np.indices((TILES, TILES)).reshape(2, -1).T[changing] + 0.5) / TILES
-    places = weights @ centres / weights.sum(axis=1, keepdims=True)
-    around = places - places.mean(axis=0)
-    return np.asarray(around @ np.linalg.svd(around, full_matrices=False)[2][0])
-
-
 def _rows(run: Sequence[Frame]) -> Iterator[Span]:
     """Neighbours of one exposure that overlap by a part, one way."""
     steps = [_swing(one, other) for one, other in pairwise(run)]
@@ -296,8 +304,23 @@ def _swing(one: Frame, other: Frame) -> Floats | None:
     if one.exposure.settings != other.exposure.settings:
         return None
     move = moved(one.luma, other.luma)
-    along = 0.0 if move is None else max(map(abs, move))
-    return np.array(move) if 1.0 - MOST_OVERLAP <= along <= 1.0 - LEAST_OVERLAP else None
+    if move is None or max(map(abs, move)) < 1.0 - MOST_OVERLAP:
+        return None
+    # Where something passes before a camera that rests, the rest of the view fits as it is.
+    fits = _apart(one.luma, other.luma, move) <= SWUNG * _apart(one.luma, other.luma, (0.0, 0.0))
+    return np.array(move) if fits else None
+
+
+def _apart(one: NDArray[np.uint8], other: NDArray[np.uint8], move: tuple[float, float]) -> float:
+    """Mean difference in levels where two views (h, w) overlap, the other being moved."""
+    down, right = (round(part * side) for part, side in zip(move, one.shape, strict=True))
+    height, width = one.shape
+
+    def part(luma: NDArray[np.uint8], down: int, right: int) -> Floats:
+        rows = luma[max(down, 0) : height + min(down, 0)]
+        return rows[:, max(right, 0) : width + min(right, 0)].astype(np.float64)
+
+    return float(np.abs(part(one, -down, -right) - part(other, down, right)).mean())
 
 
 def _one_way(steps: Sequence[Floats | None]) -> Iterator[Span]:
