@@ -117,9 +117,10 @@ def exposure_of(exif: Mapping[int, Any]) -> Exposure | None:
     """
     try:
         begun = datetime.strptime(str(exif[_DATE]).strip("\0 "), "%Y:%m:%d %H:%M:%S")
-        part = float(f"0.{str(exif.get(_SUBSECOND, 0)).strip(chr(0) + ' ') or 0}")
     except (KeyError, ValueError):
         return None
+    digits = str(exif.get(_SUBSECOND)).strip("\0 ")
+    part = float(f"0.{digits}") if digits.isdecimal() else 0.0
     settings = seconds, f_number, iso = tuple(
         value if (value := _number(exif.get(tag))) and value > 0 else None
         for tag in (_TIME, _F_NUMBER, _ISO)
