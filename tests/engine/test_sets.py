@@ -33,7 +33,7 @@ from meiqa.errors import UsageError
 from meiqa.testing import FakeModel
 from meiqa.types import CulledPhoto, Neighbour, RankedPhoto
 from tests.engine.samples import PHOTOS, Picture, fake_engine, picture, toned
-from tests.engine.test_series import bracket, burst, scene
+from tests.engine.shoots import bracket, burst, scene
 from tests.engine.views import at
 
 ALWAYS = PairTime(Deadline())
