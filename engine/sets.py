@@ -156,7 +156,7 @@ def solve(
     posteriors = tuple(
         each.doubt.combined(calibrated(score, std, calibration)) for each, score, std in solved
     )
-    of_scene = verdicts.of_scene and all(verdicts.of_scene)
+    is_scene = bool(verdicts.of_scene) and all(verdicts.of_scene)
     return Solution(
         scores=scores,
         posteriors=posteriors,
@@ -166,7 +166,7 @@ def solve(
         compared=np.bincount(np.array(verdicts.pairs, np.intp).ravel(), minlength=len(candidates)),
         left_out=left_out,
         pairs=left_out + len(verdicts.pairs),
-        scene_std=calibration.scene.sigma if calibration.scene and of_scene else None,
+        scene_std=calibration.scene.sigma if calibration.scene and is_scene else None,
     )
 
 
