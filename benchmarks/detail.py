@@ -4,10 +4,10 @@
 
 Photographs as cameras wrote them (DATA/large), and pristine ones that are kept unseen, are blurred,
 shaken and made noisy at full size. How many of neighbouring strengths does `Assessment.detail` put
-in order, and how many the score, which sees the photograph made small? Half of the large
-photographs are those that the measures were made on; they are counted apart. Besides: what each
-measure says under each damage, what it costs beside decoding, and how far the score moves when a
-pristine photograph is halved.
+in order, and how many the score, which sees the photograph made small? The measures were made on
+one half of the large photographs, which are named, and on other pristine ones; what is judged is
+the rest. Besides: what each measure says under each damage, what it costs beside decoding, and how
+far the score moves when a pristine photograph is halved.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class Tally:
     def add(self, name: str, strengths: Sequence[float], seen: Sequence[Measures]) -> None:
         """Count one ladder, from the sound photograph up."""
         sign = -1 if name == "sharpness" else 1
-        for one, other in zip(seen, seen[1:], strict=False):
+        for one, other in pairwise(seen):
             self.steps[name] += 1
             self.right["detail"][name] += sign * other[name] > sign * one[name]
             self.right["score"][name] += other["score"] < one["score"]
@@ -203,9 +204,9 @@ def bench_detail(engine: Engine, data: Path, pristine: int) -> dict[str, Any]:
     middle = len(large) // 2
     nearest = min(large[middle:], key=lambda photo: abs(pixels_of(photo) - 12_000_000))
     return {
-        "large, judged": judged(engine, large[middle:]),
-        "large, developed on": judged(engine, large[:middle]),
-        "pristine, judged": judged(engine, small),
+        "developed on": [photo.name for photo in large[:middle]],
+        "large": judged(engine, large[middle:]),
+        "pristine": judged(engine, small),
         "cost": cost(nearest),
         "half size": halved(engine, small),
         **run_on(),

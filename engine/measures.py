@@ -138,6 +138,8 @@ FLATTEST_OF_NOISE = 0.836
 """What `noise_deviation` gives for white noise of deviation 1: its flattest blocks have less."""
 LEAST_ENERGY = 1e-3
 """Added to energies of gradients, in grey levels squared, where there may be none."""
+LEAST_TEXTURE = 0.05
+"""Share of the most textured cut's energy, two octaves on, that a cut is judged from on."""
 BLUR_VARIANCE = 2.4
 """Of blur, in square pixels, that halves the excess of fine gradients; see `sharpness_of`."""
 SOFTNESS_SHARE, ONE_PIXEL, DOUBLINGS, LONGEST_MOTION = 1.5, 1.78, 3.8, float(CUT)
@@ -168,8 +170,10 @@ def measure_detail(pixels: np.ndarray) -> Detail | None:
     tensors = np.stack([gradient_tensors(cut(place), noise) for place in textured])
     energies = tensors.trace(axis1=2, axis2=3)
     steepness = energies[:, 0] / (energies[:, 2] + LEAST_ENERGY)
-    # A cut that is mostly noise tells nothing of its edges; if all are, the most textured is taken.
-    sharpest = int((steepness * (energies[:, 0] > noise**2)).argmax())
+    # A cut of little texture, or mostly of noise, tells nothing of edges; if all are, the first is
+    # taken, which is the most textured.
+    told = (energies[:, 2] > LEAST_TEXTURE * energies[:, 2].max()) & (energies[:, 0] > noise**2)
+    sharpest = int((steepness * told).argmax())
     row, column = textured[sharpest]
     return Detail(
         sharpness=sharpness_of(float(steepness[sharpest])),

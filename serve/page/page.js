@@ -415,7 +415,7 @@ function neighbourRow(one) {
   return row;
 }
 
-const STAGES = ["queue", "decode", "read", "describe", "retrieve", "compare", "fuse", "patterns", "reflect"];
+const STAGES = ["queue", "decode", "detail", "read", "describe", "retrieve", "compare", "fuse", "patterns", "reflect"];
 
 function showStages(found) {
   const { timings_ms: ms } = found;

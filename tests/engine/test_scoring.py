@@ -21,6 +21,7 @@ from meiqa.engine.estimates import (
     fold,
 )
 from meiqa.engine.images import load_pixels
+from meiqa.engine.measures import measure_detail
 from meiqa.engine.model import (
     Description,
     Draft,
@@ -168,9 +169,31 @@ def test_a_cut_description_is_marked(anchors: Path) -> None:
 
 def test_a_package_that_was_never_calibrated_says_so(anchors: Path) -> None:
     result = fake_engine(FakeModel(), anchors).score(PHOTO)
-    assert result.degraded == (
-        "package not calibrated: score and deviation are not fitted to people's",
+    assert (
+        "package not calibrated: score and deviation are not fitted to people's" in result.degraded
     )
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "said"),
+    [(499, 500, ("small: judged as the 500 x 499 pixels it has",)), (500, 500, ())],
+)
+def test_a_small_photo_is_said_to_be_small(
+    anchors: Path, height: int, width: int, said: tuple[str, ...]
+) -> None:
+    engine, photo = fake_engine(FakeModel(), anchors), np.full((height, width, 3), 90, np.uint8)
+    notes = engine.score(photo).degraded
+    assert tuple(note for note in notes if note.startswith("small")) == said
+    assert not any("small" in note for note in engine.rank([photo, photo]).degraded)
+
+
+def test_detail_stands_beside_the_score_and_can_be_left_out(anchors: Path) -> None:
+    engine = fake_engine(FakeModel(), anchors)
+    photo = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    found, without = engine.score(photo), engine.score(photo, detail=False)
+    assert found.detail == measure_detail(photo)
+    assert without.detail is None
+    assert found.score == without.score
 
 
 # What is remembered

@@ -21,7 +21,7 @@ from meiqa.formats import (
     total_ms,
     write_comparison,
 )
-from meiqa.types import Assessment, Failure, Neighbour, PairComparison
+from meiqa.types import Assessment, Detail, Failure, Neighbour, PairComparison
 
 FAILURE = Failure("b.jpg", DecodeError("b.jpg is empty", hint="fetch it again"))
 
@@ -123,6 +123,19 @@ def test_every_format_rounds_alike(assessment: Assessment) -> None:
     }
     assert values["grades"] == {"good": 0.1235}
     assert json.loads(written("jsonl", long)) == values
+
+
+def test_detail_is_one_line_and_is_rounded(assessment: Assessment) -> None:
+    seen = replace(assessment, detail=Detail(0.41237, 1.2345, 0.4567, (128, 256, 256, 256)))
+    line = "at 100 %: edges 2.4 px wide, motion 1.2 px, noise 0.5   (sharpest at 128, 256)"
+    assert f"\n  {line}\n" in written("text", seen)
+    assert "at 100 %" not in written("text", assessment)
+    assert json.loads(written("json", seen))[0]["detail"] == {
+        "sharpness": 0.4124,
+        "motion": 1.23,
+        "noise": 0.46,
+        "place": [128, 256, 256, 256],
+    }
 
 
 def test_text_without_anchors_claims_no_percentile(assessment: Assessment) -> None:

@@ -133,6 +133,18 @@ def test_a_photo_is_read_from_standard_input(
     assert [(row["path"], row["score"]) for row in rows[1:]] == [(name, 5.0)]
 
 
+def test_detail_is_given_unless_it_is_left_out(
+    engine: FakeEngine, tmp_path: Path, capsys: Output
+) -> None:
+    photo = str(tmp_path / "photo.png")
+    Image.fromarray(np.eye(200, dtype=np.uint8) * 255).save(photo)
+    assert cli.main(["score", photo, "--format", "jsonl"]) == 0
+    assert cli.main(["score", photo, "--format", "jsonl", "--no-detail"]) == 0
+    given, without = map(json.loads, capsys.readouterr().out.splitlines())
+    assert set(given["detail"]) == {"sharpness", "motion", "noise", "place"}
+    assert without["detail"] is None
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

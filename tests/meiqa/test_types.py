@@ -54,6 +54,7 @@ def test_json_of_an_assessment_keeps_its_names() -> None:
         "grades",
         "distortions",
         "reference",
+        "detail",
         "timings_ms",
         "counters",
     ]

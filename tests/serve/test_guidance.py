@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 
 from meiqa.serve.guidance import OTHERWISE, RULES, Adviser, Evidence
-from meiqa.types import Distortion
+from meiqa.types import Detail, Distortion
 
 WELL = Evidence(score=3.0, motion=0.3, brightness=120.0, blown_out=0.0)
 FINE = "The picture is sharp and well exposed, with no noise, good contrast, natural colours."
+
+
+def shaken(pixels: float) -> Detail:
+    return Detail(0.4, pixels, 1.0, (0, 0, 256, 256))
 
 
 def advice(seen: Evidence) -> str:
@@ -32,6 +36,10 @@ def course(frames: Sequence[Evidence], every_s: float = 0.15) -> list[str]:
         (replace(WELL, motion=9.0), "hold-still"),
         (replace(WELL, motion=None, words="Severe motion blur. " + FINE), "hold-still"),
         (replace(WELL, motion=3.0, distortions=(Distortion("jitter", 3.0, 0.9),)), "hold-still"),
+        (replace(WELL, motion=3.0, detail=shaken(12.0)), "hold-still"),
+        (replace(WELL, motion=None, detail=shaken(12.0)), "hold-still"),
+        (replace(WELL, motion=None, detail=shaken(4.0)), OTHERWISE.code),
+        (replace(WELL, detail=shaken(12.0)), OTHERWISE.code),  # the camera was still
         (replace(WELL, distortions=(Distortion("motion blur", 4.0, 0.9),)), "step-back"),
         (replace(WELL, brightness=30.0), "more-light"),
         (replace(WELL, words="The picture is sharp and dark, with no noise."), "more-light"),
