@@ -38,7 +38,7 @@ CLIPPED = 4
 SOFT = 0.2
 """Gradient of the logarithm of light from which on an edge is one, however strong."""
 MATCH = 0.45
-"""Cosine of edges from which on two pictures overlap: of strangers, 5 % of pairs reach it."""
+"""Cosine of edges from which on two pictures overlap; few strangers reach it at any offset."""
 HAND, LEAST_SEEN = 0.1, 0.3
 """Share of a side by which a hand moves between the shots of a bracket, and share of a shot that is
 neither black nor white, from which on it is looked at."""
@@ -53,12 +53,10 @@ TILES, SHARPEST_SIDE = 8, 768
 STILL = 12.0
 """Levels by which no sixteenth of a picture differs from the shot before, if only its focus moved;
 where something moves before the camera, more does."""
-BLURRED = 0.5
-"""Share of its best contrast to which a tile falls that goes out of focus."""
-LEAST_BLURRED = 6
-"""Tiles that do."""
+BLURRED, LEAST_BLURRED = 0.5, 6
+"""Share of its best contrast to which a tile falls out of focus, and how many tiles do, at least."""
 LEAST_THIRD = 0.1
-"""Share of those tiles that are sharpest in the first, the middle and the last third of a stack."""
+"""Share of those tiles that are sharpest in the first, middle and last third of a stack."""
 TRAVEL, BACK = 0.15, 0.05
 """Share of the frame that the focus travels through, at least, and by how much it may waver."""
 
@@ -73,14 +71,13 @@ class Exposure:
     Attributes:
         begun: seconds since 1970 in the camera's own time; seconds: how long the shutter was open.
         light: that was let in or amplified, in EV, from a level that is the same for one camera.
-        settings: time, f-number and sensitivity; camera: model, serial number, focal length.
+        settings: time, f-number and sensitivity.
     """
 
     begun: float
     seconds: float
     light: float
     settings: tuple[float | None, ...]
-    camera: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +85,7 @@ class Frame:
     """A shot as far as series go.
 
     Attributes:
-        source: the folder it lies in, its camera and its shape: what all of a series have in
-            common.
+        source: folder, shape, camera, focal length: what all of a series have in common.
         luma: (h, w) levels, its longer side `SIDE`.
         contrast: (8, 8) energy of gradients in tiles of the photo.
     """
@@ -132,9 +128,8 @@ def exposure_of(exif: Mapping[int, Any]) -> Exposure | None:
     if seconds is not None:
         # A lens that tells no aperture tells none of any shot: what is not known stays the same.
         light = math.log2((iso or 100.0) / 100.0 * seconds / (f_number or 1.0) ** 2)
-    camera = tuple(str(exif.get(tag)) for tag in (_MODEL, _SERIAL, _FOCAL_LENGTH))
     since = (begun - datetime(1970, 1, 1)).total_seconds()
-    return Exposure(since + part, seconds or 0.0, light, settings, camera)
+    return Exposure(since + part, seconds or 0.0, light, settings)
 
 
 def _number(value: Any) -> float | None:
@@ -150,32 +145,25 @@ def frame_of(photo: Pixels) -> Frame | None:
     exposure = exposure_of(photo.exif)
     if exposure is None:
         return None
+    camera = (str(photo.exif.get(tag)) for tag in (_MODEL, _SERIAL, _FOCAL_LENGTH))
     height, width = photo.array.shape[:2]
     image = Image.fromarray(photo.array)
     middle = image.reduce(max(1, max(height, width) // SHARPEST_SIDE)).convert("L")
+    down, right = np.gradient(np.asarray(middle, np.float32))
     share = SIDE / max(height, width)
     small = (max(2, round(width * share)), max(2, round(height * share)))
     return Frame(
         exposure=exposure,
-        source=(os.path.dirname(photo.name), *exposure.camera, f"{width} x {height}"),
+        source=(os.path.dirname(photo.name), f"{width} x {height}", *camera),
         luma=np.asarray(middle.resize(small, Image.Resampling.BOX)),
-        contrast=_contrast(np.asarray(middle, np.float32)),
+        contrast=_tiled(down * down + right * right, TILES),
     )
 
 
-def _contrast(luma: NDArray[np.float32]) -> Floats:
-    """Mean energy of gradients in 8 x 8 tiles of a picture (h, w)."""
-    down, right = np.diff(luma, axis=0)[:, :-1], np.diff(luma, axis=1)[:-1]
-    return _tiled(down * down + right * right, TILES)
-
-
 def _tiled(values: NDArray[Any], tiles: int) -> Floats:
-    """Means of tiles (tiles, tiles) of (h, w); those of a smaller picture repeat."""
-    rows, columns = ((np.arange(tiles) * side) // tiles for side in values.shape)
-    sums = np.add.reduceat(np.add.reduceat(values, rows, 0, np.float64), columns, 1)
-    heights = np.maximum(np.diff([*rows, values.shape[0]]), 1)
-    widths = np.maximum(np.diff([*columns, values.shape[1]]), 1)
-    return np.asarray(sums / (heights[:, None] * widths))
+    """Means (tiles, tiles) of values (h, w)."""
+    image = Image.fromarray(values.astype(np.float32))
+    return np.asarray(image.resize((tiles, tiles), Image.Resampling.BOX), np.float64)
 
 
 def series_in(frames: Sequence[Frame | None]) -> list[Series]:
@@ -201,15 +189,13 @@ def _runs(frames: Sequence[Frame | None]) -> Iterator[list[tuple[int, Frame]]]:
     for _, same in groupby(known, key=lambda each: each[1].source):
         run: list[tuple[int, Frame]] = []
         for each in same:
-            if run and not _soon(run[-1][1].exposure, each[1].exposure):
-                yield run
-                run = []
+            if run:
+                one, other = run[-1][1].exposure, each[1].exposure
+                if other.begun - one.begun > WITHIN_S + 2.0 * max(one.seconds, other.seconds):
+                    yield run
+                    run = []
             run.append(each)
         yield run
-
-
-def _soon(one: Exposure, other: Exposure) -> bool:
-    return other.begun - one.begun <= WITHIN_S + 2.0 * max(one.seconds, other.seconds)
 
 
 def _brackets(run: Sequence[Frame]) -> Iterator[Span]:
@@ -375,8 +361,7 @@ def _edges(luma: NDArray[np.uint8]) -> tuple[NDArray[np.complex128], Floats]:
     """Edges as complex numbers, at most of length 1, and where they can be seen."""
     seen = (luma > CLIPPED) & (luma < 255 - CLIPPED)
     seen[[0, -1]] = seen[:, [0, -1]] = False
-    light = 2.2 * np.log(np.maximum(luma, 1.0) / 255.0)
-    down, right = np.gradient(light)
+    down, right = np.gradient(2.2 * np.log(np.maximum(luma, 1.0) / 255.0))
     edges = right + 1j * down
     return np.where(seen, edges / (np.abs(edges) + SOFT), 0.0), seen.astype(np.float64)
 

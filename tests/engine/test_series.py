@@ -168,6 +168,15 @@ def test_a_move_is_what_it_was(size: tuple[int, int]) -> None:
         assert move == pytest.approx((3 / size[0], -2 / size[1]))
 
 
+@pytest.mark.parametrize("size", [(16, 1600), (16, 16), (97, 16), (1700, 17)])
+def test_any_shape_of_photo_has_its_frame(size: tuple[int, int]) -> None:
+    shots = [shot(np.full((*size, 3), level, np.float64), level / 90) for level in (80, 120, 160)]
+    shapes = [(frame.luma.shape, frame.contrast.shape) for frame in frames(shots) if frame]
+    assert len(shapes) == 3
+    assert all(max(luma) == 64 and tiles == (8, 8) for luma, tiles in shapes)
+    assert found(shots) == []
+
+
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_a_picture_of_nothing_moves_nowhere(level: int) -> None:
     nothing = np.full((40, 64), level, np.uint8)
