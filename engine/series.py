@@ -54,7 +54,7 @@ STILL = 12.0
 """Levels by which no sixteenth of a picture differs from the shot before, if only its focus moved;
 where something moves before the camera, more does."""
 BLURRED, LEAST_BLURRED = 0.5, 6
-"""Share of its best contrast to which a tile falls out of focus, and how many tiles do, at least."""
+"""Share of its best contrast to which a tile falls out of focus, and how many tiles do."""
 LEAST_THIRD = 0.1
 """Share of those tiles that are sharpest in the first, middle and last third of a stack."""
 TRAVEL, BACK = 0.15, 0.05
@@ -149,14 +149,14 @@ def frame_of(photo: Pixels) -> Frame | None:
     height, width = photo.array.shape[:2]
     image = Image.fromarray(photo.array)
     middle = image.reduce(max(1, max(height, width) // SHARPEST_SIDE)).convert("L")
-    down, right = np.gradient(np.asarray(middle, np.float32))
+    slopes = np.stack(np.gradient(np.asarray(middle, np.float32)))
     share = SIDE / max(height, width)
     small = (max(2, round(width * share)), max(2, round(height * share)))
     return Frame(
         exposure=exposure,
         source=(os.path.dirname(photo.name), f"{width} x {height}", *camera),
         luma=np.asarray(middle.resize(small, Image.Resampling.BOX)),
-        contrast=_tiled(down * down + right * right, TILES),
+        contrast=_tiled((slopes * slopes).sum(axis=0), TILES),
     )
 
 
