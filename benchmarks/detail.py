@@ -71,7 +71,8 @@ def moved(pixels: Picture, length: float, rng: np.random.Generator) -> Picture:
 def noisy(pixels: Picture, deviation: float, rng: np.random.Generator) -> Picture:
     """Add white noise of this deviation to each channel."""
     noise = rng.standard_normal(pixels.shape, np.float32) * np.float32(deviation)
-    return np.rint(noise + pixels).clip(0, 255).astype(np.uint8)
+    taken: Picture = np.rint(noise + pixels).clip(0, 255).astype(np.uint8)
+    return taken
 
 
 LADDERS: dict[str, tuple[Damage, tuple[float, ...], int]] = {

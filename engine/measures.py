@@ -249,7 +249,8 @@ def gradient_tensors(luma: np.ndarray, noise: float) -> np.ndarray:
     added = np.minimum(
         noise**2 / 4.0 ** np.arange(OCTAVES), 0.9 * np.linalg.eigvalsh(tensors)[:, 0]
     )
-    return tensors - added[:, None, None] * np.eye(2)
+    tensors -= added[:, None, None] * np.eye(2)
+    return tensors
 
 
 def sharpness_of(steepness: float) -> float:

@@ -83,8 +83,9 @@ def test_demo_tells_of_each_photo(engine: Any, capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()
     at = lines.index("coffee, dark")
     assert "±" in lines[at + 1]
-    assert lines[at + 2 : at + 4] == [
-        "  An even picture.",
+    assert lines[at + 2] == "  An even picture."
+    assert lines[at + 3].startswith("  at 100 %: edges ")
+    assert lines[at + 4 : at + 5] == [
         "  beats anchor 1.00 (1.00) 100 %, loses to anchor 3.00 (3.00) 100 % (3 compared)",
     ]
     assert lines[-1] == "20 photos, 0 reflections written"
