@@ -280,8 +280,9 @@ class Engine:
     ) -> Culling:
         """Group near-identical shots, and tell the best of each group.
 
-        Each photo is scored as by `score`, without learning. Then the photos of each group are
-        compared with each other, in both orders, and their scores are solved for together.
+        Exposure brackets, focus stacks and panoramas are groups of their own, kept whole. Each
+        photo is scored as by `score`, without learning. Then the shots of each group are compared
+        with each other, in both orders, and their scores are solved for together.
 
         Args:
             budget, k, on_photo: see `rank`.

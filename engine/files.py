@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from meiqa.engine.colour import ADOBE_RGB, SAYS_COLOURS, cicp_of
 from meiqa.errors import DecodeError, install_hint
@@ -108,6 +108,34 @@ def is_raw(stream: IO[bytes], name: str) -> bool:
     stream.seek(0)
     # A camera's TIFF that begins with a thumbnail holds the sensor's samples behind it.
     return _DNG_VERSION in tags or (tags.get(_SUBFILE) == 1 and _MAKE in tags)
+
+
+def exif_of(image: Image.Image) -> dict[int, Any]:
+    """Give the EXIF of an opened file by tag; what is unreadable is left out."""
+    try:
+        return _told(image.getexif())
+    except Exception:  # hostile bytes make Pillow's plugins raise nearly anything
+        return {}
+
+
+def raw_exif(stream: IO[bytes]) -> dict[int, Any]:
+    """Give the EXIF of a RAW file that is built as a TIFF, as most are; nothing of others."""
+    exif, is_tiff = Image.Exif(), stream.read(4) in _TIFF
+    stream.seek(0)
+    try:
+        if is_tiff:
+            exif.load_from_fp(stream)
+        return _told(exif)
+    except Exception:  # hostile bytes make Pillow's plugins raise nearly anything
+        return {}
+    finally:
+        stream.seek(0)
+
+
+def _told(exif: Image.Exif) -> dict[int, Any]:
+    """The tags of a photo and of its exposure, without a maker's own, which are long."""
+    tags = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
+    return {tag: value for tag, value in tags.items() if not isinstance(value, bytes)}
 
 
 def raw_picture(stream: IO[bytes], name: str, *, develop: bool) -> Image.Image | bytes:

@@ -9,9 +9,9 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,11 +23,13 @@ from meiqa.engine.colour import SAYS_COLOURS, to_srgb
 from meiqa.engine.files import (
     ORIENTATION,
     describe_tiff,
+    exif_of,
     is_negative,
     is_raw,
     loaded,
     misread_tiff,
     opened,
+    raw_exif,
     raw_picture,
     readable_formats,
     without_metadata,
@@ -68,6 +70,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What turns a photo of each EXIF orientation upright."""
+_Decoded = tuple[NDArray[np.uint8], list[str], dict[int, Any]]
 _DAMAGED = "the file is damaged or incomplete: fetch it again"
 _pillow_lock = threading.Lock()
 
@@ -78,13 +81,14 @@ class Pixels:
 
     `array` is RGB uint8, ``(H, W, 3)``, C-contiguous and read-only, so that `digest`, the SHA-256
     of its shape and bytes in hex, stays true. `name` is what messages call the photo; `notes` say
-    what of its file is damaged.
+    what of its file is damaged; `exif` has what the camera wrote of the shot, by tag.
     """
 
     array: NDArray[np.uint8]
     digest: str
     name: str
     notes: tuple[str, ...] = ()
+    exif: Mapping[int, Any] = field(default_factory=dict)
 
 
 def load_pixels(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
@@ -109,14 +113,14 @@ def load_pixels(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) ->
     if isinstance(source, np.ndarray):
         source = _image_from_array(source, name)
     if isinstance(source, Image.Image):
-        array, notes = _decode(source, name, max_pixels)
+        array, notes, exif = _decode(source, name, max_pixels)
     else:
         with _byte_stream(source, name) as stream:
-            array, notes = _from_file(stream, name, max_pixels, isinstance(source, Developed))
+            array, notes, exif = _from_file(stream, name, max_pixels, isinstance(source, Developed))
     array.flags.writeable = False
     digest = hashlib.sha256(np.array(array.shape, dtype="<i8").tobytes())
     digest.update(array.data)
-    return Pixels(array, digest.hexdigest(), name, tuple(notes))
+    return Pixels(array, digest.hexdigest(), name, tuple(notes), exif)
 
 
 def source_name(source: ImageSource) -> str:
@@ -289,27 +293,30 @@ def _byte_stream(source: object, name: str) -> IO[bytes]:
         raise DecodeError(f"{name} cannot be opened: {reason}") from None
 
 
-def _from_file(
-    stream: IO[bytes], name: str, max_pixels: int, develop: bool
-) -> tuple[NDArray[np.uint8], list[str]]:
+def _from_file(stream: IO[bytes], name: str, max_pixels: int, develop: bool) -> _Decoded:
+    told: dict[int, Any] = {}
     with _quietly():
         raw = is_raw(stream, name)
+        if raw:
+            told = raw_exif(stream)
     if raw:
         picture = raw_picture(stream, name, develop=develop)
         if isinstance(picture, Image.Image):
-            return _decode(picture, name, max_pixels)
+            array, notes, exif = _decode(picture, name, max_pixels)
+            return array, notes, {**told, **exif}
         stream = io.BytesIO(picture)
     try:
         with _header(stream, name, max_pixels) as image:
-            return _decode(image, name, max_pixels, loaded)
+            array, notes, exif = _decode(image, name, max_pixels, loaded)
+            return array, notes, {**told, **exif}
     except DecodeError:
         bare = without_metadata(stream)
         if bare is None:
             raise
     stream, notes = bare
     with _header(stream, name, max_pixels) as image:
-        array, more = _decode(image, name, max_pixels, loaded)
-    return array, notes + more
+        array, more, exif = _decode(image, name, max_pixels, loaded)
+    return array, notes + more, exif
 
 
 @contextmanager
@@ -368,8 +375,8 @@ def _decode(
     name: str,
     max_pixels: int,
     load: Callable[[Image.Image, list[str]], Image.Image] = _loaded_alone,
-) -> tuple[NDArray[np.uint8], list[str]]:
-    """Give upright RGB, and what is damaged."""
+) -> _Decoded:
+    """Give upright RGB, what is damaged, and EXIF."""
     notes: list[str] = []
     _check_size(image, name, max_pixels)
     try:
@@ -378,7 +385,7 @@ def _decode(
         colours = _eight_bit(pixels, name)
         if image.info.keys() & SAYS_COLOURS:
             colours = to_srgb(colours, image.info, notes)
-        return np.array(_upright(_on_white(colours), image)), notes
+        return np.array(_upright(_on_white(colours), image)), notes, exif_of(image)
     except ImageError:
         raise
     except Exception as error:  # hostile bytes make Pillow's plugins raise nearly anything

@@ -158,7 +158,13 @@ def noise_deviation(luma: Floats) -> float:
     tone = np.concatenate([block_means(strip[1:-1, 1:-1]) for strip in strips])
     open_tones = (tone > DARKEST) & (tone < BRIGHTEST)
     counted = energies[open_tones] if open_tones.any() else energies
-    return float(np.sqrt(np.quantile(counted, FLATTEST))) / 6
+    return float(np.sqrt(quantile(counted, FLATTEST))) / 6
+
+
+def quantile(values: Floats, share: float) -> float:
+    """Give the value that a share of all is no greater than; NumPy's own loads masked arrays."""
+    place = int(share * (values.size - 1))
+    return float(np.partition(values, place)[place])
 
 
 def immerkaer(luma: Floats) -> Floats:
@@ -201,7 +207,7 @@ def colour_cast(rgb: Floats) -> tuple[float, float]:
     chroma = np.linalg.norm(logs - logs.mean(0), axis=0)
     squares = np.square(rgb)  # the sixth power, without the slow general one
     red, green, blue = light = np.log((squares * squares * squares).mean(1) + 1) / 6
-    found = np.quantile(chroma, LEAST_COLOURED), np.linalg.norm(light - light.mean())
+    found = quantile(chroma, LEAST_COLOURED), np.linalg.norm(light - light.mean())
     hue = np.degrees(np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue)) % 360
     return float(np.sqrt(np.prod(np.add(found, NEGLIGIBLE)))), float(hue)
 

@@ -113,12 +113,17 @@ def stars_given(stars: Sequence[float] | float, scores: Iterable[float]) -> Call
 
 
 def verdicts_of(found: Culling, stars: Sequence[float] | float) -> list[Verdict]:
-    """Keep the best shot of each group, green, and reject the others, red."""
+    """Keep the best shot of each group, and all of a series, green; reject the others, red.
+
+    A series has the stars of its best photo, so that no choice by stars takes it apart.
+    """
     given = stars_given(stars, (photo.score for group in found.groups for photo in group))
     verdicts = []
-    for best, *others in found.groups:
-        verdicts.append(Verdict(best.path, given(best.score), "Green"))
-        verdicts += [Verdict(each.path, _REJECTED, "Red") for each in others]
+    for group in found.groups:
+        kept = [photo for photo in group if photo.kept]
+        rating = given(max(photo.score for photo in kept))
+        verdicts += [Verdict(each.path, rating, "Green") for each in kept]
+        verdicts += [Verdict(each.path, _REJECTED, "Red") for each in group if not each.kept]
     return verdicts
 
 

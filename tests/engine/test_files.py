@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from pylibjxl.pillow_plugin import register_pillow
 
 from benchmarks.photo_files import SENSOR, raw_file, tiff_directory
 from meiqa.engine import files
 from meiqa.engine.engine import Engine
-from meiqa.engine.files import looks_like_photo
+from meiqa.engine.files import looks_like_photo, raw_exif
 from meiqa.engine.images import Developed, ImageSource, load_pixels
 from meiqa.engine.package import EnginePackage
 from meiqa.errors import DecodeError, ImageError, ImageTooLarge
@@ -365,3 +365,26 @@ def test_an_array_is_refused_for_what_it_is(array: np.ndarray, what: str, hint: 
 def test_a_refused_float_says_the_error_of_its_kind() -> None:
     with pytest.raises(DecodeError):
         load_pixels(np.zeros((8, 9, 3)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG", "WEBP"])
+def test_exif_is_read_with_the_photo(kind: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Model] = "Camera"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2026:05:01 12:00:00"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.MakerNote] = b"its own" * 99
+    exif[ExifTags.IFD.Exif] = 0  # Pillow writes a TIFF's only if its place has a value
+    file = io.BytesIO()
+    Image.new("RGB", (20, 30)).save(file, kind, exif=exif)
+    photo = load_pixels(file.getvalue())
+    assert photo.exif[ExifTags.Base.Model] == "Camera"
+    assert photo.exif[ExifTags.Base.DateTimeOriginal] == "2026:05:01 12:00:00"
+    assert ExifTags.Base.MakerNote not in photo.exif
+    file.seek(0)
+    assert raw_exif(file) == (photo.exif if kind == "TIFF" else {})
+    assert file.tell() == 0
+
+
+def test_exif_that_is_damaged_is_none() -> None:
+    assert raw_exif(io.BytesIO(b"II*\0" + b"\xff" * 60)) == {}
+    assert load_pixels(np.zeros((20, 20, 3), np.uint8)).exif == {}

@@ -92,13 +92,14 @@ def test_json_of_sets() -> None:
     ]
     assert values["failures"] == [{"path": "b", "error": "b is empty", "hint": None}]
     assert values["degraded"] == ["pairs"]
-    shot = CulledPhoto(2, "a", 3.0, 0.2, 2.9, 0.987654)
+    shot = CulledPhoto(2, "a", 3.0, 0.2, 2.9, 0.987654, kind="burst", too_close=True)
     values = Culling(((shot,),)).to_dict()
     assert values["groups"] == [
         [
             {
-                **{"place": 2, "best": False, "path": "a", "score": 3.0, "std": 0.2},
-                **{"alone": 2.9, "likeness": 0.9877},
+                **{"kind": "burst", "place": 2, "best": False, "kept": False, "path": "a"},
+                **{"score": 3.0, "std": 0.2, "alone": 2.9, "likeness": 0.9877},
+                **{"too_close": True, "reason": None},
             }
         ]
     ]

@@ -79,10 +79,11 @@ def rank_command(options: Options) -> int:
 def cull_command(options: Options) -> int:
     """Group near-identical shots, and mark the best of each group.
 
-    A PATH is a directory for the photos in and below it, a photo, or - for standard input. A RAW
-    file and the JPEG or HEIC of the same name are one photo. Nothing is deleted or overwritten by
-    --xmp, --list, --copy-to, --link-to and --move-rejects-to; what they do is written into a
-    journal first, and can be undone.
+    Exposure brackets, focus stacks and panoramas are kept whole. A PATH is a directory for the
+    photos in and below it, a photo, or - for standard input. A RAW file and the JPEG or HEIC of the
+    same name are one photo. Nothing is deleted or overwritten by --xmp, --list, --copy-to,
+    --link-to and --move-rejects-to; what they do is written into a journal first, and can be
+    undone.
     """
     if options.undo or options.resume:
         return _go_back_to(options)
