@@ -44,8 +44,9 @@ from meiqa.wayout import Verdict, stars_given, verdicts_of
 
 SIDES = (480, 1280)
 """Longest sides of the small pictures, in pixels."""
-_QUALITY = {"small": 82, "crop": 92}
-_SMALL_BYTES, _PIXEL_BYTES = 128 << 20, 512 << 20
+_SMALL = {"quality": 82}
+_CROP = {"quality": 92, "subsampling": 0}  # what is looked at there is what the photo has
+_SMALL_BYTES, _PIXEL_BYTES = 128 << 20, 768 << 20
 _CROP_PIXELS = 16 << 20
 _AT_ONCE = 2
 _LEAVE_S = 5
@@ -73,7 +74,7 @@ class Pictures:
         with self._decoding:
             image = Image.fromarray(_pixels_for(self._photos[number], side))
         image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
-        return _jpeg(image, _QUALITY["small"])
+        return _jpeg(image, _SMALL)
 
     @cachedmethod(lambda self: self._whole, lock=lambda self: self._lock)
     def pixels(self, number: int) -> NDArray[Any]:
@@ -87,7 +88,7 @@ class Pictures:
         if not part.size or part.shape[0] * part.shape[1] > _CROP_PIXELS:
             seen = f"{part.shape[1]} x {part.shape[0]} pixels"
             raise UsageError("no such part can be shown", seen=seen)
-        return _jpeg(Image.fromarray(part), _QUALITY["crop"])
+        return _jpeg(Image.fromarray(part), _CROP)
 
 
 def _pixels_for(photo: str, side: int) -> NDArray[Any]:
@@ -99,9 +100,9 @@ def _pixels_for(photo: str, side: int) -> NDArray[Any]:
     return load_pixels(photo).array
 
 
-def _jpeg(image: Image.Image, quality: int) -> bytes:
+def _jpeg(image: Image.Image, settings: Mapping[str, int]) -> bytes:
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
+    image.save(file, "JPEG", **settings)
     return file.getvalue()
 
 

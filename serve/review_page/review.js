@@ -21,7 +21,9 @@ let ended = false;
 async function ask(path, body) {
   let answer;
   try {
-    answer = await fetch(path, body === undefined ? {} : { method: "POST", body: JSON.stringify(body) });
+    answer = await fetch(path, body === undefined ? {} : {
+      method: "POST", body: JSON.stringify(body), priority: "high", // pictures may wait
+    });
   } catch {
     throw new Error("The service does not answer, so nothing more is kept. What was decided is: start the same command again.");
   }
@@ -133,6 +135,7 @@ function cardOf(photo) {
   card.tabIndex = -1;
   const image = card.querySelector("img");
   const source = (side) => `photos/${photo.number}/${side}.jpg`;
+  image.fetchPriority = "low";
   image.sizes = "(max-width: 640px) 100vw, 40vw";
   image.srcset = `${source(480)} 480w, ${source(1280)} 1280w`;
   image.src = source(480);
@@ -210,8 +213,9 @@ function goTo(number, smooth = false) {
   mark(number);
   const { card, section } = photos[number];
   if (panes.length) {
-    if (photos[number].group === photos[panes[0].photo.number].group) return panes.forEach(drawPane);
-    return openZoom();
+    if (panes.some((pane) => pane.photo === photos[number])) panes.forEach(drawPane);
+    else openZoom();
+    return;
   }
   card.focus({ preventScroll: true });
   const still = !smooth || matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -310,14 +314,18 @@ document.addEventListener("keydown", (event) => {
 
 let panes = [];
 let spot = { x: 0.5, y: 0.5 }; // in parts of the photos
+const MOST_PANES = 9; // what the service keeps the pixels of
 const AHEAD = 1.6; // a part that is asked for is larger than what is seen of it
 
 async function openZoom(event) {
   const picture = event?.target.closest?.(".picture");
   if (picture && event.detail) spot = spotAt(picture, event);
-  const { group } = photos[current];
-  $("zoom-title").textContent = group.photos.length === 1 ? photos[current].name : `${counted(group.photos.length, "shot")} at 100 %`;
-  panes = group.photos.map(paneOf);
+  const shots = photos[current].group.photos;
+  const from = clamp(shots.indexOf(photos[current]) - (MOST_PANES >> 1), 0, shots.length - MOST_PANES);
+  const shown = shots.slice(from, from + MOST_PANES);
+  const part = shown.length < shots.length ? `${shown.length} of ` : "";
+  $("zoom-title").textContent = shots.length === 1 ? "1 photo at 100 %" : `${part}${shots.length} shots at 100 %`;
+  panes = shown.map(paneOf);
   $("panes").replaceChildren(...panes.map((pane) => pane.element));
   layOut();
   if (!$("zoom").open) $("zoom").showModal();
@@ -360,19 +368,18 @@ function paneOf(photo) {
 }
 
 function layOut() {
-  const wide = innerWidth / Math.max(1, innerHeight);
-  const columns = innerWidth <= 640 ? 1 : Math.ceil(Math.sqrt(panes.length * Math.max(wide, 0.5) / 1.6));
+  // Panes of about the shape of photos.
+  const columns = Math.ceil(Math.sqrt(panes.length * innerWidth / Math.max(1, innerHeight) / 1.6));
   $("panes").style.setProperty("--columns", clamp(columns, 1, panes.length));
 }
 
 function drawPane(pane) {
-  pane.caption.textContent = pane.told ?? `${pane.photo.name}  ${pane.photo.score.toFixed(2)}  ${words(pane.photo)}`;
+  pane.caption.textContent = pane.told ?? `${words(pane.photo)} · ${pane.photo.score.toFixed(2)} · ${pane.photo.name}`;
   const here = pane.photo.number === current;
   pane.element.setAttribute("aria-current", here);
   pane.element.tabIndex = here ? 0 : -1;
   if (here) {
-    pane.element.focus({ preventScroll: true });
-    pane.element.scrollIntoView({ block: "nearest" });
+    pane.element.focus();
   }
 }
 
@@ -448,15 +455,19 @@ $("panes").addEventListener("pointerdown", (event) => {
   pane.setPointerCapture(event.pointerId);
 });
 // A mouse looks over the whole photo within a pane; a finger pulls the photo along.
+let pointer = null; // where it was last
 $("panes").addEventListener("pointermove", (event) => {
+  const before = pointer?.pointerId === event.pointerId ? pointer : event;
+  pointer = event;
   const pane = panes.find((each) => each.element === event.target.closest(".pane"));
   if (!pane?.width) return;
-  if (event.pointerType === "mouse") {
-    move(event.movementX / pane.element.clientWidth, event.movementY / pane.element.clientHeight);
-  } else {
-    move(-event.movementX * devicePixelRatio / pane.width, -event.movementY * devicePixelRatio / pane.height);
-  }
+  const [x, y] = [event.clientX - before.clientX, event.clientY - before.clientY];
+  if (event.pointerType === "mouse") move(x / pane.element.clientWidth, y / pane.element.clientHeight);
+  else move(-x * devicePixelRatio / pane.width, -y * devicePixelRatio / pane.height);
 });
+for (const gone of ["pointerleave", "pointerup", "pointercancel"]) {
+  $("panes").addEventListener(gone, () => { pointer = null; });
+}
 $("zoom").addEventListener("close", () => {
   panes = [];
   $("panes").replaceChildren();

@@ -207,8 +207,11 @@ def stars(text: str) -> tuple[float, ...] | float:
     return given
 
 
-def sidecar_options(*ways: str) -> Decorator:
-    """Add --xmp and what belongs to it; `ways` are the command's other ways out."""
+def sidecar_options(*ways: str, journalled: str = "") -> Decorator:
+    """Add --xmp and what belongs to it; `ways` are the command's other ways out.
+
+    `journalled` is one more option that --journal belongs to.
+    """
     needs = " ".join(["--xmp", *ways])
     return together(
         flag("--xmp", "write ratings into XMP sidecars; what they hold besides stays as it is"),
@@ -231,7 +234,7 @@ def sidecar_options(*ways: str) -> Decorator:
             "--journal FILE",
             "what `meiqa cull --undo` reads (default: a hidden file in the photos' folder)",
             path,
-            needs=needs,
+            needs=f"{needs} {journalled}",
         ),
     )
 

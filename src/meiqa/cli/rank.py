@@ -82,7 +82,7 @@ def rank_command(options: Options) -> int:
     excludes="--undo --resume",
 )
 @cli.flag("--no-browser", "do not open the page, only print its address", needs="--review")
-@cli.sidecar_options(*_WAYS)
+@cli.sidecar_options(*_WAYS, journalled="--review")
 @cli.flag(
     "--undo",
     "undo what the latest run did with the files of PATH, a folder or a journal",
@@ -180,9 +180,8 @@ def _carry_out(options: Options, verdicts: list[Verdict], note: Callable[[str], 
     tell(f"{kept} photos kept, {len(verdicts) - kept} rejects")
     way = cli.way_out(options)  # since the last look at it much may have happened
     if way is None:
-        tell(
-            f"nothing is done with them; the same command does it with --xmp or {', '.join(_WAYS)}"
-        )
+        ways = ", ".join(["--xmp", *_WAYS])
+        tell(f"nothing is done with them; the same command with one of these does it: {ways}")
         return 0
     return cli.take(way, verdicts, options, tell)
 
