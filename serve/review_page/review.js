@@ -438,7 +438,12 @@ async function sharpen(pane, view) {
 }
 
 function move(x, y) {
-  spot = { x: clamp(spot.x + x, 0, 1), y: clamp(spot.y + y, 0, 1) };
+  const pane = panes.find((each) => each.width);
+  if (!pane) return;
+  const { width, height } = viewOf(pane);
+  // Nearer to an edge the view would not follow, and a move back would do nothing at first.
+  const inside = (at, by, part) => clamp(clamp(at, part / 2, 1 - part / 2) + by, part / 2, 1 - part / 2);
+  spot = { x: inside(spot.x, x, Math.min(1, width / pane.width)), y: inside(spot.y, y, Math.min(1, height / pane.height)) };
   requestAnimationFrame(place);
 }
 
