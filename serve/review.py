@@ -35,12 +35,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from meiqa.decisions import Decisions
 from meiqa.engine.images import load_pixels
-from meiqa.errors import AccessDenied, MeiqaError, UsageError
+from meiqa.errors import AccessDenied, ImageError, MeiqaError, UsageError, one_line
 from meiqa.serve.access import refuse_other_sites
 from meiqa.serve.app import PAGE_HEADERS
 from meiqa.serve.responses import json_response, problem_response
 from meiqa.types import CulledPhoto, Culling
-from meiqa.wayout import Verdict, stars_given, verdicts_of
+from meiqa.wayout import Verdict, common_folder, stars_given, verdicts_of
 
 SIDES = (480, 1280)
 """Longest sides of the small pictures, in pixels."""
@@ -94,7 +94,7 @@ class Pictures:
 def _pixels_for(photo: str, side: int) -> NDArray[Any]:
     """Decode a photo, a JPEG only as large as it is needed: that takes a fraction of the time."""
     # Other formats, and damaged photos of which something can be read, are left to what follows.
-    with suppress(OSError), Image.open(photo, formats=("JPEG",)) as image:
+    with suppress(OSError, ImageError), Image.open(photo, formats=("JPEG",)) as image:
         image.draft("RGB", (side, side))
         return load_pixels(image).array
     return load_pixels(photo).array
@@ -133,7 +133,8 @@ class Review:
         self._proposed = {each.path: each for each in verdicts_of(found, stars)}
         self._finish, self._told = finish, told
         self._lock, self._lines = threading.Lock(), list[str]()
-        self._folder = os.path.commonpath([os.path.dirname(each.path) for each in self.photos])
+        self._paths = [os.path.abspath(photo.path) for photo in self.photos]
+        self._folder = common_folder(self._paths)
 
     def state(self) -> dict[str, Any]:
         """Give everything that the page shows but the pictures, as JSON takes it."""
@@ -153,18 +154,18 @@ class Review:
         close = {"close": True} if photo.too_close else {}
         return {
             "number": number,
-            "name": os.path.relpath(photo.path, self._folder).encode("utf-8", "replace").decode(),
+            "name": one_line(os.path.relpath(self._paths[number], self._folder)),
             "score": round(photo.score, 2),
             "std": round(photo.std, 2),
             "stars": self._stars(photo.score),
             "proposed": self._proposed[photo.path].rating,
-            "rating": self._decisions.ratings.get(photo.path),
+            "rating": self._decisions.ratings.get(self._paths[number]),
             **close,
         }
 
     def give(self, ratings: Mapping[int, int]) -> dict[str, int | None]:
         """Decide about photos by their numbers, and give what stands of them then."""
-        paths = {self.photos[number].path: rating for number, rating in ratings.items()}
+        paths = {self._paths[number]: rating for number, rating in ratings.items()}
         with self._lock:
             self._decisions.give(paths)
             return self._standing({*paths})
@@ -176,18 +177,17 @@ class Review:
 
     def _standing(self, paths: set[str]) -> dict[str, int | None]:
         ratings = self._decisions.ratings
-        numbered = enumerate(self.photos)
-        return {str(n): ratings.get(each.path) for n, each in numbered if each.path in paths}
+        return {str(n): ratings.get(each) for n, each in enumerate(self._paths) if each in paths}
 
     def verdicts(self) -> list[Verdict]:
         """Give what was decided, or else was proposed, of every photo."""
-        given = self._decisions.ratings
-        return [
-            Verdict(path, given[path], "Red" if given[path] < 0 else "Green")
-            if path in given
-            else proposed
-            for path, proposed in self._proposed.items()
-        ]
+        verdicts = []
+        for photo, path in zip(self.photos, self._paths, strict=True):
+            verdict = self._proposed[photo.path]
+            if (rating := self._decisions.ratings.get(path)) is not None:
+                verdict = Verdict(photo.path, rating, "Red" if rating < 0 else "Green")
+            verdicts.append(verdict)
+        return verdicts
 
     def finish(self) -> list[str]:
         """Do what was asked for, once, and end; an error is told, and kept for who runs this."""

@@ -275,6 +275,7 @@ $("groups").addEventListener("click", (event) => {
 });
 $("groups").addEventListener("focusin", (event) => {
   const card = event.target.closest(".shot");
+  if (panes.length) return; // a dialog that closes gives the focus back to where it was before
   if (card && Number(card.dataset.number) !== current) mark(Number(card.dataset.number));
 });
 $("undo").addEventListener("click", DO.undo);

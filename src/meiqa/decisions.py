@@ -32,7 +32,7 @@ class Decisions:
 
     Attributes:
         path: of the file.
-        ratings: 1-5, 0 for none or -1 for a reject, by the photo's path.
+        ratings: 1-5, 0 for none or -1 for a reject, by the photo's absolute path.
 
     Raises:
         OutputUnwritable: the file can't be written.

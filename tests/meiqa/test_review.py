@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,6 +144,21 @@ def test_another_photo_is_judged_and_decisions_stay(
     assert [photo["rating"] for photo in photos] == [None, None, 2]
     second.finish()
     assert rating(shoot / "2.xmp") == "2"
+
+
+def test_paths_may_be_relative_and_names_of_any_bytes(
+    shoot: Path, grey: Grey, start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    strange = grey("other/" + os.fsdecode(b"\xff.jpg"), 10)
+    monkeypatch.chdir(tmp_path)
+    first = start("shoot", tmp_path / "other")
+    names = [p["name"] for g in first.client.get("state").json()["groups"] for p in g["photos"]]
+    assert sorted(names) == ["other/\\udcff.jpg", "shoot/1.jpg", "shoot/2.jpg", "shoot/3.jpg"]
+    first.client.post("ratings", json={str(names.index("other/\\udcff.jpg")): 1})
+    first.finish()
+    monkeypatch.chdir(shoot)  # decisions are found from another folder, too
+    start(".", "../other", "--xmp").finish()
+    assert rating(strange.with_suffix(".xmp")) == "1"
 
 
 def test_what_fails_is_told_on_the_page_and_by_the_code(
