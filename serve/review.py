@@ -15,6 +15,7 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from meiqa.decisions import Decisions
 from meiqa.engine.images import load_pixels
@@ -151,7 +151,6 @@ class Review:
         return {"groups": groups, "failures": len(self._found.failures), **self._told}
 
     def _entry(self, number: int, photo: CulledPhoto) -> dict[str, Any]:
-        close = {"close": True} if photo.too_close else {}
         return {
             "number": number,
             "name": one_line(os.path.relpath(self._paths[number], self._folder)),
@@ -160,7 +159,7 @@ class Review:
             "stars": self._stars(photo.score),
             "proposed": self._proposed[photo.path].rating,
             "rating": self._decisions.ratings.get(self._paths[number]),
-            **close,
+            "close": photo.too_close,
         }
 
     def give(self, ratings: Mapping[int, int]) -> dict[str, int | None]:
@@ -211,18 +210,9 @@ def create_app(review: Review, pictures: Pictures, token: str) -> Starlette:
             raise HTTPException(404)
         return number
 
-    def state(_: Request) -> Response:
-        return json_response(review.state())
-
     async def give(request: Request) -> Response:
         ratings = _ratings(await request.body(), at_most)
         return json_response(await run_in_threadpool(review.give, ratings))
-
-    def undo(_: Request) -> Response:
-        return json_response(review.undo())
-
-    def finish(_: Request) -> Response:
-        return json_response(review.finish())
 
     def size(request: Request) -> Response:
         height, width = pictures.pixels(number_of(request)).shape[:2]
@@ -240,10 +230,10 @@ def create_app(review: Review, pictures: Pictures, token: str) -> Starlette:
 
     photo = "/photos/{number:int}"
     routes = [
-        Route("/state", state),
+        Route("/state", lambda _: json_response(review.state())),
         Route("/ratings", give, methods=["POST"]),
-        Route("/undo", undo, methods=["POST"]),
-        Route("/finish", finish, methods=["POST"]),
+        Route("/undo", lambda _: json_response(review.undo()), methods=["POST"]),
+        Route("/finish", lambda _: json_response(review.finish()), methods=["POST"]),
         Route(f"{photo}/size", size),
         Route(f"{photo}/{{side:int}}.jpg", small),
         Route(f"{photo}/{{left:int}}-{{top:int}}-{{width:int}}-{{height:int}}.jpg", crop),
@@ -252,7 +242,7 @@ def create_app(review: Review, pictures: Pictures, token: str) -> Starlette:
     ]
     return Starlette(
         routes=[Mount("/{token}", routes=routes)],
-        middleware=[Middleware(_Gate, token=token)],
+        middleware=[Middleware(BaseHTTPMiddleware, dispatch=partial(_guard, token=token))],
         exception_handlers={MeiqaError: _refused},
     )
 
@@ -279,30 +269,19 @@ async def _refused(_: Request, error: Exception) -> Response:
     return problem_response(error, uuid.uuid4().hex)
 
 
-class _Gate:
+async def _guard(request: Request, call_next: RequestResponseEndpoint, token: str) -> Response:
     """Let in who has the token, from this machine and from no other site's page."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._token = app, token.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in PAGE_HEADERS.items():
-                    headers.setdefault(name, value)
-            await send(message)
-
-        headers = Headers(scope=scope)
-        try:
-            refuse_other_sites(headers.get("host"), headers.get("origin"))
-            given = scope["path"].split("/")[1]
-            if not hmac.compare_digest(given.encode(), self._token):
-                raise AccessDenied("this address lacks the token", hint="it is in the terminal")
-        except AccessDenied as error:
-            await problem_response(error, uuid.uuid4().hex)(scope, receive, guarded)
-        else:
-            await self._app(scope, receive, guarded)
+    try:
+        refuse_other_sites(request.headers.get("host"), request.headers.get("origin"))
+        given = request.scope["path"].split("/")[1]
+        if not hmac.compare_digest(given.encode(), token.encode()):
+            raise AccessDenied("this address lacks the token", hint="the terminal shows it whole")
+        response = await call_next(request)
+    except AccessDenied as error:
+        response = await _refused(request, error)
+    for name, value in PAGE_HEADERS.items():
+        response.headers.setdefault(name, value)
+    return response
 
 
 def run(review: Review, pictures: Pictures, token: str, opened: socket.socket) -> None:

@@ -105,14 +105,14 @@ def page_of(browser: Browser) -> Iterator[Open]:
     complaints: list[str] = []
     contexts = []
 
-    def opened(address: str, **options: Any) -> Page:
+    def opened(address: str, *, photos: int = 8, **options: Any) -> Page:
         context = browser.new_context(reduced_motion="reduce", **options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(address)
-        expect(page.locator(".shot")).to_have_count(8)
+        expect(page.locator(".shot")).to_have_count(photos)
         return page
 
     yield opened
@@ -202,6 +202,33 @@ def test_the_same_spot_of_all_shots_is_seen_pixel_by_pixel(served: Served, page_
     page.keyboard.press("z")
     expect(panes).to_have_count(0)
     assert current(page) == "0-1.jpg"
+
+
+def test_of_a_thousand_photos_only_those_nearby_are_loaded(
+    shoot: Culling, tmp_path: Path, page_of: Open
+) -> None:
+    original = Path(shoot.groups[0][0].path)
+    groups = []
+    for number in range(500):
+        paths = [tmp_path / f"{number}-{shot}.jpg" for shot in range(2)]
+        for path in paths:
+            path.symlink_to(original)
+        groups.append(tuple(replace(BURST, place=n, path=str(p)) for n, p in enumerate(paths, 1)))
+    served = Served(Culling(tuple(groups)), tmp_path / "d.jsonl")
+    try:
+        page = page_of(served.start(), photos=1000)
+        images = page.locator(".shot img")
+        expect(images.first).not_to_have_js_property("naturalWidth", 0)
+        images.nth(500).scroll_into_view_if_needed()
+        expect(images.nth(500)).not_to_have_js_property("naturalWidth", 0)
+        page.wait_for_load_state("networkidle")
+        asked = "performance.getEntriesByType('resource').filter((e) => /jpg$/.test(e.name)).length"
+        assert page.evaluate(asked) <= 80
+        page.locator(".shot").first.focus()
+        page.keyboard.press("x")
+        expect(page.locator("#status")).to_have_text("1 of 1,000 photos decided, 499 kept")
+    finally:
+        served.end()
 
 
 def test_a_second_start_shows_what_was_decided(served: Served, page_of: Open) -> None:
