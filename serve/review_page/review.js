@@ -356,6 +356,7 @@ function spotAt(picture, event) {
 function paneOf(photo) {
   const element = made("div", "pane");
   element.tabIndex = -1;
+  element.setAttribute("role", "group");
   element.dataset.number = photo.number;
   const blurred = made("img");
   blurred.alt = "";
@@ -376,6 +377,7 @@ function layOut() {
 
 function drawPane(pane) {
   pane.caption.textContent = pane.told ?? `${words(pane.photo)} · ${pane.photo.score.toFixed(2)} · ${pane.photo.name}`;
+  pane.element.setAttribute("aria-label", pane.caption.textContent);
   const here = pane.photo.number === current;
   pane.element.setAttribute("aria-current", here);
   pane.element.tabIndex = here ? 0 : -1;
@@ -487,7 +489,7 @@ $("finish").addEventListener("click", () => {
   const rejects = photos.filter((photo) => standing(photo) < 0).length;
   const proposed = photos.filter((photo) => !isGiven(photo)).length;
   const counts = `${counted(photos.length - rejects, "photo")} kept, ${counted(rejects, "reject")}`;
-  const open = proposed ? `; of ${counted(proposed, "photo")} nobody decided, so the proposal stands` : "";
+  const open = proposed ? `; nobody decided about ${proposed.toLocaleString("en")} of them, so the proposal stands` : "";
   const will = state.will
     ? `${state.dry_run ? "It is told, and not done, how to" : "This will"} ${state.will}. Nothing is deleted, and what is done can be undone.`
     : "The command was given nothing to do with them; it says what it can do.";
