@@ -31,7 +31,7 @@ STARS = (1.8, 2.6, 3.4, 4.2)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is made of a photo: `rating` 1-5, or -1 for a reject; `label`, "" for none."""
+    """What is made of a photo: `rating` 1-5, 0 for none, or -1 for a reject; `label` may be ""."""
 
     path: str
     rating: int
@@ -78,7 +78,17 @@ class WayOut:
     @property
     def base(self) -> str:
         """The folder that all photos lie in or below."""
-        return os.path.commonpath([folder_of(path) for path in self.paths])
+        return common_folder(self.paths)
+
+    def __str__(self) -> str:
+        parts = [
+            (self.sidecar, "write ratings into XMP sidecars"),
+            (self.list, f"list the kept photos in {self.list}"),
+            (self.copy_to, f"copy them to {self.copy_to}"),
+            (self.link_to, f"link to them in {self.link_to}"),
+            (self.move_rejects_to, f"move the rejects to {self.move_rejects_to}"),
+        ]
+        return ", ".join(words for asked, words in parts if asked)
 
 
 @dataclass
@@ -94,6 +104,11 @@ def folder_of(path: str) -> str:
     """Give a folder itself, or that of a file, as an absolute path."""
     path = os.path.abspath(path)
     return path if os.path.isdir(path) else os.path.dirname(path)
+
+
+def common_folder(paths: Iterable[str]) -> str:
+    """Give the folder that folders and files lie in or below, one of them or above them all."""
+    return os.path.commonpath([folder_of(path) for path in paths])
 
 
 def stars_given(stars: Sequence[float] | float, scores: Iterable[float]) -> Callable[[float], int]:
@@ -150,7 +165,7 @@ def plan(verdicts: Iterable[Verdict], way: WayOut) -> Plan:
         except MeiqaError as error:
             planned.failures.append(Failure(verdict.path, error))
     if way.list is not None:
-        kept = (each for each in shots.values() if each.rating > 0)
+        kept = (each for each in shots.values() if each.rating >= 0)
         planned.actions += _listed(sorted(each.path for each in kept), way, planned.failures)
     planned.actions = [*_folders(planned.actions), *planned.actions]
     return planned
@@ -192,9 +207,9 @@ class _Shot:
             return [*moved, *(replace(e, target=to, moved=e.old is not None) for e, to in pairs)]
         placed: list[Copy | Link] = []
         sources += [each.target for each in written if each.old is None]
-        if self._verdict.rating > 0 and way.copy_to is not None:
+        if self._verdict.rating >= 0 and way.copy_to is not None:
             placed += [Copy(each, self._below(way.copy_to, each)) for each in sources]
-        if self._verdict.rating > 0 and way.link_to is not None:
+        if self._verdict.rating >= 0 and way.link_to is not None:
             placed += [Link(each, self._below(way.link_to, each)) for each in sources]
         with disk_errors(self._folder):
             return [*written, *(each for each in placed if not each.is_there())]

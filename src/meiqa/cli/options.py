@@ -207,8 +207,11 @@ def stars(text: str) -> tuple[float, ...] | float:
     return given
 
 
-def sidecar_options(*ways: str) -> Decorator:
-    """Add --xmp and what belongs to it; `ways` are the command's other ways out."""
+def sidecar_options(*ways: str, journalled: str = "") -> Decorator:
+    """Add --xmp and what belongs to it; `ways` are the command's other ways out.
+
+    `journalled` is one more option that --journal belongs to.
+    """
     needs = " ".join(["--xmp", *ways])
     return together(
         flag("--xmp", "write ratings into XMP sidecars; what they hold besides stays as it is"),
@@ -231,7 +234,7 @@ def sidecar_options(*ways: str) -> Decorator:
             "--journal FILE",
             "what `meiqa cull --undo` reads (default: a hidden file in the photos' folder)",
             path,
-            needs=needs,
+            needs=f"{needs} {journalled}",
         ),
     )
 
@@ -466,42 +469,46 @@ def way_out(options: Options) -> WayOut | None:
     return way
 
 
-def take(way: WayOut, verdicts: Sequence[Verdict], options: Options) -> int:
+def say(line: str) -> None:
+    """Tell whoever runs the command."""
+    sys.stderr.write(f"meiqa: {line}\n")
+
+
+def take(
+    way: WayOut, verdicts: Sequence[Verdict], options: Options, tell: Callable[[str], None] = say
+) -> int:
     """Do with photos what is to be done, or tell it; give the exit code."""
     from meiqa.journal import Journal, new_journal
     from meiqa.wayout import plan
 
     planned = plan(verdicts, way)
     for failure in planned.failures:
-        say(f"error: {failure_line(failure.path, str(failure.error))}")
+        tell(f"error: {failure_line(failure.path, str(failure.error))}")
     if planned.by_hand:
-        say(f"rated by somebody, and left as they are: {planned.by_hand}; --force takes them, too")
+        tell(f"rated by somebody, and left as they are: {planned.by_hand}; --force takes them, too")
     code = EXIT_FAILURES if planned.failures else 0
     if options.dry_run:
         for action in planned.actions:
-            say(one_line(f"would {action}"))
+            tell(one_line(f"would {action}"))
     elif planned.actions:
         journal = Journal.begin(options.journal or new_journal(way.base), planned.actions)
-        code = max(code, go_through(journal, "do"))
+        code = max(code, go_through(journal, "do", tell))
     else:
-        say("nothing is left to be done")
+        tell("nothing is left to be done")
     return code
 
 
-def go_through(journal: Journal, way: Literal["do", "undo"]) -> int:
+def go_through(
+    journal: Journal, way: Literal["do", "undo"], tell: Callable[[str], None] = say
+) -> int:
     """Do or undo a journal's actions, and tell of it; give the exit code."""
     errors = journal.do() if way == "do" else journal.undo()
     for error in errors:
-        say(f"error: {error}")
+        tell(f"error: {error}")
     told = f"{len(journal.actions) - len(errors)} of {len(journal.actions)} actions {way}ne"
     undo = f"; undo them: meiqa cull --undo {shlex.quote(str(journal.path))}" if way == "do" else ""
-    say(one_line(f"{told}{undo}"))
+    tell(one_line(f"{told}{undo}"))
     return EXIT_FAILURES if errors else 0
-
-
-def say(line: str) -> None:
-    """Tell whoever runs the command."""
-    sys.stderr.write(f"meiqa: {line}\n")
 
 
 def print_report(report: Any, format: str, text: Callable[[Any], str]) -> None:
