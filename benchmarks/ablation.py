@@ -190,7 +190,7 @@ def ablate(
 def settings_of(usual: RetrievalPolicy, neighbours: Sequence[int]) -> list[Setting]:
     """List the rows: each factor is varied about what the package does by default."""
     anchors = replace(usual, anchor_share=1.0)
-    flat, contrast = replace(anchors, stratified=False), replace(usual, anchor_share=0.0)
+    flat, contrast = replace(anchors, bins=1), replace(usual, anchor_share=0.0)
     return [
         Setting("memory", "none", "taught", replace(usual, k=0)),
         Setting("memory", "anchors, flat", "taught", flat),

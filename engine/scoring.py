@@ -1,7 +1,7 @@
-"""The way of one photo: decode, prefill, predict, retrieve, compare, fuse, patterns, reflect.
+"""The way of one photo: decode, read, describe, retrieve, compare, fuse, patterns, reflect.
 
 `Scorer.score` is the only place where a photo is scored. Engine, sets, service, evaluation and
-calibration all call it, with different tasks.
+calibration all call it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from meiqa.engine.budget import (
     plan_work,
 )
 from meiqa.engine.comparing import MOST_AT_ONCE, CacheState, Comparer, PrefixCache
+from meiqa.engine.detail import measure_detail
 from meiqa.engine.estimates import (
     UNDOUBTED,
     Comparisons,
@@ -40,7 +41,6 @@ from meiqa.engine.estimates import (
     quality_word,
 )
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid
-from meiqa.engine.measures import measure_detail
 from meiqa.engine.model import (
     Description,
     Draft,

@@ -55,6 +55,9 @@ Observations = tuple[Floats, Floats]
 
 NEIGHBOURS = (4, 8, 16, 32)
 """Numbers of neighbours that are tried, beside none."""
+STRATA = (1, 5)
+"""Bins over the anchors' scores that are tried: neighbours that are most alike, and such that span
+the scale."""
 TEMPERATURES = (0.01, 100.0)
 """Between these a temperature is sought."""
 SIGMAS = (0.5, 0.7, 1.0, 1.5, 2.0, 2.5, 3.5)
@@ -116,7 +119,7 @@ class Judged:
         words: (N, 5) probabilities of the grade words.
         memory: (N,) what the memory's regression says without having seen the photo; NaN where it
             has none. doubts: (N,) factor of the deviation.
-        compared: comparisons by the number of neighbours retrieved.
+        compared: comparisons by the bins that neighbours were retrieved from, and by their number.
     """
 
     human: Floats
@@ -124,7 +127,7 @@ class Judged:
     words: Floats
     memory: Floats
     doubts: Floats
-    compared: dict[int, Compared]
+    compared: dict[int, dict[int, Compared]]
 
 
 def calibrate_package(
@@ -133,6 +136,7 @@ def calibrate_package(
     labels: LabelTable,
     images: Path,
     limit: int = 500,
+    memory_share: float | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Fit a model's calibration on its anchors, and write it where the model has its own.
@@ -144,11 +148,12 @@ def calibrate_package(
         labels: the table that the memory was built from; images: where its images are.
         limit: anchors to judge, chosen by name; on_progress: called after each, and after each of
             the `SCENES` that are shot twice.
+        memory_share: the share (0-1) of the memory's regression; None fits it.
 
     Returns:
         JSON-ready: reached (SRCC and RMSE of each score on the anchors), neighbours (the held-out
-        error by their number), costs (how much greater it is without each part), scenes (how often
-        the sound one of two shots is found) and calibration.
+        error by bins and number), costs (how much greater it is without each part), scenes (how
+        often the sound one of two shots is found) and calibration.
 
     Raises:
         UsageError: there are too few anchors to fit a calibration on.
@@ -172,7 +177,8 @@ def calibrate_package(
                 allowed=f"{FEWEST_ANCHORS} or more",
             )
         judged = judge_anchors(opened, bank, rows, images, on_progress)
-        fitted, report = fitted_calibration(judged, opened.calibration, opened.head)
+        base = opened.calibration
+        fitted, report = fitted_calibration(judged, base, opened.head, memory_share)
         # What two shots score alone is said by what was just fitted.
         opened.calibration = fitted
         files = [file for file, _ in rows]
@@ -197,16 +203,16 @@ def judge_anchors(
     images: Path,
     on_progress: Callable[[], None],
 ) -> Judged:
-    """Score some anchors, files and human scores, each beside each number of neighbours."""
+    """Score some anchors, files and human scores, each beside all choices of neighbours."""
     recorder = Recorder(AskedOnce(model), bank)
     recalled = bank.snapshot().scores_left_out()
     text, words, memory, doubts = [], [], [], []
-    tables = {k: Compared.empty(len(rows), k) for k in NEIGHBOURS}
+    tables = {bins: {k: Compared.empty(len(rows), k) for k in NEIGHBOURS} for bins in STRATA}
     for at, (file, _) in enumerate(rows):
         pixels = load_pixels(images / file)
-        for k, table in tables.items():
-            scored = recorder.recorded(pixels, RetrievalPolicy(k=k, bins=model.calibration.bins))
-            table.note(at, scored)
+        for bins, k in itertools.product(STRATA, NEIGHBOURS):
+            scored = recorder.recorded(pixels, RetrievalPolicy(k=k, bins=bins))
+            tables[bins][k].note(at, scored)
         description = scored.prediction.description
         if description is None or description.key is None:
             raise PackageCorrupted("the model writes nothing about an anchor", seen=file)
@@ -304,6 +310,23 @@ class Error:
         return cls(float(np.sqrt(squares.mean())), float(spread))
 
 
+def held_out_errors(human: Floats, tables: dict[int, Compared], prior: Floats) -> dict[int, Error]:
+    """Give the error by the number of neighbours, 0 for the score before comparisons."""
+    errors = {0: Error.of(np.clip(prior, LOWEST, HIGHEST), human)}
+    for k, compared in tables.items():
+        errors[k] = Error.of(held_out_scores(human, compared, prior), human)
+    return errors
+
+
+def fitted_bins(tried: dict[int, dict[int, Error]]) -> int:
+    """Choose the bins with the least error of any number of neighbours; of equal ones the most."""
+
+    def least(bins: int) -> float:
+        return min(error.rmse for k, error in tried[bins].items() if k)
+
+    return min(sorted(tried, reverse=True), key=least)
+
+
 def fitted_neighbours(errors: dict[int, Error]) -> int:
     """Choose the fewest neighbours whose error is within one standard error of the least."""
     best = min(errors.values(), key=lambda error: error.rmse)
@@ -382,8 +405,10 @@ class Priors:
     unwritten: Floats
 
 
-def fitted_priors(judged: Judged, base: Calibration, head: ScoreHead) -> tuple[Calibration, Priors]:
-    """Fit the heads, the grade's share and that of the memory's regression."""
+def fitted_priors(
+    judged: Judged, base: Calibration, head: ScoreHead, share: float | None
+) -> tuple[Calibration, Priors]:
+    """Fit the heads, the grade's share and, where none is given, the memory's regression's."""
     human = judged.human
     raw = np.array([expected_grade(words) for words in judged.words])
     of_levels, of_text = matched_logistic(raw, human), base.text
@@ -409,31 +434,36 @@ def fitted_priors(judged: Judged, base: Calibration, head: ScoreHead) -> tuple[C
     )
     alone = graded if head == "grm" else levels
     observed = mixed(base.grade_share) if head == "text" else alone
-    share = 0.0
-    if not np.isnan(judged.memory).any():
+    if share is None and not np.isnan(judged.memory).any():
         share = fitted_memory_share(judged, observed)
+    if share is not None:
         base = replace(base, memory_share=share)
-    combined, unwritten = (with_memory(judged, share, each) for each in (observed, alone))
+    combined, unwritten = (with_memory(judged, share or 0.0, each) for each in (observed, alone))
     initial = text if head == "text" else observed
     return base, Priors(text, levels, graded, initial, combined, unwritten)
 
 
 def fitted_calibration(
-    judged: Judged, base: Calibration, head: ScoreHead = "text"
+    judged: Judged,
+    base: Calibration,
+    head: ScoreHead = "text",
+    memory_share: float | None = None,
 ) -> tuple[Calibration, dict[str, Any]]:
     """Fit the whole calibration; the report is that of `calibrate_package`."""
     human = judged.human
-    base, priors = fitted_priors(judged, base, head)
+    base, priors = fitted_priors(judged, base, head, memory_share)
     prior = priors.combined
-    errors = {0: Error.of(np.clip(prior, LOWEST, HIGHEST), human)}
-    for k, each in judged.compared.items():
-        errors[k] = Error.of(held_out_scores(human, each, prior), human)
-    most = judged.compared[max(judged.compared)]
+    tried = {
+        bins: held_out_errors(human, tables, prior) for bins, tables in judged.compared.items()
+    }
+    bins = fitted_bins(tried)
+    errors, tables = tried[bins], judged.compared[bins]
+    most = tables[max(tables)]
     one_order = Error.of(held_out_scores(human, most.one_order(), prior), human)
     order, costs = fitted_degradation(errors, one_order, Error.of(priors.unwritten, human))
     neighbours = fitted_neighbours(errors)
     # Who asks for comparisons where none pay gets them as well as they can be.
-    compared = judged.compared[neighbours] if neighbours else most
+    compared = tables[neighbours] if neighbours else most
     temperature = fitted_temperature(human, compared)
     sigma, lam = fitted_fusion(human, compared, prior, temperature)
     scores, stds = fused_scores(compared, prior, temperature, sigma, lam)
@@ -448,6 +478,7 @@ def fitted_calibration(
         std_floor=floor,
         reflect_above=min(LARGEST_GATE, moved),
         neighbours=neighbours,
+        bins=bins,
         degradation=order,
     )
     named = {"text": priors.text, "levels": priors.levels, "graded": priors.graded}
@@ -458,5 +489,8 @@ def fitted_calibration(
         name: {"srcc": srcc(each, human), "rmse": root_mean_square(each - human)}
         for name, each in named.items()
     }
-    by_number = {str(k): asdict(error) for k, error in errors.items()}
+    by_number = {
+        str(bins): {str(k): asdict(error) for k, error in found.items()}
+        for bins, found in tried.items()
+    }
     return calibration, {"reached": reached, "neighbours": by_number, "costs": costs}

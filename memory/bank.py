@@ -53,7 +53,7 @@ class ContrastPolicy:
     """What becomes of the cases that are learned.
 
     Attributes:
-        admission: "gated" stores the cases whose score the comparisons moved by more than the
+        admission: "gated" stores the cases whose score moved from the first by more than the
             reflection's gate allows; "all" stores every case.
         capacity: Most contrast cases; beyond it a twentieth of them is evicted, the least worth
             first. So many are searched fast without an index.

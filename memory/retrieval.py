@@ -128,8 +128,8 @@ class RetrievalPolicy:
     Attributes:
         k: Neighbours in all; 0 asks for none.
         anchor_share: Share of anchors among them, 0–1, rounded to the nearest count, halves up.
-        bins: Bins of equal population over the anchors' scores.
-        stratified: Take the same number from each bin, then the most similar of the rest.
+        bins: Bins of equal population over the anchors' scores: the same number is taken from each,
+            then the most similar of the rest. With 1 the most similar are taken.
         exclude_above: Leave out near-duplicates of the query: cases whose spatial descriptor has a
             higher cosine with its own; 1 leaves out none.
         effort: Candidates that a search keeps where there is an index; more find better. None for
@@ -142,7 +142,6 @@ class RetrievalPolicy:
     k: int = 32
     anchor_share: float = 0.5
     bins: int = 5
-    stratified: bool = True
     exclude_above: float = NEAR_DUPLICATE
     effort: int | None = None
 
@@ -396,13 +395,13 @@ class _Search:
         return close
 
     def stratified(self, count: int, policy: RetrievalPolicy) -> Rows:
-        """Take `count` cases, from bins of their scores if the policy says so, nearest first.
+        """Take `count` cases, from as many bins of their scores as the policy says, nearest first.
 
         `count // bins` come from each bin, the rest by similarity alone. One search, some times as
         far as without bins, serves all that have enough there; only the others are searched for
         themselves.
         """
-        if not policy.stratified or count < policy.bins:
+        if policy.bins == 1 or count < policy.bins:
             return self.nearest(count)
         around = self.nearest(min(policy.bins, _TIMES_AS_FAR) * count)
         from_each = count // policy.bins

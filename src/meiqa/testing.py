@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from meiqa.engine.calibration import UNCALIBRATED, Calibration, ScoreHead
 from meiqa.engine.comparing import PrefixCache
+from meiqa.engine.detail import measure_detail
 from meiqa.engine.engine import Engine
 from meiqa.engine.estimates import quality_word
 from meiqa.engine.images import ImageSource, Pixels, load_pixels, source_name
 from meiqa.engine.manifest import ImageProcessing
-from meiqa.engine.measures import measure_detail
 from meiqa.engine.model import (
     Description,
     Draft,

@@ -161,7 +161,7 @@ def test_each_pair_is_asked_about_once(engine: Engine, images: Path) -> None:
     model: Any = CountingModel(cast(LocalModel, engine.model), calls)
     asked = AskedOnce(model)
     recorder, pixels = Recorder(asked, engine.memory), load_pixels(images / "0.png")
-    flat = RetrievalPolicy(k=6, stratified=False)
+    flat = RetrievalPolicy(k=6, bins=1)
     first = recorder.recorded(pixels, flat)
     assert calls == ["describe"] + 12 * ["pair"]
     assert recorder.recorded(pixels, flat).posterior == first.posterior

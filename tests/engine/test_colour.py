@@ -161,6 +161,37 @@ def test_gamma_and_chromaticities_of_a_png(photo: Image.Image) -> None:
     assert difference(said, photo) <= 4
 
 
+@pytest.mark.parametrize(("code", "space"), [((12, 13), "Display P3"), ((9, 13), None)])
+def test_cicp_of_a_png(photo: Image.Image, code: tuple[int, int], space: str | None) -> None:
+    wide = photo if space is None else in_space(photo, WIDE[space])
+    data = png_with(wide, (b"cICP", bytes([*code, 0, 1])))
+    assert (difference(data, photo) <= 4) == (space is not None)
+
+
+def test_a_damaged_text_costs_a_png_no_colours(photo: Image.Image) -> None:
+    wide = in_space(photo, WIDE["Display P3"])
+    data = png_with(wide, (b"cICP", bytes([12, 13, 0, 1])), (b"tEXt", b"Author\0somebody"))
+    damaged = data.replace(b"somebody", b"nobody!!")
+    assert difference(damaged, photo) <= 4
+
+
+def test_cicp_of_srgb_changes_nothing(photo: Image.Image) -> None:
+    said = png_with(photo, (b"cICP", bytes([1, 13, 0, 1])))
+    assert load_pixels(said).digest == load_pixels(stored(photo)).digest
+
+
+@pytest.mark.parametrize("index", ["R98", "R03"])
+def test_a_camera_says_adobe_rgb_in_exif_alone(photo: Image.Image, index: str) -> None:
+    wide = in_space(photo, WIDE["Adobe RGB"])
+    wide.info.clear()
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA005] = {1: index}
+    data = stored(wide, "JPEG", quality=100, subsampling=0, exif=exif)
+    assert (difference(data, photo) <= 8) == (index == "R03")
+    said = stored(photo, "JPEG", quality=100, subsampling=0, exif=exif, icc_profile=SRGB_PROFILE)
+    assert difference(said, photo) <= 8
+
+
 @pytest.mark.parametrize(
     "chunks",
     [[gamma(0.45455)], [gamma(0.45455), chromaticities(D65, SRGB)], [(b"sRGB", b"\0"), gamma(1.0)]],

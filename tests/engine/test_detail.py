@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from meiqa.engine.measures import SMALLEST_DETAILED, measure_detail
+from meiqa.engine.detail import SMALLEST_DETAILED, measure_detail
 from meiqa.types import Detail
 
 Picture = NDArray[np.uint8]

@@ -63,6 +63,7 @@ def markers(prompts: Prompts, tokens: Sequence[int], pieces: int) -> Iterator[tu
             yield text, begin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [1, 2, 3])
 def test_describing_equals_plain_greedy_writing(
     tiny: LocalModel, prefixes: list[Prefix], pieces: int

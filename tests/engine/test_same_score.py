@@ -23,6 +23,7 @@ def opened(
     return package, build_anchors(tmp_path_factory.mktemp("int8") / "anchors", package)
 
 
+@pytest.mark.slow
 def test_however_it_is_asked(opened: tuple[EnginePackage, Path]) -> None:
     package, anchors = opened
 

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from meiqa.engine.calibration import NEUTRAL_GRADED, Logistic
+from meiqa.engine.detail import measure_detail
 from meiqa.engine.engine import Engine
 from meiqa.engine.estimates import (
     Comparisons,
@@ -21,7 +22,6 @@ from meiqa.engine.estimates import (
     fold,
 )
 from meiqa.engine.images import load_pixels
-from meiqa.engine.measures import measure_detail
 from meiqa.engine.model import (
     Description,
     Draft,

@@ -116,7 +116,7 @@ def judged(*, rating: float, comparisons: float, biased: bool = False) -> Judged
         words=soft_grades(human + random.normal(0, 0.6, 400)),
         memory=np.full(400, np.nan),
         doubts=np.ones(400),
-        compared=compared,
+        compared={5: compared},
     )
 
 
@@ -124,7 +124,7 @@ def test_comparisons_that_say_nothing_are_not_asked() -> None:
     calibration, report = fitted_calibration(judged(rating=0.3, comparisons=0.0), UNCALIBRATED)
     assert calibration.neighbours == 0
     assert calibration.degradation[-1] == "text"
-    assert report["neighbours"].keys() == {"0", "4", "8", "16", "32"}
+    assert report["neighbours"]["5"].keys() == {"0", "4", "8", "16", "32"}
     assert abs(report["costs"]["comparisons"]) < 0.02
     assert report["costs"]["text"] > 0.1
 
@@ -135,6 +135,23 @@ def test_comparisons_that_tell_much_are_asked_and_outlast_the_text() -> None:
     assert calibration.degradation[0] == "text"
     assert report["costs"]["comparisons"] > report["costs"]["text"]
     assert report["reached"]["fused"]["rmse"] < report["reached"]["prior"]["rmse"] - 0.05
+
+
+@pytest.mark.parametrize("telling", [1, 5])
+def test_neighbours_come_from_where_comparing_tells_more(telling: int) -> None:
+    silent, much = (judged(rating=0.5, comparisons=each) for each in (0.0, 3.0))
+    tables = {bins: (much if bins == telling else silent).compared[5] for bins in (1, 5)}
+    calibration, report = fitted_calibration(replace(much, compared=tables), UNCALIBRATED)
+    assert calibration.bins == telling
+    assert report["neighbours"].keys() == {"1", "5"}
+
+
+def test_the_memory_gets_the_share_that_is_asked_for() -> None:
+    known = replace(
+        judged(rating=0.5, comparisons=0.5), memory=judged(rating=0.1, comparisons=0).text
+    )
+    for share in (0.0, 0.3):
+        assert fitted_calibration(known, UNCALIBRATED, memory_share=share)[0].memory_share == share
 
 
 def test_a_rating_that_brings_more_than_comparisons_outlasts_them() -> None:

@@ -8,6 +8,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
+
 from meiqa.kernels import graph
 
 SEARCH = """
@@ -24,6 +26,7 @@ print(search_graph(graph, np.array([0, 1, 0], np.float32), 2, None, 1).tolist())
 """
 
 
+@pytest.mark.slow
 def test_the_tests_pass_with_the_jit_off() -> None:
     here = Path(__file__).parent
     run = subprocess.run(
@@ -57,6 +60,7 @@ def installed_where_nothing_may_be_written(folder: Path) -> dict[str, str]:
     return {**kept, **home, "PYTHONPATH": found, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+@pytest.mark.slow
 def test_searches_uncached_where_nothing_may_be_written(tmp_path: Path) -> None:
     environment = installed_where_nothing_may_be_written(tmp_path)
     run = subprocess.run(

@@ -360,6 +360,7 @@ def test_eval_writes_rows_over_nothing_that_it_reads_and_not_into_its_report(
     assert "name a file for the rows" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_eval_draws(engine: Any, labels: Path, tmp_path: Path, capsys: Output) -> None:
     plots = tmp_path / "deep" / "plots"
     command = ["eval", str(labels), "--images", str(labels.parent), "--plots", str(plots)]
@@ -392,9 +393,10 @@ def test_calibrate_hands_its_options_on(
     command = ["calibrate", str(tmp_path / "l.csv"), "--images", "I", "--memory", str(tmp_path)]
     assert cli.main([*command, "--package", "P"]) == 0
     assert json_of(capsys) == {"sigma": 0.5}
-    assert cli.main([*command, "--remote", "http://x/v1", "--limit", "9"]) == 0
+    remote = ["--remote", "http://x/v1", "--limit", "9", "--memory-share", "0"]
+    assert cli.main([*command, *remote]) == 0
     rest = (tmp_path, LabelTable(("a.png", "b.png"), (1.0, 5.0), (1.0, 5.0)), Path("I"))
-    assert asked == [(Path("P"), *rest, 500), ("http://x/v1", *rest, 9)]
+    assert asked == [(Path("P"), *rest, 500, None), ("http://x/v1", *rest, 9, 0.0)]
     capsys.readouterr()
     assert cli.main(command) == 2
     assert "--package DIR or --remote URL" in errors_of(capsys)[0]

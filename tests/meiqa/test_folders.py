@@ -91,7 +91,8 @@ def test_commands_read_raw_files_as_asked(
         raise UsageError("enough")
 
     monkeypatch.setattr(options, "sources", sources)
-    for command in (["rank", str(library)], ["compare", "a.nef", "b.nef"]):
+    reference = ["score", "a.nef", "--reference", "b.nef"]
+    for command in (["rank", str(library)], ["compare", "a.nef", "b.nef"], reference):
         assert cli.main([*command, "--raw", raw]) == 2
         assert all(isinstance(path, Developed) == (raw == "develop") for path in seen)
         assert seen

@@ -142,6 +142,7 @@ def nothing_is_lost(before: Tree, now: Tree) -> bool:
     return all(content in held for name, (_, content) in before.items() if ".xmp" not in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disks", [1, 2])
 @pytest.mark.parametrize("then", ["do", "undo"])
 def test_killed_at_every_step_it_can_be_finished_or_undone(
@@ -168,6 +169,7 @@ def test_killed_at_every_step_it_can_be_finished_or_undone(
         assert seen == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disks", [1, 2])
 def test_an_undoing_that_is_killed_at_any_step_can_be_gone_on_with(
     disks: int, tmp_path: Path, request: pytest.FixtureRequest

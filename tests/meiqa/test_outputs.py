@@ -82,6 +82,7 @@ def test_any_name_comes_back(format: RowFormat, tmp_path: Path) -> None:
         assert {each["hint"] for each in rows.failures} == {"fetch it again"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_wherever_it_is_cut_it_ends_the_same(format: RowFormat, tmp_path: Path) -> None:
     whole, cut = tmp_path / f"whole.{format}", tmp_path / f"cut.{format}"
@@ -438,6 +439,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_run_that_is_killed_ends_as_if_it_was_not(
     format: RowFormat, grey: Grey, tmp_path: Path

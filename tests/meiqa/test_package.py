@@ -44,6 +44,7 @@ def refusal(command: list[str], output: Output) -> str:
     return str(line)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_an_export_says_what_it_does_and_can_be_inspected(
     checkpoint: Path, photographs: Path, tmp_path: Path, capsys: Output
@@ -107,6 +108,7 @@ def test_an_unknown_prompt_family(checkpoint: Path, tmp_path: Path, capsys: Outp
     assert "visualquality-r1" in refusal([*command, "--precision", "fp32"], capsys)
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:

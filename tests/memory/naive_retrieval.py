@@ -87,10 +87,9 @@ def naive_retrieve(
 
     ranked = by_similarity(query, anchors)
     chosen: list[Case] = []
-    if policy.stratified:
-        for number in range(policy.bins):
-            inside = [case for case in ranked if bin_of[case.id] == number]
-            chosen += inside[: anchor_count // policy.bins]
+    for number in range(policy.bins):
+        inside = [case for case in ranked if bin_of[case.id] == number]
+        chosen += inside[: anchor_count // policy.bins]
     rest = [case for case in ranked if case not in chosen]
     chosen += rest[: anchor_count - len(chosen)]
     nearest_contrast = by_similarity(query, contrast)[:contrast_count]

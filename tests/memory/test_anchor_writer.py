@@ -115,6 +115,7 @@ def test_a_finished_writer_says_so(tmp_path: Path) -> None:
         writer_of(tmp_path / "m", resume=True)
 
 
+@pytest.mark.slow
 def test_many_anchors_are_searched_by_an_index(tmp_path: Path) -> None:
     """Above the crossover the segment holds an index, which filters and finds as flat search."""
     random = np.random.default_rng(7)
@@ -135,7 +136,7 @@ def test_many_anchors_are_searched_by_an_index(tmp_path: Path) -> None:
         object.__setattr__(anchors[-1], "key", keys[17])
         for policy in (
             RetrievalPolicy(k=32, effort=2000),
-            RetrievalPolicy(k=32, effort=2000, stratified=False),
+            RetrievalPolicy(k=32, effort=2000, bins=1),
         ):
             found = bank.snapshot().retrieve(keys[17], policy, "image of 00100")
             expected = naive_retrieve(anchors, [], keys[17], policy, "image of 00100")

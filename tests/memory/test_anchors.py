@@ -276,7 +276,7 @@ def test_a_damaged_index_is_no_danger(indexed: Path, data: st.DataObject) -> Non
         )
         key = np.random.default_rng(1).standard_normal(KEY_WIDTH, np.float32)
         with MemoryBank.open(directory, package_digest=DIGEST) as bank:
-            for policy in (RetrievalPolicy(k=20), RetrievalPolicy(k=20, stratified=False)):
+            for policy in (RetrievalPolicy(k=20), RetrievalPolicy(k=20, bins=1)):
                 try:
                     found = bank.snapshot().retrieve(key, policy, None)
                 except StoreCorrupted:

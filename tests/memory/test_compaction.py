@@ -98,7 +98,6 @@ policies = st.builds(
     k=st.integers(0, 40),
     anchor_share=st.sampled_from([0.0, 0.5, 1.0]),
     bins=st.integers(1, 7),
-    stratified=st.booleans(),
     exclude_above=st.sampled_from([1.0, 0.97, 0.1]),
     effort=st.just(1000),
 )

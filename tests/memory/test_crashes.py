@@ -224,6 +224,7 @@ bank.snapshot()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compact_every", [10, 100_000])
 def test_a_full_disk_loses_nothing_acknowledged(tmp_path: Path, compact_every: int) -> None:
     path = build_anchors(tmp_path / "m", make_cases(3, "anchor"))
@@ -306,6 +307,7 @@ while not ended.is_set():
 """
 
 
+@pytest.mark.slow
 def test_readers_beside_a_writer_see_whole_records_only(tmp_path: Path) -> None:
     path = build_anchors(tmp_path / "m")
     progress = [tmp_path / f"states of {number}" for number in range(4)]

@@ -106,6 +106,7 @@ def test_duplicates_come_in_the_order_of_their_rows() -> None:
         assert found == naive.hnsw_search(graph_of(arrays, keys), query, 14, None, 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_finds_the_true_neighbours(threads: int) -> None:
     keys = clustered(8000, 97)
@@ -115,6 +116,7 @@ def test_finds_the_true_neighbours(threads: int) -> None:
     assert recall(index, keys, queries, 32, 128) >= 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.99])
 def test_filters_keep_recall(share: float) -> None:
     keys = clustered(8000, 33)
@@ -258,6 +260,7 @@ def uniform(count: int, width: int, seed: int = 0) -> Floats:
     return unit_rows(drawn).astype(np.float16).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [clustered, uniform])
 @pytest.mark.parametrize("rows", [3000, 6000])
 def test_the_measured_effort_finds_enough_for_new_queries(
@@ -269,6 +272,7 @@ def test_the_measured_effort_finds_enough_for_new_queries(
         assert recall(index, keys, queries, count, index.effort(count)) >= RECALL - 0.01
 
 
+@pytest.mark.slow
 def test_keys_that_lead_astray_take_more_effort() -> None:
     efforts = [
         frozen(draw(rows, 24)).effort(32)

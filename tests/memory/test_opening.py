@@ -179,6 +179,7 @@ print(*sorted(name for name in absent if sys.modules.get(name) is not None))
 """
 
 
+@pytest.mark.slow
 def test_a_memory_of_a_thousand_anchors_takes_the_base_install_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

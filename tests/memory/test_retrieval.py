@@ -29,10 +29,8 @@ from tests.memory.samples import DIGEST, KEY_WIDTH, build_anchors, make_case, ma
 
 SIZES = [0, 1, 3, 7, 97]
 POLICIES = [
-    RetrievalPolicy(k=k, anchor_share=share, bins=bins, stratified=stratified)
-    for k, share, (bins, stratified) in itertools.product(
-        [0, 1, 7, 32, 300], [0.0, 0.5, 1.0], [(1, True), (5, True), (13, True), (5, False)]
-    )
+    RetrievalPolicy(k=k, anchor_share=share, bins=bins)
+    for k, share, bins in itertools.product([0, 1, 7, 32, 300], [0.0, 0.5, 1.0], [1, 5, 13])
 ]
 
 
@@ -122,7 +120,7 @@ def test_stratified_neighbours_span_the_scale(tmp_path: Path) -> None:
     ] + [make_case(f"{number}", "anchor", score=4.5, key=near) for number in range(60, 80)]
     snapshot = snapshot_of(tmp_path / "m", anchors, [])
     spread = snapshot.retrieve(near, RetrievalPolicy(k=20, bins=4), None)
-    flat = snapshot.retrieve(near, RetrievalPolicy(k=20, stratified=False), None)
+    flat = snapshot.retrieve(near, RetrievalPolicy(k=20, bins=1), None)
     assert {case.score for case in flat} == {4.5}
     assert min(case.score for case in spread) < 1.5
 
@@ -145,6 +143,7 @@ def test_bins_with_none_near_the_query_are_searched_for_themselves(tmp_path: Pat
         assert int(found[-1]) >= 97 - 97 // bins - 1  # the farthest is the worst bin's nearest
 
 
+@pytest.mark.slow
 def test_an_index_gives_the_bins_what_comparing_with_all_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,15 +211,13 @@ def test_unusable_keys_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("above", [-1.0, -0.2, 0.3, 0.8])
-@pytest.mark.parametrize("stratified", [True, False])
-def test_near_duplicates_of_the_query_are_left_out(
-    tmp_path: Path, above: float, stratified: bool
-) -> None:
+@pytest.mark.parametrize("bins", [5, 1])
+def test_near_duplicates_of_the_query_are_left_out(tmp_path: Path, above: float, bins: int) -> None:
     anchors, contrast = make_cases(97, "anchor"), make_cases(13, "contrast")
     snapshot = snapshot_of(tmp_path / "m", anchors, contrast)
     seen, own = make_case("seen").tokens, anchors[3].image_digest
     for k in (1, 7, 32, 300):
-        policy = RetrievalPolicy(k=k, exclude_above=above, stratified=stratified)
+        policy = RetrievalPolicy(k=k, exclude_above=above, bins=bins)
         look = spatial_descriptor(seen, (4, 1))
         expected = naive_retrieve(anchors, contrast, query(k), policy, own, look)
         assert retrieve(snapshot, query(k), policy, own, look) == expected

@@ -175,6 +175,9 @@ def deviation_line(told: Mapping[str, Any]) -> str:
 @cli.option("--remote URL", "or a remote model: its memory's settings are rewritten")
 @cli.option("--memory DIR", "anchors made by this model", cli.folder, required=True)
 @cli.option("--limit N", "anchors to judge", cli.POSITIVE, default=500)
+@cli.option(
+    "--memory-share S", "of the memory's regression, 0-1 (default: fitted)", cli.number(0, 1)
+)
 @cli.MOS_RANGE
 def calibrate_command(options: Options) -> int:
     """Fit the calibration of a model on its anchors, each judged against the others.
@@ -193,7 +196,13 @@ def calibrate_command(options: Options) -> int:
     judged = min(len(labels), options.limit)
     with Progress(judged + min(judged, SCENES)) as progress:
         fitted = calibrate_package(
-            model, memory, labels, images, options.limit, on_progress=progress.advance
+            model,
+            memory,
+            labels,
+            images,
+            options.limit,
+            options.memory_share,
+            on_progress=progress.advance,
         )
     sys.stdout.write(json_text(fitted, indent=2) + "\n")
     return 0

@@ -130,6 +130,7 @@ def build(options: Options) -> int:
 @MEMORY
 @cli.argument("image", "IMAGE")
 @cli.option("--score S", "of the photograph", cli.number(1, 5), required=True)
+@cli.RAW
 @ANCHORING
 @cli.option("--model NAME", "which has to be the memory's", needs="--remote")
 def add(options: Options) -> int:
@@ -146,7 +147,8 @@ def add(options: Options) -> int:
                 seen=options.package or options.remote or "the embedded package",
                 hint="name its package: --package DIR",
             )
-        pixels = load_pixels(options.image)
+        (image,) = cli.as_asked([options.image], options)
+        pixels = load_pixels(image)
         kept = AnchorOptions(std=options.std, key_kind=bank.key_kind)
         case = anchor_case(model, pixels, options.image, options.score, kept)
         bank.add_anchor(

@@ -18,7 +18,6 @@ import click
 
 from meiqa.errors import DecodeError, OutputUnwritable, UsageError, install_hint, one_line
 from meiqa.formats import failure_line, json_text
-from meiqa.labels import LabelTable
 from meiqa.locations import embedded_assets
 from meiqa.types import Budget, Failure
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from meiqa.engine.engine import Engine
     from meiqa.engine.images import NamedBytes
     from meiqa.journal import Journal
+    from meiqa.labels import LabelTable
     from meiqa.memory import RetrievalPolicy
     from meiqa.wayout import Verdict, WayOut
 
@@ -310,6 +310,8 @@ def budget_of(options: Options) -> Budget | None:
 
 def table_of(options: Options) -> LabelTable:
     """Read the label table."""
+    from meiqa.labels import LabelTable
+
     table = LabelTable.read(options.labels, split=options.split, mos_range=options.mos_range)
     if options.mos_range is None:
         low, high = table.mos_range
@@ -441,13 +443,13 @@ def optional_packages(extra: str) -> Iterator[None]:
 
 def way_out(options: Options) -> WayOut | None:
     """Give what is to be done with photos, None if nothing is; refuse it before they are judged."""
-    from meiqa.journal import journals_in
-    from meiqa.wayout import WayOut
-
     names = ("list", "copy_to", "link_to", "move_rejects_to")
     asked = {name: vars(options).get(name) for name in names}
     if not options.xmp and not any(asked.values()):
         return None
+    from meiqa.journal import journals_in
+    from meiqa.wayout import WayOut
+
     if STDIN & {*options.paths}:
         raise UsageError("standard input is no file that could be rated, listed or moved")
     sidecar: Any = (options.sidecar or "lightroom") if options.xmp else None

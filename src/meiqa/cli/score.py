@@ -115,7 +115,8 @@ def _score_to_stream(
     """Score photos as they come and print what comes of them; give the exit code."""
     failures = [failure.to_dict() for failure in unreadable]
     learn = not options.no_learn and options.output is None
-    reference = [] if options.reference is None else [options.reference]
+    named = [] if options.reference is None else [options.reference]
+    reference = cli.as_asked(named, options)
     with ExitStack() as stack:
         picture = None
         if options.map is not None:
