@@ -149,14 +149,15 @@ def frame_of(photo: Pixels) -> Frame | None:
     height, width = photo.array.shape[:2]
     image = Image.fromarray(photo.array)
     middle = image.reduce(max(1, max(height, width) // SHARPEST_SIDE)).convert("L")
-    slopes = np.stack(np.gradient(np.asarray(middle, np.float32)))
+    levels = np.asarray(middle, np.float32)
+    down, right = np.diff(levels, axis=0)[:, :-1], np.diff(levels, axis=1)[:-1]
     share = SIDE / max(height, width)
     small = (max(2, round(width * share)), max(2, round(height * share)))
     return Frame(
         exposure=exposure,
         source=(os.path.dirname(photo.name), f"{width} x {height}", *camera),
         luma=np.asarray(middle.resize(small, Image.Resampling.BOX)),
-        contrast=_tiled((slopes * slopes).sum(axis=0), TILES),
+        contrast=_tiled(down * down + right * right, TILES),
     )
 
 
