@@ -27,8 +27,8 @@ LEAST_TEXTURE = 0.05
 """Share of the most textured cut's energy, two octaves on, that a cut is judged from on."""
 BLUR_VARIANCE = 2.4
 """Of blur, in square pixels, that halves the excess of fine gradients; see `sharpness_of`."""
-SOFTNESS_SHARE, ONE_PIXEL, DOUBLINGS, LONGEST_MOTION = 1.5, 1.78, 3.8, float(CUT)
-"""See `motion_of`: motion doubles so often while what is seen of it grows by one."""
+SOFTNESS_SHARE, ONE_PIXEL, DOUBLINGS, LONGEST_MOTION = 1.5, 1.78, 3.8, CUT / 4
+"""See `motion_of`: motion doubles so often while what is seen of it grows by one, at first."""
 
 Place = tuple[int, int]
 """Row and column of the corner of a cut."""
@@ -162,7 +162,8 @@ def motion_of(tensors: NDArray[Any]) -> float:
     least, most = ratios_by_direction(tensors[0], tensors[-1])
     softness = -np.log(ratios_by_direction(tensors[0], tensors[1])[0])
     seen = np.log(most / least) + SOFTNESS_SHARE * softness
-    return float(min(LONGEST_MOTION, 2 ** (DOUBLINGS * (seen - ONE_PIXEL))))
+    length = 2 ** (DOUBLINGS * (seen - ONE_PIXEL))
+    return float(length / (1 + length / LONGEST_MOTION))  # a cut shows none that is longer
 
 
 def ratios_by_direction(fine: NDArray[Any], coarse: NDArray[Any]) -> tuple[float, float]:
