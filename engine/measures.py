@@ -22,10 +22,10 @@ BLACK, WHITE = 3, 252
 """Tones up to which, and from which on, nothing is drawn any more."""
 SHRUNK = 4
 """Side of the squares of pixels that are averaged before colours are looked at."""
-LEAST_COLOURED, NEGLIGIBLE = 0.01, 0.02
-"""Of a cast: the share of the picture that is nearest to grey, and a difference of log channels
-that says nothing."""
-CAST = 0.3
+NEAREST_GREY, NEAR_GREY, NEGLIGIBLE = 0.01, 0.1, 0.02
+"""Of a cast: shares of the picture that are nearest to grey, and a difference of log channels that
+says nothing."""
+CAST = 0.195
 """Cast from which it is named."""
 CLIPPED, BLOCKED = 0.045, 0.1
 """Shares of white and of black from which they are named."""
@@ -196,7 +196,8 @@ def colour_cast(rgb: Floats) -> tuple[float, float]:
     """Tell how far a picture leans to one colour, and its hue in degrees.
 
     A blue sky alone is no cast: besides the light (shades of grey, Finlayson and Trezzi 2004) what
-    is nearest to grey must be coloured, so the two are joined by their geometric mean.
+    is nearest to grey must be coloured, so the two are joined by their geometric mean; the less it
+    counts, the more the picture's own colours leave no grey in it.
 
     Args:
         rgb: (3, N) channels.
@@ -207,9 +208,10 @@ def colour_cast(rgb: Floats) -> tuple[float, float]:
     chroma = np.linalg.norm(logs - logs.mean(0), axis=0)
     squares = np.square(rgb)  # the sixth power, without the slow general one
     red, green, blue = light = np.log((squares * squares * squares).mean(1) + 1) / 6
-    found = quantile(chroma, LEAST_COLOURED), np.linalg.norm(light - light.mean())
+    nearest, near = (quantile(chroma, share) for share in (NEAREST_GREY, NEAR_GREY))
+    leans = (nearest + NEGLIGIBLE) * (np.linalg.norm(light - light.mean()) + NEGLIGIBLE)
     hue = np.degrees(np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue)) % 360
-    return float(np.sqrt(np.prod(np.add(found, NEGLIGIBLE)))), float(hue)
+    return float(np.sqrt(leans) * np.exp(-near)), float(hue)
 
 
 def colourfulness(rgb: Floats) -> float:
