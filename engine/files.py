@@ -81,7 +81,7 @@ def opened(stream: IO[bytes], name: str) -> Image.Image:
     if says and (cicp := cicp_of(says)):
         image.info["cicp"] = cicp
     if head.startswith(_JPEG) and not image.info.keys() & SAYS_COLOURS and is_adobe_rgb(image):
-        image.info |= ADOBE_RGB
+        image.info.update(ADOBE_RGB)
     return image
 
 
