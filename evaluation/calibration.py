@@ -434,7 +434,10 @@ def fitted_priors(
     )
     alone = graded if head == "grm" else levels
     observed = mixed(base.grade_share) if head == "text" else alone
-    if share is None and not np.isnan(judged.memory).any():
+    unknown = bool(np.isnan(judged.memory).any())
+    if share and unknown:
+        raise UsageError("the memory has no regression", seen=f"a share of {share:g}", allowed="0")
+    if share is None and not unknown:
         share = fitted_memory_share(judged, observed)
     if share is not None:
         base = replace(base, memory_share=share)

@@ -76,7 +76,7 @@ class Metrics:
     def assessed(self, result: Assessment) -> None:
         """Count an assessment."""
         self.scores.observe(result.score)
-        if result.degraded:
+        if result.left_out:
             self.degraded.inc()
         for stage, ms in result.timings_ms.items():
             self.stage_seconds.labels(stage).observe(ms / 1e3)

@@ -154,6 +154,13 @@ def test_the_memory_gets_the_share_that_is_asked_for() -> None:
         assert fitted_calibration(known, UNCALIBRATED, memory_share=share)[0].memory_share == share
 
 
+def test_a_memory_without_a_regression_gets_no_share() -> None:
+    unknown = judged(rating=0.5, comparisons=0.5)
+    with pytest.raises(UsageError, match="no regression"):
+        fitted_calibration(unknown, UNCALIBRATED, memory_share=0.3)
+    assert fitted_calibration(unknown, UNCALIBRATED, memory_share=0.0)[0].memory_share == 0.0
+
+
 def test_a_rating_that_brings_more_than_comparisons_outlasts_them() -> None:
     calibration, _ = fitted_calibration(judged(rating=0.15, comparisons=1.0), UNCALIBRATED)
     assert calibration.degradation[-1] == "text"
