@@ -10,7 +10,9 @@ from meiqa.types import Detail, Distortion
 SHARPER, LESS_MOTION, LESS_NOISE = 1.25, 1.5, 1.3
 """How many times as sharp, as moved and as noisy one of two is, at least, of whom that is said."""
 LEAST_MOTION, LEAST_NOISE = 6.5, 1.0
-"""And by how much the other is worse: in pixels, more than defocus is read as, and in grey levels."""
+"""And by how much the other is worse: in pixels, and in grey levels."""
+LEAST_WIDTHS = 3.0
+"""How many times as long as edges are wide a motion is, at least: defocus widens them all."""
 WEAKER = 1.0
 """By how much less of a distortion one shows: its strength (0-5) times its probability."""
 COMPARED = "preferred in the comparison"
@@ -45,7 +47,8 @@ def reason_for(best: Observation, other: Observation) -> str | None:
     """
     one, two = best.detail, other.detail
     if one is not None and two is not None and best.size == other.size:
-        if two.motion >= max(LESS_MOTION * one.motion, one.motion + LEAST_MOTION):
+        farther = two.motion >= max(LESS_MOTION * one.motion, one.motion + LEAST_MOTION)
+        if farther and two.motion * two.sharpness >= LEAST_WIDTHS:
             return "less motion"
         if one.sharpness >= SHARPER * two.sharpness:
             return f"sharper at the {_named(one.place, best.size)}"

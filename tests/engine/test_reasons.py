@@ -22,7 +22,8 @@ def beside(**changes: float) -> str | None:
 def test_detail_speaks_by_a_margin() -> None:
     assert beside(sharpness=0.39) == "sharper at the centre"
     assert beside(motion=7.6) == "less motion"
-    assert beside(motion=7.6, sharpness=0.2) == "less motion"
+    assert beside(motion=15.1, sharpness=0.2) == "less motion"
+    assert beside(motion=14.9, sharpness=0.2) == "sharper at the centre"
     assert beside(noise=3.1) == "less noise"
     assert beside(sharpness=0.41) is None
     assert beside(motion=7.4) is None
