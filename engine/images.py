@@ -385,7 +385,9 @@ def _decode(
         colours = _eight_bit(pixels, name)
         if image.info.keys() & SAYS_COLOURS:
             colours = to_srgb(colours, image.info, notes)
-        return np.array(_upright(_on_white(colours), image)), notes, exif_of(image)
+        with _quietly():
+            exif = exif_of(image)
+        return np.array(_upright(_on_white(colours), image)), notes, exif
     except ImageError:
         raise
     except Exception as error:  # hostile bytes make Pillow's plugins raise nearly anything

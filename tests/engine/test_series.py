@@ -78,7 +78,7 @@ def test_exposures_of_other_views_or_hours_or_that_get_darker_are_no_bracket() -
 def test_what_cannot_be_seen_is_no_bracket() -> None:
     """Two lens caps and something else, evenly exposed."""
     black = np.zeros((240, 360, 3))
-    levels = [black, black, exposed(scene(1), 2)]
+    levels = [black, black + 1, exposed(scene(1), 2)]
     shots = [shot(each, 0.4 * n, SECOND * 4**n) for n, each in enumerate(levels)]
     assert found(shots) == []
 
