@@ -1,4 +1,4 @@
-"""Damaged files of every readable format, read one by one in a process beside.
+"""Damaged files of every readable format, read one by one in a process beside, EXIF as well.
 
     python -m benchmarks.fuzz --files 10000 --seed 0 [--keep DIR] [--format json]
 
@@ -25,6 +25,7 @@ from PIL import Image
 
 from benchmarks.photo_files import files_of
 from meiqa.engine.images import load_pixels
+from meiqa.engine.series import frame_of
 from meiqa.errors import MeiqaError
 from meiqa.evaluation.measuring import Column, run_on, table_text
 
@@ -69,7 +70,9 @@ def read_files(files: Connection) -> None:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
-                outcome = "read, damage named" if load_pixels(data).notes else "read"
+                photo = load_pixels(data)
+                frame_of(photo)
+                outcome = "read, damage named" if photo.notes else "read"
             except MeiqaError:
                 outcome = "refused"
             except BaseException as error:  # whatever else it is, it is what is looked for

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 import pillow_heif
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import IFDRational
 from pylibjxl.pillow_plugin import register_pillow
 
 from meiqa.engine.files import ORIENTATION
@@ -17,28 +18,39 @@ SENSOR = (64, 96)
 """Rows and columns of the sensor of the RAW files that are made."""
 
 
-def exif_of(orientation: int) -> bytes:
-    """Make EXIF that says how a photo was held and by what camera."""
+def exif_bytes(orientation: int) -> bytes:
+    """Make EXIF that says how a photo was held, by what camera, when and at what exposure."""
     exif = Image.Exif()
     exif[ORIENTATION], exif[271], exif[272] = orientation, "Maker", "Camera of some length"
+    exif.get_ifd(ExifTags.IFD.Exif).update(
+        {
+            36867: "2026:05:01 12:00:00",
+            37521: "25",
+            33434: IFDRational(1, 125),
+            33437: IFDRational(28, 10),
+            34855: 200,
+            37380: IFDRational(-2, 3),
+            37386: IFDRational(50, 1),
+        }
+    )
     return exif.tobytes()
 
 
 WAYS: Mapping[str, tuple[tuple[str, str, Mapping[str, object]], ...]] = {
     "JPEG": (
-        ("RGB", "JPEG", {"quality": 90, "exif": exif_of(1)}),
+        ("RGB", "JPEG", {"quality": 90, "exif": exif_bytes(1)}),
         ("RGB", "JPEG", {"quality": 60, "progressive": True}),
         ("L", "JPEG", {}),
         ("CMYK", "JPEG", {}),
     ),
     "PNG": (
-        ("RGB", "PNG", {"exif": exif_of(3)}),
+        ("RGB", "PNG", {"exif": exif_bytes(3)}),
         ("RGBA", "PNG", {}),
         ("P", "PNG", {}),
         ("I;16", "PNG", {}),
     ),
     "WebP": (
-        ("RGB", "WEBP", {"quality": 80, "exif": exif_of(6)}),
+        ("RGB", "WEBP", {"quality": 80, "exif": exif_bytes(6)}),
         ("RGBA", "WEBP", {"lossless": True}),
     ),
     "TIFF": (
@@ -49,8 +61,8 @@ WAYS: Mapping[str, tuple[tuple[str, str, Mapping[str, object]], ...]] = {
     ),
     "GIF": (("P", "GIF", {}), ("L", "GIF", {"interlace": 1})),
     "BMP": (("RGB", "BMP", {}), ("P", "BMP", {}), ("1", "BMP", {})),
-    "HEIC": (("RGB", "HEIF", {"quality": 80, "exif": exif_of(1)}), ("RGBA", "HEIF", {})),
-    "AVIF": (("RGB", "AVIF", {"quality": 80, "exif": exif_of(1)}), ("RGBA", "AVIF", {})),
+    "HEIC": (("RGB", "HEIF", {"quality": 80, "exif": exif_bytes(1)}), ("RGBA", "HEIF", {})),
+    "AVIF": (("RGB", "AVIF", {"quality": 80, "exif": exif_bytes(1)}), ("RGBA", "AVIF", {})),
     "JXL": (("RGB", "JXL", {}), ("RGB", "JXL", {"lossless": True})),
 }
 """For each format the modes and options in which it is written: (mode, Pillow's name, options)."""
@@ -88,7 +100,7 @@ def encoded(picture: Image.Image, format: str, options: Mapping[str, object]) ->
 
 def tiff_directory(tags: dict[int, tuple[int, list[int] | bytes]], place: int) -> bytes:
     """Lay out a TIFF directory that begins at a place: {tag: (type, values)}."""
-    codes = {1: "B", 2: "s", 3: "H", 4: "I", 10: "i"}
+    codes = {1: "B", 2: "s", 3: "H", 4: "I", 5: "I", 10: "i"}
     entries, behind = b"", b""
     end = place + 2 + 12 * len(tags) + 4
     for tag, (kind, values) in sorted(tags.items()):
@@ -97,7 +109,7 @@ def tiff_directory(tags: dict[int, tuple[int, list[int] | bytes]], place: int) -
             if isinstance(values, bytes)
             else struct.pack(f"<{len(values)}{codes[kind]}", *values)
         )
-        count = len(values) // (2 if kind == 10 else 1)
+        count = len(values) // (2 if kind in (5, 10) else 1)
         if len(data) <= 4:
             entries += struct.pack("<HHI4s", tag, kind, count, data)
         else:
@@ -122,6 +134,7 @@ def raw_file(preview: bytes | None, samples: np.ndarray | None = None, turned: i
     about: dict[int, tuple[int, list[int] | bytes]] = {
         271: (2, b"Maker\0"), 272: (2, b"Camera\0"), 274: (3, [turned]),
         50706: (1, [1, 4, 0, 0]), 50708: (2, b"Maker Camera\0"), 50721: (10, matrix),
+        33434: (5, [1, 125]), 34855: (3, [200]), 36867: (2, b"2026:05:01 12:00:00\0"),
         50778: (3, [21]),
     }  # fmt: skip
     head, pixels = b"II*\0" + struct.pack("<I", 8 + samples.nbytes), samples.tobytes()

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.measures import BRIGHTEST, DARKEST, noise_deviation
+from meiqa.engine.measures import BRIGHTEST, DARKEST, LUMA, noise_deviation
 from meiqa.types import Detail
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 CUT, CELL = 256, 16
 """Sides in pixels of the cuts that a photo is looked at in, and of the cells they are chosen by."""
 TEXTURED, FLAT = 12, 4
@@ -19,8 +18,6 @@ OCTAVES = 5
 SMALLEST_DETAILED = CELL << (OCTAVES - 3)
 """Side in pixels of the smallest photo in whose cuts the coarsest octave still has differences."""
 
-FLATTEST_OF_NOISE = 0.836
-"""What `noise_deviation` gives for white noise of deviation 1: its flattest blocks have less."""
 LEAST_ENERGY = 1e-3
 """Added to energies of gradients, in grey levels squared, where there may be none."""
 LEAST_TEXTURE = 0.05
@@ -48,10 +45,10 @@ def measure_detail(pixels: NDArray[np.uint8]) -> Detail | None:
     def cut(place: Place) -> NDArray[Any]:
         row, column = place
         rgb = pixels[row : row + side, column : column + side]
-        luma: NDArray[Any] = rgb.astype(np.float32) @ LUMA
+        luma: NDArray[Any] = rgb.astype(np.float32) @ np.array(LUMA, np.float32)
         return luma
 
-    noise = noise_deviation(np.hstack([cut(place) for place in flat])) / FLATTEST_OF_NOISE
+    noise = noise_deviation(np.hstack([cut(place) for place in flat]))
     tensors = np.stack([gradient_tensors(cut(place), noise) for place in textured])
     energies = tensors.trace(axis1=2, axis2=3)
     steepness = energies[:, 0] / (energies[:, 2] + LEAST_ENERGY)
@@ -89,8 +86,8 @@ def chosen_places(pixels: NDArray[np.uint8], side: int) -> tuple[list[Place], li
     central = np.exp(-(down[:, None] ** 2) - across**2)
     open_tones = (tone > DARKEST) & (tone < BRIGHTEST)
     chosen = (
-        apart(-texture * central, TEXTURED),
-        apart(np.where(open_tones, texture, texture + 255), FLAT),
+        separate_minima(-texture * central, TEXTURED),
+        separate_minima(np.where(open_tones, texture, texture + 255), FLAT),
     )
     step = half * CELL
     textured, flat = ([(row * step, column * step) for row, column in each] for each in chosen)
@@ -108,7 +105,7 @@ def overlapping_means(values: NDArray[Any], half: int) -> NDArray[Any]:
     return means
 
 
-def apart(values: NDArray[Any], count: int) -> list[Place]:
+def separate_minima(values: NDArray[Any], count: int) -> list[Place]:
     """Choose the least of values, at most so many, of which no two are next to each other."""
     chosen: list[Place] = []
     for index in values.argsort(axis=None, kind="stable"):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from meiqa.engine.estimates import quality_word, softmax
 from meiqa.engine.manifest import ImageProcessing
-from meiqa.engine.measures import measure_attributes, measured_sentence, verdict
+from meiqa.engine.measures import measure_attributes, measured_sentence, verdict_sentence
 from meiqa.engine.model import (
     ANSWER_TOKENS,
     RATING_TOKENS,
@@ -129,7 +129,7 @@ class LocalModel:
         limit = len(self.prompts.ids(summary)) + 32
         # The verdict of the score that is printed: another one could only contradict it.
         measured = prefix.tokens.measured
-        told = measured and f"{measured}{verdict(quality_word(score))}"
+        told = measured and f"{measured}{verdict_sentence(quality_word(score))}"
         proposer = self._proposer([Draft(summary)])
         writing = Writing(self, prefix, question, limit, proposer, told)
         return self._written_until_end(writing, limit)[0]

@@ -10,12 +10,18 @@ from PIL import Image
 
 Floats = NDArray[np.float32]
 
+LUMA = (0.299, 0.587, 0.114)
+"""Share of each channel in luma (ITU-R BT.601)."""
 LEAD = "The picture is"
 """How the sentence begins, by which a text that is being written is seen to reach it."""
 BLOCK, FLATTEST = 16, 0.02
 """Side of the blocks that noise is looked for in, and the quantile of theirs that counts."""
+FLATTEST_OF_NOISE = 0.836
+"""What white noise of deviation 1 is in those: the flattest have less."""
 STRIP = 64
 """Rows, a multiple of `BLOCK`, that are looked at at a time."""
+LEAST_SIDE = 3
+"""Pixels in which a Laplacian has an interior."""
 DARKEST, BRIGHTEST = 12, 243
 """Tones beyond these are nearly clipped."""
 BLACK, WHITE = 3, 252
@@ -42,9 +48,9 @@ WORDS: dict[str, tuple[tuple[float, str], ...]] = {
         (np.inf, "very bright"),
     ),
     "noise": (
-        (0.6, "no noise"),
-        (3.0, "little noise"),
-        (6.0, "some noise"),
+        (0.6 / FLATTEST_OF_NOISE, "no noise"),
+        (3.0 / FLATTEST_OF_NOISE, "little noise"),
+        (6.0 / FLATTEST_OF_NOISE, "some noise"),
         (np.inf, "strong noise"),
     ),
     "contrast": (
@@ -68,7 +74,7 @@ def measure_attributes(pixels: NDArray[np.uint8]) -> dict[str, float]:
     """Measure a picture.
 
     Args:
-        pixels: uint8 (H, W, 3), sides of at least 3.
+        pixels: uint8 (H, W, 3); sides below 3 are measured as if they were that.
 
     Returns:
         sharpness: log of the variance of the Laplacian of luma, in which noise counts as well;
@@ -82,6 +88,9 @@ def measure_attributes(pixels: NDArray[np.uint8]) -> dict[str, float]:
         beside it.
     """
     image = Image.fromarray(pixels)
+    if min(image.size) < LEAST_SIDE:
+        width, height = (max(side, LEAST_SIDE) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.NEAREST)
     grey = image.convert("L")
     luma = np.asarray(grey, np.float32)
     shares = np.cumsum(grey.histogram()) / luma.size
@@ -127,7 +136,7 @@ def measured_sentence(attributes: Mapping[str, float]) -> str:
     )
 
 
-def verdict(word: str) -> str:
+def verdict_sentence(word: str) -> str:
     """Give what follows the sentence where a score is known."""
     return f" Overall {word} quality."
 
@@ -158,7 +167,7 @@ def noise_deviation(luma: Floats) -> float:
     tone = np.concatenate([block_means(strip[1:-1, 1:-1]) for strip in strips])
     open_tones = (tone > DARKEST) & (tone < BRIGHTEST)
     counted = energies[open_tones] if open_tones.any() else energies
-    return float(np.sqrt(quantile(counted, FLATTEST))) / 6
+    return float(np.sqrt(quantile(counted, FLATTEST))) / 6 / FLATTEST_OF_NOISE
 
 
 def quantile(values: Floats, share: float) -> float:

@@ -9,8 +9,10 @@ from meiqa.types import Detail, Distortion
 
 SHARPER, LESS_MOTION, LESS_NOISE = 1.25, 1.5, 1.3
 """How many times as sharp, as moved and as noisy one of two is, at least, of whom that is said."""
-LEAST_MOTION, LEAST_NOISE = 2.0, 1.0
+LEAST_MOTION, LEAST_NOISE = 6.5, 1.0
 """And by how much the other is worse: in pixels, and in grey levels."""
+LEAST_WIDTHS = 3.0
+"""How many times as long as edges are wide a motion is, at least: defocus widens them all."""
 WEAKER = 1.0
 """By how much less of a distortion one shows: its strength (0-5) times its probability."""
 COMPARED = "preferred in the comparison"
@@ -27,7 +29,7 @@ _WITHOUT = {
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Observation:
     """What is seen of a photo beside its score; `size` is its height and width in pixels."""
 
     size: tuple[int, int]
@@ -35,17 +37,18 @@ class Evidence:
     distortions: tuple[Distortion, ...] = ()
 
 
-NOTHING_SEEN = Evidence((0, 0))
+NOTHING_SEEN = Observation((0, 0))
 
 
-def reason_for(best: Evidence, other: Evidence) -> str | None:
+def reason_for(best: Observation, other: Observation) -> str | None:
     """Say what speaks for the better of two photos: its detail, or else its distortions.
 
     Detail is compared at one size only: a photo that was scaled down has sharper edges.
     """
     one, two = best.detail, other.detail
     if one is not None and two is not None and best.size == other.size:
-        if two.motion >= max(LESS_MOTION * one.motion, one.motion + LEAST_MOTION):
+        farther = two.motion >= max(LESS_MOTION * one.motion, one.motion + LEAST_MOTION)
+        if farther and two.motion * two.sharpness >= LEAST_WIDTHS:
             return "less motion"
         if one.sharpness >= SHARPER * two.sharpness:
             return f"sharper at the {_named(one.place, best.size)}"

@@ -59,6 +59,8 @@ LEAST_THIRD = 0.1
 """Share of those tiles that are sharpest in the first, middle and last third of a stack."""
 TRAVEL, BACK = 0.15, 0.05
 """Share of the frame that the focus travels through, at least, and by how much it may waver."""
+LEAST_TOLD, MOST_TOLD = 1e-7, 1e7
+"""Times in seconds, f-numbers and sensitivities beyond these are no camera's."""
 
 _DATE, _SUBSECOND, _TIME, _F_NUMBER = 36867, 37521, 33434, 33437
 _ISO, _BIAS, _FOCAL_LENGTH, _MODEL, _SERIAL = 34855, 37380, 37386, 272, 42033
@@ -118,7 +120,7 @@ def exposure_of(exif: Mapping[int, Any]) -> Exposure | None:
     digits = str(exif.get(_SUBSECOND)).strip("\0 ")
     part = float(f"0.{digits}") if digits.isdecimal() else 0.0
     settings = seconds, f_number, iso = tuple(
-        value if (value := _number(exif.get(tag))) and value > 0 else None
+        value if (value := _number(exif.get(tag))) and value >= LEAST_TOLD else None
         for tag in (_TIME, _F_NUMBER, _ISO)
     )
     bias = _number(exif.get(_BIAS))
@@ -135,9 +137,9 @@ def exposure_of(exif: Mapping[int, Any]) -> Exposure | None:
 def _number(value: Any) -> float | None:
     try:
         number = float(value[0] if isinstance(value, tuple) else value)
-    except (TypeError, ValueError, IndexError, ZeroDivisionError):
+    except (TypeError, ValueError, IndexError, ArithmeticError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= MOST_TOLD else None
 
 
 def frame_of(photo: Pixels) -> Frame | None:
@@ -219,8 +221,9 @@ def _is_bracket(frames: Sequence[Frame]) -> bool:
     if np.any(np.diff([frame.luma.mean() for frame in frames]) < 0.0):  # the light changed instead
         return False
     seen = [frame.luma for frame in frames if _edges(frame.luma)[1].mean() >= LEAST_SEEN]
-    moves = (moved(one, other) for one, other in pairwise(seen))
-    return all(move is not None and max(map(abs, move)) <= HAND for move in moves)
+    moves = [shift_between(one, other) for one, other in pairwise(seen)]
+    # Where fewer than two can be seen, nothing says that they show one view.
+    return bool(moves) and all(move is not None and max(map(abs, move)) <= HAND for move in moves)
 
 
 def _stacks(run: Sequence[Frame]) -> Iterator[Span]:
@@ -291,15 +294,17 @@ def _swing(one: Frame, other: Frame) -> Floats | None:
     """How far a camera swung between shots, None if they don't overlap as a panorama's do."""
     if one.exposure.settings != other.exposure.settings:
         return None
-    move = moved(one.luma, other.luma)
+    move = shift_between(one.luma, other.luma)
     if move is None or max(map(abs, move)) < 1.0 - MOST_OVERLAP:
         return None
     # Where something passes before a camera that rests, the rest of the view fits as it is.
-    fits = _apart(one.luma, other.luma, move) <= SWUNG * _apart(one.luma, other.luma, (0.0, 0.0))
-    return np.array(move) if fits else None
+    there, here = (_mean_difference(one.luma, other.luma, at) for at in (move, (0.0, 0.0)))
+    return np.array(move) if there <= SWUNG * here else None
 
 
-def _apart(one: NDArray[np.uint8], other: NDArray[np.uint8], move: tuple[float, float]) -> float:
+def _mean_difference(
+    one: NDArray[np.uint8], other: NDArray[np.uint8], move: tuple[float, float]
+) -> float:
     """Mean difference in levels where two views (h, w) overlap, the other being moved."""
     down, right = (round(part * side) for part, side in zip(move, one.shape, strict=True))
     height, width = one.shape
@@ -327,7 +332,7 @@ def _one_way(steps: Sequence[Floats | None]) -> Iterator[Span]:
         start = max(stop, start + 1)
 
 
-def moved(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> tuple[float, float] | None:
+def shift_between(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> tuple[float, float] | None:
     """Tell by what shares of its sides (down, right) a view (h, w) moved, None if it isn't that.
 
     Edges of the logarithm of light are compared at every offset along a row or a column (masked

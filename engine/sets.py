@@ -20,7 +20,7 @@ from meiqa.engine.estimates import (
     calibrated,
     preferences_of,
 )
-from meiqa.engine.reasons import COMPARED, NOTHING_SEEN, Evidence, reason_for
+from meiqa.engine.reasons import COMPARED, NOTHING_SEEN, Observation, reason_for
 from meiqa.engine.scoring import Scored, as_neighbours
 from meiqa.engine.series import Frame, frame_of, series_in
 from meiqa.engine.shots import ALIKE, grouped, likenesses, view_of
@@ -47,7 +47,7 @@ class Candidate:
     Attributes:
         prior: the score before any comparison; score: the fused one; doubt: of its deviation.
         view: what it shows, None if that is not known; frame: the shot as far as series go;
-            evidence: what may speak for it.
+            observation: what may speak for it; both for a cull alone.
         notes: what of its file is damaged.
     """
 
@@ -61,14 +61,14 @@ class Candidate:
     summary: str | None = None
     view: NDArray[np.float32] | None = None
     frame: Frame | None = None
-    evidence: Evidence = NOTHING_SEEN
+    observation: Observation = NOTHING_SEEN
     hurried: bool = False
     doubt: Doubt = UNDOUBTED
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, scored: Scored) -> Candidate:
-        """Keep what a set needs of a scored photo; its pixels are let go."""
+    def of(cls, scored: Scored, *, culled: bool = False) -> Candidate:
+        """Keep what a set, or a cull, needs of a scored photo; its pixels are let go."""
         description = scored.prediction.description
         return cls(
             path=scored.pixels.name,
@@ -80,16 +80,18 @@ class Candidate:
             neighbours=as_neighbours(scored.neighbours, scored.preferences),
             summary=None if description is None else description.text,
             view=view_of(scored.pixels.array),
-            frame=frame_of(scored.pixels),
-            evidence=Evidence(
-                (scored.pixels.array.shape[0], scored.pixels.array.shape[1]),
-                scored.detail,
-                () if scored.patterns is None else scored.patterns.distortions,
-            ),
+            frame=frame_of(scored.pixels) if culled else None,
+            observation=_observed(scored) if culled else NOTHING_SEEN,
             hurried=scored.hurried,
             doubt=scored.doubt,
             notes=scored.pixels.notes,
         )
+
+
+def _observed(scored: Scored) -> Observation:
+    height, width = scored.pixels.array.shape[:2]
+    distortions = () if scored.patterns is None else scored.patterns.distortions
+    return Observation((height, width), scored.detail, distortions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,7 +319,7 @@ def _in_order(
 def _reason(group: Sequence[Candidate], solution: Solution) -> str | None:
     """What speaks for the best photo against the next: what is seen, or else the comparison."""
     best, other, *_ = solution.order
-    if reason := reason_for(group[best].evidence, group[other].evidence):
+    if reason := reason_for(group[best].observation, group[other].observation):
         return reason
     compared = solution.compared[best] and not solution.too_close(best, other)
     return COMPARED if compared else None

@@ -176,8 +176,7 @@ class Writing:
 
     def _tell(self) -> None:
         """Write what is told, in one call, once its lead is written."""
-        tail = self._model.prompts.text(self.tokens[-len(LEAD) :])
-        if self._told and tail.endswith(LEAD):
+        if self._told and self._model.prompts.text(self.tokens[-len(LEAD) :]).endswith(LEAD):
             ids, self._told = self._told, []
             self.tokens += ids
             self._reply += ids

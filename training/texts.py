@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from meiqa.engine.estimates import quality_word
-from meiqa.engine.measures import measured_sentence, verdict
+from meiqa.engine.measures import measured_sentence, verdict_sentence
 from meiqa.engine.prompts import MEIQA
 from training.data import Photograph
 from training.distortions import KINDS, TONES
@@ -40,7 +40,7 @@ def describe(photograph: Photograph, score: float | None = None) -> str:
     A first description is written before memory and comparisons have spoken: a verdict in it could
     only contradict theirs.
     """
-    judged = "" if score is None else verdict(quality_word(score))
+    judged = "" if score is None else verdict_sentence(quality_word(score))
     return f"{distortion_sentence(photograph)}{measured_sentence(photograph.attributes)}{judged}"
 
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import ExifTags, Image
 from pylibjxl.pillow_plugin import register_pillow
 
-from benchmarks.photo_files import SENSOR, raw_file, tiff_directory
+from benchmarks.photo_files import SENSOR, exif_bytes, raw_file, tiff_directory
 from meiqa.engine import files
 from meiqa.engine.engine import Engine
 from meiqa.engine.files import looks_like_photo, raw_exif
@@ -383,6 +383,12 @@ def test_exif_is_read_with_the_photo(kind: str) -> None:
     file.seek(0)
     assert raw_exif(file) == (photo.exif if kind == "TIFF" else {})
     assert file.tell() == 0
+
+
+def test_an_exposure_that_is_cut_off_warns_nobody() -> None:
+    cut = exif_bytes(1)[:-60]
+    photo = load_pixels(encoded(Image.new("RGB", (20, 30)), "WEBP", exif=cut))
+    assert photo.exif[ExifTags.Base.Make] == "Maker"
 
 
 def test_exif_that_is_damaged_is_none() -> None:

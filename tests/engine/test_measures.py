@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from meiqa.engine.measures import (
+    FLATTEST_OF_NOISE,
     HUES,
     LEAD,
     colour_cast,
@@ -34,6 +35,13 @@ def test_noise_is_named_by_its_strength() -> None:
     assert [words_of(noisy(sigma))["noise"] for sigma in (0, 2, 7, 20)] == [
         *("no noise", "little noise", "some noise", "strong noise")
     ]
+
+
+def test_noise_is_measured_as_its_deviation() -> None:
+    flat = np.full((300, 400, 3), 128, np.float32)
+    flat += np.random.default_rng(0).normal(0, 8, (300, 400, 1)).astype(np.float32)
+    measured = measure_attributes(flat.round().clip(0, 255).astype(np.uint8))
+    assert measured["noise"] == pytest.approx(8, rel=0.1)
 
 
 def test_light_is_named_and_what_is_lost_in_it() -> None:
@@ -84,7 +92,9 @@ def test_the_sentence_tells_every_word() -> None:
         assert all(word in sentence for word in describe_attributes(attributes).values())
 
 
-@pytest.mark.parametrize("shape", [(3, 3), (16, 16), (7, 97), (97, 31), (130, 64)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 40), (2, 50), (3, 3), (16, 16), (7, 97), (97, 31), (130, 64)]
+)
 @pytest.mark.parametrize("tone", [0, 128, 255])
 def test_plain_pictures_of_any_size(shape: tuple[int, int], tone: int) -> None:
     attributes = measure_attributes(np.full((*shape, 3), tone, np.uint8))
@@ -102,7 +112,8 @@ def test_strips_do_not_change_what_is_measured() -> None:
     rows, columns = (extent // 16 for extent in answer.shape)
     blocks = answer[: rows * 16, : columns * 16].reshape(rows, 16, columns, 16)
     # Strips begin at whole blocks, so only the last, incomplete one differs.
-    expected = np.sqrt(np.quantile((blocks**2).mean((1, 3)), 0.02)) / 6
+    flattest = np.sqrt(np.quantile((blocks**2).mean((1, 3)), 0.02)) / 6
+    expected = flattest / FLATTEST_OF_NOISE
     assert noise_deviation(luma) == pytest.approx(expected, rel=0.05)
 
 

@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 
 from meiqa.engine.files import IMAGE_SUFFIXES
 from meiqa.engine.images import NamedBytes, load_pixels
-from meiqa.engine.series import Frame, exposure_of, frame_of, moved, series_in
+from meiqa.engine.series import Frame, exposure_of, frame_of, series_in, shift_between
 from tests.engine.shoots import (
     SECOND,
     Levels,
@@ -73,6 +73,14 @@ def test_exposures_of_other_views_or_hours_or_that_get_darker_are_no_bracket() -
     hours = [bracket(scene(1), evs, at=600 * number)[number] for number in range(3)]
     darker = [shot(exposed(scene(1), -ev), ev + 2, SECOND * 2**ev) for ev in evs]
     assert found(views) == found(hours) == found(darker) == []
+
+
+def test_what_cannot_be_seen_is_no_bracket() -> None:
+    """Two lens caps and something else, evenly exposed."""
+    black = np.zeros((240, 360, 3))
+    levels = [black, black + 1, exposed(scene(1), 2)]
+    shots = [shot(each, 0.4 * n, SECOND * 4**n) for n, each in enumerate(levels)]
+    assert found(shots) == []
 
 
 @pytest.mark.parametrize("count", [3, 4, 9])
@@ -151,6 +159,23 @@ def test_unreadable_exif_is_none(changed: dict[int, Any]) -> None:
     assert exposure_of({**EXIF, **changed}) is None
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {33437: 1e200},
+        {33434: 1e-300, 33437: 1e100},
+        {33434: 1e300, 34855: 1e300},
+        {34855: 10**400},
+        {34855: 1e-300},
+        {33434: None, 37380: -1e308},
+    ],
+)
+def test_what_no_camera_writes_counts_as_unknown(changed: dict[int, Any]) -> None:
+    exif = {**EXIF, **changed}
+    without = {tag: None if tag in changed else value for tag, value in exif.items()}
+    assert exposure_of(exif) == exposure_of(without)
+
+
 def test_times_have_parts_of_a_second() -> None:
     told = [exposure_of({**EXIF, 37521: part}) for part in ("25", "5\0", None, "x", "")]
     seconds = [each.begun % 60 for each in told if each is not None]
@@ -161,7 +186,7 @@ def test_times_have_parts_of_a_second() -> None:
 def test_a_move_is_what_it_was(size: tuple[int, int]) -> None:
     big = scene(7, (size[0] + 8, size[1] + 8)).mean(axis=2).astype(np.uint8)
     here, there = big[4 : 4 + size[0], 4 : 4 + size[1]], big[1 : 1 + size[0], 6 : 6 + size[1]]
-    move = moved(here, there)
+    move = shift_between(here, there)
     if min(size) < 10:
         assert move is None  # too little to see
     else:
@@ -180,7 +205,7 @@ def test_any_shape_of_photo_has_its_frame(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_a_picture_of_nothing_moves_nowhere(level: int) -> None:
     nothing = np.full((40, 64), level, np.uint8)
-    assert moved(nothing, nothing) is None
+    assert shift_between(nothing, nothing) is None
 
 
 @pytest.mark.parametrize("name", ["large", "pristine"])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from meiqa.engine import scoring, sets
 from meiqa.engine.budget import Deadline, PairTime
 from meiqa.engine.calibration import UNCALIBRATED, Calibration, SceneVerdict
 from meiqa.engine.comparing import Comparer, Pictured, PrefixCache
@@ -308,6 +309,19 @@ def test_a_series_is_kept_whole_as_it_was_taken(remembered: Path) -> None:
     )
     assert single.best
     assert model.calls["pair"] == 6
+
+
+def test_only_a_cull_looks_for_series_and_detail(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    for place, name in ((sets, "frame_of"), (scoring, "measure_detail")):
+        monkeypatch.setattr(place, name, lambda _, name=name: asked.append(name))
+    engine.rank(PHOTOS[:2], k=0)
+    engine.compare(PHOTOS[0], PHOTOS[1])
+    assert asked == []
+    engine.cull(PHOTOS[:1], k=0)
+    assert sorted(asked) == ["frame_of", "measure_detail"]
 
 
 def group_of(*qualities: float, calibration: Calibration = UNCALIBRATED) -> tuple[CulledPhoto, ...]:

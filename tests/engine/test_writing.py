@@ -9,7 +9,7 @@ import pytest
 
 from meiqa.engine.estimates import quality_word
 from meiqa.engine.model import ANSWER_TOKENS, RATING_TOKENS
-from meiqa.engine.prompts import FAMILIES
+from meiqa.engine.prompts import FAMILIES, Prompts
 from meiqa.engine.writing import PAST_STEP
 from tests.engine.scripted import PREFIX, QWEN, ScriptedDecoder, ids_of, key_of, scripted, told
 
@@ -234,6 +234,18 @@ def test_a_limit_before_what_was_measured_cuts_the_text() -> None:
     assert made.forced == "</think><answer>"
     assert MEASURED not in made.description.text
     assert not made.description.stats.complete
+
+
+def test_a_text_is_looked_through_only_where_something_is_to_be_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks, text = list[int](), Prompts.text
+    monkeypatch.setattr(Prompts, "text", lambda own, ids: looks.append(1) or text(own, ids))
+    written = "It is soft.</think><answer>3.45</answer>"
+    told(written, measured=MEASURED)
+    something = len(looks)
+    told(written)
+    assert len(looks) - something < something
 
 
 def test_it_is_told_once_and_only_where_the_model_comes_to_it() -> None:

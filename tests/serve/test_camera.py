@@ -55,7 +55,7 @@ def test_a_moved_picture_moves_and_a_brighter_one_does_not(still: NDArray[np.uin
     assert motion_between(frame_stats(brighter), frame_stats(dimmer)) < 0.5
 
 
-@pytest.mark.parametrize("size", [(16, 16), (17, 301), (480, 640)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 50), (1, 2000), (16, 16), (17, 301), (480, 640)])
 def test_frames_of_any_size_are_looked_at(size: tuple[int, int]) -> None:
     white = frame_stats(np.full((*size, 3), 255, np.uint8))
     assert (white.cells.mean(), white.measured["clipped"]) == (255.0, 1.0)
