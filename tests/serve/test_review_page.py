@@ -260,6 +260,7 @@ def test_nothing_sticks_out(served: Served, page_of: Open, width: int, scheme: s
     )
     assert outside == []
     page.keyboard.press("z")
+    expect(page.locator(".pane")).to_have_count(2)
     for box in page.locator(".pane").all():
         place = box.bounding_box()
         assert place is not None
