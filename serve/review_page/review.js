@@ -530,6 +530,7 @@ $("end-do").addEventListener("click", async () => {
     $("end-text").textContent = "The service has ended; this page can be closed. What was decided stays, and the same command goes on with it.";
     $("end-lines").textContent = lines.join("\n");
     $("end-lines").hidden = false;
+    if (!$("end").open) $("end").showModal(); // a second Escape closes it all the same
     $("end-do").hidden = $("end-cancel").hidden = true;
     document.querySelectorAll("header button").forEach((button) => { button.disabled = true; });
   } catch (error) {

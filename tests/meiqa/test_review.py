@@ -143,7 +143,9 @@ def test_another_calibration_judges_again(
     judged = len(engine.calls)
     start(shoot).finish()
     assert len(engine.calls) == judged
-    monkeypatch.setattr(options, "terms_unopened", lambda _: options.model_terms("cd", UNCALIBRATED))
+    monkeypatch.setattr(
+        options, "terms_unopened", lambda _: options.model_terms("cd", UNCALIBRATED)
+    )
     start(shoot).finish()
     assert len(engine.calls) == 2 * judged
 

@@ -248,7 +248,7 @@ def test_small_pictures_have_the_photos_colours_and_limits(client_of: Make, tmp_
     whole = load_pixels(tmp_path / "0.jpg").array[100, 100].astype(int)
     assert abs(whole - (40, 200, 60)).max() > 20
     assert abs(whole - colour).max() < 5
-    assert client.get("photos/1/480.jpg").status_code == 422
+    assert client.get("photos/1/480.jpg").status_code == 413
 
 
 def test_it_is_finished_once(client_of: Make, finished: Finished) -> None:

@@ -185,11 +185,13 @@ def _leading_to(url: str, folder: Path) -> Iterator[str]:
     A browser's arguments are seen by everybody on the machine. The file lies with the photos:
     browsers in a sandbox don't see /tmp.
     """
-    with disk_errors(folder):
-        made = NamedTemporaryFile("w", dir=folder, prefix=".meiqa-review-", suffix=".html")
-    with made as file:
-        file.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={url}">\n')
-        file.flush()
+    page = f'<!doctype html><meta http-equiv="refresh" content="0; url={url}">\n'
+    named = {"dir": folder, "prefix": ".meiqa-review-", "suffix": ".html"}
+    with ExitStack() as stack:
+        with disk_errors(folder):
+            file = stack.enter_context(NamedTemporaryFile("w", **named))
+            file.write(page)
+            file.flush()
         yield Path(file.name).as_uri()
 
 
