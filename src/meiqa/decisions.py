@@ -128,10 +128,11 @@ class Decisions:
     def _stand(self, photos: Iterable[str]) -> None:
         """Bring `ratings` up to what was given last to photos that are still what they were."""
         for photo in photos:
-            self.ratings.pop(photo, None)
-            rating, status = (self._given[photo] or [(None, None)])[-1]
-            if rating is not None and status == _status(photo):
-                self.ratings[photo] = rating
+            given = self._given[photo]
+            if given and given[-1][1] == _status(photo):
+                self.ratings[photo] = given[-1][0]
+            else:
+                self.ratings.pop(photo, None)
 
     def _read(self) -> None:
         whole = 0

@@ -186,10 +186,10 @@ def _leading_to(url: str, folder: Path) -> Iterator[str]:
     browsers in a sandbox don't see /tmp.
     """
     page = f'<!doctype html><meta http-equiv="refresh" content="0; url={url}">\n'
-    named = {"dir": folder, "prefix": ".meiqa-review-", "suffix": ".html"}
+    made = partial(NamedTemporaryFile, dir=folder, prefix=".meiqa-review-", suffix=".html")
     with ExitStack() as stack:
         with disk_errors(folder):
-            file = stack.enter_context(NamedTemporaryFile("w", **named))
+            file = stack.enter_context(made("w"))
             file.write(page)
             file.flush()
         yield Path(file.name).as_uri()
@@ -252,6 +252,7 @@ def _judge_set(
     Returns:
         The exit code, and what came of them.
     """
+    unreadable: list[Failure]
     listed, unreadable = named
     photos = list(dict.fromkeys(listed))  # no photo is to be its own rival
     page = options.html and open_output(options.html, PAGE, force=options.force, inputs=photos)
