@@ -18,13 +18,15 @@ OCTAVES = 5
 SMALLEST_DETAILED = CELL << (OCTAVES - 3)
 """Side in pixels of the smallest photo in whose cuts the coarsest octave still has differences."""
 
+ROUNDING = 1 / 12
+"""Variance, in grey levels squared, of what whole levels leave out; of much blur it hides most."""
 LEAST_ENERGY = 1e-3
 """Added to energies of gradients, in grey levels squared, where there may be none."""
-LEAST_TEXTURE = 0.05
+LEAST_TEXTURE = 0.2
 """Share of the most textured cut's energy, two octaves on, that a cut is judged from on."""
 BLUR_VARIANCE = 2.4
 """Of blur, in square pixels, that halves the excess of fine gradients; see `sharpness_of`."""
-SOFTNESS_SHARE, ONE_PIXEL, DOUBLINGS, LONGEST_MOTION = 1.5, 1.78, 3.8, CUT / 4
+SOFTNESS_SHARE, ONE_PIXEL, DOUBLINGS, LONGEST_MOTION = 3.0, 3.2, 2.5, CUT / 4
 """See `motion_of`: motion doubles so often while what is seen of it grows by one, at first."""
 
 Place = tuple[int, int]
@@ -49,12 +51,13 @@ def measure_detail(pixels: NDArray[np.uint8]) -> Detail | None:
         return luma
 
     noise = noise_deviation(np.hstack([cut(place) for place in flat]))
-    tensors = np.stack([gradient_tensors(cut(place), noise) for place in textured])
+    variance = noise**2 + ROUNDING
+    tensors = np.stack([gradient_tensors(cut(place), variance) for place in textured])
     energies = tensors.trace(axis1=2, axis2=3)
     steepness = energies[:, 0] / (energies[:, 2] + LEAST_ENERGY)
     # A cut of little texture, or mostly of noise, tells nothing of edges; if all are, the first is
     # taken, which is the most textured.
-    told = (energies[:, 2] > LEAST_TEXTURE * energies[:, 2].max()) & (energies[:, 0] > noise**2)
+    told = (energies[:, 2] > LEAST_TEXTURE * energies[:, 2].max()) & (energies[:, 0] > variance)
     sharpest = int((steepness * told).argmax())
     row, column = textured[sharpest]
     return Detail(
@@ -68,59 +71,38 @@ def measure_detail(pixels: NDArray[np.uint8]) -> Detail | None:
 def chosen_places(pixels: NDArray[np.uint8], side: int) -> tuple[list[Place], list[Place]]:
     """Choose the cuts of a photo: the most textured, central before others, and the flattest.
 
-    Texture is looked for in cells so large that damage changes little of it. Flat cuts are of open
-    tones, if there are any.
+    They come from one lattice, and texture is looked for in large cells, so that damage changes
+    little of the choice. Flat cuts are of open tones, if there are any.
     """
-    rows, columns = (each // CELL for each in pixels.shape[:2])
+    rows, columns = (each // side for each in pixels.shape[:2])
+    top, left = ((each % side) // 2 for each in pixels.shape[:2])
     # Every fourth row of green: a twelfth of the photo says enough of its cells.
-    green = pixels[: rows * CELL : 4, : columns * CELL, 1]
-    tones = green.reshape(rows, CELL // 4, columns, CELL).mean((1, 3), dtype=np.float32)
+    green = pixels[top : top + rows * side : 4, left : left + columns * side, 1]
+    cells = side // CELL
+    tones = green.reshape(rows * cells, CELL // 4, columns * cells, CELL)
+    tones = tones.mean((1, 3), dtype=np.float32)
     steps = np.zeros_like(tones)
     steps[:, 1:] += np.abs(np.diff(tones, axis=1))
     steps[1:] += np.abs(np.diff(tones, axis=0))
-    half = side // CELL // 2
-    texture, tone = (overlapping_means(values, half) for values in (steps, tones))
-    down, across = (
-        np.linspace(-1, 1, count) if count > 1 else np.zeros(1) for count in texture.shape
+    texture, tone = (
+        values.reshape(rows, cells, columns, cells).mean((1, 3)) for values in (steps, tones)
     )
+    down, across = ((np.arange(count) + 0.5) / count * 2 - 1 for count in texture.shape)
     central = np.exp(-(down[:, None] ** 2) - across**2)
-    open_tones = (tone > DARKEST) & (tone < BRIGHTEST)
-    chosen = (
-        separate_minima(-texture * central, TEXTURED),
-        separate_minima(np.where(open_tones, texture, texture + 255), FLAT),
-    )
-    step = half * CELL
-    textured, flat = ([(row * step, column * step) for row, column in each] for each in chosen)
-    return textured, flat
+    closed = (tone <= DARKEST) | (tone >= BRIGHTEST)
+
+    def least(values: NDArray[Any], count: int) -> list[Place]:
+        order = values.argsort(axis=None, kind="stable")[:count]
+        found = (divmod(int(index), columns) for index in order)
+        return [(top + side * row, left + side * column) for row, column in found]
+
+    return least(-texture * central, TEXTURED), least(texture + 255 * closed, FLAT)
 
 
-def overlapping_means(values: NDArray[Any], half: int) -> NDArray[Any]:
-    """Means of squares of twice `half` that lie half over each other."""
-    rows, columns = (each // half for each in values.shape)
-    whole = values[: rows * half, : columns * half]
-    blocks = whole.reshape(rows, half, columns, half).mean((1, 3))
-    means: NDArray[Any] = (
-        blocks[1:, 1:] + blocks[1:, :-1] + blocks[:-1, 1:] + blocks[:-1, :-1]
-    ) / 4
-    return means
-
-
-def separate_minima(values: NDArray[Any], count: int) -> list[Place]:
-    """Choose the least of values, at most so many, of which no two are next to each other."""
-    chosen: list[Place] = []
-    for index in values.argsort(axis=None, kind="stable"):
-        row, column = divmod(int(index), values.shape[1])
-        if all(max(abs(row - r), abs(column - c)) > 1 for r, c in chosen):
-            chosen.append((row, column))
-            if len(chosen) == count:
-                break
-    return chosen
-
-
-def gradient_tensors(luma: NDArray[Any], noise: float) -> NDArray[Any]:
+def gradient_tensors(luma: NDArray[Any], variance: float) -> NDArray[Any]:
     """Structure tensors (OCTAVES, 2, 2) of a cut, each of it at half the size of the one before.
 
-    What white noise of a deviation adds to them is taken off, as far as anything is left.
+    What white noise of a variance adds to them is taken off, as far as anything is left.
     """
     tensors = np.empty((OCTAVES, 2, 2))
     for octave in range(OCTAVES):
@@ -131,7 +113,7 @@ def gradient_tensors(luma: NDArray[Any], noise: float) -> NDArray[Any]:
         tensors[octave] /= across.size
         luma = (luma[::2, ::2] + luma[1::2, ::2] + luma[::2, 1::2] + luma[1::2, 1::2]) / 4
     added = np.minimum(
-        noise**2 / 4.0 ** np.arange(OCTAVES), 0.9 * np.linalg.eigvalsh(tensors)[:, 0]
+        variance / 4.0 ** np.arange(OCTAVES), 0.9 * np.linalg.eigvalsh(tensors)[:, 0]
     )
     tensors -= added[:, None, None] * np.eye(2)
     return tensors

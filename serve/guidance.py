@@ -19,7 +19,7 @@ from meiqa.types import Detail, Distortion
 STILL = 2.0
 """Grey levels of `motion_between` below which a camera is held still."""
 MOVING = 5.0
-SHORT_MOTION, LONG_MOTION = 6.5, 13.0
+SHORT_MOTION, LONG_MOTION = 8.0, 16.0
 """Pixels; see `Detail.motion`. Defocus is mostly read as less than the first."""
 GOOD = 3.6
 DARK, BRIGHT = WORDS["exposure"][1][0], WORDS["exposure"][2][0]
