@@ -80,17 +80,19 @@ def opened(stream: IO[bytes], name: str) -> Image.Image:
     says = head.partition(b"IDAT")[0] if head.startswith(_PNG) else head if kind else None
     if says and (cicp := cicp_of(says)):
         image.info["cicp"] = cicp
-    if head.startswith(_JPEG) and not image.info.keys() & SAYS_COLOURS and is_adobe_rgb(image):
-        image.info.update(ADOBE_RGB)
     return image
 
 
-def is_adobe_rgb(image: Image.Image) -> bool:
-    """Tell whether a camera says so in EXIF, as DCF has it."""
-    try:
-        return str(image.getexif().get_ifd(_INTEROPERABILITY).get(1)).startswith("R03")
+def said_of_colours(image: Image.Image) -> dict[Any, Any]:
+    """Give what a loaded image says of its colours, for `to_srgb`; nothing if they are sRGB's."""
+    if image.info.keys() & SAYS_COLOURS:
+        return image.info
+    try:  # cameras say Adobe RGB in EXIF alone, as DCF has it
+        camera = image.format in ("JPEG", "MPO")
+        index = image.getexif().get_ifd(_INTEROPERABILITY).get(1) if camera else None
     except Exception:  # unreadable EXIF is no reason to refuse the pixels
-        return False
+        return {}
+    return ADOBE_RGB if str(index).startswith("R03") else {}
 
 
 def is_raw(stream: IO[bytes], name: str) -> bool:

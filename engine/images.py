@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from meiqa.engine.colour import SAYS_COLOURS, to_srgb
+from meiqa.engine.colour import to_srgb
 from meiqa.engine.files import (
     ORIENTATION,
     describe_tiff,
@@ -32,6 +32,7 @@ from meiqa.engine.files import (
     raw_exif,
     raw_picture,
     readable_formats,
+    said_of_colours,
     without_metadata,
 )
 from meiqa.engine.manifest import ImageProcessing
@@ -383,10 +384,10 @@ def _decode(
         pixels = load(image, notes)
         _check_size(pixels, name, max_pixels)  # a damaged header may have announced less
         colours = _eight_bit(pixels, name)
-        if image.info.keys() & SAYS_COLOURS:
-            colours = to_srgb(colours, image.info, notes)
         with _quietly():
-            exif = exif_of(image)
+            exif, said = exif_of(image), said_of_colours(image)
+        if said:
+            colours = to_srgb(colours, said, notes)
         return np.array(_upright(_on_white(colours), image)), notes, exif
     except ImageError:
         raise

@@ -26,9 +26,8 @@ from meiqa.errors import ImageError, UsageError
 from meiqa.types import Distortion
 
 NAMED_ABOVE = 0.4
-"""A distortion is listed when it is at least so probable: at most two are. With 0.25 a third of
-what was listed was not there, and 7 of 40 untouched photographs had something; now it is a fifth,
-and 4 of them."""
+"""A distortion is listed when it is at least so probable, so at most two are; less sure ones are
+too often not there (`benchmarks.reference` counts them)."""
 STRONGEST = 5.0
 """The scale of strength: KADID-10k's levels, 0 where there is nothing."""
 TOP = 5.0

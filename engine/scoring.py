@@ -168,8 +168,8 @@ class Scored:
         """How much farther than usual such photographs are misjudged."""
         return next(each for each in self.estimates if isinstance(each, Doubt))
 
-    def _too_small(self) -> tuple[str, ...]:
-        """Name a small photo: a property of each photo, so that no set of photos repeats it."""
+    def _size_note(self) -> tuple[str, ...]:
+        """Name a photo of few pixels, if it is one."""
         height, width = self.pixels.array.shape[:2]
         small = height * width < SMALL_PIXELS
         return (f"small: judged as the {width} x {height} pixels it has",) if small else ()
@@ -198,7 +198,7 @@ class Scored:
             reference=self.reference,
             detail=self.detail,
             neighbours=as_neighbours(self.neighbours, self.preferences),
-            degraded=self.degraded + self._too_small(),
+            degraded=self.degraded + self._size_note(),
             reflection=self.reflection,
             timings_ms={name: round(ms, 3) for name, ms in self.deadline.timings_ms.items()},
             counters=self.counters,

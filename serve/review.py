@@ -34,8 +34,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from meiqa.decisions import Decisions
-from meiqa.engine.images import load_pixels
-from meiqa.errors import AccessDenied, ImageError, MeiqaError, UsageError, one_line
+from meiqa.engine.files import opened
+from meiqa.engine.images import DEFAULT_MAX_PIXELS, load_pixels
+from meiqa.errors import AccessDenied, MeiqaError, UsageError, one_line
 from meiqa.serve.access import refuse_other_sites
 from meiqa.serve.app import PAGE_HEADERS
 from meiqa.serve.responses import json_response, problem_response
@@ -47,7 +48,10 @@ SIDES = (480, 1280)
 _SMALL = {"quality": 82}
 _CROP = {"quality": 92, "subsampling": 0}  # what is looked at there is what the photo has
 _SMALL_BYTES, _PIXEL_BYTES = 128 << 20, 768 << 20
-_CROP_PIXELS = 16 << 20
+_CROP_PIXELS = 36 << 20
+"""Most pixels of a part: those of a 5K screen, and as much again beyond it as the page asks for."""
+_MOST_PANES = 9
+_JPEG_MAGIC = b"\xff\xd8\xff"
 _AT_ONCE = 2
 _LEAVE_S = 5
 _IMAGE_HEADERS = {"Cache-Control": "private, max-age=86400, immutable"}
@@ -59,6 +63,7 @@ class Pictures:
 
     Raises:
         ImageError: of every call, a photo cannot be read any more.
+        UsageError: of `crop`, there is no such part, or it is too large.
     """
 
     def __init__(self, photos: Sequence[str]) -> None:
@@ -82,6 +87,13 @@ class Pictures:
         with self._decoding:
             return load_pixels(self._photos[number]).array
 
+    def measure(self, number: int) -> dict[str, int]:
+        """Give a photo's size, as how many panes such photos fit into memory, and a part's size."""
+        pixels = self.pixels(number)
+        height, width = pixels.shape[:2]
+        panes = min(_MOST_PANES, max(1, _PIXEL_BYTES // pixels.nbytes))
+        return {"width": width, "height": height, "panes": panes, "most": _CROP_PIXELS}
+
     def crop(self, number: int, left: int, top: int, width: int, height: int) -> bytes:
         """Give a part of a photo, pixel by pixel."""
         part = self.pixels(number)[top : top + height, left : left + width]
@@ -92,11 +104,19 @@ class Pictures:
 
 
 def _pixels_for(photo: str, side: int) -> NDArray[Any]:
-    """Decode a photo, a JPEG only as large as it is needed: that takes a fraction of the time."""
-    # Other formats, and damaged photos of which something can be read, are left to what follows.
-    with suppress(OSError, ImageError), Image.open(photo, formats=("JPEG",)) as image:
-        image.draft("RGB", (side, side))
-        return load_pixels(image).array
+    """Decode a photo, a JPEG only as large as it is needed: that takes a fraction of the time.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    # Other formats, too large photos, and damaged ones of which something can be read (Pillow
+    # raises nearly anything then) are left to what follows.
+    with suppress(Exception), open(photo, "rb") as file:
+        if file.peek().startswith(_JPEG_MAGIC):
+            image = opened(file, photo)
+            if image.width * image.height <= DEFAULT_MAX_PIXELS:
+                image.draft("RGB", (side, side))
+                return load_pixels(image).array
     return load_pixels(photo).array
 
 
@@ -132,7 +152,7 @@ class Review:
         self._stars = stars_given(stars, (photo.score for photo in self.photos))
         self._proposed = {each.path: each for each in verdicts_of(found, stars)}
         self._finish, self._told = finish, told
-        self._lock, self._lines = threading.Lock(), list[str]()
+        self._lock, self._lines = threading.Lock(), list[str]()  # lines: once it is finished
         self._paths = [os.path.abspath(photo.path) for photo in self.photos]
         self._folder = common_folder(self._paths)
 
@@ -163,16 +183,30 @@ class Review:
         }
 
     def give(self, ratings: Mapping[int, int]) -> dict[str, int | None]:
-        """Decide about photos by their numbers, and give what stands of them then."""
+        """Decide about photos by their numbers, and give what stands of them then.
+
+        Raises:
+            UsageError: it is finished.
+        """
         paths = {self._paths[number]: rating for number, rating in ratings.items()}
         with self._lock:
+            self._require_open()
             self._decisions.give(paths)
             return self._standing({*paths})
 
     def undo(self) -> dict[str, int | None]:
-        """Take the last decision back, and give what stands then of the photos that it was of."""
+        """Take the last decision about photos of the page back, and give what stands of them then.
+
+        Raises:
+            UsageError: it is finished.
+        """
         with self._lock:
-            return self._standing(self._decisions.undo())
+            self._require_open()
+            return self._standing(self._decisions.undo({*self._paths}))
+
+    def _require_open(self) -> None:
+        if self._lines:
+            raise UsageError("this review is finished", hint="start the same command again")
 
     def _standing(self, paths: set[str]) -> dict[str, int | None]:
         ratings = self._decisions.ratings
@@ -184,11 +218,11 @@ class Review:
         for photo, path in zip(self.photos, self._paths, strict=True):
             verdict = self._proposed[photo.path]
             if (rating := self._decisions.ratings.get(path)) is not None:
-                verdict = Verdict(photo.path, rating, "Red" if rating < 0 else "Green")
+                verdict = Verdict.of_cull(photo.path, rating)
             verdicts.append(verdict)
         return verdicts
 
-    def finish(self) -> list[str]:
+    def finish(self) -> dict[str, Any]:
         """Do what was asked for, once, and end; an error is told, and kept for who runs this."""
         with self._lock:
             if not self._lines:
@@ -197,7 +231,7 @@ class Review:
                 except Exception as error:  # of any kind: the command reports it
                     self.failed, self._lines = error, [f"error: {error}"]
             self.on_end()
-            return self._lines
+            return {"lines": self._lines, "failed": self.failed is not None}
 
 
 def create_app(review: Review, pictures: Pictures, token: str) -> Starlette:
@@ -215,8 +249,7 @@ def create_app(review: Review, pictures: Pictures, token: str) -> Starlette:
         return json_response(await run_in_threadpool(review.give, ratings))
 
     def size(request: Request) -> Response:
-        height, width = pictures.pixels(number_of(request)).shape[:2]
-        return json_response({"width": width, "height": height})
+        return json_response(pictures.measure(number_of(request)))
 
     def small(request: Request) -> Response:
         side = request.path_params["side"]
@@ -273,7 +306,7 @@ async def _guard(request: Request, call_next: RequestResponseEndpoint, token: st
     """Let in who has the token, from this machine and from no other site's page."""
     try:
         refuse_other_sites(request.headers.get("host"), request.headers.get("origin"))
-        given = request.scope["path"].split("/")[1]
+        given = request.scope["path"].removeprefix("/").partition("/")[0]  # "*", too, is a path
         if not hmac.compare_digest(given.encode(), token.encode()):
             raise AccessDenied("this address lacks the token", hint="the terminal shows it whole")
         response = await call_next(request)

@@ -181,15 +181,17 @@ async function begin() {
 }
 
 // Another window, or a start before this one, may have decided meanwhile.
-document.addEventListener("visibilitychange", async () => {
+document.addEventListener("visibilitychange", () => {
   if (document.hidden || !state || ended) return;
-  const now = await ask("state").catch(() => null);
-  now?.groups.forEach((group) => group.photos.forEach(({ number, rating }) => {
-    if (photos[number].rating === rating) return;
-    photos[number].rating = rating;
-    draw(photos[number]);
-  }));
-  drawStatus();
+  line = line.then(async () => { // an answer from before a decision would hide it
+    const now = await ask("state").catch(() => null);
+    now?.groups.forEach((group) => group.photos.forEach(({ number, rating }) => {
+      if (photos[number].rating === rating) return;
+      photos[number].rating = rating;
+      draw(photos[number]);
+    }));
+    drawStatus();
+  });
 });
 
 // ---------------------------------------------------------------- where one is
@@ -315,15 +317,15 @@ document.addEventListener("keydown", (event) => {
 
 let panes = [];
 let spot = { x: 0.5, y: 0.5 }; // in parts of the photos
-const MOST_PANES = 9; // what the service keeps the pixels of
+let mostPanes = 9; // fewer where the service can't keep the pixels of so many
 const AHEAD = 1.6; // a part that is asked for is larger than what is seen of it
 
 async function openZoom(event) {
   const picture = event?.target.closest?.(".picture");
   if (picture && event.detail) spot = spotAt(picture, event);
   const shots = photos[current].group.photos;
-  const from = clamp(shots.indexOf(photos[current]) - (MOST_PANES >> 1), 0, shots.length - MOST_PANES);
-  const shown = shots.slice(from, from + MOST_PANES);
+  const from = clamp(shots.indexOf(photos[current]) - (mostPanes >> 1), 0, shots.length - mostPanes);
+  const shown = shots.slice(from, from + mostPanes);
   const part = shown.length < shots.length ? `${shown.length} of ` : "";
   $("zoom-title").textContent = shots.length === 1 ? "1 photo at 100 %" : `${part}${shots.length} shots at 100 %`;
   panes = shown.map(paneOf);
@@ -331,15 +333,27 @@ async function openZoom(event) {
   layOut();
   if (!$("zoom").open) $("zoom").showModal();
   panes.forEach(drawPane);
-  await Promise.all(panes.map(async (pane) => {
-    try {
-      Object.assign(pane, await ask(`photos/${pane.photo.number}/size`));
-    } catch (error) {
-      pane.told = error.message;
-      drawPane(pane);
-    }
-  }));
+  // The shots of a group are of a size: the first tells how many panes there may be.
+  const opened = panes;
+  const [first, ...others] = opened;
+  await measure(first);
+  if (panes !== opened) return;
+  if (panes.length > mostPanes) {
+    openZoom();
+    return;
+  }
+  await Promise.all(others.map(measure));
   place();
+}
+
+async function measure(pane) {
+  try {
+    Object.assign(pane, await ask(`photos/${pane.photo.number}/size`));
+    mostPanes = Math.min(mostPanes, pane.panes);
+  } catch (error) {
+    pane.told = error.message;
+    drawPane(pane);
+  }
 }
 
 function spotAt(picture, event) {
@@ -418,8 +432,10 @@ async function sharpen(pane, view) {
     && box.left + box.width >= seen.right && box.top + box.height >= seen.bottom;
   if (covered || pane.busy) return;
   pane.busy = true;
+  // With what is asked for ahead, it is no more than the service gives.
+  const ahead = Math.min(AHEAD, Math.sqrt(pane.most / ((seen.right - seen.left) * (seen.bottom - seen.top))));
   const side = (from, to, whole) => {
-    const length = Math.min(whole, Math.ceil((to - from) * AHEAD));
+    const length = Math.min(whole, Math.max(Math.ceil(to - from) + 2, Math.floor((to - from) * ahead)));
     return [Math.floor(clamp((from + to - length) / 2, 0, whole - length)), length];
   };
   const [left, width] = side(seen.left, seen.right, pane.width);
@@ -428,16 +444,22 @@ async function sharpen(pane, view) {
   image.src = `photos/${pane.photo.number}/${left}-${top}-${width}-${height}.jpg`;
   try {
     await image.decode();
-    pane.box = { left, top, width, height };
-    image.alt = pane.photo.name;
-    pane.sharp.replaceWith(image);
-    pane.sharp = image;
-    pane.busy = false;
-    place(); // the spot may have moved on
   } catch {
     pane.told = `${pane.photo.name}: this part can't be shown`;
     drawPane(pane);
+    return;
+  } finally {
+    pane.busy = false;
   }
+  if (pane.told) {
+    pane.told = null;
+    drawPane(pane);
+  }
+  pane.box = { left, top, width, height };
+  image.alt = pane.photo.name;
+  pane.sharp.replaceWith(image);
+  pane.sharp = image;
+  place(); // the spot may have moved on
 }
 
 function move(x, y) {
@@ -499,20 +521,26 @@ $("finish").addEventListener("click", () => {
 
 $("end-do").addEventListener("click", async () => {
   $("end-do").disabled = $("end-cancel").disabled = true;
+  ended = true; // nothing more is decided
   await line;
   try {
-    const lines = await ask("finish", {});
-    ended = true;
-    $("end-title").textContent = state.dry_run ? "What would be done" : "Finished";
+    const { lines, failed } = await ask("finish", {});
+    const done = state.dry_run ? "What would be done" : "Finished";
+    $("end-title").textContent = failed ? "Not finished" : done;
     $("end-text").textContent = "The service has ended; this page can be closed. What was decided stays, and the same command goes on with it.";
     $("end-lines").textContent = lines.join("\n");
     $("end-lines").hidden = false;
+    if (!$("end").open) $("end").showModal(); // a second Escape closes it all the same
     $("end-do").hidden = $("end-cancel").hidden = true;
     document.querySelectorAll("header button").forEach((button) => { button.disabled = true; });
   } catch (error) {
+    ended = false;
     $("end-text").textContent = error.message;
     $("end-do").disabled = $("end-cancel").disabled = false;
   }
+});
+$("end").addEventListener("cancel", (event) => {
+  if (ended && !$("end-do").hidden) event.preventDefault(); // what was begun can't be called off
 });
 
 begin();

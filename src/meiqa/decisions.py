@@ -1,7 +1,7 @@
 """What somebody decides about the photos of a cull, in a file that outlives a kill.
 
 Each line is one JSON object: photos as they were judged, so that a second start need not judge
-them again; ratings that were given; and that the last of them were taken back.
+them again; ratings that were given, beside what the photos were then; and which were taken back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,8 @@ from meiqa.types import CulledPhoto, Culling, Failure
 NAME = ".meiqa-review.jsonl"
 _SCHEMA = 1
 _PARTS = ("what", "seen", "allowed", "hint")
+_BEGINNINGS = (b'{"meiqa_review": %d, ' % _SCHEMA, b'{"give": {')
+"""What a file begins with."""
 
 
 class Decisions:
@@ -32,7 +34,8 @@ class Decisions:
 
     Attributes:
         path: of the file.
-        ratings: 1-5, 0 for none or -1 for a reject, by the photo's absolute path.
+        ratings: 1-5, 0 for none or -1 for a reject, by the photo's absolute path; none of a photo
+            that has changed since.
 
     Raises:
         OutputUnwritable: the file can't be written.
@@ -42,7 +45,8 @@ class Decisions:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.ratings: dict[str, int] = {}
-        self._before: list[dict[str, int | None]] = []  # what each decision took the place of
+        self._decided: list[set[str]] = []  # photos of each decision that still stands
+        self._given: dict[str, list[tuple[int, list[int] | None]]] = {}  # ratings, latest last
         self._judged: dict[str, Any] = {}
         hint = "name a place for it and for the journal: --journal FILE"
         with disk_errors(self.path, hint):
@@ -84,14 +88,19 @@ class Decisions:
 
     def give(self, ratings: Mapping[str, int]) -> None:
         """Decide about photos, all at once; OutputUnwritable if the disk refuses."""
-        self._add({"give": dict(ratings)})
+        self._add({"give": {path: (rating, _status(path)) for path, rating in ratings.items()}})
+        self._stand(ratings)
 
-    def undo(self) -> set[str]:
-        """Take the last decision back, whoever's start it is of, and give its photos."""
-        if not self._before:
-            return set()
-        photos = {*self._before[-1]}
-        self._add({"undo": sorted(photos)})
+    def undo(self, shown: Set[str]) -> set[str]:
+        """Take the last decision about photos that are shown back, whoever's start it is of.
+
+        Returns:
+            The photos that it was of; what it says of others, which are not shown, stays.
+        """
+        photos = next((each & shown for each in reversed(self._decided) if each & shown), set())
+        if photos:
+            self._add({"undo": sorted(photos)})
+            self._stand(photos)
         return photos
 
     def _add(self, line: Mapping[str, Any]) -> None:
@@ -105,40 +114,60 @@ class Decisions:
             case {"meiqa_review": schema} if schema == _SCHEMA:
                 self._judged = {**line}
             case {"give": ratings}:
-                self._before.append({path: self.ratings.get(path) for path in ratings})
-                self.ratings.update(ratings)
-            case {"undo": _}:
-                for path, rating in self._before.pop().items():
-                    self.ratings.pop(path)
-                    if rating is not None:
-                        self.ratings[path] = rating
+                for path, (rating, status) in ratings.items():
+                    self._given.setdefault(path, []).append((rating, status and [*status]))
+                self._decided.append({*ratings})
+            case {"undo": paths}:
+                last = [each for each in self._decided if not each.isdisjoint(paths)][-1]
+                for path in paths:
+                    last.remove(path)
+                    self._given[path].pop()
             case _:
                 raise ValueError("no line of this kind")
+
+    def _stand(self, photos: Iterable[str]) -> None:
+        """Bring `ratings` up to what was given last to photos that are still what they were."""
+        for photo in photos:
+            given = self._given[photo]
+            if given and given[-1][1] == _status(photo):
+                self.ratings[photo] = given[-1][0]
+            else:
+                self.ratings.pop(photo, None)
 
     def _read(self) -> None:
         whole = 0
         for line in self.path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):  # a power cut left part of it
-                break
             try:
+                if not line.endswith(b"\n"):
+                    if whole or _begins(line):  # a power cut left part of it
+                        break
+                    raise ValueError("a line without an end")
                 self._follow(json.loads(line))
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 what = f"{self.path} holds something else than decisions"
                 raise UsageError(what, seen=str(error), hint="move it away") from error
             whole += len(line)
         os.ftruncate(self._descriptor, whole)
+        self._stand(self._given)
 
 
 def _identity(photos: Sequence[str], terms: Mapping[str, Any]) -> str:
     """What a cull depends on: how photos are judged, which ones, and whether they changed."""
-    status: list[tuple[int, int] | None] = []
-    for photo in photos:
-        status.append(None)
-        with suppress(OSError):  # a photo that is missing is judged to be missing
-            found = os.stat(photo)
-            status[-1] = found.st_size, found.st_mtime_ns
-    text = json.dumps([terms, *photos, *status], sort_keys=True)
+    text = json.dumps([terms, *photos, *map(_status, photos)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _status(photo: str) -> list[int] | None:
+    """Size and time of change, by which a photo is known; None of one that is missing."""
+    with suppress(OSError):
+        found = os.stat(photo)
+        return [found.st_size, found.st_mtime_ns]
+    return None
+
+
+def _begins(line: bytes) -> bool:
+    """Tell whether part of a line may be of the first one that we write."""
+    return any(line.startswith(each) or each.startswith(line) for each in _BEGINNINGS)
 
 
 def _words(value: object | None) -> str | None:

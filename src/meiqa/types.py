@@ -144,13 +144,18 @@ class Reference(Result):
     moved: float
 
 
+ABOUT_THE_PHOTO = ("small: ", "pixels damaged", "colour profile ")
+"""How those of `Assessment.degraded` begin that tell of the photo, and of nothing left out."""
+
+
 @dataclass(frozen=True)
 class Assessment(Result):
     """The quality of one photo: 1.00–5.00, higher is better, and how it was found.
 
-    `percentile` is the share of anchors that score below, 0–100; `degraded` names what the budget
-    left out; `reflection` is the corrected summary, None unless the gate opened; `memory_score` is
-    what the memory's regression from visual tokens to human scores says, None where it has none;
+    `percentile` is the share of anchors that score below, 0–100; `degraded` names what was left
+    out, and what is wrong with the photo; `reflection` is the corrected summary, None unless the
+    gate opened; `memory_score` is what the memory's regression from visual tokens to human scores
+    says, None where it has none;
     `grades` are the model's probabilities of the five words, before any comparison;
     `distortions` are the likeliest, as the package's patterns see them; `reference` is None unless
     one was given; `detail` is what is seen at full size, beside the score, None where left out.
@@ -174,6 +179,11 @@ class Assessment(Result):
     detail: Detail | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What of `degraded` was left out or went another way."""
+        return tuple(note for note in self.degraded if not note.startswith(ABOUT_THE_PHOTO))
 
 
 @dataclass(frozen=True)

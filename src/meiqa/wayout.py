@@ -24,7 +24,6 @@ from meiqa.sidecars import embedded_packet, merged, rated_by_hand
 from meiqa.types import Culling, Failure
 
 _LIST = Kind("list")
-_REJECTED = -1
 STARS = (1.8, 2.6, 3.4, 4.2)
 """The scores from which on a photo has two, three, four and five stars: those of the words."""
 
@@ -36,6 +35,11 @@ class Verdict:
     path: str
     rating: int
     label: str = ""
+
+    @classmethod
+    def of_cull(cls, path: str, rating: int) -> Verdict:
+        """Label a reject red, and a photo that is kept green."""
+        return cls(path, rating, "Red" if rating < 0 else "Green")
 
 
 @dataclass(frozen=True)
@@ -137,8 +141,8 @@ def verdicts_of(found: Culling, stars: Sequence[float] | float) -> list[Verdict]
     for group in found.groups:
         kept = [photo for photo in group if photo.kept]
         rating = given(max(photo.score for photo in kept))
-        verdicts += [Verdict(each.path, rating, "Green") for each in kept]
-        verdicts += [Verdict(each.path, _REJECTED, "Red") for each in group if not each.kept]
+        verdicts += [Verdict.of_cull(each.path, rating) for each in kept]
+        verdicts += [Verdict.of_cull(each.path, -1) for each in group if not each.kept]
     return verdicts
 
 

@@ -26,7 +26,7 @@ def test_a_kill_loses_nothing(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys; from meiqa.decisions import Decisions\n"
         "decisions = Decisions(sys.argv[1])\n"
-        "decisions.give({'a': 4, 'b': -1}); decisions.give({'b': 2}); decisions.undo()\n"
+        "decisions.give({'a': 4, 'b': -1}); decisions.give({'b': 2}); decisions.undo({'b'})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     file = tmp_path / "d.jsonl"
@@ -34,9 +34,44 @@ def test_a_kill_loses_nothing(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     with Decisions(file) as decisions:
         assert decisions.ratings == {"a": 4, "b": -1}
-        assert decisions.undo() == {"a", "b"}  # what was decided before the kill, too
+        assert decisions.undo({"a", "b"}) == {"a", "b"}  # what was decided before the kill, too
         assert decisions.ratings == {}
-        assert decisions.undo() == set()
+        assert decisions.undo({"a", "b"}) == set()
+
+
+def test_decisions_about_photos_that_are_not_shown_stay(tmp_path: Path) -> None:
+    with Decisions(tmp_path / "d.jsonl") as decisions:
+        decisions.give({"a": 1, "b": 1})
+        decisions.give({"a": 2, "c": 2})
+        decisions.give({"c": 3})
+        assert decisions.undo({"a", "b"}) == {"a"}
+        assert decisions.ratings == {"a": 1, "b": 1, "c": 3}
+        assert decisions.undo({"c"}) == {"c"}
+    with Decisions(tmp_path / "d.jsonl") as decisions:
+        assert decisions.ratings == {"a": 1, "b": 1, "c": 2}
+        assert decisions.undo({"x"}) == set()
+        assert decisions.undo({"a", "c"}) == {"c"}
+        assert decisions.undo({"a", "c"}) == {"a"}
+        assert decisions.ratings == {"b": 1}
+
+
+def test_a_decision_is_about_a_photo_not_about_its_name(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"a photo")
+    with Decisions(tmp_path / "d.jsonl") as decisions:
+        decisions.give({str(photo): 4})
+    photo.rename(tmp_path / "elsewhere")
+    with Decisions(tmp_path / "d.jsonl") as decisions:
+        assert decisions.ratings == {}
+    (tmp_path / "elsewhere").rename(photo)
+    with Decisions(tmp_path / "d.jsonl") as decisions:
+        assert decisions.ratings == {str(photo): 4}
+    photo.write_bytes(b"another photo")
+    with Decisions(tmp_path / "d.jsonl") as decisions:
+        assert decisions.ratings == {}
+        decisions.give({str(photo): 2})
+        assert decisions.undo({str(photo)}) == {str(photo)}
+        assert decisions.ratings == {}
 
 
 def test_what_a_power_cut_left_is_dropped(tmp_path: Path) -> None:
@@ -45,6 +80,10 @@ def test_what_a_power_cut_left_is_dropped(tmp_path: Path) -> None:
         decisions.give({"a": 5})
         whole = file.read_bytes()
         decisions.give({"a": 1})
+    for cut in range(len(whole)):
+        (tmp_path / "first.jsonl").write_bytes(whole[:cut])
+        with Decisions(tmp_path / "first.jsonl") as decisions:
+            assert decisions.ratings == {}
     for cut in range(len(whole), len(file.read_bytes())):
         file.write_bytes(file.read_bytes()[:cut] if cut > len(whole) else whole)
         with Decisions(file) as decisions:
@@ -79,7 +118,8 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file_of_decisions_is_left_alone(tmp_path: Path) -> None:
-    for text in ("words\n", '{"meiqa_review": 2}\n', "[]\n", '{"undo": []}\n'):
+    others = "words\n", "words", '{"a": 1}', '{"meiqa_review": 2}\n', "[]\n", '{"undo": []}\n'
+    for text in others:
         (tmp_path / "d.jsonl").write_text(text)
         with pytest.raises(UsageError, match="something else than decisions"):
             Decisions(tmp_path / "d.jsonl")

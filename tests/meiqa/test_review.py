@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import httpx
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image
 from meiqa import cli
 from meiqa.cli import options
 from meiqa.decisions import NAME
+from meiqa.engine.calibration import UNCALIBRATED
 from meiqa.journal import journals_in
 from meiqa.testing import FakeEngine
 
@@ -41,7 +44,7 @@ class Started:
 
     def finish(self) -> list[str]:
         """Finish, and wait for the command to end."""
-        lines: list[str] = self.client.post("finish").json()
+        lines: list[str] = self.client.post("finish").json()["lines"]
         self.end()
         return lines
 
@@ -132,6 +135,39 @@ def test_a_second_start_goes_on(
         assert rating(shoot / "2.xmp") == "5"
 
 
+def test_another_calibration_judges_again(
+    shoot: Path, start: Start, monkeypatch: pytest.MonkeyPatch, engine: FakeEngine
+) -> None:
+    """Though the package and the memory lie where they were."""
+    start(shoot).finish()
+    judged = len(engine.calls)
+    start(shoot).finish()
+    assert len(engine.calls) == judged
+    monkeypatch.setattr(
+        options, "terms_unopened", lambda _: options.model_terms("cd", UNCALIBRATED)
+    )
+    start(shoot).finish()
+    assert len(engine.calls) == 2 * judged
+
+
+def test_stars_need_no_sidecars(shoot: Path, start: Start) -> None:
+    started = start(shoot, "--stars", "1,1.1,1.2,1.3")
+    stars = [p["stars"] for g in started.client.get("state").json()["groups"] for p in g["photos"]]
+    started.finish()
+    assert stars == [5, 5, 5]
+
+
+def test_a_mistyped_path_leaves_nothing(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Output
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["cull", "empty", "--review"]) == 1
+    assert cli.main(["cull", "missing/folder", "--review"]) == 1
+    assert "missing/folder: no such file" in capsys.readouterr().err
+    assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
+
+
 def test_another_photo_is_judged_and_decisions_stay(
     shoot: Path, grey: Grey, start: Start, engine: FakeEngine
 ) -> None:
@@ -191,11 +227,14 @@ def test_the_page_is_opened_unless_asked_not_to(
     monkeypatch.setattr("webbrowser.open", opened.put)
     thread = threading.Thread(target=cli.main, args=[["cull", str(shoot), "--review"]])
     thread.start()
-    address = opened.get(timeout=30)
+    way_there = Path(url2pathname(urlsplit(opened.get(timeout=30)).path))
+    assert way_there.stat().st_mode & 0o777 == 0o600  # others see the browser's arguments
+    address = way_there.read_text().partition("url=")[2].partition('"')[0]
     assert httpx.get(address).status_code == 200
     assert httpx.post(f"{address}finish").status_code == 200
     thread.join(30)
     assert address in capsys.readouterr().err
+    assert not way_there.exists()
 
 
 def test_standard_input_is_not_reviewed(engine: FakeEngine, capsys: Output) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from meiqa.decisions import Decisions
+from meiqa.engine.images import load_pixels
 from meiqa.errors import OutputUnwritable
 from meiqa.serve.review import SIDES, Pictures, Review, create_app
 from meiqa.types import CulledPhoto, Culling, Failure
@@ -103,6 +105,28 @@ def test_others_are_not_let_in(client_of: Make, path: str, headers: dict[str, st
     assert client_of().post(path, headers=headers, content=b"{}").status_code == 403
 
 
+@pytest.mark.parametrize("path", ["*", ""])
+def test_what_is_no_path_of_ours_is_refused(client_of: Make, path: str) -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    headers = [(b"host", b"localhost")]
+    scope = {"type": "http", "method": "OPTIONS", "path": path, "headers": headers}
+    asyncio.run(client_of().app(scope, receive, send))
+    assert sent[0]["status"] == 403
+
+
+def test_another_hosts_name_gets_no_advice_about_keys(client_of: Make) -> None:
+    answer = client_of().get("state", headers={"Host": "rebound.example"})
+    assert "answers to its own machine only" in answer.text
+    assert "key" not in answer.text
+
+
 def test_the_page_runs_only_its_own_script(client_of: Make) -> None:
     client = client_of()
     for name in ("", "review.js", "review.css", "page.css", "icon.svg"):
@@ -116,8 +140,8 @@ def test_the_page_runs_only_its_own_script(client_of: Make) -> None:
     page = client.get("").text
     assert "style=" not in page
     assert " onclick" not in page
-    assert client.get("../d.jsonl").status_code == 403
-    assert client.get("review.py").status_code == 404
+    for outside in ("..%2fd.jsonl", "%2e%2e/d.jsonl", "%2e%2e%2freview.py", "review.py"):
+        assert client.get(outside).status_code == 404
 
 
 def test_the_engines_picks_are_proposed(client_of: Make) -> None:
@@ -142,12 +166,22 @@ def test_decisions_outlive_the_service(client_of: Make, finished: Finished, tmp_
     assert client.post("undo").json() == {"2": None}
     assert client.post("ratings", json={"1": 5}).json() == {"1": 5}
     assert client.post("undo").json() == {"1": 3}
-    assert client_of().post("finish").json() == ["done"]
+    assert client_of().post("finish").json() == {"lines": ["done"], "failed": False}
     said = {Path(each.path).stem: (each.rating, each.label) for each in finished.verdicts}
     assert said == {
         **{"0": (-1, "Red"), "1": (3, "Green"), "2": (5, "Green")},  # 2: as proposed
         **{"3": (5, "Green"), "4": (-1, "Red")},
     }
+
+
+def test_what_is_not_on_the_page_is_not_undone(client_of: Make) -> None:
+    client = client_of()
+    client.post("ratings", json={"0": 1})
+    client.post("ratings", json={"4": 2})
+    client = client_of(4)
+    assert client.post("undo").json() == {"0": None}
+    assert client.post("undo").json() == {}
+    assert ratings(client_of()) == [None, None, None, None, 2]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +205,9 @@ def test_photos_are_shown_small_and_pixel_by_pixel(client_of: Make, tmp_path: Pa
     Image.fromarray(slopes).save(tmp_path / "0.jpg", exif=exif, quality=95)
     Image.fromarray(slopes[:40, :30]).save(tmp_path / "1.jpg", "PNG")
     client = client_of()
-    assert client.get("photos/0/size").json() == {"width": 600, "height": 1500}
+    assert client.get("photos/0/size").json() == {
+        **{"width": 600, "height": 1500, "panes": 9, "most": 36 << 20}
+    }
     for side in SIDES:
         answer = client.get(f"photos/0/{side}.jpg")
         assert "immutable" in answer.headers["cache-control"]
@@ -189,16 +225,48 @@ def test_photos_are_shown_small_and_pixel_by_pixel(client_of: Make, tmp_path: Pa
     assert client.get("photos/0/600-0-10-10.jpg").status_code == 422
 
 
+def test_a_large_screen_is_filled_and_few_large_photos_are_held(
+    client_of: Make, tmp_path: Path
+) -> None:
+    Image.new("L", (8000, 5000)).save(tmp_path / "0.jpg")
+    client = client_of()
+    size = client.get("photos/0/size").json()
+    assert size["panes"] == 6
+    assert size["most"] >= 8192 * 4608  # 1.6 times a 5K screen's sides
+    assert client.get("photos/0/100-100-7680-4320.jpg").status_code == 200
+    assert client.get("photos/0/0-0-8000-5000.jpg").status_code == 422
+
+
+def test_small_pictures_have_the_photos_colours_and_limits(client_of: Make, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x8769] = {0xA005: {1: "R03"}}  # a camera's Adobe RGB
+    Image.new("RGB", (4000, 3000), (40, 200, 60)).save(tmp_path / "0.jpg", exif=exif, quality=95)
+    Image.new("L", (10_100, 10_000)).save(tmp_path / "1.jpg")
+    client = client_of()
+    with Image.open(io.BytesIO(client.get("photos/0/480.jpg").content)) as small:
+        colour = np.asarray(small)[100, 100].astype(int)
+    whole = load_pixels(tmp_path / "0.jpg").array[100, 100].astype(int)
+    assert abs(whole - (40, 200, 60)).max() > 20
+    assert abs(whole - colour).max() < 5
+    assert client.get("photos/1/480.jpg").status_code == 413
+
+
 def test_it_is_finished_once(client_of: Make, finished: Finished) -> None:
     client = client_of()
-    assert client.post("finish").json() == ["done"]
-    assert client.post("finish").json() == ["done"]
+    assert client.post("finish").json() == {"lines": ["done"], "failed": False}
+    assert client.post("finish").json() == {"lines": ["done"], "failed": False}
     assert finished.times == 1
+    for path, body in (("ratings", {"0": 1}), ("undo", {})):
+        refused = client.post(path, json=body)
+        assert refused.status_code == 422
+        assert "this review is finished" in refused.text
+    assert ratings(client) == [None] * 5
 
 
 def test_what_fails_while_finishing_is_told(client_of: Make, finished: Finished) -> None:
     finished.error = OutputUnwritable("the disk is full", hint="make room")
-    assert client_of().post("finish").json() == ["error: the disk is full; make room"]
+    answer = client_of().post("finish").json()
+    assert answer == {"lines": ["error: the disk is full; make room"], "failed": True}
 
 
 def test_a_thousand_photos_are_a_small_page(client_of: Make) -> None:

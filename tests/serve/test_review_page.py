@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from socket import create_server
@@ -15,6 +16,8 @@ from PIL import Image, ImageFilter
 from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
 
 from meiqa.decisions import Decisions
+from meiqa.errors import OutputUnwritable
+from meiqa.serve import review
 from meiqa.serve.review import Pictures, Review, run
 from meiqa.types import CulledPhoto, Culling
 from meiqa.wayout import STARS, Verdict
@@ -64,6 +67,9 @@ class Served:
 
     def __init__(self, shoot: Culling, file: Path) -> None:
         self.verdicts: list[Verdict] = []
+        self.error: OutputUnwritable | None = None
+        self.may_finish = threading.Event()
+        self.may_finish.set()
         self._shoot, self._file = shoot, file
         self._thread: threading.Thread | None = None
 
@@ -85,9 +91,13 @@ class Served:
             will = {"will": "write ratings into XMP sidecars", "dry_run": False}
             self._review = Review(self._shoot, decisions, STARS, self._finish, will)
             pictures = Pictures([each.path for each in self._review.photos])
-            run(self._review, pictures, "token", opened)
+            with suppress(OutputUnwritable):
+                run(self._review, pictures, "token", opened)
 
     def _finish(self, verdicts: list[Verdict]) -> list[str]:
+        self.may_finish.wait()
+        if self.error is not None:
+            raise self.error
         self.verdicts = verdicts
         return ["8 of 8 actions done"]
 
@@ -204,6 +214,57 @@ def test_the_same_spot_of_all_shots_is_seen_pixel_by_pixel(served: Served, page_
     assert current(page) == "0-1.jpg"
 
 
+def test_no_more_is_asked_for_than_the_service_gives(
+    served: Served, page_of: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(review, "_CROP_PIXELS", 270_000)
+    page = page_of(served.start(), viewport={"width": 1000, "height": 600})
+    page.keyboard.press("z")
+    for pane in page.locator(".pane").all():
+        seen = pane.evaluate("(pane) => 1.6 ** 2 * pane.clientWidth * pane.clientHeight")
+        assert seen > 270_000
+        expect(pane.locator("img").last).to_have_attribute("src", re.compile(r"-"))
+
+
+def test_only_panes_that_fit_into_memory_are_opened(
+    served: Served, page_of: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(review, "_PIXEL_BYTES", 1200 * 900 * 3)
+    page = page_of(served.start())
+    page.keyboard.press("z")
+    expect(page.locator(".pane")).to_have_count(1)
+    expect(page.locator("#zoom-title")).to_have_text("1 of 2 shots at 100 %")
+    expect(page.locator(".pane img").last).to_have_attribute("src", re.compile(r"photos/0/\d+-"))
+    page.keyboard.press("l")
+    expect(page.locator(".pane img").last).to_have_attribute("src", re.compile(r"photos/1/\d+-"))
+
+
+def test_a_part_that_failed_is_asked_for_again(served: Served, page_of: Open) -> None:
+    page = page_of(served.start(), viewport={"width": 1000, "height": 600})
+    parts = re.compile(r"/\d+-\d+-\d+-\d+\.jpg")
+    page.route(parts, lambda route: route.abort())
+    page.keyboard.press("z")
+    pane = page.locator(".pane").first
+    expect(pane).to_contain_text("this part can't be shown")
+    page.unroute(parts)
+    page.keyboard.press("ArrowRight")
+    expect(pane.locator("img").last).to_have_attribute("src", parts)
+    expect(pane).not_to_contain_text("can't be shown")
+
+
+def test_finishing_is_not_left_and_its_failure_is_named(served: Served, page_of: Open) -> None:
+    served.error = OutputUnwritable("the disk is full")
+    page = page_of(served.start())
+    page.locator("#finish").click()
+    served.may_finish.clear()
+    page.locator("#end-do").click()
+    page.keyboard.press("Escape")
+    expect(page.locator("#end")).to_be_visible()
+    served.may_finish.set()
+    expect(page.locator("#end-title")).to_have_text("Not finished")
+    expect(page.locator("#end-lines")).to_have_text("error: the disk is full")
+
+
 def test_of_a_thousand_photos_only_those_nearby_are_loaded(
     shoot: Culling, tmp_path: Path, page_of: Open
 ) -> None:
@@ -260,6 +321,7 @@ def test_nothing_sticks_out(served: Served, page_of: Open, width: int, scheme: s
     )
     assert outside == []
     page.keyboard.press("z")
+    expect(page.locator(".pane")).to_have_count(2)
     for box in page.locator(".pane").all():
         place = box.bounding_box()
         assert place is not None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import math
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import reduce
 from itertools import pairwise
 from types import SimpleNamespace
@@ -207,10 +210,10 @@ def stars(text: str) -> tuple[float, ...] | float:
     return given
 
 
-def sidecar_options(*ways: str, journalled: str = "") -> Decorator:
+def sidecar_options(*ways: str, review: str = "") -> Decorator:
     """Add --xmp and what belongs to it; `ways` are the command's other ways out.
 
-    `journalled` is one more option that --journal belongs to.
+    `review` is one more option that --stars and --journal belong to.
     """
     needs = " ".join(["--xmp", *ways])
     return together(
@@ -227,14 +230,14 @@ def sidecar_options(*ways: str, journalled: str = "") -> Decorator:
             "1.8,2.6,3.4,4.2); or top10: the best 10 % of the photos get five stars, and each star "
             "less goes to twice as many",
             stars,
-            needs="--xmp",
+            needs=f"--xmp {review}",
         ),
         flag("--dry-run", "only tell what would be done", needs=needs),
         option(
             "--journal FILE",
             "what `meiqa cull --undo` reads (default: a hidden file in the photos' folder)",
             path,
-            needs=f"{needs} {journalled}",
+            needs=f"{needs} {review}",
         ),
     )
 
@@ -363,6 +366,25 @@ def engine_of(options: Options, *, learn: bool = False) -> Engine:
     if not engine.model.calibration.is_fitted:
         say("warning: this model was never calibrated: scores and ± are raw; see meiqa calibrate")
     return engine
+
+
+def model_terms(digest: str, calibration: Calibration) -> dict[str, str]:
+    """Give what a score depends on in the model, by the digests of a package and calibration."""
+    text = json.dumps(asdict(calibration), sort_keys=True)
+    return {"package": digest, "calibration": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def terms_unopened(options: Options) -> dict[str, str]:
+    """Give the `model_terms` of the engine that the options name, which takes no opening."""
+    if options.remote is not None and options.memory is not None:
+        from meiqa.engine.remote import RemoteSettings
+
+        settings = RemoteSettings.of_memory(options.memory)
+        return model_terms(settings.digest, settings.calibration)
+    from meiqa.engine.package import EnginePackage
+
+    package = EnginePackage.open(options.package or embedded_assets() / "package", verify=False)
+    return model_terms(package.digest, package.manifest.calibration)
 
 
 def _retrieval(options: Options, calibration: Calibration) -> RetrievalPolicy | None:

@@ -7,10 +7,12 @@ import secrets
 import sys
 import threading
 import webbrowser
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from meiqa import __version__
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 
 Judged = TypeVar("Judged", Ranking, Culling)
 _WAYS = ("--list", "--copy-to", "--link-to", "--move-rejects-to")
-_TERMS = ("alike", "budget_ms", "k", "exclude_above", "raw", "package", "memory", "remote", "model")
-"""Options on which it depends what a cull finds."""
+_TERMS = ("alike", "budget_ms", "k", "exclude_above", "raw", "memory", "remote", "model")
+"""Options on which it depends what a cull finds, beside the model."""
 _SET = cli.together(
     cli.PATHS,
     cli.format_option("text", "json", "csv"),
@@ -60,7 +62,7 @@ def rank_command(options: Options) -> int:
     def judge(photos: Sequence[str]) -> Ranking:
         return _by_engine(options, photos, lambda engine: engine.rank, rivals=options.rivals)
 
-    code, _ = _judge_set(options, judge, Ranking(()))
+    code, _ = _judge_set(options, cli.photos_of(options), judge, Ranking(()))
     return code
 
 
@@ -82,7 +84,7 @@ def rank_command(options: Options) -> int:
     excludes="--undo --resume",
 )
 @cli.flag("--no-browser", "do not open the page, only print its address", needs="--review")
-@cli.sidecar_options(*_WAYS, journalled="--review")
+@cli.sidecar_options(*_WAYS, review="--review")
 @cli.flag(
     "--undo",
     "undo what the latest run did with the files of PATH, a folder or a journal",
@@ -109,7 +111,8 @@ def cull_command(options: Options) -> int:
     way = cli.way_out(options)
     if options.review:
         return _review(options, way)
-    code, found = _judge_set(options, partial(_cull, options), Culling(()))
+    photos = cli.photos_of(options)
+    code, found = _judge_set(options, photos, partial(_cull, options), Culling(()))
     if way is None:
         return code
     from meiqa.wayout import STARS, verdicts_of
@@ -135,7 +138,11 @@ def _review(options: Options, way: WayOut | None) -> int:
         from meiqa.serve.app import listen
         from meiqa.serve.review import Pictures, Review, run
 
-    terms = {"version": __version__, **{name: vars(options)[name] for name in _TERMS}}
+    named = cli.photos_of(options)
+    if not any(map(os.path.exists, named[0])):  # which is told, and nothing is made
+        return _judge_set(options, named, partial(_cull, options), Culling(()))[0]
+    terms = {"version": __version__, **cli.terms_unopened(options)}
+    terms |= {name: vars(options)[name] for name in _TERMS}
     beside = options.journal and f"{options.journal}.review"
     with Decisions(beside or os.path.join(common_folder(options.paths), NAME)) as decisions:
 
@@ -146,7 +153,7 @@ def _review(options: Options, way: WayOut | None) -> int:
                 decisions.remember(found, photos, terms)
             return found
 
-        code, found = _judge_set(options, judge, Culling(()))
+        code, found = _judge_set(options, named, judge, Culling(()))
         if not found.groups:
             return code
         told: list[str] = []
@@ -160,14 +167,32 @@ def _review(options: Options, way: WayOut | None) -> int:
         review = Review(found, decisions, options.stars or STARS, finish, will)
         pictures = Pictures(cli.as_asked([each.path for each in review.photos], options))
         token = secrets.token_urlsafe()
-        with listen("127.0.0.1", 0, Settings()) as opened:
+        with listen("127.0.0.1", 0, Settings()) as opened, ExitStack() as stack:
             opened.listen()  # so that a browser waits for its answer
             url = f"http://127.0.0.1:{opened.getsockname()[1]}/{token}/"
             cli.say(f"decide on {url}; what is decided stays in {decisions.path}")
             if not options.no_browser:
-                threading.Thread(target=webbrowser.open, args=[url], daemon=True).start()
+                way_there = stack.enter_context(_leading_to(url, decisions.path.resolve().parent))
+                threading.Thread(target=webbrowser.open, args=[way_there], daemon=True).start()
             run(review, pictures, token, opened)
     return code
+
+
+@contextmanager
+def _leading_to(url: str, folder: Path) -> Iterator[str]:
+    """Give the address of a file that only the user reads and that leads on to a URL.
+
+    A browser's arguments are seen by everybody on the machine. The file lies with the photos:
+    browsers in a sandbox don't see /tmp.
+    """
+    page = f'<!doctype html><meta http-equiv="refresh" content="0; url={url}">\n'
+    made = partial(NamedTemporaryFile, dir=folder, prefix=".meiqa-review-", suffix=".html")
+    with ExitStack() as stack:
+        with disk_errors(folder):
+            file = stack.enter_context(made("w"))
+            file.write(page)
+            file.flush()
+        yield Path(file.name).as_uri()
 
 
 def _carry_out(options: Options, verdicts: list[Verdict], note: Callable[[str], None]) -> int:
@@ -217,15 +242,18 @@ def _by_engine(
 
 
 def _judge_set(
-    options: Options, judge: Callable[[Sequence[str]], Judged], result: Judged
+    options: Options,
+    named: tuple[list[str], list[Failure]],
+    judge: Callable[[Sequence[str]], Judged],
+    result: Judged,
 ) -> tuple[int, Judged]:
-    """Judge the photos that were named, each once, and report them; `result` is that of none.
+    """Judge the photos of `cli.photos_of`, each once, and report them; `result` is that of none.
 
     Returns:
         The exit code, and what came of them.
     """
     unreadable: list[Failure]
-    listed, unreadable = cli.photos_of(options)
+    listed, unreadable = named
     photos = list(dict.fromkeys(listed))  # no photo is to be its own rival
     page = options.html and open_output(options.html, PAGE, force=options.force, inputs=photos)
     with page or nullcontext() as file:
