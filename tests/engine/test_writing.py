@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -240,7 +241,12 @@ def test_a_text_is_looked_through_only_where_something_is_to_be_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looks, text = list[int](), Prompts.text
-    monkeypatch.setattr(Prompts, "text", lambda own, ids: looks.append(1) or text(own, ids))
+
+    def looked(own: Prompts, ids: Sequence[int]) -> str:
+        looks.append(len(ids))
+        return text(own, ids)
+
+    monkeypatch.setattr(Prompts, "text", looked)
     written = "It is soft.</think><answer>3.45</answer>"
     told(written, measured=MEASURED)
     something = len(looks)
