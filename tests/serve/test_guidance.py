@@ -46,7 +46,7 @@ def course(frames: Sequence[Evidence], every_s: float = 0.15) -> list[str]:
         (replace(WELL, motion=3.0, distortions=(Distortion("jitter", 3.0, 0.9),)), "hold-still"),
         (replace(WELL, motion=3.0, detail=shaken(12.0)), "hold-still"),
         (replace(WELL, motion=None, detail=shaken(12.0)), "hold-still"),
-        (replace(WELL, motion=None, detail=shaken(8.0)), OTHERWISE.code),
+        (replace(WELL, motion=None, detail=shaken(9.5)), OTHERWISE.code),
         (replace(WELL, detail=shaken(12.0)), OTHERWISE.code),  # the camera was still
         (replace(WELL, distortions=(Distortion("motion blur", 4.0, 0.9),)), "step-back"),
         (measured(exposure=60.0), "more-light"),
