@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from meiqa.engine.images import load_pixels
 from meiqa.engine.reasons import NOTHING_SEEN, Observation, reason_for
 from meiqa.types import Detail, Distortion
 from tests.engine.test_detail import Picture, blurred, scene, seen, shaken
 
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 SHARP = Detail(sharpness=0.5, motion=1.0, noise=2.0, place=(1400, 900, 200, 200))
 SEEN = Observation((2000, 3000), SHARP)
 
@@ -42,6 +45,19 @@ def test_a_shot_out_of_focus_is_not_called_moved(radius: float) -> None:
 def test_a_shaken_shot_is_called_moved(length: int) -> None:
     reason = reason_for_pictures(scene(800, 1000), shaken(scene(800, 1000), length, axis=1))
     assert reason == "less motion"
+
+
+@pytest.mark.parametrize("radius", [1, 2, 3])
+def test_few_photographs_out_of_focus_are_called_moved(radius: float) -> None:
+    """Where edges run one way, defocus looks like motion along them."""
+    folder = SHARED / "pristine" / "images"
+    if not folder.is_dir():
+        pytest.skip(f"needs the photographs of {folder}")
+    reasons = []
+    for path in sorted(folder.iterdir())[:24]:
+        photo = load_pixels(path).array[:900, :900]
+        reasons.append(reason_for_pictures(photo, blurred(photo, radius)))
+    assert reasons.count("less motion") <= 3
 
 
 def reason_for_pictures(best: Picture, other: Picture) -> str | None:
