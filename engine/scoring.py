@@ -41,6 +41,7 @@ from meiqa.engine.estimates import (
     quality_word,
 )
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid
+from meiqa.engine.measures import LEAD
 from meiqa.engine.model import (
     Description,
     Draft,
@@ -174,6 +175,12 @@ class Scored:
         small = height * width < SMALL_PIXELS
         return (f"small: judged as the {width} x {height} pixels it has",) if small else ()
 
+    def _borne_out(self, text: str | None) -> str | None:
+        """Leave out what is written before what was measured, of damage that no pattern sees."""
+        if text and self.prefix.tokens.measured and self.patterns and self.patterns.sees_little:
+            text = text[max(0, text.find(LEAD)) :]
+        return text or None
+
     def estimate(self, name: str) -> Estimate | None:
         """Find the estimate of a source."""
         named = (e for e in self.estimates if isinstance(e, Estimate) and e.name == name)
@@ -191,7 +198,7 @@ class Scored:
             initial_score=self.initial_score,
             word=quality_word(self.posterior.score),
             percentile=snapshot.percentile(self.posterior.score),
-            summary=(description and description.text) or None,
+            summary=self._borne_out(description and description.text),
             memory_score=None if regression is None else regression.score,
             grades=dict(zip(LEVEL_WORDS, self.prediction.grading.grades.tolist(), strict=True)),
             distortions=() if self.patterns is None else self.patterns.distortions,
@@ -199,7 +206,7 @@ class Scored:
             detail=self.detail,
             neighbours=as_neighbours(self.neighbours, self.preferences),
             degraded=self.degraded + self._size_note(),
-            reflection=self.reflection,
+            reflection=self._borne_out(self.reflection),
             timings_ms={name: round(ms, 3) for name, ms in self.deadline.timings_ms.items()},
             counters=self.counters,
         )

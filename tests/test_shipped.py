@@ -67,7 +67,7 @@ def test_descriptions_tell_what_was_measured_and_leave_the_verdict_to_the_score(
         assert assessment.summary is not None
         assert assessment.summary.endswith(measured_sentence(measure_attributes(pixels)))
         assert "Overall" not in assessment.summary
-        assert not assessment.degraded
+        assert not assessment.left_out
 
 
 def test_degraded_photos_score_below_clean_ones(assessed: dict[str, Assessment]) -> None:
