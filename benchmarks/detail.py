@@ -50,7 +50,7 @@ def defocused(pixels: Picture, radius: float, rng: np.random.Generator) -> Pictu
     return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
 
 
-def moved(pixels: Picture, length: float, rng: np.random.Generator) -> Picture:
+def motion_blurred(pixels: Picture, length: float, rng: np.random.Generator) -> Picture:
     """Move by so many pixels, in a direction by chance, while the shutter is open."""
     angle = rng.uniform(0, np.pi)
     along = np.linspace(-length / 2, length / 2, 8 * int(np.ceil(length)) + 1)
@@ -77,7 +77,7 @@ def noisy(pixels: Picture, deviation: float, rng: np.random.Generator) -> Pictur
 
 LADDERS: dict[str, tuple[Damage, tuple[float, ...], int]] = {
     "sharpness": (defocused, (1, 2, 3, 4.5, 6), 1),
-    "motion": (moved, (1, 3, 6, 12, 24), DIRECTIONS),
+    "motion": (motion_blurred, (1, 3, 6, 12, 24), DIRECTIONS),
     "noise": (noisy, (3, 6, 12, 24, 36), 1),
 }
 """By the measure that is to tell it: a damage, its strengths, and how often it is done."""

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from meiqa.engine.measures import LUMA
+
 __all__ = ["METRICS", "multi_scale_ssim", "psnr", "similarities", "ssim"]
 
 Bytes = NDArray[np.uint8]
@@ -17,7 +19,7 @@ SIGMA, TRUNCATED = 1.5, 3.5
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 IDENTICAL_DB = 100.0
 METRICS = ("psnr", "ssim", "ms_ssim")
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_LUMA = np.array(LUMA, np.float32)
 
 
 def similarities(photo: Bytes, reference: Bytes) -> dict[str, float]:

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.measures import BRIGHTEST, DARKEST, noise_deviation
+from meiqa.engine.measures import BRIGHTEST, DARKEST, LUMA, noise_deviation
 from meiqa.types import Detail
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 CUT, CELL = 256, 16
 """Sides in pixels of the cuts that a photo is looked at in, and of the cells they are chosen by."""
 TEXTURED, FLAT = 12, 4
@@ -19,8 +18,6 @@ OCTAVES = 5
 SMALLEST_DETAILED = CELL << (OCTAVES - 3)
 """Side in pixels of the smallest photo in whose cuts the coarsest octave still has differences."""
 
-FLATTEST_OF_NOISE = 0.836
-"""What `noise_deviation` gives for white noise of deviation 1: its flattest blocks have less."""
 ROUNDING = 1 / 12
 """Variance, in grey levels squared, of what whole levels leave out; of much blur it hides most."""
 LEAST_ENERGY = 1e-3
@@ -50,10 +47,10 @@ def measure_detail(pixels: NDArray[np.uint8]) -> Detail | None:
     def cut(place: Place) -> NDArray[Any]:
         row, column = place
         rgb = pixels[row : row + side, column : column + side]
-        luma: NDArray[Any] = rgb.astype(np.float32) @ LUMA
+        luma: NDArray[Any] = rgb.astype(np.float32) @ np.array(LUMA, np.float32)
         return luma
 
-    noise = noise_deviation(np.hstack([cut(place) for place in flat])) / FLATTEST_OF_NOISE
+    noise = noise_deviation(np.hstack([cut(place) for place in flat]))
     variance = noise**2 + ROUNDING
     tensors = np.stack([gradient_tensors(cut(place), variance) for place in textured])
     energies = tensors.trace(axis1=2, axis2=3)

@@ -280,8 +280,9 @@ class Engine:
     ) -> Culling:
         """Group near-identical shots, and tell the best of each group.
 
-        Each photo is scored as by `score`, without learning. Then the photos of each group are
-        compared with each other, in both orders, and their scores are solved for together.
+        Exposure brackets, focus stacks and panoramas are groups of their own, kept whole. Each
+        photo is scored as by `score`, without learning. Then the shots of each group are compared
+        with each other, in both orders, and their scores are solved for together.
 
         Args:
             budget, k, on_photo: see `rank`.
@@ -289,7 +290,7 @@ class Engine:
                 smaller groups.
         """
         require_cosine(alike)
-        task = SetTask(self.scorer, images, budget, k, pairs_each=1)
+        task = SetTask(self.scorer, images, budget, k, pairs_each=1, culled=True)
         candidates, failures = task.candidates(on_photo)
         groups, solutions = culled(candidates, self.scorer.comparer, alike, task.pair_time)
         return Culling(groups, failures, left_out(candidates, solutions))
@@ -344,6 +345,7 @@ class SetTask:
     Args:
         budget: what each may cost.
         pairs_each: pairs of the set for each photo of it, for which time is kept.
+        culled: look for what a cull needs as well: detail, and the shot as far as series go.
 
     Attributes:
         pair_time: how many pairs there is time for.
@@ -356,11 +358,14 @@ class SetTask:
         budget: Budget | None,
         k: int | None,
         pairs_each: float,
+        culled: bool = False,
     ) -> None:
         require_several(images)
-        self._scorer, self._images = scorer, list(images)
+        self._scorer, self._images, self._culled = scorer, list(images), culled
         self._budget, self._pairs_ms = budget or Budget(), 0.0
-        self._request = check_request(ScoreRequest(b"", budget=self._budget, k=k, learn=False))
+        self._request = check_request(
+            ScoreRequest(b"", budget=self._budget, k=k, learn=False, detail=culled)
+        )
         costs, whole, count = None, Budget(), len(self._images)
         if self._budget.ms is not None and count:
             costs, whole = scorer.costs(), Budget(ms=count * self._budget.ms)
@@ -380,7 +385,7 @@ class SetTask:
             taken = replace(request, budget=self._share(len(self._images) - place))
             try:
                 scored = self._scorer.score(decoded, taken, snapshot)
-                candidates.append(Candidate.of(scored))
+                candidates.append(Candidate.of(scored, culled=self._culled))
             except ImageError as error:
                 failures.append(Failure(source_name(request.image), error))
             on_photo()

@@ -10,7 +10,9 @@ import zlib
 from functools import cache
 from typing import IO, Any
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from meiqa.engine.colour import ADOBE_RGB, SAYS_COLOURS, cicp_of
 from meiqa.errors import DecodeError, install_hint
@@ -78,17 +80,19 @@ def opened(stream: IO[bytes], name: str) -> Image.Image:
     says = head.partition(b"IDAT")[0] if head.startswith(_PNG) else head if kind else None
     if says and (cicp := cicp_of(says)):
         image.info["cicp"] = cicp
-    if head.startswith(_JPEG) and not image.info.keys() & SAYS_COLOURS and is_adobe_rgb(image):
-        image.info |= ADOBE_RGB
     return image
 
 
-def is_adobe_rgb(image: Image.Image) -> bool:
-    """Tell whether a camera says so in EXIF, as DCF has it."""
-    try:
-        return str(image.getexif().get_ifd(_INTEROPERABILITY).get(1)).startswith("R03")
+def said_of_colours(image: Image.Image) -> dict[Any, Any]:
+    """Give what a loaded image says of its colours, for `to_srgb`; nothing if they are sRGB's."""
+    if image.info.keys() & SAYS_COLOURS:
+        return image.info
+    try:  # cameras say Adobe RGB in EXIF alone, as DCF has it
+        camera = image.format in ("JPEG", "MPO")
+        index = image.getexif().get_ifd(_INTEROPERABILITY).get(1) if camera else None
     except Exception:  # unreadable EXIF is no reason to refuse the pixels
-        return False
+        return {}
+    return ADOBE_RGB if str(index).startswith("R03") else {}
 
 
 def is_raw(stream: IO[bytes], name: str) -> bool:
@@ -108,6 +112,34 @@ def is_raw(stream: IO[bytes], name: str) -> bool:
     return _DNG_VERSION in tags or (tags.get(_SUBFILE) == 1 and _MAKE in tags)
 
 
+def exif_of(image: Image.Image) -> dict[int, Any]:
+    """Give the EXIF of an opened file by tag; what is unreadable is left out."""
+    try:
+        return _told(image.getexif())
+    except Exception:  # hostile bytes make Pillow's plugins raise nearly anything
+        return {}
+
+
+def raw_exif(stream: IO[bytes]) -> dict[int, Any]:
+    """Give the EXIF of a RAW file that is built as a TIFF, as most are; nothing of others."""
+    exif, is_tiff = Image.Exif(), stream.read(4) in _TIFF
+    stream.seek(0)
+    try:
+        if is_tiff:
+            exif.load_from_fp(stream)
+        return _told(exif)
+    except Exception:  # hostile bytes make Pillow's plugins raise nearly anything
+        return {}
+    finally:
+        stream.seek(0)
+
+
+def _told(exif: Image.Exif) -> dict[int, Any]:
+    """The tags of a photo and of its exposure, without a maker's own, which are long."""
+    tags = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
+    return {tag: value for tag, value in tags.items() if not isinstance(value, bytes)}
+
+
 def raw_picture(stream: IO[bytes], name: str, *, develop: bool) -> Image.Image | bytes:
     """Give the largest preview in a RAW file, a JPEG or an image, or the developed picture.
 
@@ -117,7 +149,7 @@ def raw_picture(stream: IO[bytes], name: str, *, develop: bool) -> Image.Image |
     try:
         with rawpy.imread(stream) as raw:
             preview = None if develop else _raw_preview(rawpy, raw)
-            return preview or Image.fromarray(raw.postprocess(use_camera_wb=True))
+            return preview or _image_of(raw.postprocess(use_camera_wb=True))
     except rawpy.LibRawError as error:
         raise DecodeError(f"{name} is no RAW file that LibRaw reads: {error}") from None
 
@@ -277,9 +309,14 @@ def _raw_preview(rawpy: Any, raw: Any) -> Image.Image | bytes | None:
         return None
     if preview.format == rawpy.ThumbFormat.JPEG:
         return bytes(preview.data)
-    image = Image.fromarray(preview.data)
+    image = _image_of(preview.data)
     image.getexif()[ORIENTATION] = _ORIENTATION_OF_FLIP.get(raw.sizes.flip, 1)
     return image
+
+
+def _image_of(samples: NDArray[np.uint8]) -> Image.Image:
+    """Make an image of samples (H, W, C); a sensor without colours gives one channel."""
+    return Image.fromarray(samples[:, :, 0] if samples.shape[2:] == (1,) else samples)
 
 
 def _profile_unpacks(chunk: bytes) -> bool:

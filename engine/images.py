@@ -9,8 +9,9 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,17 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from meiqa.engine.colour import SAYS_COLOURS, to_srgb
+from meiqa.engine.colour import to_srgb
 from meiqa.engine.files import (
     ORIENTATION,
     describe_tiff,
+    exif_of,
     is_negative,
     is_raw,
     loaded,
     misread_tiff,
     opened,
+    raw_exif,
     raw_picture,
     readable_formats,
+    said_of_colours,
     without_metadata,
 )
 from meiqa.engine.manifest import ImageProcessing
@@ -67,8 +71,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What turns a photo of each EXIF orientation upright."""
+_Decoded = tuple[NDArray[np.uint8], list[str], dict[int, Any]]
 _DAMAGED = "the file is damaged or incomplete: fetch it again"
-_pillow_limit_lock = threading.Lock()
+_pillow_lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +82,14 @@ class Pixels:
 
     `array` is RGB uint8, ``(H, W, 3)``, C-contiguous and read-only, so that `digest`, the SHA-256
     of its shape and bytes in hex, stays true. `name` is what messages call the photo; `notes` say
-    what of its file is damaged.
+    what of its file is damaged; `exif` has what the camera wrote of the shot, by tag.
     """
 
     array: NDArray[np.uint8]
     digest: str
     name: str
     notes: tuple[str, ...] = ()
+    exif: Mapping[int, Any] = field(default_factory=dict)
 
 
 def load_pixels(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
@@ -108,14 +114,14 @@ def load_pixels(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) ->
     if isinstance(source, np.ndarray):
         source = _image_from_array(source, name)
     if isinstance(source, Image.Image):
-        array, notes = _decode(source, name, max_pixels)
+        array, notes, exif = _decode(source, name, max_pixels)
     else:
         with _byte_stream(source, name) as stream:
-            array, notes = _from_file(stream, name, max_pixels, isinstance(source, Developed))
+            array, notes, exif = _from_file(stream, name, max_pixels, isinstance(source, Developed))
     array.flags.writeable = False
     digest = hashlib.sha256(np.array(array.shape, dtype="<i8").tobytes())
     digest.update(array.data)
-    return Pixels(array, digest.hexdigest(), name, tuple(notes))
+    return Pixels(array, digest.hexdigest(), name, tuple(notes), exif)
 
 
 def source_name(source: ImageSource) -> str:
@@ -288,36 +294,51 @@ def _byte_stream(source: object, name: str) -> IO[bytes]:
         raise DecodeError(f"{name} cannot be opened: {reason}") from None
 
 
-def _from_file(
-    stream: IO[bytes], name: str, max_pixels: int, develop: bool
-) -> tuple[NDArray[np.uint8], list[str]]:
-    if is_raw(stream, name):
+def _from_file(stream: IO[bytes], name: str, max_pixels: int, develop: bool) -> _Decoded:
+    told: dict[int, Any] = {}
+    with _quietly():
+        raw = is_raw(stream, name)
+        if raw:
+            told = raw_exif(stream)
+    if raw:
         picture = raw_picture(stream, name, develop=develop)
         if isinstance(picture, Image.Image):
-            return _decode(picture, name, max_pixels)
+            array, notes, exif = _decode(picture, name, max_pixels)
+            return array, notes, {**told, **exif}
         stream = io.BytesIO(picture)
     try:
         with _header(stream, name, max_pixels) as image:
-            return _decode(image, name, max_pixels, loaded)
+            array, notes, exif = _decode(image, name, max_pixels, loaded)
+            return array, notes, {**told, **exif}
     except DecodeError:
         bare = without_metadata(stream)
         if bare is None:
             raise
     stream, notes = bare
     with _header(stream, name, max_pixels) as image:
-        array, more = _decode(image, name, max_pixels, loaded)
-    return array, notes + more
+        array, more, exif = _decode(image, name, max_pixels, loaded)
+    return array, notes + more, exif
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Hear no warnings: broken metadata is no reason to refuse the pixels, nor the user's concern.
+
+    Their filters are global in Python, so this is one thread's at a time.
+    """
+    with _pillow_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
     """Read the header, with Pillow's own limit set to ours.
 
     Plugins may allocate while they open, so the limit has to hold there already. It is a module
-    global of Pillow, as are the warning filters: both are changed for the moment of the header
-    only, by one thread at a time, and put back.
+    global of Pillow: it is changed for the moment of the header only, by one thread at a time, and
+    put back.
     """
-    with _pillow_limit_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # broken metadata is no reason to refuse the pixels
+    with _quietly():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
         try:
@@ -337,6 +358,9 @@ def _header(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
             raise _undecodable(name, error) from None
         finally:
             Image.MAX_IMAGE_PIXELS = before
+        if image.format == "TIFF":  # which reads it again with the pixels, and warns then
+            with suppress(Exception):
+                image.getexif()
     if misread_tiff(image):
         raise _unread_tiff(name, describe_tiff(stream))
     return image
@@ -352,17 +376,19 @@ def _decode(
     name: str,
     max_pixels: int,
     load: Callable[[Image.Image, list[str]], Image.Image] = _loaded_alone,
-) -> tuple[NDArray[np.uint8], list[str]]:
-    """Give upright RGB, and what is damaged."""
+) -> _Decoded:
+    """Give upright RGB, what is damaged, and EXIF."""
     notes: list[str] = []
     _check_size(image, name, max_pixels)
     try:
         pixels = load(image, notes)
         _check_size(pixels, name, max_pixels)  # a damaged header may have announced less
         colours = _eight_bit(pixels, name)
-        if image.info.keys() & SAYS_COLOURS:
-            colours = to_srgb(colours, image.info, notes)
-        return np.array(_upright(_on_white(colours), image)), notes
+        with _quietly():
+            exif, said = exif_of(image), said_of_colours(image)
+        if said:
+            colours = to_srgb(colours, said, notes)
+        return np.array(_upright(_on_white(colours), image)), notes, exif
     except ImageError:
         raise
     except Exception as error:  # hostile bytes make Pillow's plugins raise nearly anything
@@ -382,7 +408,8 @@ def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
     if image.format == "JXL":  # its pixels come upright, whatever its EXIF says
         return pixels
     try:
-        turn = _UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+        with _quietly():
+            turn = _UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # unreadable EXIF is no reason to refuse the pixels
         return pixels
     return pixels if turn is None else pixels.transpose(turn)

@@ -9,8 +9,9 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.estimates import softmax
+from meiqa.engine.estimates import quality_word, softmax
 from meiqa.engine.manifest import ImageProcessing
+from meiqa.engine.measures import measure_attributes, measured_sentence, verdict_sentence
 from meiqa.engine.model import (
     ANSWER_TOKENS,
     RATING_TOKENS,
@@ -68,7 +69,9 @@ class LocalModel:
         grid = pixels.shape[0] // image.cell_pixels, pixels.shape[1] // image.cell_pixels
         tokens = self._vision.run({"cells": patches.reshape(*grid, -1)})["tokens"]
         require_finite(tokens)
-        return VisualTokens(tokens, grid)
+        measured = self.prompts.family.measured
+        told = measured_sentence(measure_attributes(pixels)) if measured else ""
+        return VisualTokens(tokens, grid, told)
 
     def prefill(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:
         """Read the prompt's opening with each picture; see `Model.prefill`."""
@@ -107,11 +110,12 @@ class LocalModel:
     ) -> Description:
         """Write a description and a rating, greedily; see `Model.describe`.
 
-        The model writes freely, markers included. Only where the limit cuts the description, or
-        where no number was written, the answer's opening is forced, once.
+        The model writes freely, markers included, but for what was measured. Only where the limit
+        cuts the description, or where no number was written, the answer's opening is forced, once.
         """
         proposer = self._proposer(drafts)
-        writing = Writing(self, prefix, self.prompts.score, max_tokens + RATING_TOKENS, proposer)
+        room, told = max_tokens + RATING_TOKENS, prefix.tokens.measured
+        writing = Writing(self, prefix, self.prompts.score, room, proposer, told)
         description, marked = self._written_until_end(writing, max_tokens, stop)
         if not self.prompts.family.answer_open:
             return description
@@ -123,7 +127,11 @@ class LocalModel:
         """Write a corrected description; see `Model.reflect`."""
         question = self.prompts.reflect(summary, initial, score)
         limit = len(self.prompts.ids(summary)) + 32
-        writing = Writing(self, prefix, question, limit, self._proposer([Draft(summary)]))
+        # The verdict of the score that is printed: another one could only contradict it.
+        measured = prefix.tokens.measured
+        told = measured and f"{measured}{verdict_sentence(quality_word(score))}"
+        proposer = self._proposer([Draft(summary)])
+        writing = Writing(self, prefix, question, limit, proposer, told)
         return self._written_until_end(writing, limit)[0]
 
     def unwritten_key(self, tokens: VisualTokens) -> Floats:
@@ -168,7 +176,7 @@ class LocalModel:
     ) -> float | None:
         """Write until the answer is closed; the number in it from token `start` on."""
         family = self.prompts.family
-        closed = writing.until(family.answer_close, len(writing.tokens) + limit, start)
+        closed = writing.until(family.answer_close, writing.written + limit, start)
         ids = writing.tokens[start:] + [writing.next_token] * closed
         cut = not closed and not writing.stopped
         return printed_rating(opening + self.prompts.text(ids), family, cut=cut)

@@ -30,10 +30,15 @@ StopRule = Callable[[], bool] | None
 
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
-    """A picture as the decoder sees it: tokens (T, D) on a grid of rows and columns."""
+    """A picture as the decoder sees it: tokens (T, D) on a grid of rows and columns.
+
+    `measured` is the sentence that tells what was measured in its pixels; empty where the model's
+    descriptions have none, or of a picture whose pixels are no longer there.
+    """
 
     values: Floats
     grid: tuple[int, int]
+    measured: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,9 +26,10 @@ from meiqa.errors import ImageError, UsageError
 from meiqa.types import Distortion
 
 NAMED_ABOVE = 0.4
-"""A distortion is listed when it is at least so probable: at most two are. With 0.25 a third of
-what was listed was not there, and 7 of 40 untouched photographs had something; now it is a fifth,
-and 4 of them."""
+"""A distortion is listed when it is at least so probable, so at most two are; less sure ones are
+too often not there (`benchmarks.reference` counts them)."""
+LITTLE = 2.0
+"""Damage below this strength, and of no kind that is sure enough to be listed, is hardly there."""
 STRONGEST = 5.0
 """The scale of strength: KADID-10k's levels, 0 where there is nothing."""
 TOP = 5.0
@@ -48,7 +49,7 @@ class PatternScore:
         score, std: the hybrid score with a reference, that of the patterns alone without one, and
             its deviation from people's.
         weight: the gate, the share of `full_reference` beside `no_reference`.
-        distortions: the likeliest first.
+        distortions: the likeliest first; strength: of damage of any kind, 0-5.
         map: (h, w) how strongly each visual token of the photo is distorted, 0-1.
     """
 
@@ -58,7 +59,13 @@ class PatternScore:
     full_reference: float | None
     weight: float
     distortions: tuple[Distortion, ...]
+    strength: float
     map: Floats
+
+    @property
+    def sees_little(self) -> bool:
+        """Whether there is hardly any damage, as far as the patterns see."""
+        return not self.distortions and self.strength < LITTLE
 
     def over(self, height: int, width: int) -> Floats:
         """Give the map at a photo's own size, linear between the middles of the tokens."""
@@ -87,13 +94,15 @@ class PatternScorer:
             require_finite(values)
         no_reference, full_reference, weight = map(float, made["scores"])
         own = mapped(c.alone, no_reference)
+        strength = float(np.clip(made["strength"][0], 0.0, STRONGEST))
         alone = PatternScore(
             score=own,
             std=c.alone_std,
             no_reference=own,
             full_reference=None,
             weight=0.0,
-            distortions=self._named(made["kinds"], float(made["strength"][0])),
+            distortions=self._named(made["kinds"], strength),
+            strength=strength,
             map=_on_map(made["cells"], photo.grid),
         )
         if reference is None:
@@ -117,6 +126,7 @@ class PatternScorer:
             full_reference=TOP,
             weight=1.0,
             distortions=(),
+            strength=0.0,
             map=np.zeros_like(alone.map),
         )
 
@@ -139,9 +149,8 @@ class PatternScorer:
         """List the likeliest distortions; the first of the kinds stands for none."""
         probabilities = softmax(logits.astype(np.float64) / self.calibration.temperature)
         likeliest = [int(i) for i in np.argsort(-probabilities, kind="stable") if i > 0]
-        level = float(np.clip(strength, 0.0, STRONGEST))
         return tuple(
-            Distortion(self._patterns.kinds[i], level, float(probabilities[i]))
+            Distortion(self._patterns.kinds[i], strength, float(probabilities[i]))
             for i in likeliest
             if probabilities[i] >= NAMED_ABOVE
         )

@@ -73,6 +73,11 @@ class PromptFamily:
     verdicts: tuple[str, str]
     summary_tokens: int
 
+    @property
+    def measured(self) -> bool:
+        """Whether descriptions have the sentence of `meiqa.engine.measures`, as ours do."""
+        return self.name == "meiqa"
+
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as they stand in the manifest."""
         return asdict(self)

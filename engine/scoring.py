@@ -41,6 +41,7 @@ from meiqa.engine.estimates import (
     quality_word,
 )
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid
+from meiqa.engine.measures import LEAD
 from meiqa.engine.model import (
     Description,
     Draft,
@@ -168,11 +169,17 @@ class Scored:
         """How much farther than usual such photographs are misjudged."""
         return next(each for each in self.estimates if isinstance(each, Doubt))
 
-    def _too_small(self) -> tuple[str, ...]:
-        """Name a small photo: a property of each photo, so that no set of photos repeats it."""
+    def _size_note(self) -> tuple[str, ...]:
+        """Name a photo of few pixels, if it is one."""
         height, width = self.pixels.array.shape[:2]
         small = height * width < SMALL_PIXELS
         return (f"small: judged as the {width} x {height} pixels it has",) if small else ()
+
+    def _borne_out(self, text: str | None) -> str | None:
+        """Leave out what is written before what was measured, of damage that no pattern sees."""
+        if text and self.prefix.tokens.measured and self.patterns and self.patterns.sees_little:
+            text = text[max(0, text.find(LEAD)) :]
+        return text or None
 
     def estimate(self, name: str) -> Estimate | None:
         """Find the estimate of a source."""
@@ -191,15 +198,15 @@ class Scored:
             initial_score=self.initial_score,
             word=quality_word(self.posterior.score),
             percentile=snapshot.percentile(self.posterior.score),
-            summary=(description and description.text) or None,
+            summary=self._borne_out(description and description.text),
             memory_score=None if regression is None else regression.score,
             grades=dict(zip(LEVEL_WORDS, self.prediction.grading.grades.tolist(), strict=True)),
             distortions=() if self.patterns is None else self.patterns.distortions,
             reference=self.reference,
             detail=self.detail,
             neighbours=as_neighbours(self.neighbours, self.preferences),
-            degraded=self.degraded + self._too_small(),
-            reflection=self.reflection,
+            degraded=self.degraded + self._size_note(),
+            reflection=self._borne_out(self.reflection),
             timings_ms={name: round(ms, 3) for name, ms in self.deadline.timings_ms.items()},
             counters=self.counters,
         )
@@ -439,7 +446,9 @@ class Scorer:
         """Name everything that was left out or went another way."""
         notes = [*scored.pixels.notes, *scored.plan.losses(scored.whole)]
         description, retrieved = scored.prediction.description, len(scored.neighbours)
-        if not scored.prediction.stats.complete and "shorter summary" not in notes:
+        if scored.prediction.stats.complete:  # few tokens were enough
+            notes = [note for note in notes if note != "shorter summary"]
+        elif "shorter summary" not in notes:
             notes.append("summary cut at the token limit")
         if description is not None and description.unreadable and self.model.head == "text":
             notes.append("rating unreadable: scored by grade word")

@@ -20,11 +20,13 @@ from meiqa.engine.estimates import (
     calibrated,
     preferences_of,
 )
+from meiqa.engine.reasons import COMPARED, NOTHING_SEEN, Observation, reason_for
 from meiqa.engine.scoring import Scored, as_neighbours
+from meiqa.engine.series import Frame, frame_of, series_in
 from meiqa.engine.shots import ALIKE, grouped, likenesses, view_of
 from meiqa.errors import UsageError
 from meiqa.kernels.thurstone import thurstone_joint
-from meiqa.types import CulledPhoto, Neighbour, RankedPhoto
+from meiqa.types import CulledPhoto, GroupKind, Neighbour, RankedPhoto
 
 RIVALS = 4
 """Photos of the set that each is compared with: of near scores, whose order is least certain."""
@@ -44,7 +46,8 @@ class Candidate:
 
     Attributes:
         prior: the score before any comparison; score: the fused one; doubt: of its deviation.
-        view: what it shows, None if that is not known.
+        view: what it shows, None if that is not known; frame: the shot as far as series go;
+            observation: what may speak for it; both for a cull alone.
         notes: what of its file is damaged.
     """
 
@@ -57,13 +60,15 @@ class Candidate:
     neighbours: tuple[Neighbour, ...]
     summary: str | None = None
     view: NDArray[np.float32] | None = None
+    frame: Frame | None = None
+    observation: Observation = NOTHING_SEEN
     hurried: bool = False
     doubt: Doubt = UNDOUBTED
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, scored: Scored) -> Candidate:
-        """Keep what a set needs of a scored photo; its pixels are let go."""
+    def of(cls, scored: Scored, *, culled: bool = False) -> Candidate:
+        """Keep what a set, or a cull, needs of a scored photo; its pixels are let go."""
         description = scored.prediction.description
         return cls(
             path=scored.pixels.name,
@@ -75,10 +80,18 @@ class Candidate:
             neighbours=as_neighbours(scored.neighbours, scored.preferences),
             summary=None if description is None else description.text,
             view=view_of(scored.pixels.array),
+            frame=frame_of(scored.pixels) if culled else None,
+            observation=_observed(scored) if culled else NOTHING_SEEN,
             hurried=scored.hurried,
             doubt=scored.doubt,
             notes=scored.pixels.notes,
         )
+
+
+def _observed(scored: Scored) -> Observation:
+    height, width = scored.pixels.array.shape[:2]
+    distortions = () if scored.patterns is None else scored.patterns.distortions
+    return Observation((height, width), scored.detail, distortions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +104,8 @@ class Solution:
         order: indices, best first; alone: the same by the scores before the photos met.
         compared: (N,) with how many of the set each was compared.
         left_out: of all `pairs` those that there was no time for.
-        gap_std: deviation of the difference of the first two scores: that of one comparison where
-            all were of shots of one scene, else of both scores.
+        scene_std: deviation of the difference of two scores where all comparisons were of shots
+            of one scene, None where it is that of both scores.
     """
 
     scores: Floats
@@ -102,7 +115,18 @@ class Solution:
     compared: NDArray[np.intp]
     left_out: int
     pairs: int
-    gap_std: float
+    scene_std: float | None = None
+
+    def gap_std(self, one: int, other: int) -> float:
+        """Give the deviation of the difference of two scores: of one comparison within a scene."""
+        if self.scene_std is not None:
+            return self.scene_std
+        return math.hypot(self.posteriors[one].std, self.posteriors[other].std)
+
+    def too_close(self, one: int, other: int) -> bool:
+        """Tell whether two scores differ by no more than the deviation of that."""
+        gap = abs(float(self.scores[one] - self.scores[other]))
+        return gap <= self.gap_std(one, other)
 
 
 def solve(
@@ -134,9 +158,7 @@ def solve(
     posteriors = tuple(
         each.doubt.combined(calibrated(score, std, calibration)) for each, score, std in solved
     )
-    gap_std = math.hypot(*(each.std for each in posteriors[:2]))
-    if calibration.scene and verdicts.of_scene and all(verdicts.of_scene):
-        gap_std = calibration.scene.sigma
+    is_scene = bool(verdicts.of_scene) and all(verdicts.of_scene)
     return Solution(
         scores=scores,
         posteriors=posteriors,
@@ -146,7 +168,7 @@ def solve(
         compared=np.bincount(np.array(verdicts.pairs, np.intp).ravel(), minlength=len(candidates)),
         left_out=left_out,
         pairs=left_out + len(verdicts.pairs),
-        gap_std=gap_std,
+        scene_std=calibration.scene.sigma if calibration.scene and is_scene else None,
     )
 
 
@@ -246,24 +268,37 @@ def ranked(candidates: Sequence[Candidate], solution: Solution) -> tuple[RankedP
 def culled(
     candidates: Sequence[Candidate], comparer: Comparer, alike: float, time: PairTime
 ) -> tuple[tuple[tuple[CulledPhoto, ...], ...], tuple[Solution, ...]]:
-    """Group shots of one scene, and put each group in order by comparing its photos.
+    """Find series, group shots of one scene, and put each group in order by comparing its photos.
 
-    Groups come in the order of their first photos; each holds its best photo first.
+    Groups come in the order of their first photos; each holds its best photo first. The photos of
+    a series aren't compared, since none is to be chosen, and stay as they were taken.
     """
-    views = [each.view for each in candidates if each.view is not None]
-    digests = [each.image_digest for each in candidates]
+    series = series_in([each.frame for each in candidates])
+    together = {index for each in series for index in each.members}
+    apart = [index for index in range(len(candidates)) if index not in together]
+    views = [view for index in apart if (view := candidates[index].view) is not None]
+    digests = [candidates[index].image_digest for index in apart]
+    found: list[tuple[Sequence[int], GroupKind | None]] = [(e.members, e.kind) for e in series]
+    for places in grouped(views, digests, alike):
+        found.append(([apart[place] for place in places], "burst" if len(places) > 1 else None))
     groups, solutions = [], []
-    for members in grouped(views, digests, alike):
+    for members, kind in sorted(found, key=lambda each: min(each[0])):
         group = [candidates[index] for index in members]
-        rivals = 2 * min(len(group) - 1, ALL_PAIRS)
+        rivals = 2 * min(len(group) - 1, ALL_PAIRS) if kind == "burst" else 0
         solution = solve(group, comparer, rivals, time, alike=-1.0)
-        groups.append(_in_order(group, solution))
+        groups.append(_in_order(group, solution, kind))
         solutions.append(solution)
     return tuple(groups), tuple(solutions)
 
 
-def _in_order(group: Sequence[Candidate], solution: Solution) -> tuple[CulledPhoto, ...]:
-    best = group[solution.order[0]]
+def _in_order(
+    group: Sequence[Candidate], solution: Solution, kind: GroupKind | None
+) -> tuple[CulledPhoto, ...]:
+    order = solution.order if kind == "burst" else tuple(range(len(group)))
+    first, best = order[0], group[order[0]]
+    near = [kind == "burst" and solution.too_close(first, each) for each in order]
+    if kind == "burst":
+        near[0] = near[1]
     return tuple(
         CulledPhoto(
             place=place,
@@ -273,9 +308,21 @@ def _in_order(group: Sequence[Candidate], solution: Solution) -> tuple[CulledPho
             alone=group[index].score,
             likeness=_likeness(best, group[index]),
             summary=group[index].summary,
+            kind=kind,
+            too_close=close,
+            reason=_reason(group, solution) if kind == "burst" and place == 1 else None,
         )
-        for place, index in enumerate(solution.order, 1)
+        for place, (index, close) in enumerate(zip(order, near, strict=True), 1)
     )
+
+
+def _reason(group: Sequence[Candidate], solution: Solution) -> str | None:
+    """What speaks for the best photo against the next: what is seen, or else the comparison."""
+    best, other, *_ = solution.order
+    if reason := reason_for(group[best].observation, group[other].observation):
+        return reason
+    compared = solution.compared[best] and not solution.too_close(best, other)
+    return COMPARED if compared else None
 
 
 def _likeness(one: Candidate, other: Candidate) -> float:
@@ -289,10 +336,10 @@ def _likeness(one: Candidate, other: Candidate) -> float:
 
 def preference_of(solution: Solution) -> float:
     """Give the probability that the first of two photos looks better, by their joint solution."""
-    gap = float(solution.scores[0] - solution.scores[1])
-    if solution.gap_std == 0.0:
+    gap, std = float(solution.scores[0] - solution.scores[1]), solution.gap_std(0, 1)
+    if std == 0.0:
         return 0.5 + 0.5 * float(np.sign(gap))
-    return 0.5 * math.erfc(-gap / (solution.gap_std * math.sqrt(2.0)))
+    return 0.5 * math.erfc(-gap / (std * math.sqrt(2.0)))
 
 
 def left_out(candidates: Sequence[Candidate], solutions: Sequence[Solution]) -> tuple[str, ...]:

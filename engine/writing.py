@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from meiqa.engine.measures import LEAD
 from meiqa.engine.model import Floats, GenerationStats, Prefix, StopRule
 from meiqa.engine.prompts import Prompts
 from meiqa.engine.runtime.decoder import Decoder, KeyValues, Row, require_finite
@@ -106,8 +107,12 @@ class Writing:
     model's own choices agree with them, it would have written just these, and the calls for them
     are saved; the rest is forgotten by not counting it as part of the past.
 
+    Args:
+        told: what was measured in the picture, from `LEAD` on, which is not the model's to guess:
+            it writes the lead, is given the rest, and goes on behind it.
+
     Attributes:
-        tokens: what was accepted so far, neither the question nor forced tokens included.
+        tokens: the text so far, without the question and what was forced on the model beside it.
     """
 
     def __init__(
@@ -117,10 +122,13 @@ class Writing:
         question: NDArray[np.int64],
         capacity: int,
         proposer: Proposer | None = None,
+        told: str = "",
     ) -> None:
         self.tokens: list[int] = []
         self._model, self._prefix, self._proposer = model, prefix, proposer or Proposer()
-        self._past = self._empty_past(len(question) + capacity)
+        self._told: list[int] = model.prompts.ids(told.removeprefix(LEAD)).tolist()
+        self._given = 0
+        self._past = self._empty_past(len(question) + len(self._told) + capacity)
         self._length = 0
         self._hidden: list[Floats] = []
         self._reply: list[int] = []  # forced tokens included
@@ -134,6 +142,11 @@ class Writing:
         return self.next_token == self._model.prompts.stop
 
     @property
+    def written(self) -> int:
+        """How many tokens the model wrote, which take their time, unlike those that it was told."""
+        return len(self.tokens) - self._given
+
+    @property
     def next_token(self) -> int:
         """What the model would write next."""
         return self._choices[self._ahead]
@@ -141,7 +154,7 @@ class Writing:
     def stats(self, *, complete: bool) -> GenerationStats:
         """Tell what it took so far."""
         counts = self._calls, self._drafted, self._accepted
-        return GenerationStats(len(self.tokens), complete, *counts)
+        return GenerationStats(self.written, complete, *counts)
 
     def accept(self) -> None:
         token = self.next_token
@@ -153,7 +166,7 @@ class Writing:
             self._ahead += 1
             self._accepted += 1
         else:
-            hidden = self._feed([token])
+            (hidden,) = self._feed([token])
         self._hidden.append(hidden)
 
     def force(self, ids: NDArray[np.int64]) -> None:
@@ -161,10 +174,19 @@ class Writing:
         self._reply += ids.tolist()
         self._feed(ids.tolist())
 
+    def _tell(self) -> None:
+        """Write what is told, in one call, once its lead is written."""
+        if self._told and self._model.prompts.text(self.tokens[-len(LEAD) :]).endswith(LEAD):
+            ids, self._told = self._told, []
+            self.tokens += ids
+            self._reply += ids
+            self._hidden += [*self._feed(ids)]
+            self._given = len(ids)
+
     def until(self, marker: str, limit: int, start: int = 0, *, stop: StopRule = None) -> bool:
         """Write until the next token completes a marker in the text from token `start` on.
 
-        False when the turn ends, or before it `limit` tokens are accepted or the rule says to
+        False when the turn ends, or before it `limit` tokens are written or the rule says to
         stop. A marker that has begun by then may still be completed.
         """
         prompts = self._model.prompts
@@ -175,11 +197,12 @@ class Writing:
             tail = prompts.text([*self.tokens[first:], self.next_token])
             if marker in tail:
                 return True
-            full = len(self.tokens) >= limit or (stop is not None and stop())
+            full = self.written >= limit or (stop is not None and stop())
             begun = any(tail.endswith(marker[:count]) for count in range(1, len(marker)))
             if full and not begun:
                 return False
             self.accept()
+            self._tell()
         return False
 
     def mean_hidden(self, count: int) -> Floats | None:
@@ -188,7 +211,7 @@ class Writing:
         return np.asarray(np.stack(hidden).mean(axis=0)) if hidden else None
 
     def _feed(self, ids: list[int]) -> Floats:
-        """Read tokens, and check what is proposed behind them; the last one's hidden state (D,)."""
+        """Read tokens, and check what is proposed behind them; the tokens' hidden states (n, D)."""
         fed = len(ids)
         if missing := max(0, self._length + fed - self._past.shape[3]):
             more = self._empty_past(max(missing, PAST_STEP))
@@ -219,7 +242,7 @@ class Writing:
         self._most_proposed = min(PROPOSED_TOKENS, FEWEST_PROPOSED + 2 * agreed)
         self._calls += 1
         self._drafted += len(proposed)
-        return np.asarray(hidden[fed - 1])
+        return np.asarray(hidden[:fed])
 
     def _empty_past(self, room: int) -> Floats:
         layers, two, heads, _, width = self._prefix.key_values.array.shape

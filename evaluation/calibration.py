@@ -65,7 +65,8 @@ LAMBDAS = (0.01, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0, 30.0, 60.0, 100.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 MEMORY_SHARES = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 HARDLY_MORE = 1.005
-"""Times the least error that is given for a smaller share of the memory's regression."""
+"""Times the least error that is given for a smaller share of the memory's regression, or for a
+greater one of the grade."""
 FEWEST_ANCHORS = 100
 REFLECTED_SHARE = 0.05
 """Share of photos whose score moves enough to be reflected on."""
@@ -371,6 +372,16 @@ def with_memory(judged: Judged, share: float, own: Floats) -> Floats:
     return (1.0 - share) * own + share * np.clip(judged.memory, LOWEST, HIGHEST)
 
 
+def fitted_grade_share(human: Floats, mixed: Callable[[float], Floats]) -> float:
+    """Choose the greatest share of the grade, beside the rating, that costs hardly more.
+
+    A grade takes one pass, a rating a whole text: without it a score is the same, written or not.
+    """
+    errors = {share: root_mean_square(mixed(share) - human) for share in SHARES}
+    allowed = HARDLY_MORE * min(errors.values())
+    return max(share for share, error in errors.items() if error <= allowed)
+
+
 def fitted_memory_share(judged: Judged, own: Floats) -> float:
     """Choose the least share of the memory's regression that costs hardly more than the best.
 
@@ -430,11 +441,14 @@ def fitted_priors(
         text_std=root_mean_square(text - human),
         levels_std=root_mean_square(levels - human),
         graded=response,
-        grade_share=min(SHARES, key=lambda share: root_mean_square(mixed(share) - human)),
+        grade_share=fitted_grade_share(human, mixed),
     )
     alone = graded if head == "grm" else levels
     observed = mixed(base.grade_share) if head == "text" else alone
-    if share is None and not np.isnan(judged.memory).any():
+    unknown = bool(np.isnan(judged.memory).any())
+    if share and unknown:
+        raise UsageError("the memory has no regression", seen=f"a share of {share:g}", allowed="0")
+    if share is None and not unknown:
         share = fitted_memory_share(judged, observed)
     if share is not None:
         base = replace(base, memory_share=share)

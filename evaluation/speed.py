@@ -72,7 +72,7 @@ def bench_budget(
                 if index >= WARM_UP:
                     times.append(elapsed_ms)
                     asked.append(sum(n.preference is not None for n in result.neighbours))
-                    left_out.update(result.degraded)
+                    left_out.update(result.left_out)
         summed = quantiles_ms(times)
         late = round(summed["p99_ms"] / budget_ms, 3)
         rows.append({"budget_ms": budget_ms, **summed, "max_ms": round(max(times), 3)})

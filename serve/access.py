@@ -208,26 +208,27 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def refuse_other_sites(host: str | None, origin: str | None) -> None:
+def refuse_other_sites(host: str | None, origin: str | None, remedy: str | None = None) -> None:
     """Refuse what only another site's page would send to a service without keys.
 
     Args:
         host: the request's Host; a name that was made to point at this machine is not its own.
         origin: the request's Origin; pages of other sites are none of ours.
+        remedy: what makes the service answer to other machines, too.
 
     Raises:
         AccessDenied: it does not come from this machine, or from a page of this service.
     """
     if not host or not is_loopback(_parts(f"//{host}").hostname or ""):
         raise AccessDenied(
-            "without keys this service answers to its own machine only",
+            "this service answers to its own machine only",
             seen=f"Host: {host}",
             allowed="localhost, 127.0.0.1 or [::1]",
-            hint="give it keys: meiqa serve --api-key-file",
+            hint=remedy,
         )
     if origin is not None and _parts(origin).netloc != host:
         raise AccessDenied(
-            "without keys this service answers to no other site's pages", seen=f"Origin: {origin}"
+            "this service answers to no other site's pages", seen=f"Origin: {origin}"
         )
 
 

@@ -36,7 +36,7 @@ _DESCRIPTION = """Scores photographs from 1.00 to 5.00, says how sure it is, and
 A request's budget counts from the moment its photo has arrived, waiting included. What can't be
 answered in time is refused at once with 503 and `Retry-After`. Errors are problem details
 (RFC 9457)."""
-_PAGE_HEADERS = {
+PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -89,7 +89,7 @@ class _Page(StaticFiles):
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
-        response.headers.update(_PAGE_HEADERS)
+        response.headers.update(PAGE_HEADERS)
         return response
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from meiqa.engine.budget import CostEstimate
+from meiqa.engine.measures import measure_attributes
 from meiqa.errors import UsageError
 from meiqa.serve.guidance import STILL, Adviser, Evidence, Instruction
 from meiqa.types import Assessment
@@ -41,7 +42,7 @@ _OTHER_SCENE = 8.0
 _OTHER_SCORE = 0.3
 """Change of the fast score by which the full one is out of date."""
 _FULL_LASTS_S = 20.0
-_SIZE = (32, 24)
+_SIZE, _MEASURED = (32, 24), (512, 512)
 _OPENING_S = 10.0
 
 
@@ -50,15 +51,15 @@ class FrameStats:
     """What a frame tells without a model."""
 
     cells: NDArray[np.float32]  # (24, 32) mean grey of as many parts of the frame, 0-255
-    brightness: float  # mean grey
-    blown_out: float  # share of the cells in which nothing but white is left
+    measured: dict[str, float]  # by `meiqa.engine.measures`, where no side is longer than 512
 
 
 def frame_stats(pixels: NDArray[np.uint8]) -> FrameStats:
     """Measure a frame (H, W, 3)."""
-    grey = Image.fromarray(pixels).convert("L").resize(_SIZE, Image.Resampling.BOX)
-    cells = np.asarray(grey, np.float32)
-    return FrameStats(cells, float(cells.mean()), float((cells >= 250.0).mean()))
+    image = Image.fromarray(pixels)
+    cells = np.asarray(image.convert("L").resize(_SIZE, Image.Resampling.BOX), np.float32)
+    image.thumbnail(_MEASURED)
+    return FrameStats(cells, measure_attributes(np.asarray(image)))
 
 
 def motion_between(before: FrameStats, after: FrameStats) -> float:
@@ -177,8 +178,7 @@ class CameraSession:
         evidence = Evidence(
             score=(full or found).score,
             motion=plan.motion,
-            brightness=plan.stats.brightness,
-            blown_out=plan.stats.blown_out,
+            measured=plan.stats.measured,
             words=(full and (full.reflection or full.summary)) or "",
             distortions=found.distortions,
             detail=found.detail,

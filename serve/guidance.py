@@ -1,6 +1,6 @@
 """One instruction at a time: what to do to take the picture better.
 
-`RULES` has what in a description, among the distortions, or in the frame itself speaks for each;
+`RULES` has what was measured in the frame, or which distortion, speaks for each;
 docs/camera.md has the same table for people. `Adviser` does not flicker: evidence is averaged over
 half a second, an instruction comes at 0.6, goes below 0.35 and stays for a second and a half at
 least. The first that speaks wins, since it spoils what the later ones look at: a picture that moves
@@ -10,9 +10,10 @@ is soft as well, and one in the dark is noisy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from meiqa.engine.measures import WORDS, describe_attributes
 from meiqa.types import Detail, Distortion
 
 STILL = 2.0
@@ -21,9 +22,8 @@ MOVING = 5.0
 SHORT_MOTION, LONG_MOTION = 8.0, 16.0
 """Pixels; see `Detail.motion`. Defocus is mostly read as less than the first."""
 GOOD = 3.6
-DARK, VERY_DARK = 75.0, 40.0
-"""Mean grey; the words of the descriptions change there too."""
-VERY_BRIGHT = 200.0
+DARK, BRIGHT = WORDS["exposure"][1][0], WORDS["exposure"][2][0]
+"""Exposure at which pictures begin to be called dark, and bright."""
 _SEVERE = 2.5
 """Strength of a distortion that speaks fully for itself, on its scale of 0 to 5."""
 _SMOOTHING_S = 0.5
@@ -47,16 +47,14 @@ class Evidence:
 
     score: float
     motion: float | None  # since the frame before, in grey levels; None of a single picture
-    brightness: float  # mean grey, 0-255
-    blown_out: float  # share that is white, 0-1
+    measured: Mapping[str, float]  # by `meiqa.engine.measures`
     words: str = ""  # the description of this frame, or of one that looked the same
     distortions: tuple[Distortion, ...] = ()  # as the model's patterns see them
     detail: Detail | None = None  # of this frame
 
     def says(self, *phrases: str) -> float:
-        """Give 1 if the description has one of these phrases, or 0. "soft" is not "very soft"."""
-        words = f" {_plain(self.words)} "
-        return float(any(f" {_plain(phrase)} " in words for phrase in phrases))
+        """Give 1 if one of these phrases is what the frame's measures are called, or 0."""
+        return float(not {*phrases}.isdisjoint(describe_attributes(self.measured).values()))
 
     def distorted(self, kinds: Collection[str]) -> float:
         """Tell how strongly such distortions are seen, or named in the description, 0-1."""
@@ -65,8 +63,9 @@ class Evidence:
             for each in self.distortions
             if each.kind in kinds
         )
+        words = f" {_plain(self.words)} "
         named = (
-            share * self.says(f"{severity} {kind}")
+            share * (f" {_plain(f'{severity} {kind}')} " in words)
             for severity, share in _SEVERITIES.items()
             for kind in kinds
         )
@@ -109,14 +108,14 @@ def _hold_still(seen: Evidence) -> float:
 
 
 def _more_light(seen: Evidence) -> float:
-    dark = ramp(-seen.brightness, -DARK, -VERY_DARK)
+    dark = ramp(-seen.measured["exposure"], -1.2 * DARK, -DARK)
     noisy = max(0.8 * seen.says("strong noise"), seen.distorted(_NOISES))
-    return max(dark, seen.says("dark", "very dark"), seen.distorted(("darkening",)), noisy)
+    return max(dark, seen.distorted(("darkening",)), noisy)
 
 
 def _less_light(seen: Evidence) -> float:
-    white = max(ramp(seen.brightness, 180.0, VERY_BRIGHT), ramp(seen.blown_out, 0.1, 0.3))
-    return max(white, seen.says("very bright"), seen.distorted(("brightening",)))
+    bright = ramp(seen.measured["exposure"], 0.95 * BRIGHT, BRIGHT)
+    return max(bright, ramp(seen.measured["clipped"], 0.1, 0.3), seen.distorted(("brightening",)))
 
 
 def _clean_the_lens(seen: Evidence) -> float:
@@ -191,6 +190,6 @@ def ramp(value: float, low: float, high: float) -> float:
 
 
 def _plain(text: str) -> str:
-    """Make words lower case, without punctuation, and "very" and "barely" a part of the next."""
+    """Make words lower case, without punctuation, and "barely" a part of the next."""
     kept = "".join(char if char.isalnum() else " " for char in text.lower())
-    return " ".join(kept.split()).replace("very ", "very-").replace("barely ", "barely-")
+    return " ".join(kept.split()).replace("barely ", "barely-")

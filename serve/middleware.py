@@ -76,7 +76,7 @@ class Metrics:
     def assessed(self, result: Assessment) -> None:
         """Count an assessment."""
         self.scores.observe(result.score)
-        if result.degraded:
+        if result.left_out:
             self.degraded.inc()
         for stage, ms in result.timings_ms.items():
             self.stage_seconds.labels(stage).observe(ms / 1e3)
@@ -133,7 +133,8 @@ class Middleware:
 
     def _refuse(self, headers: Headers, path: str) -> None:
         if self._settings.keys is None:
-            refuse_other_sites(headers.get("host"), headers.get("origin"))
+            remedy = "give it keys: meiqa serve --api-key-file"
+            refuse_other_sites(headers.get("host"), headers.get("origin"), remedy)
         if self._inside > self._settings.max_requests and path not in _ALWAYS_OPEN:
             error = Overloaded("too many requests at once", hint="ask again in a second")
             error.retry_after_s = 1.0

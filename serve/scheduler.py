@@ -124,7 +124,7 @@ class Costs:
         self._least.observe(least_ms)
         self.best_ms = min(self.best_ms or least_ms, least_ms)
         # What is left out in spite of time enough would be so in any time.
-        if not result.degraded or job.budget_ms > self.full_ms(job.k):
+        if not result.left_out or job.budget_ms > self.full_ms(job.k):
             self._full.setdefault(job.k, CostEstimate()).observe(took_ms)
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 import meiqa
 from meiqa import Assessment, Budget, Engine, cli
 from meiqa.cli.score import demo_photos
+from meiqa.engine.images import fitted, load_pixels
+from meiqa.engine.measures import measure_attributes, measured_sentence
 from meiqa.engine.package import EnginePackage
 
 ASSETS = Path(meiqa.__file__).parent / "assets"
@@ -54,6 +56,18 @@ def test_assets_are_small_and_whole() -> None:
 
 def test_there_are_a_thousand_anchors(engine: Engine) -> None:
     assert engine.memory.snapshot().count_anchors >= 1_000
+
+
+def test_descriptions_tell_what_was_measured_and_leave_the_verdict_to_the_score(
+    engine: Engine, assessed: dict[str, Assessment]
+) -> None:
+    photos = dict(demo_photos())
+    for name, assessment in assessed.items():
+        pixels = fitted(load_pixels(photos[name]).array, engine.model.image)
+        assert assessment.summary is not None
+        assert assessment.summary.endswith(measured_sentence(measure_attributes(pixels)))
+        assert "Overall" not in assessment.summary
+        assert not assessment.left_out
 
 
 def test_degraded_photos_score_below_clean_ones(assessed: dict[str, Assessment]) -> None:

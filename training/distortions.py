@@ -18,12 +18,14 @@ from PIL import Image
 from scipy import fft, ndimage
 from scipy.interpolate import PchipInterpolator
 
+from meiqa.engine.measures import LUMA
+
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 _Operation = Callable[[Floats, float, np.random.Generator], Floats]
 
 LEVELS = 5
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_LUMA = np.array(LUMA, np.float32)
 _PATCH = 16
 _BLOCK = 32
 _IMAGE_NAME = re.compile(r"_(\d{2})_(\d{2})\.png$")
@@ -51,7 +53,7 @@ _SRGB_OF_ROOT = np.where(
     _LIGHT <= 0.0031308, _LIGHT * 12.92, 1.055 * _LIGHT ** (1 / 2.4) - 0.055
 ).astype(np.float32)
 _RGB_TO_YCBCR = np.array(
-    [[0.299, 0.587, 0.114],
+    [LUMA,
      [-0.168736, -0.331264, 0.5],
      [0.5, -0.418688, -0.081312]]
 )  # fmt: skip

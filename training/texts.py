@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from meiqa.engine.estimates import quality_word
-from meiqa.engine.measures import describe_attributes
+from meiqa.engine.measures import measured_sentence, verdict_sentence
 from meiqa.engine.prompts import MEIQA
 from training.data import Photograph
 from training.distortions import KINDS, TONES
@@ -40,13 +40,8 @@ def describe(photograph: Photograph, score: float | None = None) -> str:
     A first description is written before memory and comparisons have spoken: a verdict in it could
     only contradict theirs.
     """
-    words = describe_attributes(photograph.attributes)
-    verdict = "" if score is None else f" Overall {quality_word(score)} quality."
-    return (
-        f"{distortion_sentence(photograph)}The picture is {words['sharpness']} and "
-        f"{words['exposure']}, with {words['noise']}, {words['contrast']}, {words['colour']} and "
-        f"{words['blocking']}.{verdict}"
-    )
+    judged = "" if score is None else verdict_sentence(quality_word(score))
+    return f"{distortion_sentence(photograph)}{measured_sentence(photograph.attributes)}{judged}"
 
 
 def scored_answer(photograph: Photograph) -> str:

@@ -366,7 +366,10 @@ function showAssessment(found, depth) {
   showStages(found);
 }
 
-const depthOf = (found) => (found.degraded.length ? "cut short" : "in full");
+// The rest of what is degraded tells of the photo itself.
+const leftOut = ({ degraded }) => degraded.filter((note) => !/^(small: |pixels damaged|colour profile )/.test(note));
+
+const depthOf = (found) => (leftOut(found).length ? "cut short" : "in full");
 
 function placeOnScale(band, needle, score, low, high) {
   band.style.setProperty("--from", onScale(low));
@@ -392,11 +395,11 @@ function showDistortions(distortions) {
   }));
 }
 
-function showNeighbours({ neighbours, degraded }) {
+function showNeighbours({ neighbours }) {
   const asked = neighbours.filter((one) => one.preference !== null);
   const decisive = asked.sort((a, b) => Math.abs(b.preference - 0.5) - Math.abs(a.preference - 0.5));
   const rows = decisive.map(neighbourRow);
-  const none = made("li", "quiet", degraded.length ? "There was no time for comparisons." : "Nothing is remembered yet.");
+  const none = made("li", "quiet", "It was compared with none.");
   $("neighbours").replaceChildren(...(rows.length ? rows.slice(0, SHOWN_NEIGHBOURS) : [none]));
   $("other-neighbours").replaceChildren(...rows.slice(SHOWN_NEIGHBOURS));
   show($("more-neighbours"), rows.length > SHOWN_NEIGHBOURS);
@@ -438,7 +441,7 @@ function showStages(found) {
   const sum = made("li");
   sum.append(made("b", "", `${Math.round(total)} ms in all`));
   $("legend").replaceChildren(sum, ...entries);
-  $("left-out").textContent = found.degraded.length ? `Left out for time: ${found.degraded.join(", ")}` : "";
+  $("left-out").textContent = found.degraded.length ? `Note: ${found.degraded.join(", ")}` : "";
 }
 
 // ---------------------------------------------------------------- the trend

@@ -260,7 +260,8 @@ def write_set(found: Ranking | Culling, format: Format, stream: TextIO) -> None:
         lines = [_ranked_text(photo) for photo in found.photos]
         entries = [photo.to_dict() for photo in found.photos]
     else:
-        columns = ["group", "place", "best", "path", "score", "std", "alone", "likeness"]
+        columns = ["group", "kind", "place", "best", "kept", "path", "score", "std", "alone"]
+        columns += ["likeness", "too_close", "reason"]
         groups = list(enumerate(found.groups, 1))
         lines = [_culled_text(photo, len(group)) for _, group in groups for photo in group]
         entries = [{"group": n, **photo.to_dict()} for n, group in groups for photo in group]
@@ -276,10 +277,23 @@ def write_set(found: Ranking | Culling, format: Format, stream: TextIO) -> None:
 
 
 def _culled_text(photo: CulledPhoto, shots: int) -> str:
-    mark = "*" if photo.place == 1 else " "
-    like = "" if photo.place == 1 else f", likeness {photo.likeness:.2f}"
-    facts = f"   ({photo.place} of {shots}, {photo.alone:.2f} alone{like})" if shots > 1 else ""
-    return f"{mark} {photo.score:.2f} ± {photo.std:.2f}  {one_line(photo.path)}{facts}"
+    mark = "*" if photo.kept else " "
+    score = f"{mark} {photo.score:.2f} ± {photo.std:.2f}  {one_line(photo.path)}"
+    return f"{score}   ({place_phrase(photo, shots)})" if shots > 1 else score
+
+
+def place_phrase(photo: CulledPhoto, shots: int) -> str:
+    """Say how a photo stands in its group of so many shots, and why it is the best.
+
+    >>> best = CulledPhoto(1, "a.jpg", 4.7, 0.3, 4.71, 1.0, kind="burst", reason="less noise")
+    >>> place_phrase(best, 2)
+    '1 of 2, 4.71 alone: less noise'
+    """
+    series = f"{photo.kind}, " if photo.in_series else ""
+    like = "" if photo.place == 1 or photo.in_series else f", likeness {photo.likeness:.2f}"
+    close = ", too close to call" if photo.too_close else ""
+    reason = f": {photo.reason}" if photo.reason else ""
+    return f"{series}{photo.place} of {shots}, {photo.alone:.2f} alone{like}{close}{reason}"
 
 
 def _ranked_text(photo: RankedPhoto) -> str:

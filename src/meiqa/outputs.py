@@ -146,6 +146,17 @@ def disk_errors(path: str | Path, hint: str | None = None) -> Iterator[None]:
         raise OutputUnwritable(f"cannot write {path}", seen=error.strerror, hint=hint) from error
 
 
+def append_whole(descriptor: int, row: bytes) -> None:
+    """Append bytes to a file that nobody else writes, all or none; OSError if the disk refuses."""
+    size = os.fstat(descriptor).st_size
+    try:
+        if os.write(descriptor, row) < len(row):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except BaseException:
+        os.ftruncate(descriptor, size)
+        raise
+
+
 def marked_png(png: bytes) -> bytes:
     """Give a PNG file the mark of `PICTURE`: a text chunk behind its header."""
     chunk = b"tEXt" + (PICTURE.marker or b"")
@@ -203,10 +214,10 @@ class ResultFile:
                 os.ftruncate(self._descriptor, 0)
             named = {"schema": _SCHEMA, "format": format, "columns": header.decode().rstrip()}
             self._begin({**named, **terms}, dict(circumstances or {}), resume, force)
-            self._size = self._read(header)
+            size = self._read(header)
             with self._disk_errors():
-                os.ftruncate(self._descriptor, self._size)
-            if not self._size:
+                os.ftruncate(self._descriptor, size)
+            if not size:
                 self._append(header)
         except BaseException as error:
             os.close(self._descriptor)
@@ -314,15 +325,8 @@ class ResultFile:
         return size
 
     def _append(self, row: bytes) -> None:
-        """Append bytes, all or none."""
         with self._disk_errors():
-            try:
-                if os.write(self._descriptor, row) < len(row):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except BaseException:
-                os.ftruncate(self._descriptor, self._size)
-                raise
-        self._size += len(row)
+            append_whole(self._descriptor, row)
 
     def _make_durable(self) -> None:
         with self._disk_errors():

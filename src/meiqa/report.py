@@ -15,7 +15,7 @@ from PIL import Image
 from meiqa.engine.estimates import HIGHEST, LOWEST, Z95, quality_word
 from meiqa.engine.images import load_pixels
 from meiqa.errors import ImageError, one_line
-from meiqa.formats import failure_line
+from meiqa.formats import failure_line, place_phrase
 from meiqa.locations import embedded_assets
 from meiqa.types import CulledPhoto, Culling, Failure, RankedPhoto, Ranking
 
@@ -48,7 +48,10 @@ def write_page(found: Ranking | Culling, file: IO[bytes]) -> None:
     if isinstance(found, Ranking):
         count = _counted(len(found.photos), "photo")
         title, note = "Ranking", f"{count}, best first, each compared with those next to it."
-        cards = (_card(each, each.rank, each.rank == 1, _moved(each)) for each in found.photos)
+        cards = (
+            _card(each, each.rank, "best" if each.rank == 1 else "", _moved(each))
+            for each in found.photos
+        )
         body = _list(cards)
     else:
         several = [group for group in found.groups if len(group) > 1]
@@ -56,8 +59,8 @@ def write_page(found: Ranking | Culling, file: IO[bytes]) -> None:
         shots, groups = _counted(sum(map(len, several)), "photo"), _counted(len(several), "group")
         title, body = "Best shots", _groups(several, single)
         note = (
-            f"{shots} in {groups} of near-identical shots, and {len(single)} without another like "
-            "it. Of each group the best is marked."
+            f"{shots} in {groups}, and {len(single)} without another like it. Of near-identical "
+            "shots the best is marked; brackets, focus stacks and panoramas are kept whole."
         )
     if found.degraded:
         note += f" Left out for lack of time: {escape('; '.join(found.degraded))}."
@@ -69,10 +72,14 @@ def write_page(found: Ranking | Culling, file: IO[bytes]) -> None:
 
 def _groups(several: list[tuple[CulledPhoto, ...]], single: list[CulledPhoto]) -> Iterator[str]:
     for number, group in enumerate(several, 1):
-        cards = (_card(photo, photo.place, photo.place == 1, _likeness(photo)) for photo in group)
-        yield from _section(f"g{number}", f"Group {number}: {len(group)} shots", _list(cards))
+        cards = (
+            _card(photo, photo.place, _badge(photo), _text(place_phrase(photo, len(group))))
+            for photo in group
+        )
+        heading = f"Group {number}: {_named(group)}"
+        yield from _section(f"g{number}", heading, _list(cards))
     if single:
-        cards = (_card(photo, None, False, "") for photo in single)
+        cards = (_card(photo, None, "", "") for photo in single)
         yield from _section("single", "Single photos", _list(cards))
 
 
@@ -98,15 +105,15 @@ def _list(cards: Iterable[str]) -> Iterator[str]:
     yield "</ol>\n"
 
 
-def _card(photo: RankedPhoto | CulledPhoto, place: int | None, best: bool, facts: str) -> str:
+def _card(photo: RankedPhoto | CulledPhoto, place: int | None, mark: str, facts: str) -> str:
     score = photo.score
     low, high = max(LOWEST, score - Z95 * photo.std), min(HIGHEST, score + Z95 * photo.std)
-    badge = '<span class="badge">best</span> ' if best else ""
+    badge = f'<span class="badge">{mark}</span> ' if mark else ""
     lead = "" if place is None else f"{place}. "
     summary = f"<p>{_text(photo.summary)}</p>\n" if photo.summary else ""
     told = f'<p class="soft">{facts}</p>\n' if facts else ""
     return (
-        f'<li class="photo{" best" if best else ""}">\n'
+        f'<li class="photo{" best" if mark else ""}">\n'
         f'<div class="thumb">{_thumbnail(photo.path)}</div>\n'
         f'<p class="name">{lead}{badge}{_text(photo.path)}</p>\n'
         f'<p><span class="score">{score:.2f}</span> {quality_word(score)} '
@@ -141,9 +148,17 @@ def _moved(photo: RankedPhoto) -> str:
     return f"{photo.alone:.2f} alone, compared with {photo.compared}{moved}"
 
 
-def _likeness(photo: CulledPhoto) -> str:
-    like = "" if photo.place == 1 else f", likeness to the best {photo.likeness:.2f}"
-    return f"{photo.alone:.2f} alone{like}"
+def _named(group: tuple[CulledPhoto, ...]) -> str:
+    first, count = group[0], f"{len(group)} shots"
+    if first.in_series:
+        return f"{first.kind} of {count}, kept whole"
+    return f"{count}, too close to call" if first.too_close else count
+
+
+def _badge(photo: CulledPhoto) -> str:
+    if photo.in_series:
+        return "kept"
+    return "best" if photo.best else ""
 
 
 def _share(score: float) -> float:

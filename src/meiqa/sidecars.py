@@ -57,7 +57,7 @@ def merged(packet: bytes | None, path: str, rating: int, label: str, *, force: b
     Args:
         packet: what is there.
         path: where, for messages.
-        rating: 1-5, or -1 for a reject.
+        rating: 1-5, 0 for none, or -1 for a reject.
         label: a colour's name; "" leaves the label as it is.
         force: in place of a label that was given by hand, too.
 

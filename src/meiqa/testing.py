@@ -225,7 +225,10 @@ class FakeEngine(Engine):
             groups.setdefault(load_pixels(image).array.shape, []).append(found)
         shots = (
             tuple(
-                CulledPhoto(place, f.path, f.score, f.std, f.score, 1.0, f.summary)
+                CulledPhoto(
+                    *(place, f.path, f.score, f.std, f.score, 1.0, f.summary),
+                    kind="burst" if len(group) > 1 else None,
+                )
                 for place, f in enumerate(sorted(group, key=lambda each: -each.score), 1)
             )
             for group in groups.values()

@@ -12,6 +12,7 @@ from meiqa.errors import MeiqaError, UsageError
 Origin = Literal["anchor", "contrast"]
 KeyKind = Literal["summary", "image", "both"]
 QualityWord = Literal["bad", "poor", "fair", "good", "excellent"]
+GroupKind = Literal["burst", "bracket", "focus stack", "panorama"]
 
 _DIGITS = {"percentile": 1, "timings_ms": 1, "total_ms": 1, "motion": 2, "noise": 2}
 _USUAL_DIGITS = 4
@@ -143,13 +144,18 @@ class Reference(Result):
     moved: float
 
 
+ABOUT_THE_PHOTO = ("small: ", "pixels damaged", "colour profile ")
+"""How those of `Assessment.degraded` begin that tell of the photo, and of nothing left out."""
+
+
 @dataclass(frozen=True)
 class Assessment(Result):
     """The quality of one photo: 1.00–5.00, higher is better, and how it was found.
 
-    `percentile` is the share of anchors that score below, 0–100; `degraded` names what the budget
-    left out; `reflection` is the corrected summary, None unless the gate opened; `memory_score` is
-    what the memory's regression from visual tokens to human scores says, None where it has none;
+    `percentile` is the share of anchors that score below, 0–100; `degraded` names what was left
+    out, and what is wrong with the photo; `reflection` is the corrected summary, None unless the
+    gate opened; `memory_score` is what the memory's regression from visual tokens to human scores
+    says, None where it has none;
     `grades` are the model's probabilities of the five words, before any comparison;
     `distortions` are the likeliest, as the package's patterns see them; `reference` is None unless
     one was given; `detail` is what is seen at full size, beside the score, None where left out.
@@ -173,6 +179,11 @@ class Assessment(Result):
     detail: Detail | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What of `degraded` was left out or went another way."""
+        return tuple(note for note in self.degraded if not note.startswith(ABOUT_THE_PHOTO))
 
 
 @dataclass(frozen=True)
@@ -220,11 +231,14 @@ class Ranking(Result):
 
 @dataclass(frozen=True)
 class CulledPhoto(Result):
-    """A photo in its group of near-identical shots; `place` 1 is the best of them.
+    """A photo in its group; `place` 1 is the best of a burst, or the first of a series.
 
     `score` and `std` follow from all that it was compared with, the other shots included; `alone`
-    is its score without them; `likeness` is that of its view with the best shot's, up to 1, and
-    `summary` what was written about it.
+    is its score without them; `likeness` is that of its view with the first one's, up to 1, and
+    `summary` what was written about it. `kind` is that of its group, None for a single photo; an
+    exposure bracket, a focus stack and a panorama are *series*, of which nothing is a reject.
+    `too_close` says that this shot and the best (of the best: and the next) differ by no more than
+    the deviation of that; `reason` is what speaks for the best of a burst.
     """
 
     place: int
@@ -234,18 +248,38 @@ class CulledPhoto(Result):
     alone: float
     likeness: float
     summary: str | None = field(default=None, metadata=_TEXT_ONLY)
+    kind: GroupKind | None = None
+    too_close: bool = False
+    reason: str | None = None
+
+    @property
+    def in_series(self) -> bool:
+        """Whether it belongs to others that are worth nothing without it."""
+        return self.kind not in (None, "burst")
+
+    @property
+    def best(self) -> bool:
+        """Whether it is the best of its burst, or alone; a series has no best."""
+        return self.place == 1 and not self.in_series
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is no reject."""
+        return self.best or self.in_series
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the values as JSON takes them, and whether this is the best shot."""
+        """Give the values as JSON takes them, and whether this is the best shot, and kept."""
         values = super().to_dict()
-        return {"place": values.pop("place"), "best": self.place == 1, **values}
+        first = {"kind": values.pop("kind"), "place": values.pop("place")}
+        return {**first, "best": self.best, "kept": self.kept, **values}
 
 
 @dataclass(frozen=True)
 class Culling(Result):
-    """Photos in groups of near-identical shots, the best of each first, and those not judged.
+    """Photos in groups of shots that belong together, and those not judged.
 
-    A photo that is like no other is a group of its own. Groups come in the order of their first
+    Of near-identical shots the best is first; a series is in the order in which it was taken; a
+    photo that is like no other is a group of its own. Groups come in the order of their first
     photos. `degraded` names what the budget left out.
     """
 

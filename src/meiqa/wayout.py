@@ -24,18 +24,22 @@ from meiqa.sidecars import embedded_packet, merged, rated_by_hand
 from meiqa.types import Culling, Failure
 
 _LIST = Kind("list")
-_REJECTED = -1
 STARS = (1.8, 2.6, 3.4, 4.2)
 """The scores from which on a photo has two, three, four and five stars: those of the words."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is made of a photo: `rating` 1-5, or -1 for a reject; `label`, "" for none."""
+    """What is made of a photo: `rating` 1-5, 0 for none, or -1 for a reject; `label` may be ""."""
 
     path: str
     rating: int
     label: str = ""
+
+    @classmethod
+    def of_cull(cls, path: str, rating: int) -> Verdict:
+        """Label a reject red, and a photo that is kept green."""
+        return cls(path, rating, "Red" if rating < 0 else "Green")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,17 @@ class WayOut:
     @property
     def base(self) -> str:
         """The folder that all photos lie in or below."""
-        return os.path.commonpath([folder_of(path) for path in self.paths])
+        return common_folder(self.paths)
+
+    def __str__(self) -> str:
+        parts = [
+            (self.sidecar, "write ratings into XMP sidecars"),
+            (self.list, f"list the kept photos in {self.list}"),
+            (self.copy_to, f"copy them to {self.copy_to}"),
+            (self.link_to, f"link to them in {self.link_to}"),
+            (self.move_rejects_to, f"move the rejects to {self.move_rejects_to}"),
+        ]
+        return ", ".join(words for asked, words in parts if asked)
 
 
 @dataclass
@@ -94,6 +108,11 @@ def folder_of(path: str) -> str:
     """Give a folder itself, or that of a file, as an absolute path."""
     path = os.path.abspath(path)
     return path if os.path.isdir(path) else os.path.dirname(path)
+
+
+def common_folder(paths: Iterable[str]) -> str:
+    """Give the folder that folders and files lie in or below, one of them or above them all."""
+    return os.path.commonpath([folder_of(path) for path in paths])
 
 
 def stars_given(stars: Sequence[float] | float, scores: Iterable[float]) -> Callable[[float], int]:
@@ -113,12 +132,17 @@ def stars_given(stars: Sequence[float] | float, scores: Iterable[float]) -> Call
 
 
 def verdicts_of(found: Culling, stars: Sequence[float] | float) -> list[Verdict]:
-    """Keep the best shot of each group, green, and reject the others, red."""
+    """Keep the best shot of each group, and all of a series, green; reject the others, red.
+
+    A series has the stars of its best photo, so that no choice by stars takes it apart.
+    """
     given = stars_given(stars, (photo.score for group in found.groups for photo in group))
     verdicts = []
-    for best, *others in found.groups:
-        verdicts.append(Verdict(best.path, given(best.score), "Green"))
-        verdicts += [Verdict(each.path, _REJECTED, "Red") for each in others]
+    for group in found.groups:
+        kept = [photo for photo in group if photo.kept]
+        rating = given(max(photo.score for photo in kept))
+        verdicts += [Verdict.of_cull(each.path, rating) for each in kept]
+        verdicts += [Verdict.of_cull(each.path, -1) for each in group if not each.kept]
     return verdicts
 
 
@@ -145,7 +169,7 @@ def plan(verdicts: Iterable[Verdict], way: WayOut) -> Plan:
         except MeiqaError as error:
             planned.failures.append(Failure(verdict.path, error))
     if way.list is not None:
-        kept = (each for each in shots.values() if each.rating > 0)
+        kept = (each for each in shots.values() if each.rating >= 0)
         planned.actions += _listed(sorted(each.path for each in kept), way, planned.failures)
     planned.actions = [*_folders(planned.actions), *planned.actions]
     return planned
@@ -187,9 +211,9 @@ class _Shot:
             return [*moved, *(replace(e, target=to, moved=e.old is not None) for e, to in pairs)]
         placed: list[Copy | Link] = []
         sources += [each.target for each in written if each.old is None]
-        if self._verdict.rating > 0 and way.copy_to is not None:
+        if self._verdict.rating >= 0 and way.copy_to is not None:
             placed += [Copy(each, self._below(way.copy_to, each)) for each in sources]
-        if self._verdict.rating > 0 and way.link_to is not None:
+        if self._verdict.rating >= 0 and way.link_to is not None:
             placed += [Link(each, self._below(way.link_to, each)) for each in sources]
         with disk_errors(self._folder):
             return [*written, *(each for each in placed if not each.is_there())]

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.detail import LADDERS, Tally, climb, moved, noisy, text_of
+from benchmarks.detail import LADDERS, Tally, climb, motion_blurred, noisy, text_of
 from meiqa.testing import FakeEngine, mean_brightness
 
 BLOCKS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
@@ -17,7 +17,7 @@ PICTURE = BLOCKS.repeat(8, 0).repeat(8, 1)
 def test_motion_keeps_the_tone_and_follows_one_line() -> None:
     point = np.zeros((41, 41, 3), np.uint8)
     point[20, 20] = 255
-    line = moved(point, 12, np.random.default_rng(3))[..., 0]
+    line = motion_blurred(point, 12, np.random.default_rng(3))[..., 0]
     rows, columns = np.nonzero(line)
     spread = np.linalg.svd(np.cov(rows, columns), compute_uv=False)
     assert spread[1] < 0.1 * spread[0]

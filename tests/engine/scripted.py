@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -167,11 +167,13 @@ def told(
     family: PromptFamily = RATED,
     limit: int = LIMIT,
     drafts: Sequence[Draft] = (),
+    measured: str = "",
 ) -> Told:
-    """What comes of a model that writes `free`, and `forced` after a forced opening."""
+    """What comes of a model that writes `free`, and `forced` after what is forced on it."""
     after = [QWEN.token_to_id("<|im_end|>")] * 2
     decoder = ScriptedDecoder(ids_of(free) + after, ids_of(forced) + after)
-    return Told(scripted(decoder, family).describe(PREFIX, limit, drafts), decoder)
+    prefix = replace(PREFIX, tokens=replace(PREFIX.tokens, measured=measured))
+    return Told(scripted(decoder, family).describe(prefix, limit, drafts), decoder)
 
 
 def key_of(text: str | Sequence[str]) -> Floats:

@@ -188,6 +188,8 @@ def test_a_camera_says_adobe_rgb_in_exif_alone(photo: Image.Image, index: str) -
     exif.get_ifd(0x8769)[0xA005] = {1: index}
     data = stored(wide, "JPEG", quality=100, subsampling=0, exif=exif)
     assert (difference(data, photo) <= 8) == (index == "R03")
+    opened = Image.open(io.BytesIO(data))
+    assert np.array_equal(load_pixels(opened).array, load_pixels(data).array)
     said = stored(photo, "JPEG", quality=100, subsampling=0, exif=exif, icc_profile=SRGB_PROFILE)
     assert difference(said, photo) <= 8
 

@@ -13,19 +13,17 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from pylibjxl.pillow_plugin import register_pillow
 
+from benchmarks.photo_files import SENSOR, exif_bytes, raw_file, tiff_directory
 from meiqa.engine import files
 from meiqa.engine.engine import Engine
-from meiqa.engine.files import looks_like_photo
+from meiqa.engine.files import looks_like_photo, raw_exif
 from meiqa.engine.images import Developed, ImageSource, load_pixels
 from meiqa.engine.package import EnginePackage
 from meiqa.errors import DecodeError, ImageError, ImageTooLarge
 from tests.engine.samples import encoded, smooth_photo
-
-SENSOR = (64, 96)
-"""Rows and columns of the RAW files made here."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -149,61 +147,6 @@ def test_the_libraries_are_loaded_only_for_their_files(photo: Image.Image, tmp_p
     assert run.stdout.strip() == "set()"
 
 
-def tiff_directory(tags: dict[int, tuple[int, list[int] | bytes]], place: int) -> bytes:
-    """Lay out a TIFF directory that begins at a place: {tag: (type, values)}."""
-    codes = {1: "B", 2: "s", 3: "H", 4: "I", 10: "i"}
-    entries, behind = b"", b""
-    end = place + 2 + 12 * len(tags) + 4
-    for tag, (kind, values) in sorted(tags.items()):
-        data = (
-            values
-            if isinstance(values, bytes)
-            else struct.pack(f"<{len(values)}{codes[kind]}", *values)
-        )
-        count = len(values) // (2 if kind == 10 else 1)
-        if len(data) <= 4:
-            entries += struct.pack("<HHI4s", tag, kind, count, data)
-        else:
-            entries += struct.pack("<HHII", tag, kind, count, end + len(behind))
-            behind += data + b"\0" * (len(data) % 2)
-    return struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0) + behind
-
-
-def raw_file(preview: bytes | None, samples: np.ndarray | None = None, turned: int = 1) -> bytes:
-    """Make a DNG: its preview a JPEG, its sensor grey unless samples are given."""
-    rows, columns = SENSOR
-    if samples is None:
-        samples = np.full(SENSOR, 20_000, "<u2")
-    matrix = [10_000, 10_000, 0, 10_000, 0, 10_000]
-    matrix += [0, 10_000, 10_000, 10_000, 0, 10_000, 0, 10_000, 0, 10_000, 10_000, 10_000]
-    sensor: dict[int, tuple[int, list[int] | bytes]] = {
-        254: (4, [0]), 256: (4, [columns]), 257: (4, [rows]), 258: (3, [16]), 259: (3, [1]),
-        262: (3, [32803]), 273: (4, [8]), 277: (3, [1]), 278: (4, [rows]),
-        279: (4, [samples.nbytes]), 33421: (3, [2, 2]), 33422: (1, [0, 1, 1, 2]),
-        50717: (4, [65535]),
-    }  # fmt: skip
-    about: dict[int, tuple[int, list[int] | bytes]] = {
-        271: (2, b"Maker\0"), 272: (2, b"Camera\0"), 274: (3, [turned]),
-        50706: (1, [1, 4, 0, 0]), 50708: (2, b"Maker Camera\0"), 50721: (10, matrix),
-        50778: (3, [21]),
-    }  # fmt: skip
-    head, pixels = b"II*\0" + struct.pack("<I", 8 + samples.nbytes), samples.tobytes()
-    if preview is None:
-        return head + pixels + tiff_directory(sensor | about, 8 + len(pixels))
-    width, height = Image.open(io.BytesIO(preview)).size
-    first = about | {
-        254: (4, [1]), 256: (4, [width]), 257: (4, [height]), 258: (3, [8, 8, 8]), 259: (3, [7]),
-        262: (3, [6]), 273: (4, [0]), 277: (3, [3]), 278: (4, [height]),
-        279: (4, [len(preview)]), 330: (4, [0]),
-    }  # fmt: skip
-    place = 8 + len(pixels)
-    end = place + len(tiff_directory(first, place))
-    first |= {273: (4, [end]), 330: (4, [end + len(preview) + len(preview) % 2])}
-    padded = preview + b"\0" * (len(preview) % 2)
-    behind = tiff_directory(sensor, end + len(padded))
-    return head + pixels + tiff_directory(first, place) + padded + behind
-
-
 @pytest.fixture(scope="module")
 def path(photo: Image.Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a RAW whose preview and sensor differ."""
@@ -231,6 +174,19 @@ class TestRaw:
         path = tmp_path / "bare.dng"
         path.write_bytes(raw_file(None))
         assert load_pixels(path).array.shape == (*SENSOR, 3)
+
+    def test_a_sensor_without_colours(self) -> None:
+        pattern = struct.pack("<HHI", 33422, 1, 4)
+        unread = struct.pack("<HHI", 33422, 1, 4 + (5 << 16))
+        pixels = load_pixels(raw_file(None).replace(pattern, unread)).array
+        assert pixels.shape == (*SENSOR, 3)
+        assert (pixels[..., :1] == pixels).all()
+
+    def test_damaged_tags_are_nothing_to_warn_of(self) -> None:
+        """Warnings are errors in tests."""
+        model = struct.pack("<HHI", 50708, 2, 13)
+        far = struct.pack("<HHI", 50708, 2, 13 << 16)
+        assert load_pixels(raw_file(None).replace(model, far)).array.shape == (*SENSOR, 3)
 
     def test_a_turned_one_comes_upright(self, photo: Image.Image) -> None:
         turned = photo.transpose(Image.Transpose.ROTATE_90)
@@ -409,3 +365,32 @@ def test_an_array_is_refused_for_what_it_is(array: np.ndarray, what: str, hint: 
 def test_a_refused_float_says_the_error_of_its_kind() -> None:
     with pytest.raises(DecodeError):
         load_pixels(np.zeros((8, 9, 3)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG", "WEBP"])
+def test_exif_is_read_with_the_photo(kind: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Model] = "Camera"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2026:05:01 12:00:00"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.MakerNote] = b"its own" * 99
+    exif[ExifTags.IFD.Exif] = 0  # Pillow writes a TIFF's only if its place has a value
+    file = io.BytesIO()
+    Image.new("RGB", (20, 30)).save(file, kind, exif=exif)
+    photo = load_pixels(file.getvalue())
+    assert photo.exif[ExifTags.Base.Model] == "Camera"
+    assert photo.exif[ExifTags.Base.DateTimeOriginal] == "2026:05:01 12:00:00"
+    assert ExifTags.Base.MakerNote not in photo.exif
+    file.seek(0)
+    assert raw_exif(file) == (photo.exif if kind == "TIFF" else {})
+    assert file.tell() == 0
+
+
+def test_an_exposure_that_is_cut_off_warns_nobody() -> None:
+    cut = exif_bytes(1)[:-60]
+    photo = load_pixels(encoded(Image.new("RGB", (20, 30)), "WEBP", exif=cut))
+    assert photo.exif[ExifTags.Base.Make] == "Maker"
+
+
+def test_exif_that_is_damaged_is_none() -> None:
+    assert raw_exif(io.BytesIO(b"II*\0" + b"\xff" * 60)) == {}
+    assert load_pixels(np.zeros((20, 20, 3), np.uint8)).exif == {}

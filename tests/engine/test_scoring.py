@@ -31,10 +31,11 @@ from meiqa.engine.model import (
     StopRule,
     VisualTokens,
 )
+from meiqa.engine.patterns import PatternScore
 from meiqa.engine.scoring import Prediction, Scored, ScoreRequest
 from meiqa.memory import token_features
 from meiqa.testing import FAKE_CALIBRATION, FakeClock, FakeModel
-from meiqa.types import Budget
+from meiqa.types import Budget, Distortion
 from tests.engine.samples import ANCHORS, K, fake_anchors, fake_engine, toned
 
 KEY = np.ones(2, np.float32)
@@ -285,6 +286,26 @@ def test_without_a_key_the_choice_of_neighbours_says_so(
 
 
 # What becomes of it
+
+
+@pytest.mark.parametrize(
+    ("listed", "strength", "told"),
+    [((), 1.0, False), ((), 3.0, True), ((Distortion("jitter", 1.0, 0.5),), 1.0, True)],
+)
+@pytest.mark.parametrize("measured", ["", "The picture is soft."])
+def test_damage_that_no_pattern_sees_is_not_told(
+    anchors: Path, listed: tuple[Distortion, ...], strength: float, told: bool, measured: str
+) -> None:
+    engine = fake_engine(FakeModel(), anchors)
+    found = scored(engine, ScoreRequest(PHOTO))
+    tokens = replace(found.prefix.tokens, measured=measured)
+    seen = PatternScore(3.0, 0.5, 3.0, None, 0.0, listed, strength, np.zeros((1, 1), np.float32))
+    text = "Strong jitter. The picture is soft."
+    found = replace(
+        found, prefix=replace(found.prefix, tokens=tokens), patterns=seen, reflection=text
+    )
+    said = found.assessment(engine.memory.snapshot()).reflection
+    assert said == (text if told or not measured else "The picture is soft.")
 
 
 def test_an_assessment_says_what_was_found_and_what_it_took(anchors: Path) -> None:

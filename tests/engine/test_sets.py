@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from meiqa.engine import scoring, sets
 from meiqa.engine.budget import Deadline, PairTime
 from meiqa.engine.calibration import UNCALIBRATED, Calibration, SceneVerdict
 from meiqa.engine.comparing import Comparer, Pictured, PrefixCache
@@ -31,8 +32,9 @@ from meiqa.engine.sets import (
 )
 from meiqa.errors import UsageError
 from meiqa.testing import FakeModel
-from meiqa.types import Neighbour, RankedPhoto
+from meiqa.types import CulledPhoto, Neighbour, RankedPhoto
 from tests.engine.samples import PHOTOS, Picture, fake_engine, picture, toned
+from tests.engine.shoots import bracket, burst, scene
 from tests.engine.views import at
 
 ALWAYS = PairTime(Deadline())
@@ -283,6 +285,71 @@ def test_an_engine_culls_and_lists_what_it_cannot_judge(engine: Engine) -> None:
 def test_copies_are_one_group(engine: Engine) -> None:
     culling = engine.cull([PHOTOS[0], PHOTOS[1], PHOTOS[0]], k=2, alike=1.0)
     assert sorted(map(len, culling.groups)) == [1, 2]
+
+
+def test_a_series_is_kept_whole_as_it_was_taken(remembered: Path) -> None:
+    """A bracket among shots of the same view, out of order; its photos aren't compared."""
+    model = FakeModel()
+    exposures = bracket(scene(1), (0, -2, 2), at=9)
+    photos = [exposures[2], *burst(scene(1), 3, 0.2), exposures[0], exposures[1], toned(3.0)]
+    with fake_engine(model, remembered) as engine:
+        culling = engine.cull(photos, k=0)
+    series, shots, (single,) = culling.groups
+    assert [photo.kind for photo in (*series, *shots, single)] == [
+        *["bracket"] * 3,
+        *["burst"] * 3,
+        None,
+    ]
+    light = [photo.alone for photo in series]
+    assert light[1] < light[0] < light[2]
+    assert [photo.place for photo in series] == [1, 2, 3]
+    assert all(photo.kept and not photo.best and not photo.too_close for photo in series)
+    assert (
+        [photo.kept for photo in shots] == [photo.best for photo in shots] == [True, False, False]
+    )
+    assert single.best
+    assert model.calls["pair"] == 6
+
+
+def test_only_a_cull_looks_for_series_and_detail(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    for place, name in ((sets, "frame_of"), (scoring, "measure_detail")):
+        monkeypatch.setattr(place, name, lambda _, name=name: asked.append(name))
+    engine.rank(PHOTOS[:2], k=0)
+    engine.compare(PHOTOS[0], PHOTOS[1])
+    assert asked == []
+    engine.cull(PHOTOS[:1], k=0)
+    assert sorted(asked) == ["frame_of", "measure_detail"]
+
+
+def group_of(*qualities: float, calibration: Calibration = UNCALIBRATED) -> tuple[CulledPhoto, ...]:
+    """Shots of one scene, that only a comparison tells apart."""
+    views = at(*range(len(qualities)))
+    photos = [
+        replace(candidate(f"{quality}", 3.0, quality=quality), view=view)
+        for quality, view in zip(qualities, views, strict=True)
+    ]
+    (group,), _ = culled(photos, eyes(calibration), 0.9, ALWAYS)
+    return group
+
+
+def test_what_differs_by_less_than_its_deviation_is_too_close_to_call() -> None:
+    fitted = replace(UNCALIBRATED, lam=300.0, scene=SCENE)
+    close = group_of(3.0, 3.05, 1.0, calibration=fitted)
+    assert [photo.path for photo in close] == ["3.05", "3.0", "1.0"]
+    assert [photo.too_close for photo in close] == [True, True, False]
+    assert [photo.reason for photo in close] == [None, None, None]
+    clear = group_of(4.0, 2.0, 1.9, calibration=fitted)
+    assert [photo.too_close for photo in clear] == [False, False, False]
+    assert [photo.reason for photo in clear] == ["preferred in the comparison", None, None]
+
+
+def test_without_a_scene_verdict_the_deviations_of_both_scores_say_what_is_close() -> None:
+    assert [photo.too_close for photo in group_of(3.2, 2.8)] == [True, True]
+    sure = replace(UNCALIBRATED, std_scale=0.01)
+    assert [photo.too_close for photo in group_of(3.2, 2.8, calibration=sure)] == [False, False]
 
 
 @pytest.mark.parametrize("alike", [0.0, -0.5, 1.5, float("nan")])

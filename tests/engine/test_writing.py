@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from meiqa.engine.estimates import quality_word
 from meiqa.engine.model import ANSWER_TOKENS, RATING_TOKENS
-from meiqa.engine.prompts import FAMILIES
+from meiqa.engine.prompts import FAMILIES, Prompts
 from meiqa.engine.writing import PAST_STEP
 from tests.engine.scripted import PREFIX, QWEN, ScriptedDecoder, ids_of, key_of, scripted, told
 
@@ -200,3 +204,71 @@ def test_a_description_ends_where_the_rule_says_so() -> None:
     made = scripted(decoder).describe(PREFIX, 40, stop=After(len(ids_of(words[:4]))))
     assert (made.text, made.rating, made.stats.complete) == ("It is soft and", 2.25, False)
     assert QWEN.decode(decoder.forced) == "</think><answer>"
+
+
+MEASURED = "The picture is dark, with some noise."
+TOLD = " dark, with some noise."
+
+
+def test_what_was_measured_is_told_to_the_model() -> None:
+    begun, rest = "It is soft. The picture is", "</think><answer>3.45</answer>"
+    made = told(begun, rest, measured=MEASURED)
+    assert (made.description.text, made.description.rating) == (f"It is soft. {MEASURED}", 3.45)
+    assert made.forced == TOLD
+    np.testing.assert_allclose(made.description.key, key_of([begun, TOLD]), rtol=1e-6)
+    # What is told takes one call, and is no token that the model wrote.
+    assert made.description.stats.tokens == len(ids_of([begun, rest])) - 1
+    assert made.description.stats.calls == made.description.stats.tokens + 2
+
+
+def test_what_is_told_does_not_count_against_the_limit() -> None:
+    begun = "The picture is"
+    made = told(
+        begun, "</think><answer>3.45</answer>", limit=len(ids_of(begun)) + 4, measured=MEASURED
+    )
+    assert (made.description.text, made.description.stats.complete) == (MEASURED, True)
+    assert made.description.rating == 3.45
+
+
+def test_a_limit_before_what_was_measured_cuts_the_text() -> None:
+    made = told("It is soft. The picture is", "2.25</answer>", limit=3, measured=MEASURED)
+    assert made.forced == "</think><answer>"
+    assert MEASURED not in made.description.text
+    assert not made.description.stats.complete
+
+
+def test_a_text_is_looked_through_only_where_something_is_to_be_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks, text = list[int](), Prompts.text
+
+    def looked(own: Prompts, ids: Sequence[int]) -> str:
+        looks.append(len(ids))
+        return text(own, ids)
+
+    monkeypatch.setattr(Prompts, "text", looked)
+    written = "It is soft.</think><answer>3.45</answer>"
+    told(written, measured=MEASURED)
+    something = len(looks)
+    told(written)
+    assert len(looks) - something < something
+
+
+def test_it_is_told_once_and_only_where_the_model_comes_to_it() -> None:
+    twice = "The picture is here. The picture is</think><answer>3.45</answer>"
+    assert told("The picture is", twice, measured=MEASURED).description.text == (
+        f"{MEASURED}The picture is here. The picture is"
+    )
+    other = told("It is soft.</think><answer>3.45</answer>", measured=MEASURED)
+    assert (other.description.text, other.forced) == ("It is soft.", "")
+    unmeasured = told("The picture is soft.</think><answer>3.45</answer>")
+    assert (unmeasured.description.text, unmeasured.forced) == ("The picture is soft.", "")
+
+
+@pytest.mark.parametrize("score", [1.0, 2.49, 2.51, 3.5, 4.9])
+def test_the_verdict_of_a_reflection_is_the_word_of_its_score(score: float) -> None:
+    after = [QWEN.token_to_id("<|im_end|>")] * 2
+    decoder = ScriptedDecoder(ids_of("The picture is") + after, ids_of("</think>") + after)
+    prefix = replace(PREFIX, tokens=replace(PREFIX.tokens, measured=MEASURED))
+    made = scripted(decoder).reflect(prefix, "It is soft. Overall bad quality.", 3.0, score)
+    assert made.text == f"{MEASURED} Overall {quality_word(score)} quality."

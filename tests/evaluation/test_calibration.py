@@ -20,6 +20,7 @@ from meiqa.evaluation.calibration import (
     Judged,
     calibrate_package,
     fitted_calibration,
+    fitted_grade_share,
     fitted_memory_share,
     fitted_temperature,
 )
@@ -154,6 +155,13 @@ def test_the_memory_gets_the_share_that_is_asked_for() -> None:
         assert fitted_calibration(known, UNCALIBRATED, memory_share=share)[0].memory_share == share
 
 
+def test_a_memory_without_a_regression_gets_no_share() -> None:
+    unknown = judged(rating=0.5, comparisons=0.5)
+    with pytest.raises(UsageError, match="no regression"):
+        fitted_calibration(unknown, UNCALIBRATED, memory_share=0.3)
+    assert fitted_calibration(unknown, UNCALIBRATED, memory_share=0.0)[0].memory_share == 0.0
+
+
 def test_a_rating_that_brings_more_than_comparisons_outlasts_them() -> None:
     calibration, _ = fitted_calibration(judged(rating=0.15, comparisons=1.0), UNCALIBRATED)
     assert calibration.degradation[-1] == "text"
@@ -179,6 +187,17 @@ def test_the_memory_gets_no_more_than_it_surely_earns(
     own_scores, memory = (human + random.normal(0, std, 400) for std in (own, recalled))
     known = replace(judged(rating=0.5, comparisons=0.5), human=human, memory=memory)
     assert allowed[0] <= fitted_memory_share(known, own_scores) <= allowed[1]
+
+
+@pytest.mark.parametrize(("rating", "allowed"), [(0.599, {1.0}), (0.1, {0.0, 0.25})])
+def test_the_grade_does_without_the_rating_where_it_can(rating: float, allowed: set[float]) -> None:
+    """The grade's error is that of the least: a rating that knows no more gets nothing."""
+    human = judged(rating=0.5, comparisons=0.5).human
+    random = np.random.default_rng(5)
+    grade, noise = (random.normal(0, 0.6, 400) for _ in range(2))
+    said = grade if rating > 0.5 else noise * rating
+    shares = fitted_grade_share(human, lambda share: human + share * grade + (1 - share) * said)
+    assert shares in allowed
 
 
 def test_fitting_can_be_repeated() -> None:

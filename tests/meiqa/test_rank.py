@@ -14,7 +14,7 @@ from PIL import Image
 
 from meiqa import cli
 from meiqa.testing import FakeEngine
-from meiqa.types import Budget, Ranking
+from meiqa.types import Budget, CulledPhoto, Culling, Ranking
 
 Grey = Callable[..., Path]
 Output = pytest.CaptureFixture[str]
@@ -100,11 +100,56 @@ def test_cull_in_json_and_csv(engine: FakeEngine, shots: Path, capsys: Output) -
     entries = json.loads(capsys.readouterr().out)
     assert [entry.get("group") for entry in entries] == [1, 1, 2, None]
     assert [entry.get("best") for entry in entries] == [True, False, True, None]
+    assert [entry.get("kind") for entry in entries] == ["burst", "burst", None, None]
+    assert [entry.get("kept") for entry in entries] == [True, False, True, None]
+    assert [entry.get("too_close") for entry in entries] == [False, False, False, None]
     assert engine.culled["alike"] == 0.8
     assert cli.main(["cull", str(shots), "--format", "csv"]) == 1
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["place"] for row in rows] == ["1", "2", "1", ""]
     assert engine.culled["alike"] == 0.55
+
+
+def test_cull_names_a_series_what_is_too_close_and_why(
+    engine: FakeEngine,
+    grey: Grey,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Output,
+) -> None:
+    names = [str(grey(f"{n}.png", 40 * n)) for n in range(5)]
+    series = tuple(
+        CulledPhoto(n, name, 1.0 + n, 0.2, 1.0 + n, 0.9, kind="bracket")
+        for n, name in enumerate(names[:3], 1)
+    )
+    shots = (
+        CulledPhoto(1, names[3], 4.0, 0.2, 4.1, 1, None, "burst", True, "less motion"),
+        CulledPhoto(2, names[4], 3.9, 0.2, 3.8, 0.97, None, "burst", True),
+    )
+    monkeypatch.setattr(engine, "cull", lambda *_, **__: Culling((series, shots)))
+    page, out, bin_ = tmp_path / "p.html", tmp_path / "out", tmp_path / "bin"
+    ways = ["--xmp", "--copy-to", out, "--move-rejects-to", bin_, "--list", tmp_path / "l.txt"]
+    assert cli.main(["cull", *map(str, [*names, "--html", page, *ways])]) == 0
+    assert [
+        line[0] + line.partition("   ")[2] for line in capsys.readouterr().out.splitlines()
+    ] == [
+        "*(bracket, 1 of 3, 2.00 alone)",
+        "*(bracket, 2 of 3, 3.00 alone)",
+        "*(bracket, 3 of 3, 4.00 alone)",
+        "*(1 of 2, 4.10 alone, too close to call: less motion)",
+        " (2 of 2, 3.80 alone, likeness 0.97, too close to call)",
+    ]
+    html = page.read_text()
+    assert "Group 1: bracket of 3 shots, kept whole" in html
+    assert "Group 2: 2 shots, too close to call" in html
+    assert "4.10 alone, too close to call: less motion" in html
+    assert html.count(">kept</span>") == 3
+    assert html.count(">best</span>") == 1
+    assert sorted(path.name for path in out.glob("*.png")) == ["0.png", "1.png", "2.png", "3.png"]
+    assert [path.name for path in bin_.glob("*.png")] == ["4.png"]
+    assert (tmp_path / "l.txt").read_text().split() == names[:4]
+    ratings = {Path(name).with_suffix(".xmp").read_text().count('Rating="4"') for name in names[:3]}
+    assert ratings == {2}  # the stars of its best photo, twice in each sidecar
 
 
 @pytest.mark.parametrize("alike", ["2", "0", "-0.5"])

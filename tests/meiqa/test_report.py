@@ -124,13 +124,11 @@ def test_groups_come_before_single_photos(grey: Grey, tmp_path: Path) -> None:
     first = (CulledPhoto(1, names[0], 4, 0.2, 3.9, 1.0), CulledPhoto(2, names[1], 3, 0.2, 3, 0.93))
     write(tmp_path / "c.html", Culling(((CulledPhoto(1, names[2], 5, 0.1, 5, 1.0),), first)))
     page = Page(tmp_path / "c.html")
-    assert (
-        "2 photos in 1 group of near-identical shots, and 1 without another like it" in page.words
-    )
+    assert "2 photos in 1 group, and 1 without another like it" in page.words
     assert "Group 1: 2 shots" in page.words
     assert page.words.index("Group 1") < page.words.index("Single photos")
     assert page.words.count("best ") == 1 + page.words.count("the best ")
-    assert "likeness to the best 0.93" in page.words
+    assert "2 of 2, 3.00 alone, likeness 0.93" in page.words
     labelled = [attrs["aria-labelledby"] for attrs in page.all("section")]
     assert labelled == [attrs["id"] for attrs in page.all("h2")]
 

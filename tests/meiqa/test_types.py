@@ -92,13 +92,14 @@ def test_json_of_sets() -> None:
     ]
     assert values["failures"] == [{"path": "b", "error": "b is empty", "hint": None}]
     assert values["degraded"] == ["pairs"]
-    shot = CulledPhoto(2, "a", 3.0, 0.2, 2.9, 0.987654)
+    shot = CulledPhoto(2, "a", 3.0, 0.2, 2.9, 0.987654, kind="burst", too_close=True)
     values = Culling(((shot,),)).to_dict()
     assert values["groups"] == [
         [
             {
-                **{"place": 2, "best": False, "path": "a", "score": 3.0, "std": 0.2},
-                **{"alone": 2.9, "likeness": 0.9877},
+                **{"kind": "burst", "place": 2, "best": False, "kept": False, "path": "a"},
+                **{"score": 3.0, "std": 0.2, "alone": 2.9, "likeness": 0.9877},
+                **{"too_close": True, "reason": None},
             }
         ]
     ]
@@ -117,3 +118,9 @@ def test_budget_refuses_what_is_no_number(limit: Any) -> None:
 
 def test_budget_takes_numbers_of_numpy() -> None:
     assert Budget(ms=np.float32(3.0)).ms == 3
+
+
+def test_what_is_said_of_a_photo_is_not_left_out() -> None:
+    notes = ("small: judged as the 9 x 9 pixels it has", "pixels damaged: x", "no summary")
+    found = Assessment("p.jpg", 3.4, 0.2, (3.0, 3.8), 3.1, "good", 61.0, None, degraded=notes)
+    assert found.left_out == ("no summary",)

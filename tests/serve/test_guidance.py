@@ -12,8 +12,16 @@ import pytest
 from meiqa.serve.guidance import OTHERWISE, RULES, Adviser, Evidence
 from meiqa.types import Detail, Distortion
 
-WELL = Evidence(score=3.0, motion=0.3, brightness=120.0, blown_out=0.0)
+MEASURED = {
+    **{"sharpness": 7.0, "exposure": 150.0, "clipped": 0.0, "blocked": 0.0, "noise": 0.2},
+    **{"contrast": 200.0, "colour": 40.0, "cast": 0.0, "hue": 0.0, "blocking": 1.0},
+}
+WELL = Evidence(score=3.0, motion=0.3, measured=MEASURED)
 FINE = "The picture is sharp and well exposed, with no noise, good contrast, natural colours."
+
+
+def measured(**changes: float) -> Evidence:
+    return replace(WELL, measured={**MEASURED, **changes})
 
 
 def shaken(pixels: float) -> Detail:
@@ -41,20 +49,19 @@ def course(frames: Sequence[Evidence], every_s: float = 0.15) -> list[str]:
         (replace(WELL, motion=None, detail=shaken(7.0)), OTHERWISE.code),
         (replace(WELL, detail=shaken(16.0)), OTHERWISE.code),  # the camera was still
         (replace(WELL, distortions=(Distortion("motion blur", 4.0, 0.9),)), "step-back"),
-        (replace(WELL, brightness=30.0), "more-light"),
-        (replace(WELL, words="The picture is sharp and dark, with no noise."), "more-light"),
-        (replace(WELL, words="The picture is very dark."), "more-light"),
-        (replace(WELL, words="The picture is sharp, with strong noise."), "more-light"),
+        (measured(exposure=60.0), "more-light"),
+        (measured(exposure=10.0), "more-light"),
+        (measured(noise=9.0), "more-light"),
         (replace(WELL, distortions=(Distortion("white noise", 4.0, 0.8),)), "more-light"),
-        (replace(WELL, brightness=215.0), "less-light"),
-        (replace(WELL, blown_out=0.4), "less-light"),
-        (replace(WELL, words="The picture is very soft, with flat contrast."), "clean-lens"),
-        (replace(WELL, words="The picture is soft, with mild contrast."), "clean-lens"),
-        (replace(WELL, words="The picture is very soft, with good contrast."), "step-back"),
+        (measured(exposure=225.0), "less-light"),
+        (measured(clipped=0.4), "less-light"),
+        (measured(sharpness=2.0, contrast=90.0), "clean-lens"),
+        (measured(sharpness=4.0, contrast=140.0), "clean-lens"),
+        (measured(sharpness=2.0), "step-back"),
         (replace(WELL, words="Strong lens blur. The picture is fairly sharp."), "step-back"),
         (replace(WELL, distortions=(Distortion("gaussian blur", 4.0, 0.9),)), "step-back"),
-        (replace(WELL, words="With good contrast and visible blocking."), "sharper-stream"),
-        (replace(WELL, words="The picture is sharp, with flat contrast."), "side-light"),
+        (measured(blocking=2.0), "sharper-stream"),
+        (measured(contrast=90.0), "side-light"),
         (replace(WELL, score=4.1, words=FINE), "take-it"),
         (replace(WELL, score=2.4, words=FINE), OTHERWISE.code),
     ],
@@ -67,7 +74,8 @@ def test_evidence_leads_to_its_instruction(seen: Evidence, code: str) -> None:
     "seen",
     [
         replace(WELL, words="Barely visible motion blur. " + FINE),
-        replace(WELL, words="The picture is fairly sharp, with slight blocking and no noise."),
+        measured(sharpness=5.0, blocking=1.5, noise=4.0),
+        replace(WELL, words="The picture is very dark, very soft, with strong noise."),
         replace(WELL, distortions=(Distortion("jitter", 5.0, 0.2),)),
         replace(WELL, distortions=(Distortion("gaussian blur", 0.4, 1.0),)),
         replace(WELL, words="An entirely different form of words."),
@@ -78,9 +86,9 @@ def test_weak_evidence_says_nothing_in_particular(seen: Evidence) -> None:
 
 
 def test_what_spoils_the_rest_is_said_first() -> None:
-    everything = "The picture is very soft and dark, with strong noise and visible blocking."
-    assert advice(replace(WELL, motion=9.0, brightness=30.0, words=everything)) == "hold-still"
-    assert advice(replace(WELL, brightness=30.0, words=everything)) == "more-light"
+    everything = measured(sharpness=2.0, exposure=30.0, noise=9.0, blocking=2.0)
+    assert advice(replace(everything, motion=9.0)) == "hold-still"
+    assert advice(everything) == "more-light"
 
 
 def test_a_good_picture_that_moves_is_not_taken() -> None:
@@ -95,20 +103,20 @@ def test_a_single_odd_frame_changes_nothing() -> None:
 
 
 def test_evidence_at_the_threshold_does_not_flicker() -> None:
-    around = [replace(WELL, score=4.2, brightness=54.0 + 6.0 * (i % 2)) for i in range(60)]
-    said = course(around)
+    at_it = [replace(measured(exposure=69.0 + 6.0 * (i % 2)), score=4.2) for i in range(60)]
+    said = course(at_it)
     assert sum(one != other for one, other in pairwise(said)) <= 1
 
 
 def test_an_instruction_stays_long_enough_to_be_read() -> None:
-    dark, bright = replace(WELL, brightness=20.0), replace(WELL, brightness=230.0)
+    dark, bright = measured(exposure=20.0), measured(exposure=230.0)
     said = course([dark, *[bright] * 30], every_s=0.1)
     assert said[:15] == ["more-light"] * 15
     assert said[-1] == "less-light"
 
 
 def test_it_is_taken_back_once_it_is_followed() -> None:
-    dark = replace(WELL, score=2.0, brightness=20.0)
+    dark = replace(measured(exposure=20.0), score=2.0)
     lit = replace(WELL, score=4.2)
     said = course([*[dark] * 10, *[lit] * 20])
     assert said[0] == "more-light"

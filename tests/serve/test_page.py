@@ -116,7 +116,7 @@ def page_of(browser: Browser) -> Iterator[Open]:
         page.on("console", note)
         page.goto(address)
         if refusal is None:
-            expect(page.locator("#service")).to_contain_text("1,024 remembered photos")
+            expect(page.locator("#service")).to_contain_text("32 remembered photos")
         return page
 
     yield opened
@@ -218,7 +218,7 @@ def test_a_key_is_asked_for(page_of: Open, greys: FakeEngine, keys: tuple[Keys, 
         photograph(page, "key")
         page.get_by_label("This service asks for a key").fill(reader)
         page.get_by_role("button", name="Use it").click()
-        expect(page.locator("#service")).to_contain_text("1,024 remembered photos")
+        expect(page.locator("#service")).to_contain_text("32 remembered photos")
         page.get_by_role("button", name="Use the camera").click()
         expect(page.locator("#instruction")).to_be_visible(timeout=20_000)
 

@@ -228,7 +228,7 @@ def _row(
         "kind": plan.kind,
         "instruction": instruction.code,
         "motion": "" if plan.motion is None else f"{plan.motion:.2f}",
-        "brightness": f"{plan.stats.brightness:.1f}",
+        "brightness": f"{plan.stats.cells.mean():.1f}",
         "distortions": [each.kind for each in found.distortions],
         "dropped": frame.dropped,
     }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import math
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import reduce
 from itertools import pairwise
 from types import SimpleNamespace
@@ -207,8 +210,11 @@ def stars(text: str) -> tuple[float, ...] | float:
     return given
 
 
-def sidecar_options(*ways: str) -> Decorator:
-    """Add --xmp and what belongs to it; `ways` are the command's other ways out."""
+def sidecar_options(*ways: str, review: str = "") -> Decorator:
+    """Add --xmp and what belongs to it; `ways` are the command's other ways out.
+
+    `review` is one more option that --stars and --journal belong to.
+    """
     needs = " ".join(["--xmp", *ways])
     return together(
         flag("--xmp", "write ratings into XMP sidecars; what they hold besides stays as it is"),
@@ -224,14 +230,14 @@ def sidecar_options(*ways: str) -> Decorator:
             "1.8,2.6,3.4,4.2); or top10: the best 10 % of the photos get five stars, and each star "
             "less goes to twice as many",
             stars,
-            needs="--xmp",
+            needs=f"--xmp {review}",
         ),
         flag("--dry-run", "only tell what would be done", needs=needs),
         option(
             "--journal FILE",
             "what `meiqa cull --undo` reads (default: a hidden file in the photos' folder)",
             path,
-            needs=needs,
+            needs=f"{needs} {review}",
         ),
     )
 
@@ -362,6 +368,25 @@ def engine_of(options: Options, *, learn: bool = False) -> Engine:
     return engine
 
 
+def model_terms(digest: str, calibration: Calibration) -> dict[str, str]:
+    """Give what a score depends on in the model, by the digests of a package and calibration."""
+    text = json.dumps(asdict(calibration), sort_keys=True)
+    return {"package": digest, "calibration": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def terms_unopened(options: Options) -> dict[str, str]:
+    """Give the `model_terms` of the engine that the options name, which takes no opening."""
+    if options.remote is not None and options.memory is not None:
+        from meiqa.engine.remote import RemoteSettings
+
+        settings = RemoteSettings.of_memory(options.memory)
+        return model_terms(settings.digest, settings.calibration)
+    from meiqa.engine.package import EnginePackage
+
+    package = EnginePackage.open(options.package or embedded_assets() / "package", verify=False)
+    return model_terms(package.digest, package.manifest.calibration)
+
+
 def _retrieval(options: Options, calibration: Calibration) -> RetrievalPolicy | None:
     """How neighbours are chosen, where the options say it otherwise than the calibration."""
     from meiqa.memory import RetrievalPolicy
@@ -466,42 +491,46 @@ def way_out(options: Options) -> WayOut | None:
     return way
 
 
-def take(way: WayOut, verdicts: Sequence[Verdict], options: Options) -> int:
+def say(line: str) -> None:
+    """Tell whoever runs the command."""
+    sys.stderr.write(f"meiqa: {line}\n")
+
+
+def take(
+    way: WayOut, verdicts: Sequence[Verdict], options: Options, tell: Callable[[str], None] = say
+) -> int:
     """Do with photos what is to be done, or tell it; give the exit code."""
     from meiqa.journal import Journal, new_journal
     from meiqa.wayout import plan
 
     planned = plan(verdicts, way)
     for failure in planned.failures:
-        say(f"error: {failure_line(failure.path, str(failure.error))}")
+        tell(f"error: {failure_line(failure.path, str(failure.error))}")
     if planned.by_hand:
-        say(f"rated by somebody, and left as they are: {planned.by_hand}; --force takes them, too")
+        tell(f"rated by somebody, and left as they are: {planned.by_hand}; --force takes them, too")
     code = EXIT_FAILURES if planned.failures else 0
     if options.dry_run:
         for action in planned.actions:
-            say(one_line(f"would {action}"))
+            tell(one_line(f"would {action}"))
     elif planned.actions:
         journal = Journal.begin(options.journal or new_journal(way.base), planned.actions)
-        code = max(code, go_through(journal, "do"))
+        code = max(code, go_through(journal, "do", tell))
     else:
-        say("nothing is left to be done")
+        tell("nothing is left to be done")
     return code
 
 
-def go_through(journal: Journal, way: Literal["do", "undo"]) -> int:
+def go_through(
+    journal: Journal, way: Literal["do", "undo"], tell: Callable[[str], None] = say
+) -> int:
     """Do or undo a journal's actions, and tell of it; give the exit code."""
     errors = journal.do() if way == "do" else journal.undo()
     for error in errors:
-        say(f"error: {error}")
+        tell(f"error: {error}")
     told = f"{len(journal.actions) - len(errors)} of {len(journal.actions)} actions {way}ne"
     undo = f"; undo them: meiqa cull --undo {shlex.quote(str(journal.path))}" if way == "do" else ""
-    say(one_line(f"{told}{undo}"))
+    tell(one_line(f"{told}{undo}"))
     return EXIT_FAILURES if errors else 0
-
-
-def say(line: str) -> None:
-    """Tell whoever runs the command."""
-    sys.stderr.write(f"meiqa: {line}\n")
 
 
 def print_report(report: Any, format: str, text: Callable[[Any], str]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -241,13 +239,11 @@ def _score_to_file(
 
 def _terms(engine: Engine, options: Options) -> dict[str, Any]:
     """What a row depends on, beside the photo: package, calibration, and options."""
-    calibration = json.dumps(asdict(engine.model.calibration), sort_keys=True)
     names = (
         "admission budget_ms device exclude_above head k map memory model no_detail raw reference"
     )
     return {
-        "package": engine.model.digest,
-        "calibration": hashlib.sha256(calibration.encode()).hexdigest(),
+        **cli.model_terms(engine.model.digest, engine.model.calibration),
         **{name: getattr(options, name) for name in names.split()},
     }
 
