@@ -51,6 +51,12 @@ def chat_model(local: LocalModel) -> ChatModel:
 
 
 @pytest.fixture(autouse=True)
+def writes_all_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's model is told nothing that was measured: the one at hand is not, either."""
+    monkeypatch.setattr("meiqa.engine.local.measured_sentence", lambda _: "")
+
+
+@pytest.fixture(autouse=True)
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.delenv("MEIQA_REMOTE_API_KEY", raising=False)

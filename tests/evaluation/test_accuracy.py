@@ -144,7 +144,7 @@ def test_report(tmp_path: Path) -> None:
     seen: list[Assessment | Failure] = []
     judged = judge(engine, labels, tmp_path, k=7, on_result=seen.append)  # type: ignore[arg-type]
     report = judged.report()
-    assert engine.options == {"budget": None, "k": 7, "learn": False}
+    assert engine.options == {"budget": None, "k": 7, "learn": False, "detail": False}
     assert report["n"] == 3
     assert report["k"] == 1
     assert report["mos_range"] == [1, 5]
