@@ -18,6 +18,7 @@ IN_MEMORY := $(if $(wildcard /dev/shm),TMPDIR=/dev/shm)
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/meiqa demo
+	@echo "Next: . $(VENV)/bin/activate, then: meiqa score photo.jpg"
 
 test: $(TEST_INSTALLED)
 	$(PY) -m pytest

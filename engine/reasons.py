@@ -41,7 +41,19 @@ NOTHING_SEEN = Observation((0, 0))
 
 
 def reason_for(best: Observation, other: Observation) -> str | None:
-    """Say what speaks for the better of two photos: its detail, or else its distortions.
+    """Say what speaks for the better of two photos: its detail, or else its distortions."""
+    if phrase := seen_at_full_size(best, other):
+        return phrase
+    more = {
+        phrase: _shown(phrase, other.distortions) - _shown(phrase, best.distortions)
+        for phrase in _WITHOUT.values()
+    }
+    phrase = max(more, key=lambda each: more[each])
+    return phrase if more[phrase] >= WEAKER else None
+
+
+def seen_at_full_size(best: Observation, other: Observation) -> str | None:
+    """Say what speaks for a photo against another at full size.
 
     Detail is compared at one size only: a photo that was scaled down has sharper edges.
     """
@@ -54,12 +66,7 @@ def reason_for(best: Observation, other: Observation) -> str | None:
             return f"sharper at the {_named(one.place, best.size)}"
         if two.noise >= max(LESS_NOISE * one.noise, one.noise + LEAST_NOISE):
             return "less noise"
-    more = {
-        phrase: _shown(phrase, other.distortions) - _shown(phrase, best.distortions)
-        for phrase in _WITHOUT.values()
-    }
-    phrase = max(more, key=lambda each: more[each])
-    return phrase if more[phrase] >= WEAKER else None
+    return None
 
 
 def _shown(phrase: str, distortions: Sequence[Distortion]) -> float:

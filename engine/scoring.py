@@ -175,6 +175,12 @@ class Scored:
         small = height * width < SMALL_PIXELS
         return (f"small: judged as the {width} x {height} pixels it has",) if small else ()
 
+    @property
+    def summary(self) -> str | None:
+        """What was written of the photo, as far as it is borne out."""
+        description = self.prediction.description
+        return None if description is None else self._borne_out(description.text)
+
     def _borne_out(self, text: str | None) -> str | None:
         """Leave out what is written before what was measured, of damage that no pattern sees."""
         if text and self.prefix.tokens.measured and self.patterns and self.patterns.sees_little:
@@ -189,7 +195,6 @@ class Scored:
     def assessment(self, snapshot: Snapshot) -> Assessment:
         """Give the result as users see it."""
         regression = self.estimate("regression")
-        description = self.prediction.description
         return Assessment(
             path=self.pixels.name,
             score=self.posterior.score,
@@ -198,7 +203,7 @@ class Scored:
             initial_score=self.initial_score,
             word=quality_word(self.posterior.score),
             percentile=snapshot.percentile(self.posterior.score),
-            summary=self._borne_out(description and description.text),
+            summary=self.summary,
             memory_score=None if regression is None else regression.score,
             grades=dict(zip(LEVEL_WORDS, self.prediction.grading.grades.tolist(), strict=True)),
             distortions=() if self.patterns is None else self.patterns.distortions,

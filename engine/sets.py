@@ -20,7 +20,13 @@ from meiqa.engine.estimates import (
     calibrated,
     preferences_of,
 )
-from meiqa.engine.reasons import COMPARED, NOTHING_SEEN, Observation, reason_for
+from meiqa.engine.reasons import (
+    COMPARED,
+    NOTHING_SEEN,
+    Observation,
+    reason_for,
+    seen_at_full_size,
+)
 from meiqa.engine.scoring import Scored, as_neighbours
 from meiqa.engine.series import Frame, frame_of, series_in
 from meiqa.engine.shots import ALIKE, grouped, likenesses, view_of
@@ -69,7 +75,6 @@ class Candidate:
     @classmethod
     def of(cls, scored: Scored, *, culled: bool = False) -> Candidate:
         """Keep what a set, or a cull, needs of a scored photo; its pixels are let go."""
-        description = scored.prediction.description
         return cls(
             path=scored.pixels.name,
             image_digest=scored.pixels.digest,
@@ -78,7 +83,7 @@ class Candidate:
             prior=before_comparisons(scored.estimates).score,
             score=scored.posterior.score,
             neighbours=as_neighbours(scored.neighbours, scored.preferences),
-            summary=None if description is None else description.text,
+            summary=scored.summary,
             view=view_of(scored.pixels.array),
             frame=frame_of(scored.pixels) if culled else None,
             observation=_observed(scored) if culled else NOTHING_SEEN,
@@ -294,7 +299,7 @@ def culled(
 def _in_order(
     group: Sequence[Candidate], solution: Solution, kind: GroupKind | None
 ) -> tuple[CulledPhoto, ...]:
-    order = solution.order if kind == "burst" else tuple(range(len(group)))
+    order = _best_first(group, solution) if kind == "burst" else tuple(range(len(group)))
     first, best = order[0], group[order[0]]
     near = [kind == "burst" and solution.too_close(first, each) for each in order]
     if kind == "burst":
@@ -310,15 +315,26 @@ def _in_order(
             summary=group[index].summary,
             kind=kind,
             too_close=close,
-            reason=_reason(group, solution) if kind == "burst" and place == 1 else None,
+            reason=_reason(group, order, solution) if kind == "burst" and place == 1 else None,
         )
         for place, (index, close) in enumerate(zip(order, near, strict=True), 1)
     )
 
 
-def _reason(group: Sequence[Candidate], solution: Solution) -> str | None:
+def _best_first(group: Sequence[Candidate], solution: Solution) -> tuple[int, ...]:
+    """Order a burst: of those too close to the best, one that is better at full size goes first."""
+    first = best = solution.order[0]
+    for each in solution.order[1:]:
+        if solution.too_close(first, each):
+            shown, other = group[each].observation, group[best].observation
+            if seen_at_full_size(shown, other) and not seen_at_full_size(other, shown):
+                best = each
+    return (best, *(each for each in solution.order if each != best))
+
+
+def _reason(group: Sequence[Candidate], order: Sequence[int], solution: Solution) -> str | None:
     """What speaks for the best photo against the next: what is seen, or else the comparison."""
-    best, other, *_ = solution.order
+    best, other, *_ = order
     if reason := reason_for(group[best].observation, group[other].observation):
         return reason
     compared = solution.compared[best] and not solution.too_close(best, other)

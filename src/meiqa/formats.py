@@ -339,7 +339,8 @@ def assessment_text(assessment: Assessment) -> str:
         lines.append(f"  the model's grade: {', '.join(likely)}")
     if asked := _compared(assessment):
         lines.append(f"  {reasons_phrase(assessment)} ({asked} compared)")
-    if assessment.reflection:
+    # Where the score alone moved, the corrected description says the same.
+    if assessment.reflection and not assessment.reflection.startswith(assessment.summary or ""):
         lines.append(f"  on reflection: {assessment.reflection}")
     if assessment.degraded:
         lines.append(f"  note: {'; '.join(assessment.degraded)}")
