@@ -20,6 +20,7 @@ from meiqa.engine.calibration import UNCALIBRATED, Calibration, SceneVerdict
 from meiqa.engine.comparing import Comparer, Pictured, PrefixCache
 from meiqa.engine.engine import Engine
 from meiqa.engine.model import Prefix, VisualTokens
+from meiqa.engine.reasons import Observation
 from meiqa.engine.sets import (
     Candidate,
     Verdicts,
@@ -32,7 +33,7 @@ from meiqa.engine.sets import (
 )
 from meiqa.errors import UsageError
 from meiqa.testing import FakeModel
-from meiqa.types import CulledPhoto, Neighbour, RankedPhoto
+from meiqa.types import CulledPhoto, Detail, Neighbour, RankedPhoto
 from tests.engine.samples import PHOTOS, Picture, fake_engine, picture, toned
 from tests.engine.shoots import bracket, burst, scene
 from tests.engine.views import at
@@ -344,6 +345,29 @@ def test_what_differs_by_less_than_its_deviation_is_too_close_to_call() -> None:
     clear = group_of(4.0, 2.0, 1.9, calibration=fitted)
     assert [photo.too_close for photo in clear] == [False, False, False]
     assert [photo.reason for photo in clear] == ["preferred in the comparison", None, None]
+
+
+@pytest.mark.parametrize(
+    ("noises", "wanted"),
+    [((9.0, 0.5, 0.5), ["3.0", "3.05", "1.0"]), ((1.0, 0.9, 0.1), ["3.05", "3.0", "1.0"])],
+)
+def test_what_is_too_close_to_call_is_decided_at_full_size(
+    noises: tuple[float, ...], wanted: list[str]
+) -> None:
+    """Of the best two by score; the third is far behind, however clean it is."""
+    fitted = replace(UNCALIBRATED, lam=300.0, scene=SCENE)
+    photos = [
+        replace(
+            candidate(f"{quality}", 3.0, quality=quality),
+            view=view,
+            observation=Observation((600, 800), Detail(0.5, 1.0, noise, (0, 0, 256, 256))),
+        )
+        for quality, view, noise in zip((3.05, 3.0, 1.0), at(0, 1, 2), noises, strict=True)
+    ]
+    (group,), _ = culled(photos, eyes(fitted), 0.9, ALWAYS)
+    assert [photo.path for photo in group] == wanted
+    assert group[0].reason == ("less noise" if wanted[0] == "3.0" else None)
+    assert [photo.too_close for photo in group] == [True, True, False]
 
 
 def test_without_a_scene_verdict_the_deviations_of_both_scores_say_what_is_close() -> None:
