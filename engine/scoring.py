@@ -177,14 +177,21 @@ class Scored:
 
     @property
     def summary(self) -> str | None:
-        """What was written of the photo, as far as it is borne out."""
+        """What was written of the photo, in accord with the patterns."""
         description = self.prediction.description
-        return None if description is None else self._borne_out(description.text)
+        return None if description is None else self._in_accord(description.text)
 
-    def _borne_out(self, text: str | None) -> str | None:
-        """Leave out what is written before what was measured, of damage that no pattern sees."""
-        if text and self.prefix.tokens.measured and self.patterns and self.patterns.sees_little:
-            text = text[max(0, text.find(LEAD)) :]
+    def _in_accord(self, text: str | None) -> str | None:
+        """Bring what is written of damage, before what was measured, in accord with the patterns.
+
+        What they see nothing of is left out; what they list is named where nothing is written.
+        """
+        seen = self.patterns
+        if text and self.prefix.tokens.measured and seen:
+            if seen.sees_little:
+                text = text[max(0, text.find(LEAD)) :]
+            elif text.startswith(LEAD) and seen.distortions:
+                text = f"{seen.distortions[0].phrase}. {text}"
         return text or None
 
     def estimate(self, name: str) -> Estimate | None:
@@ -211,7 +218,7 @@ class Scored:
             detail=self.detail,
             neighbours=as_neighbours(self.neighbours, self.preferences),
             degraded=self.degraded + self._size_note(),
-            reflection=self._borne_out(self.reflection),
+            reflection=self._in_accord(self.reflection),
             timings_ms={name: round(ms, 3) for name, ms in self.deadline.timings_ms.items()},
             counters=self.counters,
         )

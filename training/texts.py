@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from meiqa.engine.estimates import quality_word
 from meiqa.engine.measures import measured_sentence, verdict_sentence
 from meiqa.engine.prompts import MEIQA
+from meiqa.types import SEVERITIES
 from training.data import Photograph
 from training.distortions import KINDS, TONES
 
@@ -22,7 +23,6 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
 )
 PLAIN_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
-SEVERITIES = ("Barely visible", "Slight", "Visible", "Strong", "Severe")
 VOCABULARY = 768
 
 

@@ -99,6 +99,10 @@ class Neighbour(Result):
     preference: float | None
 
 
+SEVERITIES = ("Barely visible", "Slight", "Visible", "Strong", "Severe")
+"""What a strength of 1, 2, 3, 4 and 5 is called."""
+
+
 @dataclass(frozen=True)
 class Distortion(Result):
     """What may be wrong with a photo: the kind, how strong (0-5) and how probable it is."""
@@ -106,6 +110,11 @@ class Distortion(Result):
     kind: str
     strength: float
     probability: float
+
+    @property
+    def phrase(self) -> str:
+        """Say it in words, as "Severe white noise"."""
+        return f"{SEVERITIES[max(1, round(self.strength)) - 1]} {self.kind}"
 
 
 @dataclass(frozen=True)

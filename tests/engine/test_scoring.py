@@ -300,12 +300,17 @@ def test_damage_that_no_pattern_sees_is_not_told(
     found = scored(engine, ScoreRequest(PHOTO))
     tokens = replace(found.prefix.tokens, measured=measured)
     seen = PatternScore(3.0, 0.5, 3.0, None, 0.0, listed, strength, np.zeros((1, 1), np.float32))
-    text = "Strong jitter. The picture is soft."
+    text = "Strong lens blur. The picture is soft."
     found = replace(
         found, prefix=replace(found.prefix, tokens=tokens), patterns=seen, reflection=text
     )
     said = found.assessment(engine.memory.snapshot()).reflection
     assert said == (text if told or not measured else "The picture is soft.")
+    silent = replace(found, reflection="The picture is soft.")
+    said = silent.assessment(engine.memory.snapshot()).reflection
+    assert (
+        said == ("Barely visible jitter. " if listed and measured else "") + "The picture is soft."
+    )
 
 
 def test_an_assessment_says_what_was_found_and_what_it_took(anchors: Path) -> None:
