@@ -21,6 +21,7 @@ from meiqa.cli import options
 from meiqa.decisions import NAME
 from meiqa.engine.calibration import UNCALIBRATED
 from meiqa.journal import journals_in
+from meiqa.serve import review
 from meiqa.testing import FakeEngine
 
 Grey = Callable[..., Path]
@@ -148,6 +149,24 @@ def test_another_calibration_judges_again(
     )
     start(shoot).finish()
     assert len(engine.calls) == 2 * judged
+
+
+def test_an_interrupted_review_says_what_stays_and_that_it_goes_on(
+    shoot: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    def interrupted(reviewed: review.Review, *_: object) -> None:
+        """As Ctrl-C ends the server, which then returns."""
+        reviewed.give({0: 3, 1: -1})
+
+    monkeypatch.setattr(review, "run", interrupted)
+    command = ["cull", str(shoot), "--xmp", "--review", "--no-browser"]
+    assert cli.main(command) == 130
+    told = capsys.readouterr().err
+    assert f"nothing was done; what was decided stays in {shoot / NAME}, and the same" in told
+    assert "going on" not in told
+    assert not [*shoot.glob("*.xmp")]
+    assert cli.main(command) == 130
+    assert f"going on from {shoot / NAME}, with 2 photos decided" in capsys.readouterr().err
 
 
 def test_stars_need_no_sidecars(shoot: Path, start: Start) -> None:
