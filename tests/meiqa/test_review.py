@@ -124,7 +124,7 @@ def test_a_second_start_goes_on(
     with unjudged(monkeypatch):
         dry = start(shoot, "--xmp", "--dry-run")
         assert dry.client.get("state").json()["dry_run"] is True
-        assert f"would write {shoot}/2.xmp" in dry.finish()
+        assert f"would write {shoot}/2.xmp: 2 stars, Green" in dry.finish()
         assert not [*shoot.glob("*.xmp")]
         assert journals_in(shoot) == []
         assert capsys.readouterr().out == printed
@@ -151,12 +151,14 @@ def test_another_calibration_judges_again(
     assert len(engine.calls) == 2 * judged
 
 
+@pytest.mark.parametrize("raises", [True, False])
 def test_an_interrupted_review_says_what_stays_and_that_it_goes_on(
-    shoot: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+    raises: bool, shoot: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
     def interrupted(reviewed: review.Review, *_: object) -> None:
-        """As Ctrl-C ends the server, which then returns."""
         reviewed.give({0: 3, 1: -1})
+        if raises:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(review, "run", interrupted)
     command = ["cull", str(shoot), "--xmp", "--review", "--no-browser"]
@@ -166,7 +168,7 @@ def test_an_interrupted_review_says_what_stays_and_that_it_goes_on(
     assert "going on" not in told
     assert not [*shoot.glob("*.xmp")]
     assert cli.main(command) == 130
-    assert f"going on from {shoot / NAME}, with 2 photos decided" in capsys.readouterr().err
+    assert f"going on from {shoot / NAME}; photos decided about: 2" in capsys.readouterr().err
 
 
 def test_stars_need_no_sidecars(shoot: Path, start: Start) -> None:

@@ -73,8 +73,8 @@ class LazyGroup(click.Group):
         if args[0] not in COMMANDS:
             from difflib import get_close_matches  # which few runs need
 
-            if near := get_close_matches(args[0], COMMANDS):
-                ctx.fail(f"No such command '{args[0]}'. Did you mean {' or '.join(near)}?")
+            if near := get_close_matches(args[0], COMMANDS, n=1):
+                ctx.fail(f"No such command '{args[0]}'. Did you mean {near[0]}?")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

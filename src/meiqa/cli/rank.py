@@ -172,18 +172,20 @@ def _review(options: Options, way: WayOut | None) -> int:
             url = f"http://127.0.0.1:{opened.getsockname()[1]}/{token}/"
             if decisions.ratings:
                 count = len(decisions.ratings)
-                cli.say(f"going on from {decisions.path}, with {count} photos decided about")
+                cli.say(f"going on from {decisions.path}; photos decided about: {count}")
             cli.say(f"decide on {url}; what is decided stays in {decisions.path}")
             if not options.no_browser:
                 way_there = stack.enter_context(_leading_to(url, decisions.path.resolve().parent))
                 threading.Thread(target=webbrowser.open, args=[way_there], daemon=True).start()
-            run(review, pictures, token, opened)
-            if not told:  # Ctrl-C, which the server takes for its end
-                cli.say(
-                    f"nothing was done; what was decided stays in {decisions.path}, "
-                    "and the same command goes on from there"
-                )
-                raise KeyboardInterrupt
+            try:
+                run(review, pictures, token, opened)
+                if not told:  # where Ctrl-C is ignored (a shell's `&`) it ends the server alone
+                    raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                if not told:
+                    what = f"nothing was done; what was decided stays in {decisions.path}"
+                    cli.say(f"{what}, and the same command goes on from there")
+                raise
     return code
 
 
