@@ -12,7 +12,7 @@ from meiqa.errors import DecodeError
 from meiqa.types import Failure
 
 _VIDEOS = suffixes("3gp avi insv lrv m2ts m4v mkv mov mp4 mpg mts webm wmv")
-_SIDECARS = suffixes("aae cos dop json pp3 thm txt vrd xml xmp")
+_SIDECARS = suffixes("aae cos dop json pp3 thm vrd xml xmp")
 _TWINS = suffixes("avif heic heif hif jpe jpeg jpg jxl")
 """What a camera or phone writes beside a RAW file of the same shot."""
 _SYSTEM_FOLDERS = frozenset(["@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found"])

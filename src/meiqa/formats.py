@@ -236,7 +236,11 @@ def write_comparison(comparison: PairComparison, format: Format, stream: TextIO)
         names = [comparison.first, comparison.second]
         winner, loser = names if comparison.preference >= 0.5 else names[::-1]
         share = max(comparison.preference, 1 - comparison.preference)
-        stream.write(f"{winner} looks better than {loser} with probability {share:.2f}\n")
+        probability = "over 0.99" if share >= 0.995 else f"{share:.2f}"
+        if comparison.preference == 0.5 and comparison.first_score == comparison.second_score:
+            stream.write(f"no difference between {comparison.first} and {comparison.second}\n")
+        else:
+            stream.write(f"{winner} looks better than {loser} with probability {probability}\n")
         stream.write(f"  {comparison.first}: {comparison.first_score:.2f}\n")
         stream.write(f"  {comparison.second}: {comparison.second_score:.2f}\n")
         if comparison.degraded:

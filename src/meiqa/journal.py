@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import stat
 from abc import ABC, abstractmethod
@@ -20,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from meiqa.errors import OutputUnwritable, UsageError
 from meiqa.outputs import disk_errors, sync_folder
@@ -29,6 +31,10 @@ _SCHEMA = 1
 _DISK_IS_FULL = {errno.EDQUOT, errno.ENOSPC}
 _CLOCK_STEP_NS = 2_000_000_000
 """What file systems round times of change to, at worst (FAT)."""
+
+
+class _Gone(OutputUnwritable):
+    """A file is not there any more, so that nothing is left to be done with it, or undone."""
 
 
 class _Action(ABC):
@@ -67,13 +73,18 @@ class Write(_Action):
     """A small file to be written; `old` is what it held, None where there was none.
 
     Both are UTF-8, with lone surrogates for other bytes. Where an action before this one `moved`
-    the file to its target, it is not there any more once that is undone.
+    the file to its target, it is not there any more once that is undone. `told` says in words what
+    is written.
     """
 
     target: str
     old: str | None
     new: str
     moved: bool = False
+    told: str = ""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}{self.told and ': '}{self.told}"
 
     def do(self) -> None:
         self._turn(self.old, self.new)
@@ -86,6 +97,8 @@ class Write(_Action):
         held = None if _is_vacant(self.target) else Path(self.target).read_bytes()
         known = [None if each is None else _bytes(each) for each in (before, after)]
         if held not in known:
+            if held is None:
+                raise _Gone(f"{self.target} is gone, and what it held cannot be changed")
             raise _refused(self.target, "another content than the journal knows")
         if after is None:
             Path(self.target).unlink(missing_ok=True)
@@ -167,7 +180,10 @@ class Move(_Action):
     def _shift(self, start: str, end: str) -> None:
         if not self._is_at(start):
             if not self._is_at(end):
-                raise _refused(start, "changed" if os.path.lexists(start) else "nothing there")
+                if os.path.lexists(start):
+                    raise _refused(start, "changed")
+                back = "back " if start == self.target else ""
+                raise _Gone(f"{start} is gone, and cannot be moved {back}to {end}")
             if _is_vacant(start):
                 Path(start).unlink(missing_ok=True)
             return
@@ -212,7 +228,8 @@ class Journal:
     Attributes:
         path: of the file.
         actions: in the order in which they are done.
-        state: "planned" until all was tried, then "done" or "undone".
+        state: "planned" until all was tried, then "done", "undone", or "gone": undone but for files
+            that were not there any more.
 
     Raises:
         UsageError: the file is no journal.
@@ -255,17 +272,29 @@ class Journal:
         return cls(path)
 
     @classmethod
-    def of(cls, place: str, states: Sequence[str]) -> Journal:
-        """Give the journal at a path, or the latest of a folder's that is in one of these states.
+    def of(cls, place: str, way: Literal["do", "undo"]) -> Journal:
+        """Give the journal at a path, or the latest of a folder's, that is to be done or undone.
 
         Raises:
             UsageError: there is none.
         """
-        found = journals_in(place) if os.path.isdir(place) else [cls(place)]
+        states = {"planned"} if way == "do" else {"planned", "done"}
+        if is_folder := os.path.isdir(place):
+            found = journals_in(place)
+        else:  # files that were gone may have come back to one that is named
+            found, states = [cls(place)], states | {"gone"} if way == "undo" else states
         for journal in reversed(found):
             if journal.state in states:
                 return journal
-        raise UsageError(f"{place} has no journal", allowed=f"one that is {' or '.join(states)}")
+        nothing = f"nothing to {'undo' if way == 'undo' else 'finish'}: "
+        if not found:
+            raise UsageError(f"{nothing}no run left a journal in {place}")
+        run = "the latest run" if is_folder else "that run"
+        state, hint = f"has been {found[-1].state} already", None
+        if found[-1].state == "gone":
+            state = "has been undone already, but for files that are gone"
+            hint = f"if they come back: meiqa cull --undo {shlex.quote(str(found[-1].path))}"
+        raise UsageError(f"{nothing}{run} {state}", hint=hint)
 
     def do(self) -> list[OutputUnwritable]:
         """Do what isn't done; give what could not be.
@@ -296,7 +325,9 @@ class Journal:
                         error.hint = f"make room, then: meiqa cull --resume or --undo {self.path}"
                         raise
                     refused.append(error)
-            self.state = "undone" if way == "undo" and not refused else "done"
+            self.state = "done"
+            if way == "undo" and all(isinstance(each, _Gone) for each in refused):
+                self.state = "gone" if refused else "undone"
             with disk_errors(self.path):
                 os.write(descriptor, b'\n{"state": "%s"}\n' % self.state.encode())
                 os.fsync(descriptor)

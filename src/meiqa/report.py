@@ -150,9 +150,7 @@ def _moved(photo: RankedPhoto) -> str:
 
 def _named(group: tuple[CulledPhoto, ...]) -> str:
     first, count = group[0], f"{len(group)} shots"
-    if first.in_series:
-        return f"{first.kind} of {count}, kept whole"
-    return f"{count}, too close to call" if first.too_close else count
+    return f"{first.kind} of {count}, kept whole" if first.in_series else count
 
 
 def _badge(photo: CulledPhoto) -> str:

@@ -71,6 +71,18 @@ def merged(packet: bytes | None, path: str, rating: int, label: str, *, force: b
     return found.changed({(space, k): v for k, v in wanted.items() for space in _PREFIXES})
 
 
+def told(packet: bytes, path: str) -> str:
+    """Give a packet's rating and label in words; "" where it has neither.
+
+    >>> told(merged(None, "a.xmp", 5, "Green", force=False), "a.xmp")
+    '5 stars, Green'
+    """
+    values = _Properties(packet, path).values
+    rating, label = (values.get((_XMP, name), "").strip() for name in ("Rating", "Label"))
+    words = {"-1": "rejected", "0": "no stars", "1": "1 star", "": ""}
+    return ", ".join(filter(None, (words.get(rating, f"{rating} stars"), label)))
+
+
 def _by_hand(values: Mapping[Name, str], name: str) -> bool:
     given = values.get((_XMP, name), "").strip()
     return given not in ("", "0") and given != values.get((_OURS, name))

@@ -20,7 +20,7 @@ from meiqa.engine.files import IMAGE_SUFFIXES
 from meiqa.errors import MeiqaError, OutputUnwritable, UsageError
 from meiqa.journal import Action, Copy, Link, Make, Move, Write
 from meiqa.outputs import STDOUT, Kind, disk_errors, output_target
-from meiqa.sidecars import embedded_packet, merged, rated_by_hand
+from meiqa.sidecars import embedded_packet, merged, rated_by_hand, told
 from meiqa.types import Culling, Failure
 
 _LIST = Kind("list")
@@ -237,7 +237,8 @@ class _Shot:
                 old = Path(path).read_bytes()
         rating, label = self._verdict.rating, self._verdict.label
         new = merged(old, path, rating, label, force=self._way.force)
-        return Write(path, None if old is None else _text(old), _text(new))
+        held = None if old is None else _text(old)
+        return Write(path, held, _text(new), told=told(new, path))
 
     def _below(self, folder: str, source: str) -> str:
         return os.path.join(os.path.abspath(folder), os.path.relpath(source, self._way.base))

@@ -271,6 +271,23 @@ def test_a_port_is_one_there_is(capsys: Output) -> None:
     assert "a whole number from 0 to 65535" in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["scor", "x.jpg"], "No such command 'scor'. Did you mean score?; see `meiqa --help`"),
+        (["xyzzy"], "No such command 'xyzzy'; see `meiqa --help`"),
+        (["cull", "--html"], "see `meiqa cull --help`"),
+        (["memory", "create", "--memory"], "see `meiqa memory create --help`"),
+    ],
+)
+def test_what_is_mistyped_is_led_to_what_was_meant(
+    arguments: list[str], told: str, capsys: Output
+) -> None:
+    assert cli.main(arguments) == 2
+    (line,) = errors_of(capsys)
+    assert line.endswith(told)
+
+
 def test_compare(engine: Any, grey: Grey, capsys: Output) -> None:
     dark, bright = str(grey("dark.png", 20)), str(grey("bright.png", 200))
     assert cli.main(["compare", dark, bright]) == 0

@@ -44,7 +44,18 @@ def test_text(engine: Any, tmp_path: Path, capsys: Output) -> None:
     text = capsys.readouterr().out
     assert "/packages/fake (digests not verified)" in text
     assert "3 anchors, 0 contrast cases" in text
-    assert text.endswith("Everything is there.\n")
+    assert text.endswith("Everything that scoring needs is there.\n")
+
+
+def test_what_extras_lack_is_told(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Output
+) -> None:
+    needs = ['rawpy<1,>=0.25; extra == "photos"', 'no-such; os == "x" and extra == "photos"']
+    monkeypatch.setattr(doctor, "requires", lambda _: [*needs, 'pillow; extra == "serve"'])
+    assert cli.main(["doctor", "--memory", str(tmp_path)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"extra photos lacks no-such: {install_hint('photos')}" in lines
+    assert "extra serve installed" in lines
 
 
 def test_a_missing_package_is_listed_with_its_command(

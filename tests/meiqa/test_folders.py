@@ -19,10 +19,10 @@ JPEG = made_jpeg(0, (32, 48))
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
     """Give a folder with a bit of everything."""
-    pictures = "a.jpg b.jpe c.mpo IMG_0004 odd.data d.HEIC d.aae e.mp4 f.MOV a.xmp notes.doc"
+    pictures = "a.jpg b.jpe c.mpo IMG_0004 odd.data d.HEIC d.aae e.mp4 f.MOV a.xmp notes.txt"
     for name in (*pictures.split(), "DSC_1.NEF", "DSC_1.JPG", "DSC_2.ARW", ".hidden.jpg"):
         (tmp_path / name).write_bytes(JPEG)
-    for name in ("e.mp4", "f.MOV", "notes.doc"):
+    for name in ("e.mp4", "f.MOV", "notes.txt"):
         (tmp_path / name).write_bytes(b"nothing to see here")
     for folder in ("@eaDir", ".thumbnails", "#recycle", "deeper"):
         (tmp_path / folder).mkdir()

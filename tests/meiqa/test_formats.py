@@ -212,6 +212,23 @@ def test_comparison(format: str) -> None:
         assert json.loads(text) == comparison.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("preference", "scores", "told"),
+    [
+        (0.994, (4.5, 1.5), "a looks better than b with probability 0.99\n"),
+        (0.004, (1.5, 4.5), "b looks better than a with probability over 0.99\n"),
+        (0.5, (3.0, 3.0), "no difference between a and b\n"),
+        (0.5, (3.0, 2.0), "a looks better than b with probability 0.50\n"),
+    ],
+)
+def test_a_comparison_is_neither_certain_nor_a_coin(
+    preference: float, scores: tuple[float, float], told: str
+) -> None:
+    stream = io.StringIO()
+    write_comparison(PairComparison("a", "b", preference, *scores), "text", stream)
+    assert stream.getvalue().startswith(told)
+
+
 def test_evaluation_table() -> None:
     figures = dict.fromkeys(
         ("srcc", "plcc", "krcc", "rmse", "js", "effective_bins", "distinct", "tie_rate"), 0.5

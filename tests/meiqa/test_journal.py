@@ -219,6 +219,8 @@ def test_undoing_refuses_what_changed_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "out/empty.wav").unlink()
     refused = [str(error) for error in journal.undo()]
     assert len(refused) == 5
+    gone = f"{tmp_path}/out/empty.wav is gone, and cannot be moved back to {tmp_path}/in/empty.wav"
+    refused.remove(gone)
     assert all("is left as it is; got " in line and "\n" not in line for line in refused)
     left = tree(tmp_path)
     assert left["in/old.xmp"] == ("file", b"old \xff")

@@ -21,6 +21,7 @@ from meiqa.cli import options
 from meiqa.decisions import NAME
 from meiqa.engine.calibration import UNCALIBRATED
 from meiqa.journal import journals_in
+from meiqa.serve import review
 from meiqa.testing import FakeEngine
 
 Grey = Callable[..., Path]
@@ -123,7 +124,7 @@ def test_a_second_start_goes_on(
     with unjudged(monkeypatch):
         dry = start(shoot, "--xmp", "--dry-run")
         assert dry.client.get("state").json()["dry_run"] is True
-        assert f"would write {shoot}/2.xmp" in dry.finish()
+        assert f"would write {shoot}/2.xmp: 2 stars, Green" in dry.finish()
         assert not [*shoot.glob("*.xmp")]
         assert journals_in(shoot) == []
         assert capsys.readouterr().out == printed
@@ -148,6 +149,26 @@ def test_another_calibration_judges_again(
     )
     start(shoot).finish()
     assert len(engine.calls) == 2 * judged
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_an_interrupted_review_says_what_stays_and_that_it_goes_on(
+    raises: bool, shoot: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    def interrupted(reviewed: review.Review, *_: object) -> None:
+        reviewed.give({0: 3, 1: -1})
+        if raises:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(review, "run", interrupted)
+    command = ["cull", str(shoot), "--xmp", "--review", "--no-browser"]
+    assert cli.main(command) == 130
+    told = capsys.readouterr().err
+    assert f"nothing was done; what was decided stays in {shoot / NAME}, and the same" in told
+    assert "going on" not in told
+    assert not [*shoot.glob("*.xmp")]
+    assert cli.main(command) == 130
+    assert f"going on from {shoot / NAME}; photos decided about: 2" in capsys.readouterr().err
 
 
 def test_stars_need_no_sidecars(shoot: Path, start: Start) -> None:

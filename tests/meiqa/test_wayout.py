@@ -57,7 +57,8 @@ def test_sidecars_by_lightrooms_names(shoot: Path, capsys: Output) -> None:
     before = tree(shoot)
     assert cull(shoot, "--xmp", "--dry-run") == 0
     told = capsys.readouterr().err
-    assert f"meiqa: would write {shoot}/1.xmp\n" in told
+    assert f"meiqa: would write {shoot}/1.xmp: 5 stars, Green\n" in told
+    assert f"meiqa: would write {shoot}/2.xmp: rejected, Red\n" in told
     assert tree(shoot) == before
     assert journals_in(shoot) == []
     assert cull(shoot, "--xmp") == 0
@@ -71,7 +72,12 @@ def test_sidecars_by_lightrooms_names(shoot: Path, capsys: Output) -> None:
     assert capsys.readouterr().err.endswith("\nmeiqa: nothing is left to be done\n")
     assert cull("--undo", shoot) == 0
     assert tree(shoot) == before
+    capsys.readouterr()
     assert cull("--undo", shoot) == 2
+    nothing = "nothing to undo: the latest run has been undone already\n"
+    assert capsys.readouterr().err == f"meiqa: error: {nothing}"
+    assert cull("--resume", shoot) == 2
+    assert "nothing to finish: the latest run has been undone" in capsys.readouterr().err
 
 
 def test_sidecars_by_darktables_names(shoot: Path) -> None:
@@ -141,6 +147,30 @@ def test_the_second_run_is_undone_alone(shoot: Path, grey: Grey, tmp_path: Path)
     assert tree(tmp_path / "picks") == first
     assert cull("--undo", shoot) == 0
     assert not (tmp_path / "picks").exists()
+
+
+def test_without_a_file_that_is_gone_the_rest_is_undone_for_good(
+    shoot: Path, tmp_path: Path, capsys: Output
+) -> None:
+    """Should it come back, the journal still knows where it belongs."""
+    before, rejects = tree(shoot), tmp_path / "rejects"
+    assert cull(shoot, "--xmp", "--move-rejects-to", rejects) == 0
+    (journal,) = journals_in(shoot)
+    os.rename(rejects / "2.CR2", tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert cull("--undo", shoot) == 1
+    told = capsys.readouterr().err
+    assert f"{rejects}/2.CR2 is gone, and cannot be moved back to {shoot}/2.CR2\n" in told
+    assert told.endswith("actions undone; nothing else is left to be undone\n")
+    assert tree(shoot) == {name: held for name, held in before.items() if name != "2.CR2"}
+    assert cull("--undo", shoot) == 2
+    told = capsys.readouterr().err
+    assert "nothing to undo: the latest run has been undone already, but for files" in told
+    assert f"meiqa cull --undo {journal.path}\n" in told
+    rejects.mkdir()
+    os.rename(tmp_path / "elsewhere", rejects / "2.CR2")
+    assert cull("--undo", journal.path) == 0
+    assert tree(shoot) == before
 
 
 def test_nothing_is_overwritten(shoot: Path, tmp_path: Path, capsys: Output) -> None:

@@ -66,6 +66,17 @@ class LazyGroup(click.Group):
         found: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return found
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command; suggest others where there is none of that name."""
+        if args[0] not in COMMANDS:
+            from difflib import get_close_matches  # which few runs need
+
+            if near := get_close_matches(args[0], COMMANDS, n=1):
+                ctx.fail(f"No such command '{args[0]}'. Did you mean {near[0]}?")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List them without importing them."""
         with formatter.section("Commands"):

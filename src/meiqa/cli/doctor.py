@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from meiqa.locations import package_memory, user_memory
 REQUIRED = ("numpy", "pillow", "tokenizers", "click", "platformdirs")
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 OPTIONAL = ("numba", "hnswlib", "scipy")
+EXTRAS = ("photos", "serve")
+_ALL_THERE = "Everything that scoring needs is there."
+_REQUIRED_BY = re.compile(r"(?P<name>[\w.-]+).*extra == ['\"](?P<extra>\w+)")
 
 
 @cli.command()
@@ -37,9 +41,9 @@ def examine(options: Options) -> dict[str, Any]:
     """Look at everything a score depends on, with the engine that these options open.
 
     Returns:
-        JSON-ready: versions, machine, providers, native_kernel, package, caches, memory, and
-        missing: a list of {what, hint}, empty if photos can be scored. The user's own memory may be
-        unwritable, one that was asked for may not.
+        JSON-ready: versions, extras (with what each lacks), machine, providers, native_kernel,
+        package, caches, memory, and missing: a list of {what, hint}, empty if photos can be scored.
+        The user's own memory may be unwritable, one that was asked for may not.
     """
     memory = options.memory
     missing: list[dict[str, str | None]] = []
@@ -61,6 +65,7 @@ def examine(options: Options) -> dict[str, Any]:
             "meiqa": meiqa.__version__,
             **versions,
         },
+        "extras": {extra: _lacking(extra) for extra in EXTRAS},
         "machine": {
             "system": platform.platform(),
             "cpus": os.cpu_count(),
@@ -106,6 +111,16 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _lacking(extra: str) -> list[str]:
+    """The distributions that an extra brings and that are not installed."""
+    try:
+        wanted = [_REQUIRED_BY.match(each) for each in requires("meiqa") or ()]
+    except PackageNotFoundError:  # a source tree on the path knows of no extras
+        return ["meiqa"]
+    names = [each["name"] for each in wanted if each and each["extra"] == extra]
+    return [name for name in names if _version(name) is None]
+
+
 def _loaded(name: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -121,12 +136,17 @@ def _memory_directory(path: Path) -> dict[str, Any]:
     return {"path": str(path), "writable": writable, "anchors": None, "contrast": None}
 
 
+def _extra_text(name: str, lacks: list[str]) -> str:
+    return f"lacks {', '.join(lacks)}: {install_hint(name)}" if lacks else "installed"
+
+
 def report_text(report: Mapping[str, Any]) -> str:
     """Lay out the report of `examine` for people."""
     package, memory = report["package"], report["memory"]
     access = "writable" if memory["writable"] else "not writable: nothing is remembered"
     shown = {
         **{name: number or "not installed" for name, number in report["versions"].items()},
+        **{f"extra {name}": _extra_text(name, lacks) for name, lacks in report["extras"].items()},
         **report["machine"],
         "providers": report["providers"],
         "native kernel": "loaded" if report["native_kernel"] else "not loaded",
@@ -143,7 +163,7 @@ def report_text(report: Mapping[str, Any]) -> str:
     shown["memory"] = f"{memory['path']} ({access})"
     if memory["anchors"] is not None:
         shown["holds"] = f"{memory['anchors']} anchors, {memory['contrast']} contrast cases"
-    lines = [tree_text(shown), "", "Missing:" if report["missing"] else "Everything is there."]
+    lines = [tree_text(shown), "", "Missing:" if report["missing"] else _ALL_THERE]
     for entry in report["missing"]:
         lines.append(f"  {entry['what']}")
         if entry["hint"] and entry["hint"] not in entry["what"]:

@@ -98,7 +98,11 @@ class Command(click.Command):
             else:
                 current = ""
                 spread.append(token)
-        return super().parse_args(ctx, spread)
+        try:
+            return super().parse_args(ctx, spread)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx  # by which the hint names the command
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it."""
@@ -529,7 +533,8 @@ def go_through(
         tell(f"error: {error}")
     told = f"{len(journal.actions) - len(errors)} of {len(journal.actions)} actions {way}ne"
     undo = f"; undo them: meiqa cull --undo {shlex.quote(str(journal.path))}" if way == "do" else ""
-    tell(one_line(f"{told}{undo}"))
+    rest = "; nothing else is left to be undone" if journal.state == "gone" else ""
+    tell(one_line(f"{told}{rest}{undo}"))
     return EXIT_FAILURES if errors else 0
 
 

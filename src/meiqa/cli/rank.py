@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from meiqa import __version__
 from meiqa.cli import options as cli
@@ -170,11 +170,22 @@ def _review(options: Options, way: WayOut | None) -> int:
         with listen("127.0.0.1", 0, Settings()) as opened, ExitStack() as stack:
             opened.listen()  # so that a browser waits for its answer
             url = f"http://127.0.0.1:{opened.getsockname()[1]}/{token}/"
+            if decisions.ratings:
+                count = len(decisions.ratings)
+                cli.say(f"going on from {decisions.path}; photos decided about: {count}")
             cli.say(f"decide on {url}; what is decided stays in {decisions.path}")
             if not options.no_browser:
                 way_there = stack.enter_context(_leading_to(url, decisions.path.resolve().parent))
                 threading.Thread(target=webbrowser.open, args=[way_there], daemon=True).start()
-            run(review, pictures, token, opened)
+            try:
+                run(review, pictures, token, opened)
+                if not told:  # where Ctrl-C is ignored (a shell's `&`) it ends the server alone
+                    raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                if not told:
+                    what = f"nothing was done; what was decided stays in {decisions.path}"
+                    cli.say(f"{what}, and the same command goes on from there")
+                raise
     return code
 
 
@@ -219,9 +230,8 @@ def _go_back_to(options: Options) -> int:
     if len(options.paths) > 1:
         seen = f"{len(options.paths)} of them"
         raise UsageError("one folder or journal is undone or finished", seen=seen)
-    states = ("planned", "done") if options.undo else ("planned",)
-    journal = Journal.of(options.paths[0], states)
-    return cli.go_through(journal, "undo" if options.undo else "do")
+    way: Literal["do", "undo"] = "undo" if options.undo else "do"
+    return cli.go_through(Journal.of(options.paths[0], way), way)
 
 
 def _by_engine(
