@@ -470,7 +470,7 @@ def exported(source: Path, folder: Path, prompt: PromptFamily | None) -> dict[st
     """
     packaging = importlib.import_module("meiqa.export.package")
     rng = np.random.default_rng(0)
-    noise = [rng.integers(0, 256, (128, 128, 3), np.uint8) for _ in range(16)]
+    noise = [rng.integers(0, 256, (128, 128, 3), np.uint8) for _ in range(32)]
     options = {
         "fp32": packaging.ExportOptions("fp32", prompt=prompt, key_pictures=0),
         "int8": packaging.ExportOptions(

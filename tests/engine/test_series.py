@@ -208,6 +208,7 @@ def test_a_picture_of_nothing_moves_nowhere(level: int) -> None:
     assert shift_between(nothing, nothing) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["large", "pristine"])
 def test_photographs_taken_one_by_one_are_no_series(name: str) -> None:
     """As if all had been taken within seconds, at one exposure."""

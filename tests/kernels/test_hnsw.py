@@ -16,7 +16,9 @@ from meiqa.kernels.hnsw import search_graph, workspace
 from tests import naive
 
 Keys = NDArray[np.float16]
-SIZES = [1, 2, 3, 7, 97, 300] if config.DISABLE_JIT else [1, 2, 3, 7, 97, 1000, 3001]
+LARGEST = 300 if config.DISABLE_JIT else 3001
+SIZES = [1, 2, 3, 7, 97, *([] if config.DISABLE_JIT else [1000])]
+SIZES += [pytest.param(LARGEST, marks=pytest.mark.slow)]  # type: ignore[list-item]
 
 
 def random_keys(count: int, width: int, seed: int = 0) -> Keys:
@@ -159,7 +161,7 @@ def test_a_workspace_serves_many_searches() -> None:
 
 
 def test_threads_with_their_own_workspaces_agree() -> None:
-    graph = linked(random_keys(SIZES[-1], 16))
+    graph = linked(random_keys(LARGEST, 16))
     queries = random_queries(20, 16)
     expected = [search_graph(graph, query, 5, None, 20).tolist() for query in queries]
     found: dict[int, list[list[int]]] = {}
@@ -180,6 +182,7 @@ words = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=20 if config.DISABLE_JIT else 300, deadline=None)
 @given(data=st.data())
 def test_garbage_in_any_array_is_never_followed_outside(data: st.DataObject) -> None:

@@ -85,6 +85,7 @@ def test_the_shipped_package_shows_its_sensitivity(capsys: Output) -> None:
     assert "int8" in text
 
 
+@pytest.mark.slow
 def test_an_export_of_nothing(tmp_path: Path, capsys: Output) -> None:
     said = refusal(["export", str(tmp_path), "--out", "p", "--precision", "fp16"], capsys)
     assert "config.json" in said
