@@ -28,6 +28,7 @@ def pixels(name: str) -> np.ndarray:
     return loaded.array.astype(int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
@@ -76,6 +77,7 @@ def test_damage_is_named() -> None:
     assert note == "pixels damaged: Corrupt JPEG data: 59 extraneous bytes before marker 0xd9"
 
 
+@pytest.mark.slow
 def test_what_looks_the_same_scores_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

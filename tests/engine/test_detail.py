@@ -60,6 +60,7 @@ def test_sharpness_falls_with_defocus_and_gives_the_width_of_edges() -> None:
     assert 1 / sharp[3] == pytest.approx(3 * np.sqrt(2 * np.pi), rel=0.4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1])
 def test_motion_grows_with_its_length_in_any_direction(axis: int) -> None:
     picture = scene(800, 1000)

@@ -90,6 +90,7 @@ def test_the_anchors_prefixes_are_kept(package: EnginePackage, anchors: Path) ->
     assert warm.score == pytest.approx(cold.score, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_threads_share_an_engine(engine: Engine) -> None:
     wanted = [result.score for result in assessed(engine.score_many(PHOTOS[:3], k=K))]
     found: dict[int, float] = {}

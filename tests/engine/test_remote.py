@@ -102,6 +102,7 @@ def test_verdicts_are_the_models_own(
     assert remote.prefer_first(there[:1], []).shape == (0,)
 
 
+@pytest.mark.slow
 def test_descriptions_and_ratings_are_the_models_own(
     local: LocalModel, remote: RemoteModel, server: Server
 ) -> None:
@@ -150,6 +151,7 @@ def memory(remote: RemoteModel, labels: LabelTable, tmp_path: Path) -> Path:
     return tmp_path / "memory"
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_same_model_at_hand(
     package: EnginePackage,
     local: LocalModel,

@@ -17,7 +17,7 @@ from tests import naive
 
 Keys = NDArray[np.float16]
 LARGEST = 300 if config.DISABLE_JIT else 3001
-SIZES = [1, 2, 3, 7, 97, *([] if config.DISABLE_JIT else [1000])]
+SIZES = [1, 2, 3, 7, 97]
 SIZES += [pytest.param(LARGEST, marks=pytest.mark.slow)]  # type: ignore[list-item]
 
 
@@ -160,6 +160,7 @@ def test_a_workspace_serves_many_searches() -> None:
         assert search_graph(graph, query, 3, None, 4, work).tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_threads_with_their_own_workspaces_agree() -> None:
     graph = linked(random_keys(LARGEST, 16))
     queries = random_queries(20, 16)

@@ -46,6 +46,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_video_is_judged_logged_and_its_best_shot_kept(
     engine: FakeEngine, film: Film, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -304,6 +304,7 @@ def labels(grey: Grey, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_eval_in_json(engine: Any, labels: Path, capsys: Output) -> None:
     command = ["eval", str(labels), "--images", str(labels.parent), "--split", "val"]
     assert cli.main([*command, "--format", "json"]) == 0
@@ -315,6 +316,7 @@ def test_eval_in_json(engine: Any, labels: Path, capsys: Output) -> None:
     assert "4 photos, K = 3, human scores 0 to 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_eval_knows_nothing_that_was_learnt(
     engine: Any, labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,6 +349,7 @@ def test_eval_lists_missing_images_and_exits_1(engine: Any, labels: Path, capsys
     assert "90.png: no such file" in captured.err.splitlines()[1]
 
 
+@pytest.mark.slow
 def test_eval_writes_a_row_for_each_photo(
     engine: Any, labels: Path, tmp_path: Path, capsys: Output
 ) -> None:

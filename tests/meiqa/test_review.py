@@ -113,6 +113,7 @@ def test_what_nobody_decided_is_as_proposed(shoot: Path, start: Start) -> None:
     assert [rating(shoot / f"{n}.xmp") for n in (1, 2, 3)] == ["5", "-1", "3"]
 
 
+@pytest.mark.slow
 def test_a_second_start_goes_on(
     shoot: Path, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
@@ -136,6 +137,7 @@ def test_a_second_start_goes_on(
         assert rating(shoot / "2.xmp") == "5"
 
 
+@pytest.mark.slow
 def test_another_calibration_judges_again(
     shoot: Path, start: Start, monkeypatch: pytest.MonkeyPatch, engine: FakeEngine
 ) -> None:

@@ -51,6 +51,7 @@ def contents(path: Path) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
     return {name: array.tolist() for name, array in arrays.items()}, [row[:-1] for row in records]
 
 
+@pytest.mark.slow
 def test_a_build_killed_twice_ends_the_same(tmp_path: Path) -> None:
     path = tmp_path / "m"
     for stop_at in (100, 250):

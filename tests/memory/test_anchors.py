@@ -258,6 +258,7 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return build_anchors(tmp_path_factory.mktemp("indexed") / "m", make_cases(60, "anchor"))
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_a_damaged_index_is_no_danger(indexed: Path, data: st.DataObject) -> None:

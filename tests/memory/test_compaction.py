@@ -103,6 +103,7 @@ policies = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     built=st.integers(0, 30), steps=st.lists(actions, max_size=25), policy=policies, data=st.data()

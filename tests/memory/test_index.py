@@ -289,6 +289,7 @@ def test_the_effort_grows_with_what_is_wanted() -> None:
     assert [index.effort(count) for count in (0, 1, 32, 33, 64)] == [100, 100, 100, 104, 200]
 
 
+@pytest.mark.slow
 def test_a_search_without_an_effort_takes_the_measured_one() -> None:
     keys = uniform(6000, 24)
     index = frozen(keys)
@@ -324,6 +325,7 @@ def test_equal_keys_count_as_found() -> None:
     assert shares(64).mean() > 0.97
 
 
+@pytest.mark.slow
 def test_where_equal_keys_tear_the_graph_apart_the_effort_makes_up_for_it() -> None:
     """More equal keys than a row has links are linked with each other only."""
     keys = np.repeat(clustered(40, 16), 100, axis=0).astype(np.float16)
