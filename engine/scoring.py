@@ -230,7 +230,9 @@ class Scorer:
     Args:
         retrieval: how neighbours are chosen; the model's numbers by default.
         costs_file: where measured costs are kept between processes.
-        drafting: whether descriptions are drafted from remembered ones.
+        drafting: whether descriptions are drafted from remembered ones; by default they are if
+            the model writes all of their words itself: where most are measured, drafts save less
+            than they take.
     """
 
     def __init__(
@@ -241,7 +243,7 @@ class Scorer:
         *,
         patterns: PatternScorer | None = None,
         costs_file: Path | None = None,
-        drafting: bool = True,
+        drafting: bool | None = None,
     ) -> None:
         numbers = model.calibration
         self.model, self.memory, self.patterns = model, memory, patterns
@@ -278,8 +280,8 @@ class Scorer:
         whole = Plan(self.model.summary_tokens, k)
         plan = plan_work(whole, self.model.calibration.degradation, deadline.remaining_ms, costs)
         with deadline.stage("describe"):
-            drafting = self._drafting and plan.summary_tokens
-            drafts = self._drafts(pixels, prefix, snapshot) if drafting else ()
+            pays = not prefix.tokens.measured if self._drafting is None else self._drafting
+            drafts = self._drafts(pixels, prefix, snapshot) if pays and plan.summary_tokens else ()
             reserve = deadline.stop_with(costs.writing_reserve_ms(plan)) if costs else None
             prediction = self.predict(prefix, plan.summary_tokens, drafts, reserve)
         estimates: list[Evidence] = list(prediction.estimates)
