@@ -24,14 +24,14 @@ def test_what_grows_is_measured() -> None:
         neighbours=(1, 3),
         anchors=(60,),
         photos=(2,),
-        files=(1, 2),
+        files=(2, 4),  # from the second on, one is decoded while another is scored
         rounds=1,
     )
     assert json.loads(json.dumps(result)) == result
     assert [row["asked"] for row in result["neighbours"]] == [1, 3]
     assert result["anchors"][0]["p50_ms"] > 0
     assert result["photos"][0]["photos"] == 2
-    assert [row["files"] for row in result["peak"]["rows"]] == [1, 2]
+    assert [row["files"] for row in result["peak"]["rows"]] == [2, 4]
     assert 0.8 < result["peak"]["ratio"] < 1.25
     assert f"{result['peak']['ratio']:.3f}" in table_text(result)
 
