@@ -41,7 +41,7 @@ from meiqa.engine.estimates import (
     quality_word,
 )
 from meiqa.engine.images import ImageSource, Pixels, fit_to_grid
-from meiqa.engine.measures import LEAD
+from meiqa.engine.measures import LEAD, verdict_sentence
 from meiqa.engine.model import (
     Description,
     Draft,
@@ -194,6 +194,15 @@ class Scored:
                 text = f"{seen.distortions[0].phrase}. {text}"
         return text or None
 
+    def _reflected(self) -> str | None:
+        """Give the corrected description; a verdict that it came to by itself is the score's."""
+        text = self._in_accord(self.reflection)
+        if text and self.prefix.tokens.measured:
+            own = verdict_sentence(quality_word(self.posterior.score))
+            for word in LEVEL_WORDS:
+                text = text.replace(verdict_sentence(word), own)
+        return text
+
     def estimate(self, name: str) -> Estimate | None:
         """Find the estimate of a source."""
         named = (e for e in self.estimates if isinstance(e, Estimate) and e.name == name)
@@ -218,7 +227,7 @@ class Scored:
             detail=self.detail,
             neighbours=as_neighbours(self.neighbours, self.preferences),
             degraded=self.degraded + self._size_note(),
-            reflection=self._in_accord(self.reflection),
+            reflection=self._reflected(),
             timings_ms={name: round(ms, 3) for name, ms in self.deadline.timings_ms.items()},
             counters=self.counters,
         )

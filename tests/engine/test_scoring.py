@@ -313,6 +313,17 @@ def test_damage_that_no_pattern_sees_is_not_told(
     )
 
 
+def test_a_reflections_verdict_is_the_scores(anchors: Path) -> None:
+    engine = fake_engine(FakeModel(), anchors)
+    found = scored(engine, ScoreRequest(PHOTO))
+    tokens = replace(found.prefix.tokens, measured="The picture is soft.")
+    prefix = replace(found.prefix, tokens=tokens)
+    for word in ("bad", "excellent"):
+        reflected = replace(found, prefix=prefix, reflection=f"A blur. Overall {word} quality.")
+        said = reflected.assessment(engine.memory.snapshot())
+        assert said.reflection == f"A blur. Overall {said.word} quality."
+
+
 def test_an_assessment_says_what_was_found_and_what_it_took(anchors: Path) -> None:
     engine = fake_engine(FakeModel(), anchors)
     found = scored(engine, ScoreRequest(PHOTO))
