@@ -19,6 +19,7 @@ from meiqa import errors
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 if TYPE_CHECKING:
+    from meiqa.batches import scorer as scorer
     from meiqa.engine.engine import Engine as Engine
     from meiqa.engine.estimates import quality_word as quality_word
     from meiqa.errors import *  # noqa: F403
@@ -33,6 +34,7 @@ _RESULTS = (
 _MODULE_OF = {
     "Engine": "meiqa.engine.engine",
     "quality_word": "meiqa.engine.estimates",
+    "scorer": "meiqa.batches",
     **{name: "meiqa.errors" for name, each in vars(errors).items() if isinstance(each, type)},
     **dict.fromkeys(_RESULTS.split(), "meiqa.types"),
 }

@@ -25,6 +25,7 @@ from meiqa.errors import ImageError, MeiqaError, UsageError, one_line
 
 COMMANDS = {
     "score": ("score", "score photos"),
+    "bulk": ("bulk", "score many photos into tables, on all cores or on a cluster"),
     "rank": ("rank", "put photos in order, best first"),
     "cull": ("rank", "group near-identical shots, and mark the best"),
     "compare": ("rank", "tell which of two photos looks better"),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from meiqa.engine.calibration import Calibration
     from meiqa.engine.engine import Engine
     from meiqa.engine.images import NamedBytes
+    from meiqa.folders import Selection
     from meiqa.journal import Journal
     from meiqa.labels import LabelTable
     from meiqa.memory import RetrievalPolicy
@@ -148,6 +149,15 @@ def folder(text: str) -> str:
     return text
 
 
+def shard(text: str) -> tuple[int, int]:
+    """Read which share of how many, as 3/10."""
+    with suppress(ValueError):
+        number, count = map(int, text.split("/"))
+        if 1 <= number <= count:
+            return number, count
+    raise click.BadParameter(f"{text!r} is not a share such as 3/10, from 1/10 to 10/10")
+
+
 COUNT, POSITIVE = click.IntRange(min=0), click.IntRange(min=1)
 AMOUNT = number(0, above=True)
 
@@ -256,6 +266,11 @@ PATHS = together(
     argument("paths", "PATH...", nargs=-1, required=True),
     flag("--hidden", "look into hidden folders, thumbnails and bins, too"),
     RAW,
+)
+SELECTION = together(
+    option("--shard I/N", "one of N shares of the photos, for N processes or machines", shard),
+    option("--sample N", "N photos as if drawn by lot, the same ones each time", POSITIVE),
+    option("--limit N", "the first N photos", POSITIVE),
 )
 BUDGET = option("--budget-ms N", "time for each photo (default: no limit)", AMOUNT)
 NEIGHBOURS = option(
@@ -380,7 +395,7 @@ def model_terms(digest: str, calibration: Calibration) -> dict[str, str]:
 
 def terms_unopened(options: Options) -> dict[str, str]:
     """Give the `model_terms` of the engine that the options name, which takes no opening."""
-    if options.remote is not None and options.memory is not None:
+    if vars(options).get("remote") is not None and options.memory is not None:
         from meiqa.engine.remote import RemoteSettings
 
         settings = RemoteSettings.of_memory(options.memory)
@@ -425,7 +440,16 @@ def photos_of(options: Options) -> tuple[list[str], list[Failure]]:
     found = gather(options.paths, hidden=options.hidden, develop=options.raw == "develop")
     if found.passed_over:
         say(str(found))
-    return as_asked(found.photos, options), found.failures
+    photos = list(selection_of(options).of(found.photos, os.path.abspath))
+    return as_asked(photos, options), found.failures
+
+
+def selection_of(options: Options) -> Selection:
+    """Give which photos are taken; all of them where a command has no such options."""
+    from meiqa.folders import Selection
+
+    asked = vars(options)
+    return Selection(asked.get("shard"), asked.get("sample"), asked.get("limit"))
 
 
 def as_asked(paths: Sequence[str], options: Options) -> list[str]:

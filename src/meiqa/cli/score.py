@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     "write the photo with a heat map of its distortions over it, as PNG; of one photo",
     cli.path,
 )
+@cli.SELECTION
 @cli.sidecar_options()
 @cli.force_option(needs="--output --map --xmp", also="; ratings given by hand, too")
 @cli.EFFORT

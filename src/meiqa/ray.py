@@ -1,0 +1,196 @@
+"""Scoring on Ray: bulk runs, datasets of one's own, and the HTTP API on a cluster.
+
+    serve run meiqa.ray:app                      # docs/scale.md
+    meiqa.ray.score(ray.data.read_parquet(...))  # docs/bulk.md
+
+Ray reports the use of it to its makers unless it is told not to; here it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is loaded, and later
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from meiqa.batches import RESULT_COLUMNS, BatchScorer, scorer
+from meiqa.errors import MeiqaError, UsageError, one_line
+from meiqa.parts import ROW_SCHEMA, Report
+
+OBJECT_STORE_BYTES = 128 << 20
+"""Of a Ray that is started here: what goes through it are numbers of parts and their reports."""
+_SESSIONS = "meiqa-ray-"
+_PHOTOS_AT_ONCE = 16
+_MOST_LOST = 1000
+"""Workers that may die one after the other while they begin, before a run is given up."""
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Connect to Ray, or start one of our own ("local"), whose files are removed afterwards.
+
+    Raises:
+        UsageError: there is no Ray at that address.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of what Ray writes to our stderr
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    own = None
+    if address == "local":
+        own = _session_folder()
+        quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        quiet["_temp_dir"] = str(own)
+    try:
+        with _unheard():
+            ray.init(address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        hint = "start one: ray start --head, or use this machine alone: --address local"
+        raise UsageError(f"no Ray at {address}", seen=one_line(str(error)), hint=hint) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if own is not None:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def map_parts(
+    score_part: Callable[[int], Report], parts: Iterable[int], workers: tuple[int, int] | None
+) -> Iterator[Report]:
+    """Score parts with a pool of actors, of one core each; give their reports as they come.
+
+    Args:
+        workers: the fewest and the most; by default as many as the cluster has cores.
+
+    Raises:
+        MeiqaError: what an actor met that isn't about one photo.
+    """
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_consecutive_actor_init_deaths = _MOST_LOST
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    numbers = [{"part": part} for part in parts]
+    done = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
+        _PartActor,
+        batch_size=1,
+        fn_constructor_args=(score_part,),
+        compute=_pool(workers),
+        num_cpus=1,
+    )
+    for row in done.iter_rows():
+        found = row["found"]
+        if isinstance(found, MeiqaError):
+            raise found
+        yield found
+
+
+def score(
+    dataset: Dataset,
+    column: str = "bytes",
+    *,
+    workers: tuple[int, int] | None = None,
+    **options: Any,
+) -> Dataset:
+    """Score the photos of a dataset; each row gets what `meiqa.scorer` gives.
+
+    Args:
+        column: which one holds paths or encoded photos.
+        workers: the fewest and the most actors, of one core each; by default as many as there are.
+        options: of `meiqa.scorer`.
+    """
+    return dataset.map_batches(
+        _BatchActor,
+        batch_size=_PHOTOS_AT_ONCE,
+        batch_format="pyarrow",
+        fn_constructor_args=(scorer(column, **options),),
+        compute=_pool(workers),
+        num_cpus=1,
+    )
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep from the terminal what Ray's C++ says of itself; what goes wrong is raised."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+class _PartActor:
+    """Scores parts, with the one engine of its process."""
+
+    def __init__(self, score_part: Callable[[int], Report]) -> None:
+        self._score_part = score_part
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        try:
+            return {"found": [self._score_part(int(batch["part"][0]))]}
+        except MeiqaError as error:  # as a value, without Ray's own account of it
+            return {"found": [error]}
+
+
+class _BatchActor:
+    """Scores batches, with the one engine of its process."""
+
+    def __init__(self, scorer: BatchScorer) -> None:
+        self._scorer = scorer
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        column = self._scorer.column
+        # Values of other columns are left where they are.
+        read = {name: () for name in batch.column_names}
+        if column in read:
+            read[column] = batch[column].to_pylist()
+        found = self._scorer(read)
+        for name in RESULT_COLUMNS:
+            batch = batch.append_column(name, pa.array(found[name], ROW_SCHEMA.field(name).type))
+        return batch
+
+
+def _pool(workers: tuple[int, int] | None) -> ActorPoolStrategy:
+    if workers is None:
+        cores = max(1, int(ray.cluster_resources()["CPU"]))  # type: ignore[no-untyped-call]
+        workers = cores, cores
+    return ActorPoolStrategy(
+        min_size=workers[0], max_size=workers[1], max_tasks_in_flight_per_actor=2
+    )
+
+
+def _session_folder() -> Path:
+    """Make a folder for a Ray of our own, and remove those of processes that were killed.
+
+    Its path is short: sockets lie below it, whose paths have at most 107 bytes.
+    """
+    base = Path(tempfile.gettempdir())
+    base = base if len(str(base)) < 24 else Path("/tmp")
+    for left in base.glob(f"{_SESSIONS}*"):
+        owner = left.name.removeprefix(_SESSIONS).partition("-")[0]
+        if owner.isdigit() and not _is_alive(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_SESSIONS}{os.getpid()}-", dir=base))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
