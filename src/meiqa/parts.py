@@ -171,24 +171,6 @@ class Directory:
             self._system.delete_file(f"{self._path}/{name}")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other runs out, on disk; UsageError if one is at it."""
-        if self.local is None:
-            yield
-            return
-        with disk_errors(self.local):
-            (self.local / _OWN).mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.local / _OWN / "lock", os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError:
-            what = f"{self.where} is being written by another run"
-            raise UsageError(what, hint="wait for it to end") from None
-        finally:
-            os.close(lock)
-
-    @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
         try:
             yield
@@ -214,19 +196,40 @@ class BulkOutput:
         names = [name for name in self.directory.names(_OWN) if name.startswith("plan-")]
         return [(int(name[5:-8]), f"{_OWN}/{name}") for name in names]
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out, on disk.
+
+        Raises:
+            UsageError: one is at it, or the directory holds something else.
+        """
+        rows, where, local = self.directory.names(), self.directory.where, self.directory.local
+        if rows and _OWN not in rows:
+            raise UsageError(f"{where} holds something else", hint="name another --out")
+        if local is None:
+            yield
+            return
+        with disk_errors(local):
+            (local / _OWN).mkdir(parents=True, exist_ok=True)
+            lock = os.open(local / _OWN / "lock", os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            what = f"{where} is being written by another run"
+            raise UsageError(what, hint="wait for it to end") from None
+        finally:
+            os.close(lock)
+
     def begin(self, terms: Mapping[str, Any], *, resume: bool, force: bool) -> None:
         """Record how rows are made, or see that it is as the record of an earlier run says.
 
         Raises:
-            UsageError: there is a run, and neither `resume` nor `force`, or something else.
+            UsageError: there is a run, and neither `resume` nor `force`, or it was another one.
         """
         record = f"{_OWN}/record.json"
         known, terms = self.directory.read(record), {"format": self.format, **terms}
         rows, own = self.directory.names(), self.directory.names(_OWN)
-        if known is None and [name for name in rows if name != _OWN]:
-            raise UsageError(
-                f"{self.directory.where} holds something else", hint="name another --out"
-            )
         for name in (each for each in rows if each.startswith(".meiqa-part-")):
             self.directory.remove(name)  # a killed worker's
         if known is not None and not force:

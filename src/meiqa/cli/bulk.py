@@ -73,7 +73,7 @@ def bulk_command(options: Options) -> int:
     terms = {**cli.terms_unopened(options), **_terms(options, scoring)}
     selection = cli.selection_of(options)
     output = BulkOutput(options.out, options.format)
-    with output.directory.locked():
+    with output.held():
         output.begin(terms, resume=options.resume, force=options.force)
 
         def unplanned() -> Iterator[Picture]:
