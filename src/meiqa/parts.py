@@ -9,6 +9,7 @@ took over, so each photo has one row, however often that happens, and no ids hav
     OUT/_meiqa/record.json          what the rows depend on
     OUT/_meiqa/plan-00000.parquet   photos, a row group for each part; the next part's number
     OUT/_meiqa/done-00012.json      report of a part
+    OUT/_meiqa/trail-00012.json     of a part that is begun: what its workers died of
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
@@ -33,12 +34,12 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from meiqa.batches import BatchScorer, Condition
-from meiqa.errors import OutputUnwritable, PackageError, UsageError
+from meiqa.errors import DecodeError, OutputUnwritable, PackageError, UsageError
 from meiqa.folders import lot
 from meiqa.formats import json_text
 from meiqa.outputs import Kind, as_written, changes_since, disk_errors, open_output, record_text
 from meiqa.sources import Picture, images_of, located
-from meiqa.types import Failure
+from meiqa.types import Assessment, Failure
 
 PartFormat = Literal["parquet", "jsonl"]
 _DISTORTION = pa.struct(
@@ -72,6 +73,9 @@ _OWN = "_meiqa"
 _FEWEST, _MOST = 16, 1024
 """Photos of a part. It grows with the list, so that a lost part is a small share of all work."""
 _PARTS_FOR_GROWTH = 64
+MOST_DEATHS = 3
+"""Workers that may die at the same photo before it is left out, with an error: a decoder crashed,
+or memory ran out. Fewer may have been killed by chance."""
 BINS_PER_POINT = 4
 """Of the histogram of scores."""
 
@@ -166,8 +170,8 @@ class Directory:
                 shutil.copyfileobj(held, to)
 
     def remove(self, name: str) -> None:
-        """Remove a file."""
-        with self._errors(name):
+        """Remove a file, if it is there."""
+        with suppress(FileNotFoundError), self._errors(name):
             self._system.delete_file(f"{self._path}/{name}")
 
     @contextmanager
@@ -239,7 +243,7 @@ class BulkOutput:
             changes_since(known, self.directory.where, "--out", terms, {})
             return
         if known is not None:  # in an order in which a kill leaves a run that can be gone on with
-            for each in ("done-", "part-", "plan-"):
+            for each in ("done-", "part-", "trail-", "plan-"):
                 inside = rows if each == "part-" else [f"{_OWN}/{name}" for name in own]
                 for name in inside:
                     if name.rpartition("/")[2].startswith(each):
@@ -313,6 +317,17 @@ class BulkOutput:
                     file.writelines(f"{json_text(row)}\n".encode() for row in rows)
         with self.directory.writing(f"{_OWN}/done-{part:05}.json") as file:
             file.write(json.dumps(vars(report)).encode())
+        self.directory.remove(f"{_OWN}/trail-{part:05}.json")
+
+    def trail(self, part: int) -> tuple[list[int], int | None] | None:
+        """Give what a worker left that began a part and may have died: see `leave_trail`."""
+        found = self.directory.read(f"{_OWN}/trail-{part:05}.json")
+        return None if found is None else tuple(json.loads(found))
+
+    def leave_trail(self, part: int, deaths: list[int], place: int | None) -> None:
+        """Say which photos of a part earlier workers died at, and which is begun now."""
+        with self.directory.writing(f"{_OWN}/trail-{part:05}.json") as file:
+            file.write(json.dumps([deaths, place]).encode())
 
     def report(self) -> Report:
         """Sum up the parts that are done."""
@@ -356,7 +371,7 @@ class PartScorer:
             raise PackageError(what, seen=digest[:16], allowed=self.package[:16])
         pictures, report = list(self.output.pictures(part)), Report()
         rows = []
-        for picture, result in zip(pictures, self.scorer.results(images_of(pictures)), strict=True):
+        for picture, result in zip(pictures, self._results(part, pictures), strict=True):
             row = {"id": picture.id, "path": as_written(picture.path), **self.scorer.row_of(result)}
             if isinstance(result, Failure):
                 report.failed[type(result.error).__name__] += 1
@@ -369,6 +384,22 @@ class PartScorer:
         report.score_s = time.monotonic() - began
         self.output.commit(part, rows, report)
         return report
+
+    def _results(self, part: int, pictures: list[Picture]) -> Iterator[Assessment | Failure]:
+        """Score photos; where an earlier worker died, one by one, without those that it died of."""
+        if (trail := self.output.trail(part)) is None:
+            self.output.leave_trail(part, [], None)
+            yield from self.scorer.results(images_of(pictures))
+            return
+        deaths, last = trail
+        deaths += [] if last is None else [last]
+        for place, picture in enumerate(pictures):
+            if deaths.count(place) >= MOST_DEATHS:
+                what = f"{picture.path}: the processes that judged it died"
+                yield Failure(picture.path, DecodeError(what, hint="look at it alone"))
+            else:
+                self.output.leave_trail(part, deaths, place)
+                yield from self.scorer.results(images_of([picture]))
 
 
 def _part_size(listed: int) -> int:

@@ -10,7 +10,7 @@ import pickle
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from PIL import Image
 
 from meiqa import cli, scorer
 from meiqa.batches import Condition
+from meiqa.engine.engine import Engine
 from meiqa.errors import UsageError
 
 Output = pytest.CaptureFixture[str]
@@ -121,6 +122,30 @@ def test_a_killed_part_is_written_again(bulk: Any, folder: Path) -> None:
     assert bulk(folder, "out", "--resume") == 1
     assert sorted(map(str, rows_in("out"))) == whole
     assert sorted(os.listdir("out")) == ["_meiqa", "part-00000.parquet", "part-00001.parquet"]
+
+
+def test_a_photo_that_its_workers_die_of_is_an_error_row(
+    bulk: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score_many, deadly = Engine.score_many, str(folder / "04.jpg")
+
+    def dying(engine: Engine, images: Iterable[Any], **options: Any) -> Iterator[Any]:
+        def watched() -> Iterator[Any]:
+            for image in images:
+                if image == deadly:
+                    raise KeyboardInterrupt  # nothing is tidied up behind it
+                yield image
+
+        yield from score_many(engine, watched(), **options)
+
+    monkeypatch.setattr(Engine, "score_many", dying)
+    assert [bulk(folder, "out", "--resume") for _ in range(4)] == [130] * 4
+    assert bulk(folder, "out", "--resume") == 1
+    rows = rows_in("out")
+    assert len(rows) == PHOTOS + 1
+    (row,) = (each for each in rows if each["path"] == deadly)
+    assert "the processes that judged it died" in row["error"]
+    assert sum(each["error"] is not None for each in rows) == 2
 
 
 def table(path: Path, columns: dict[str, Any], rows_a_group: int = 3) -> Path:
