@@ -16,6 +16,8 @@ from meiqa.locations import embedded_assets
 from meiqa.types import Assessment, Budget, Failure
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from meiqa.engine.engine import Engine
     from meiqa.engine.images import ImageSource
 
@@ -98,10 +100,26 @@ class BatchScorer:
         return {name: values.get(name) for name in RESULT_COLUMNS}
 
     @property
+    def schema(self) -> pa.Schema:
+        """Arrow's types of `RESULT_COLUMNS`, for engines that would guess them from a first row."""
+        import pyarrow as pa
+
+        distortion = pa.struct(
+            [("kind", pa.string()), ("strength", pa.float64()), ("probability", pa.float64())]
+        )
+        kinds = {"score": pa.float64(), "std": pa.float64(), "distortions": pa.list_(distortion)}
+        return pa.schema([(name, kinds.get(name, pa.string())) for name in RESULT_COLUMNS])
+
+    @property
     def engine(self) -> Engine:
         """The engine of this process."""
-        with _opening:
-            return _opened(self.options)
+        return opened_engine(self.options)
+
+
+def opened_engine(options: ScoreOptions) -> Engine:
+    """Give the one engine of this process with these options."""
+    with _opening:
+        return _opened(options)
 
 
 @cache

@@ -42,23 +42,7 @@ from meiqa.sources import Picture, images_of, located
 from meiqa.types import Assessment, Failure
 
 PartFormat = Literal["parquet", "jsonl"]
-_DISTORTION = pa.struct(
-    [("kind", pa.string()), ("strength", pa.float64()), ("probability", pa.float64())]
-)
-ROW_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("path", pa.string()),
-        ("score", pa.float64()),
-        ("std", pa.float64()),
-        ("word", pa.string()),
-        ("summary", pa.string()),
-        ("distortions", pa.list_(_DISTORTION)),
-        ("error", pa.string()),
-        ("package", pa.string()),
-        ("options", pa.string()),
-    ]
-)
+_NAMES = pa.schema([("id", pa.string()), ("path", pa.string())])
 _PLAN_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -305,13 +289,15 @@ class BulkOutput:
             if part is not None:
                 return
 
-    def commit(self, part: int, rows: list[dict[str, Any]], report: Report) -> None:
+    def commit(
+        self, part: int, rows: list[dict[str, Any]], schema: pa.Schema, report: Report
+    ) -> None:
         """Write the rows of a part, then its report, which says that it is done."""
         name = f"part-{part:05}.{self.format}"
         if rows:
             with self.directory.writing(name) as file:
                 if self.format == "parquet":
-                    table = pa.Table.from_pylist(rows, ROW_SCHEMA)
+                    table = pa.Table.from_pylist(rows, schema)
                     pq.write_table(table, file, compression="zstd")
                 else:
                     file.writelines(f"{json_text(row)}\n".encode() for row in rows)
@@ -382,7 +368,8 @@ class PartScorer:
                     continue
             rows.append(row)
         report.score_s = time.monotonic() - began
-        self.output.commit(part, rows, report)
+        schema = pa.unify_schemas([_NAMES, self.scorer.schema])
+        self.output.commit(part, rows, schema, report)
         return report
 
     def _results(self, part: int, pictures: list[Picture]) -> Iterator[Assessment | Failure]:

@@ -13,10 +13,10 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is loaded, and later
 
@@ -24,9 +24,13 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from meiqa.batches import RESULT_COLUMNS, BatchScorer, scorer
+from meiqa.batches import BatchScorer, ScoreOptions, opened_engine, scorer
 from meiqa.errors import MeiqaError, UsageError, one_line
-from meiqa.parts import ROW_SCHEMA, Report
+from meiqa.parts import Report
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from ray.serve import Application
 
 OBJECT_STORE_BYTES = 128 << 20
 """Of a Ray that is started here: what goes through it are numbers of parts and their reports."""
@@ -84,7 +88,7 @@ def map_parts(
         _PartActor,
         batch_size=1,
         fn_constructor_args=(score_part,),
-        compute=_pool(workers),
+        compute=_pool(workers or (_cores(), _cores())),
         num_cpus=1,
     )
     for row in done.iter_rows():
@@ -105,17 +109,72 @@ def score(
 
     Args:
         column: which one holds paths or encoded photos.
-        workers: the fewest and the most actors, of one core each; by default as many as there are.
+        workers: the fewest and the most actors, of one core each; by default one core is left to
+            what reads and writes.
         options: of `meiqa.scorer`.
     """
+    cores = _cores()
     return dataset.map_batches(
         _BatchActor,
         batch_size=_PHOTOS_AT_ONCE,
         batch_format="pyarrow",
         fn_constructor_args=(scorer(column, **options),),
-        compute=_pool(workers),
-        num_cpus=1,
+        compute=_pool(workers or (1, max(1, cores - 1))),
+        num_cpus=1 if cores > 1 else 0.5,  # or nothing could be read beside
     )
+
+
+def app(args: Mapping[str, str]) -> Application:
+    """Build the HTTP API for Ray Serve: `serve run meiqa.ray:app max_replicas=16`.
+
+    Each replica is one engine of one core, with a scheduler of its own that keeps the deadlines of
+    what it accepts and refuses the rest (503, Retry-After). Nothing is learned. `args` are:
+
+    min_replicas, max_replicas: 1 and 8.
+    waiting: requests a replica is meant to have on the way, above which there are to be more: 2.
+    budget_ms: of a request that names none, 2000.
+    api_key_file: who may ask, which is read where this runs; without it, whoever reaches the proxy.
+    package, memory: see `meiqa.scorer`.
+
+    Raises:
+        pydantic.ValidationError: an argument is unknown, or of another kind.
+    """
+    from pydantic import BaseModel, PositiveFloat, PositiveInt
+    from ray import serve
+
+    from meiqa.serve.access import Keys, Settings
+
+    class Arguments(BaseModel, extra="forbid"):
+        min_replicas: PositiveInt = 1
+        max_replicas: PositiveInt = 8
+        waiting: PositiveFloat = 2
+        budget_ms: PositiveFloat = 2000
+        api_key_file: str | None = None
+        package: str | None = None
+        memory: str | None = None
+
+    given = Arguments.model_validate(args)
+    keys = None if given.api_key_file is None else Keys.read(given.api_key_file)
+    settings = Settings(budget_ms=given.budget_ms, keys=keys)
+    options = ScoreOptions(given.package, given.memory)
+
+    def service() -> FastAPI:
+        from meiqa.serve.app import create_app
+
+        return create_app(opened_engine(options), settings)
+
+    # What a replica accepts is its scheduler's to say, so Ray hands over more than that takes.
+    deployment = serve.deployment(
+        name="meiqa",
+        autoscaling_config={
+            "min_replicas": given.min_replicas,
+            "max_replicas": given.max_replicas,
+            "target_ongoing_requests": given.waiting,
+        },
+        max_ongoing_requests=2 * settings.max_requests,
+        ray_actor_options={"num_cpus": 1},
+    )
+    return deployment(serve.ingress(service)()).bind()
 
 
 @contextmanager
@@ -158,15 +217,16 @@ class _BatchActor:
         if column in read:
             read[column] = batch[column].to_pylist()
         found = self._scorer(read)
-        for name in RESULT_COLUMNS:
-            batch = batch.append_column(name, pa.array(found[name], ROW_SCHEMA.field(name).type))
+        for field in self._scorer.schema:
+            batch = batch.append_column(field, pa.array(found[field.name], field.type))
         return batch
 
 
-def _pool(workers: tuple[int, int] | None) -> ActorPoolStrategy:
-    if workers is None:
-        cores = max(1, int(ray.cluster_resources()["CPU"]))  # type: ignore[no-untyped-call]
-        workers = cores, cores
+def _cores() -> int:
+    return max(1, int(ray.cluster_resources()["CPU"]))  # type: ignore[no-untyped-call]
+
+
+def _pool(workers: tuple[int, int]) -> ActorPoolStrategy:
     return ActorPoolStrategy(
         min_size=workers[0], max_size=workers[1], max_tasks_in_flight_per_actor=2
     )
