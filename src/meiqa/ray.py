@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +56,8 @@ def connected(address: str) -> Iterator[None]:
         own = _session_folder()
         quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         quiet["_temp_dir"] = str(own)
+        # Who has this key may use it. Ray would keep one in the home directory.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         with _unheard():
             ray.init(address, **quiet)
@@ -61,7 +65,9 @@ def connected(address: str) -> Iterator[None]:
         hint = "start one: ray start --head, or use this machine alone: --address local"
         raise UsageError(f"no Ray at {address}", seen=one_line(str(error)), hint=hint) from error
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"ray\.")  # that all cores are taken
+            yield
     finally:
         ray.shutdown()
         if own is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,45 @@ def test_ray_is_quiet_and_leaves_nothing(tiny_files: Path, tmp_path: Path) -> No
     ]
     assert not list((tmp_path / "home").rglob("*"))
     assert len(list((tmp_path / "out").glob("part-*"))) == 1
+
+
+_SERVED = """
+import sys, httpx, ray, meiqa.ray
+from meiqa.ray import connected
+from ray import serve
+
+package, memory, photo, port = sys.argv[1:]
+with connected("local"):
+    serve.start(http_options={"port": int(port)}, logging_config={"log_level": "ERROR"})
+    application = meiqa.ray.app({"package": package, "memory": memory, "max_replicas": "1"})
+    serve.run(application, name="meiqa")
+    url = f"http://127.0.0.1:{port}/v1/"
+    with open(photo, "rb") as file:
+        data = file.read()
+    with httpx.Client(base_url=url, timeout=60) as client:
+        found = client.post("score", files={"image": data})
+        late = client.post("score", files={"image": data}, params={"budget_ms": 1})
+        print("answered", found.status_code, found.json()["score"], late.status_code, flush=True)
+    serve.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_the_api_is_an_application_of_ray_serve(tiny_files: Path, tmp_path: Path) -> None:
+    make_photos(tmp_path / "photos", 1, 0)
+    photo = tmp_path / "photos" / "000000.jpg"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    model = [str(tiny_files / "fp32"), str(tiny_files / "anchors")]
+    run = subprocess.run(
+        [sys.executable, "-c", _SERVED, *model, str(photo), str(port)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    (answered,) = (line for line in run.stdout.splitlines() if line.startswith("answered"))
+    _, status, score, late = answered.split()
+    assert (status, late) == ("200", "503")
+    assert 1 <= float(score) <= 5
