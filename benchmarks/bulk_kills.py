@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.processes import ENVIRONMENT, module_command
+from meiqa.locations import embedded_assets
 
 LONGEST_S = 3600.0
 _DRIVER_SHARE, _OTHERS_SHARE = 0.2, 0.2
@@ -129,7 +130,9 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 def scores_alone(folder: Path, options: Sequence[str]) -> dict[str, float]:
     """Give `meiqa score`'s scores by path, of photos that have one."""
-    asked = ("score", str(folder), "--format", "jsonl", "--no-detail", "--no-learn", *options)
+    memory = () if "--memory" in options else ("--memory", str(embedded_assets() / "memory"))
+    plain = ("--format", "jsonl", "--no-detail", "--no-learn", *memory)
+    asked = ("score", str(folder), *plain, *options)
     run = subprocess.run(
         module_command("meiqa", *asked),
         env=ENVIRONMENT,

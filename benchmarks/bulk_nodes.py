@@ -30,6 +30,8 @@ HEAD, OTHER = "meiqa-head", "meiqa-other"
 HEAD_IP, OTHER_IP = "10.77.3.1", "10.77.3.2"
 PORT = 6379
 LONGEST_S = 900.0
+KEYED = {**ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "6d" * 32}
+"""Of all that stands in the cluster."""
 
 
 def ip(*words: str) -> None:
@@ -63,8 +65,10 @@ def start_node(name: str, place: str, *options: str) -> None:
     common = ("--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats")
     command = ("ip", "netns", "exec", name, str(ray), "start", *common, *options)
     folder = ("--temp-dir", f"{place}/{name[-5:]}") if "--head" in options else ()
-    with open(f"{place}/{name}.log", "wb") as log:
-        subprocess.run((*command, *folder), stdout=log, stderr=log, env=ENVIRONMENT, check=True)
+    with open(f"{place}/{name}.log", "w+") as log:
+        if subprocess.run((*command, *folder), stdout=log, stderr=log, env=KEYED).returncode:
+            log.seek(0)
+            raise RuntimeError(f"Ray did not start on {name}: {log.read()}")
 
 
 def wait_until(what: Callable[[], bool], run: subprocess.Popen[str]) -> None:
@@ -88,7 +92,7 @@ def measured(photos: int) -> dict[str, Any]:
         began = time.monotonic()
         with subprocess.Popen(
             ("ip", "netns", "exec", HEAD, *command),
-            env=ENVIRONMENT,
+            env=KEYED,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
