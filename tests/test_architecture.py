@@ -63,6 +63,8 @@ def declared(*extras: str) -> set[str]:
 
 
 EXTRAS_OF = {
+    **dict.fromkeys(("meiqa.batches", "meiqa.parts", "meiqa.sources"), ("cpu", "parquet")),
+    "meiqa.ray": ("cpu", "parquet", "serve", "ray"),
     "meiqa.client": ("serve",),
     "meiqa.engine.completions": ("cpu", "serve"),
     "meiqa.evaluation.calibration": ("cpu", "eval"),

@@ -57,6 +57,7 @@ def test_public_names_are_pinned() -> None:
         "UsageError",
         "__version__",
         "quality_word",
+        "scorer",
     ]
 
 

@@ -52,7 +52,8 @@ HERE, _BAR = "none", 30
 )
 @cli.SELECTION
 @cli.EFFORT
-@cli.engine_options(memory="the embedded anchors alone")
+@cli.PACKAGE
+@cli.memory_option("the embedded anchors alone")
 def bulk_command(options: Options) -> int:
     """Score many photos into a directory of rows, on all cores or on a cluster.
 
@@ -102,7 +103,8 @@ def _score(scorer: PartScorer, options: Options) -> int:
     report = output.report()
     sys.stdout.write(report_text(report))
     speed = (report.photos - before.photos) / max(time.monotonic() - began, 1e-3)
-    told = f", {speed:.3g} photos/s" if waiting else ""
+    each_ms = 1e3 * (report.score_s - before.score_s) / max(report.photos - before.photos, 1)
+    told = f", {speed:.3g} photos/s, {each_ms:.0f} ms of a worker each" if waiting else ""
     say(f"{options.out}: {report.photos} photos, {report.photos - before.photos} of them new{told}")
     return cli.EXIT_FAILURES if report.failed else 0
 
@@ -146,8 +148,7 @@ def _scoring(options: Options) -> ScoreOptions:
         None if path is None else os.path.abspath(path)
         for path in (options.package, options.memory)
     )
-    threads = options.threads or 1
-    return ScoreOptions(package, memory, options.device, threads, options.budget_ms, options.k)
+    return ScoreOptions(package, memory, budget_ms=options.budget_ms, k=options.k)
 
 
 def _terms(options: Options, scoring: ScoreOptions) -> dict[str, Any]:

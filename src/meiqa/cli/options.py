@@ -317,11 +317,16 @@ LABELS = together(
 )
 
 
+def memory_option(default: str) -> Decorator:
+    """Add --memory, of a directory that is there; `default` says what is opened without."""
+    return option("--memory DIR", f"memory (default: {default})", folder)
+
+
 def engine_options(memory: str = "the user's own", device: Decorator = DEVICE) -> Decorator:
     """Add the options of an engine; `memory` is what is opened by default."""
     return together(
         PACKAGE,
-        option("--memory DIR", f"memory (default: {memory})", folder),
+        memory_option(memory),
         device,
         option("--threads N", "of the runtime (default, and at most: one for each core)", POSITIVE),
         NO_VERIFY,
