@@ -38,9 +38,10 @@ def run_job(place: Path) -> None:
     driver = os.getpid()
 
     def copy(batch: dict[str, Any]) -> dict[str, Any]:
-        commit = BatchBasedCheckpointWriter.commit_checkpoint
+        writers: Any = BatchBasedCheckpointWriter
+        commit = writers.commit_checkpoint
 
-        def deadly(writer: BatchBasedCheckpointWriter, pending: object) -> None:
+        def deadly(writer: object, pending: object) -> None:
             died = len(list(place.glob("died-*")))
             (place / f"died-{died}").touch()
             if died == 1:
@@ -50,7 +51,7 @@ def run_job(place: Path) -> None:
             if died == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        BatchBasedCheckpointWriter.commit_checkpoint = deadly
+        writers.commit_checkpoint = deadly
         return batch
 
     with connected("local"):

@@ -17,6 +17,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +29,16 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from meiqa.batches import BatchScorer, ScoreOptions, opened_engine, scorer
+from meiqa.engine.scoring import ScoreRequest
 from meiqa.errors import MeiqaError, UsageError, one_line
-from meiqa.parts import Report
+from meiqa.types import Assessment, Budget, Failure
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve import Application
+
+    from meiqa.engine.engine import Engine
+    from meiqa.engine.images import ImageSource
 
 OBJECT_STORE_BYTES = 128 << 20
 """Of a Ray that is started here: what goes through it are numbers of parts and their reports."""
@@ -74,26 +80,35 @@ def connected(address: str) -> Iterator[None]:
             shutil.rmtree(own, ignore_errors=True)
 
 
-def map_parts(
-    score_part: Callable[[int], Report], parts: Iterable[int], workers: tuple[int, int] | None
-) -> Iterator[Report]:
-    """Score parts with a pool of actors, of one core each; give their reports as they come.
+def mapped(
+    work: Callable[[Any], Any],
+    items: Iterable[Any],
+    workers: tuple[int, int] | None = None,
+    *,
+    ordered: bool = True,
+) -> Iterator[Any]:
+    """Do something for each item with a pool of actors, of one core each; give what comes of it.
+
+    An item whose actor dies is done again by another.
 
     Args:
+        work: is pickled; what it opens, it opens when it is first called.
         workers: the fewest and the most; by default as many as the cluster has cores.
+        ordered: in the order of the items, or as they come.
 
     Raises:
-        MeiqaError: what an actor met that isn't about one photo.
+        MeiqaError: `work` raised it.
     """
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    context.execution_options.preserve_order = ordered
     context.max_consecutive_actor_init_deaths = _MOST_LOST
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    numbers = [{"part": part} for part in parts]
-    done = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
-        _PartActor,
+    given = [{"item": item} for item in items]
+    done = ray.data.from_items(given, override_num_blocks=len(given)).map_batches(
+        _Actor,
         batch_size=1,
-        fn_constructor_args=(score_part,),
+        fn_constructor_args=(work,),
         compute=_pool(workers or (_cores(), _cores())),
         num_cpus=1,
     )
@@ -102,6 +117,43 @@ def map_parts(
         if isinstance(found, MeiqaError):
             raise found
         yield found
+
+
+class ClusterEngine:
+    """Scores many photos as `Engine.score_many` does, on Ray.
+
+    Args:
+        open_engine: is pickled, and opens the engine of an actor.
+    """
+
+    def __init__(self, open_engine: Callable[[], Engine]) -> None:
+        self._open = open_engine
+
+    def score_many(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        budget: Budget | None = None,
+        k: int | None = None,
+        learn: bool = False,
+        detail: bool = True,
+    ) -> Iterator[Assessment | Failure]:
+        """Assess photos, which every node reaches by their paths; see `Engine.score_many`."""
+        request = ScoreRequest(b"", budget, k, learn, detail)
+        return mapped(_ScoreOne(self._open, request), images)
+
+
+class _ScoreOne:
+    def __init__(self, open_engine: Callable[[], Engine], request: ScoreRequest) -> None:
+        self._open, self._request = open_engine, request
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return self._open()
+
+    def __call__(self, image: ImageSource) -> Assessment | Failure:
+        (result,) = self._engine.score_many([replace(self._request, image=image)])
+        return result
 
 
 def score(
@@ -197,15 +249,15 @@ def _unheard() -> Iterator[None]:
         os.close(kept)
 
 
-class _PartActor:
-    """Scores parts, with the one engine of its process."""
+class _Actor:
+    """Does one thing for each item."""
 
-    def __init__(self, score_part: Callable[[int], Report]) -> None:
-        self._score_part = score_part
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self._work = work
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         try:
-            return {"found": [self._score_part(int(batch["part"][0]))]}
+            return {"found": [self._work(batch["item"][0])]}
         except MeiqaError as error:  # as a value, without Ray's own account of it
             return {"found": [error]}
 

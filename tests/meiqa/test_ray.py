@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bulk_kills import make_photos, measured
+from benchmarks.interrupted_build import differences
+from meiqa import cli
 
+Output = pytest.CaptureFixture[str]
 pytest.importorskip("ray", reason="the extra ray is not installed")
 
 
@@ -93,3 +96,22 @@ def test_the_api_is_an_application_of_ray_serve(tiny_files: Path, tmp_path: Path
     _, status, score, late = answered.split()
     assert (status, late) == ("200", "503")
     assert 1 <= float(score) <= 5
+
+
+@pytest.mark.slow
+def test_eval_and_memory_build_on_ray_come_to_the_same(
+    tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_photos(tmp_path / "photos", 8, 1)
+    rows = [f"{number:06}.jpg,{number / 8}\n" for number in range(8)]
+    Path("labels.csv").write_text("image,mos\n" + "".join(rows))
+    table = ["labels.csv", "--images", "photos", "--mos-range", "0", "1"]
+    package = ["--package", str(tiny_files / "fp32")]
+    anchors = ["--memory", str(tiny_files / "anchors")]
+    for name, more in (("here", []), ("ray", ["--ray", "local"])):
+        options = [*table, *package, *more]
+        assert cli.main(["eval", *options, *anchors, "--k", "0", "--output", f"{name}.csv"]) == 1
+        assert cli.main(["memory", "build", *options, "--out", name]) == 1
+    assert Path("here.csv").read_text() == Path("ray.csv").read_text()
+    assert differences(Path("here"), Path("ray")) == []

@@ -116,10 +116,10 @@ def _reports(
     if address == HERE:
         yield from map(scorer, parts)
     elif parts:
-        from meiqa.ray import connected, map_parts
+        from meiqa.ray import connected, mapped
 
         with connected(address):
-            yield from map_parts(scorer, parts, workers)
+            yield from mapped(scorer, parts, workers, ordered=False)
 
 
 def report_text(report: Report) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -99,9 +100,10 @@ def create(options: Options) -> int:
     needs="--remote",
 )
 @cli.option("--max-pixels N", "largest area of a picture", cli.POSITIVE, needs="--remote")
+@cli.RAY
 def build(options: Options) -> int:
     """Make a memory of photographs with human scores."""
-    from meiqa.engine.anchoring import AnchorOptions, build_anchors
+    from meiqa.engine.anchoring import AnchorMaker, AnchorOptions, build_anchors
     from meiqa.engine.remote import RemoteModel
 
     labels, out = cli.table_of(options), Path(options.out)
@@ -111,7 +113,15 @@ def build(options: Options) -> int:
         key_kind=options.key,
         keep_thumbnails=options.keep_thumbnails,
     )
-    with _describer(options) as model, Progress(len(labels)) as progress:
+    with ExitStack() as stack:
+        model, make = stack.enter_context(_describer(options)), None
+        if options.ray is not None:
+            stack.enter_context(cli.cluster(options.ray))
+            from meiqa.ray import mapped
+
+            opened = partial(_local_model, options, threads=1)
+            make = partial(mapped, AnchorMaker(opened, Path(options.images), kept))
+        progress = stack.enter_context(Progress(len(labels)))
         failures = build_anchors(
             model,
             labels,
@@ -119,6 +129,7 @@ def build(options: Options) -> int:
             out,
             kept,
             on_photo=progress.advance,
+            make=make,
         )
         if isinstance(model, RemoteModel):  # lay beside the memory how its model was asked
             model.settings.write(out)
@@ -276,11 +287,7 @@ def rekey(options: Options) -> int:
 def _describer(options: Options, memory: str | None = None) -> Iterator[Model]:
     """The model that describes anchors; for a remote one of a `memory` there, as that says."""
     if options.remote is None:
-        from meiqa.engine.local import LocalModel
-        from meiqa.engine.package import EnginePackage
-
-        package = EnginePackage.open(options.package or embedded_assets() / "package")
-        yield LocalModel.open(package, options.device)
+        yield _local_model(options)
         return
     from meiqa.engine.remote import RemoteModel
 
@@ -295,6 +302,14 @@ def _describer(options: Options, memory: str | None = None) -> Iterator[Model]:
         yield model
     finally:
         model.close()
+
+
+def _local_model(options: Options, threads: int | None = None) -> Model:
+    from meiqa.engine.local import LocalModel
+    from meiqa.engine.package import EnginePackage
+
+    package = EnginePackage.open(options.package or embedded_assets() / "package")
+    return LocalModel.open(package, options.device, threads)
 
 
 def _remote_settings(options: Options, memory: str | None) -> RemoteSettings:

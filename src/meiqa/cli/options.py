@@ -302,6 +302,11 @@ HEAD = option(
     "these words, or their graded response (default: the package's)",
     ("text", "levels", "grm"),
 )
+RAY = option(
+    "--ray A",
+    "see photos on all cores of a Ray: auto, local or ray://HOST:PORT (docs/bulk.md)",
+    excludes="--remote",
+)
 MOS_RANGE = option(
     "--mos-range LO HI",
     "ends of the human scale (default: 0-1, 1-5 or 0-100, if the scores leave no doubt)",
@@ -390,6 +395,15 @@ def engine_of(options: Options, *, learn: bool = False) -> Engine:
     if not engine.model.calibration.is_fitted:
         say("warning: this model was never calibrated: scores and ± are raw; see meiqa calibrate")
     return engine
+
+
+@contextmanager
+def cluster(address: str) -> Iterator[None]:
+    """Connect to a Ray, or start one."""
+    with optional_packages("ray"):
+        from meiqa.ray import connected
+    with connected(address):
+        yield
 
 
 def model_terms(digest: str, calibration: Calibration) -> dict[str, str]:
