@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from meiqa import cli, scorer
+from meiqa import batches, cli, scorer
 from meiqa.batches import Condition
-from meiqa.engine.engine import Engine
+from meiqa.cli import options
 from meiqa.errors import UsageError
+from meiqa.testing import FakeEngine
 
 Output = pytest.CaptureFixture[str]
 PHOTOS = 17
@@ -48,19 +49,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def model(tiny_files: Path) -> list[str]:
-    return ["--package", str(tiny_files / "fp32"), "--memory", str(tiny_files / "anchors")]
-
-
-@pytest.fixture
-def bulk(tmp_path: Path, model: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the command without Ray; give its exit code."""
+def bulk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command without Ray, and with an engine without a model; give its exit code."""
+    engine = FakeEngine()
+    terms = {"package": engine.package.digest}
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(batches, "_opened", lambda options: engine)
+    monkeypatch.setattr(options, "terms_unopened", lambda options: terms)
 
     def run(source: object, out: str = "out", *more: str) -> int:
-        return cli.main(
-            ["bulk", str(source), "--out", out, "--address", "none", "--k", "0", *model, *more]
-        )
+        return cli.main(["bulk", str(source), "--out", out, "--address", "none", *more])
 
     return run
 
@@ -73,20 +71,23 @@ def rows_in(out: str | Path) -> list[dict[str, Any]]:
 
 
 def test_a_folder_has_a_row_for_each_photo_with_the_score_of_meiqa_score(
-    bulk: Any, folder: Path, model: list[str], capsys: Output
+    folder: Path, tiny_files: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
-    assert bulk(folder) == 1
+    monkeypatch.chdir(folder.parent)
+    model = ["--package", str(tiny_files / "fp32"), "--memory", str(tiny_files / "anchors")]
+    run = ["bulk", str(folder), "--out", "out", "--address", "none", "--k", "2", *model]
+    assert cli.main(run) == 1
     assert f"{PHOTOS} scored; 1 failed (DecodeError 1)" in capsys.readouterr().out
     rows = {Path(row["path"]).name: row for row in rows_in("out")}
     assert "not an image" in rows.pop("broken.jpg")["error"]
-    options = ["--format", "jsonl", "--no-learn", "--k", "0", *model]
-    assert cli.main(["score", str(folder), *options]) == 1
-    alone = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    scores = {Path(each["path"]).name: each["score"] for each in alone if "score" in each}
+    alone = ["--format", "jsonl", "--no-learn", "--k", "2", *model]
+    assert cli.main(["score", str(folder), *alone]) == 1
+    each = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    scores = {Path(one["path"]).name: one["score"] for one in each if "score" in one}
     assert {name: row["score"] for name, row in rows.items()} == pytest.approx(scores, abs=1e-3)
     (first, *_) = rows.values()
     assert first["error"] is None
-    assert json.loads(first["options"])["k"] == 0
+    assert json.loads(first["options"])["k"] == 2
     assert first["word"] in {"bad", "poor", "fair", "good", "excellent"}
 
 
@@ -127,9 +128,9 @@ def test_a_killed_part_is_written_again(bulk: Any, folder: Path) -> None:
 def test_a_photo_that_its_workers_die_of_is_an_error_row(
     bulk: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score_many, deadly = Engine.score_many, str(folder / "04.jpg")
+    score_many, deadly = FakeEngine.score_many, str(folder / "04.jpg")
 
-    def dying(engine: Engine, images: Iterable[Any], **options: Any) -> Iterator[Any]:
+    def dying(engine: FakeEngine, images: Iterable[Any], **options: Any) -> Iterator[Any]:
         def watched() -> Iterator[Any]:
             for image in images:
                 if image == deadly:
@@ -138,7 +139,7 @@ def test_a_photo_that_its_workers_die_of_is_an_error_row(
 
         yield from score_many(engine, watched(), **options)
 
-    monkeypatch.setattr(Engine, "score_many", dying)
+    monkeypatch.setattr(FakeEngine, "score_many", dying)
     assert [bulk(folder, "out", "--resume") for _ in range(4)] == [130] * 4
     assert bulk(folder, "out", "--resume") == 1
     rows = rows_in("out")

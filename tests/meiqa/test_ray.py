@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,18 +16,22 @@ from benchmarks.bulk_kills import make_photos, measured
 from benchmarks.interrupted_build import differences
 from meiqa import cli
 
-Output = pytest.CaptureFixture[str]
 pytest.importorskip("ray", reason="the extra ray is not installed")
+
+import httpx
+from ray import serve
+
+import meiqa.ray
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_has_each_photo_once(tiny_files: Path) -> None:
     model = ["--package", str(tiny_files / "fp32"), "--memory", str(tiny_files / "anchors")]
-    found = measured(160, 5, 4, seed=1, pause_s=1.0, options=["--k", "0", *model])
-    assert found["kills"] >= 2
-    assert found["rows"] == found["distinct_ids"] == found["distinct_paths"] == 160
+    found = measured(112, 5, 3, seed=1, pause_s=1.0, options=["--k", "0", *model])
+    assert found["kills"] >= 1
+    assert found["rows"] == found["distinct_ids"] == found["distinct_paths"] == 112
     assert found["error_rows"] == 5
-    assert found["scores_compared"] == 155
+    assert found["scores_compared"] == 107
     assert found["largest_difference"] <= 1e-3
 
 
@@ -56,52 +62,40 @@ def test_ray_is_quiet_and_leaves_nothing(tiny_files: Path, tmp_path: Path) -> No
     assert len(list((tmp_path / "out").glob("part-*"))) == 1
 
 
-_SERVED = """
-import sys, httpx, ray, meiqa.ray
-from meiqa.ray import connected
-from ray import serve
-
-package, memory, photo, port = sys.argv[1:]
-with connected("local"):
-    serve.start(http_options={"port": int(port)}, logging_config={"log_level": "ERROR"})
-    application = meiqa.ray.app({"package": package, "memory": memory, "max_replicas": "1"})
-    serve.run(application, name="meiqa")
-    url = f"http://127.0.0.1:{port}/v1/"
-    with open(photo, "rb") as file:
-        data = file.read()
-    with httpx.Client(base_url=url, timeout=60) as client:
-        found = client.post("score", files={"image": data})
-        late = client.post("score", files={"image": data}, params={"budget_ms": 1})
-        print("answered", found.status_code, found.json()["score"], late.status_code, flush=True)
-    serve.shutdown()
-"""
+@pytest.fixture(scope="module")
+def session() -> Iterator[None]:
+    """Start one Ray for several tests."""
+    with meiqa.ray.connected("local"):
+        yield
 
 
 @pytest.mark.slow
-def test_the_api_is_an_application_of_ray_serve(tiny_files: Path, tmp_path: Path) -> None:
+def test_the_api_is_an_application_of_ray_serve(
+    session: None, tiny_files: Path, tmp_path: Path
+) -> None:
     make_photos(tmp_path / "photos", 1, 0)
-    photo = tmp_path / "photos" / "000000.jpg"
+    photo = (tmp_path / "photos" / "000000.jpg").read_bytes()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    model = [str(tiny_files / "fp32"), str(tiny_files / "anchors")]
-    run = subprocess.run(
-        [sys.executable, "-c", _SERVED, *model, str(photo), str(port)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    (answered,) = (line for line in run.stdout.splitlines() if line.startswith("answered"))
-    _, status, score, late = answered.split()
-    assert (status, late) == ("200", "503")
-    assert 1 <= float(score) <= 5
+    model = {"package": str(tiny_files / "fp32"), "memory": str(tiny_files / "anchors")}
+    serve.start(http_options={"port": port}, logging_config={"log_level": "ERROR"})
+    try:
+        serve.run(meiqa.ray.app({**model, "max_replicas": "1"}), name="meiqa")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1/", timeout=60) as client:
+            found = client.post("score", files={"image": photo})
+            late = client.post("score", files={"image": photo}, params={"budget_ms": 1})
+    finally:
+        serve.shutdown()
+    assert (found.status_code, late.status_code) == (200, 503)
+    assert 1 <= found.json()["score"] <= 5
 
 
 @pytest.mark.slow
 def test_eval_and_memory_build_on_ray_come_to_the_same(
-    tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+    session: None, tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(meiqa.ray, "connected", nullcontext)
     monkeypatch.chdir(tmp_path)
     make_photos(tmp_path / "photos", 8, 1)
     rows = [f"{number:06}.jpg,{number / 8}\n" for number in range(8)]
