@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,12 +20,16 @@ from meiqa import cli
 pytest.importorskip("ray", reason="the extra ray is not installed")
 
 import httpx
-from ray import serve
 
-import meiqa.ray
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own
+    from ray import serve
+
+    import meiqa.ray
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_has_each_photo_once(tiny_files: Path) -> None:
     model = ["--package", str(tiny_files / "fp32"), "--memory", str(tiny_files / "anchors")]
     found = measured(112, 5, 3, seed=1, pause_s=1.0, options=["--k", "0", *model])
@@ -35,7 +40,6 @@ def test_a_run_that_is_killed_has_each_photo_once(tiny_files: Path) -> None:
     assert found["largest_difference"] <= 1e-3
 
 
-@pytest.mark.slow
 def test_ray_is_quiet_and_leaves_nothing(tiny_files: Path, tmp_path: Path) -> None:
     make_photos(tmp_path / "photos", 4, 0)
     model = ["--package", str(tiny_files / "fp32"), "--memory", str(tiny_files / "anchors")]
@@ -69,7 +73,6 @@ def session() -> Iterator[None]:
         yield
 
 
-@pytest.mark.slow
 def test_the_api_is_an_application_of_ray_serve(
     session: None, tiny_files: Path, tmp_path: Path
 ) -> None:
@@ -91,7 +94,6 @@ def test_the_api_is_an_application_of_ray_serve(
     assert 1 <= found.json()["score"] <= 5
 
 
-@pytest.mark.slow
 def test_eval_and_memory_build_on_ray_come_to_the_same(
     session: None, tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +102,7 @@ def test_eval_and_memory_build_on_ray_come_to_the_same(
     make_photos(tmp_path / "photos", 8, 1)
     rows = [f"{number:06}.jpg,{number / 8}\n" for number in range(8)]
     Path("labels.csv").write_text("image,mos\n" + "".join(rows))
-    table = ["labels.csv", "--images", "photos", "--mos-range", "0", "1"]
+    table = ["labels.csv", "--images", str(tmp_path / "photos"), "--mos-range", "0", "1"]
     package = ["--package", str(tiny_files / "fp32")]
     anchors = ["--memory", str(tiny_files / "anchors")]
     for name, more in (("here", []), ("ray", ["--ray", "local"])):

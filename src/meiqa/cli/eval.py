@@ -86,10 +86,9 @@ def _engine(options: Options, stack: ExitStack) -> ManyScorer:
     """Open the engine that judges, or several of one core each on Ray."""
     if options.ray is None:
         return stack.enter_context(cli.engine_of(options))
-    stack.enter_context(cli.cluster(options.ray))
+    stack.enter_context(cli.cluster(options))
     from meiqa.ray import ClusterEngine
 
-    options.threads = options.threads or 1
     return ClusterEngine(partial(cli.engine_of, options))
 
 

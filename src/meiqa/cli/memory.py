@@ -116,10 +116,10 @@ def build(options: Options) -> int:
     with ExitStack() as stack:
         model, make = stack.enter_context(_describer(options)), None
         if options.ray is not None:
-            stack.enter_context(cli.cluster(options.ray))
+            stack.enter_context(cli.cluster(options))
             from meiqa.ray import mapped
 
-            opened = partial(_local_model, options, threads=1)
+            opened = partial(_local_model, options)
             make = partial(mapped, AnchorMaker(opened, Path(options.images), kept))
         progress = stack.enter_context(Progress(len(labels)))
         failures = build_anchors(
@@ -304,12 +304,13 @@ def _describer(options: Options, memory: str | None = None) -> Iterator[Model]:
         model.close()
 
 
-def _local_model(options: Options, threads: int | None = None) -> Model:
+def _local_model(options: Options) -> Model:
+    """The model of a package; on Ray there is one for each core, with a thread."""
     from meiqa.engine.local import LocalModel
     from meiqa.engine.package import EnginePackage
 
     package = EnginePackage.open(options.package or embedded_assets() / "package")
-    return LocalModel.open(package, options.device, threads)
+    return LocalModel.open(package, options.device, vars(options).get("threads"))
 
 
 def _remote_settings(options: Options, memory: str | None) -> RemoteSettings:

@@ -398,11 +398,19 @@ def engine_of(options: Options, *, learn: bool = False) -> Engine:
 
 
 @contextmanager
-def cluster(address: str) -> Iterator[None]:
-    """Connect to a Ray, or start one."""
+def cluster(options: Options) -> Iterator[None]:
+    """Connect to the Ray of --ray; the options' paths become whole, since workers stand elsewhere.
+
+    Engines there have one thread, since there is one for each core.
+    """
     with optional_packages("ray"):
         from meiqa.ray import connected
-    with connected(address):
+
+    for name in {"images", "package", "memory"} & vars(options).keys():
+        if (given := getattr(options, name)) is not None:
+            setattr(options, name, os.path.abspath(given))
+    options.threads = vars(options).get("threads") or 1
+    with connected(options.ray):
         yield
 
 
