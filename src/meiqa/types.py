@@ -124,7 +124,8 @@ class Detail(Result):
     Attributes:
         sharpness: one over the width of its edges in pixels, 0-1 where the photo is sharpest and
             has most to show; higher is sharper. 0.5: an edge takes two pixels.
-        motion: length in pixels of what moved while the shutter was open, camera or subject.
+        motion: length in pixels of what moved while the shutter was open, camera or subject; below
+            3 it may be softness, and 0 where noise hides all.
         noise: deviation of its noise in grey levels, where it is flattest.
         place: x, y, width and height, in pixels of the photo as shown, of the cut that sharpness
             and motion are those of.
