@@ -127,7 +127,8 @@ def gradient_energies(luma: NDArray[Any], variance: float) -> NDArray[Any]:
         energies[octave] = (np.square(falling).mean() + np.square(rising).mean()) / 2
         luma = (luma[::2, ::2] + luma[1::2, ::2] + luma[::2, 1::2] + luma[1::2, 1::2]) / 4
     added: NDArray[Any] = 2 * variance / 4.0 ** np.arange(OCTAVES)
-    return energies - np.minimum(added, 0.9 * energies)
+    energies -= np.minimum(added, 0.9 * energies)
+    return energies
 
 
 def sharpness_of(steepness: float) -> float:
@@ -188,7 +189,8 @@ def log_powers(cut: NDArray[Any], variance: float) -> NDArray[Any]:
     found = spectrum[np.where(turned, -down, down) % side, np.abs(across)]
     power = (np.square(found.real) + np.square(found.imag)).mean(-1)
     power /= np.square(window).sum(dtype=np.float64) ** 2
-    return np.log(np.maximum(power - variance, variance / 2))
+    powers: NDArray[Any] = np.log(np.maximum(power - variance, variance / 2))
+    return powers
 
 
 @cache

@@ -25,6 +25,7 @@ _WITHOUT = {
     **dict.fromkeys(("JPEG compression", "JPEG 2000 compression"), "less compressed"),
 }
 """What a photo is that shows less of a distortion."""
+_TURNED = {"less": "more", "sharper": "softer", "better": "worse", "preferred": "less preferred"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ def reason_for(best: Observation, other: Observation) -> str | None:
     }
     phrase = max(more, key=lambda each: more[each])
     return phrase if more[phrase] >= WEAKER else None
+
+
+def turned(reason: str) -> str:
+    """Say of the other photo what speaks for the better one.
+
+    >>> turned("sharper at the centre")
+    'softer at the centre'
+    """
+    word, space, rest = reason.partition(" ")
+    return _TURNED[word] + space + rest
 
 
 def seen_at_full_size(best: Observation, other: Observation) -> str | None:

@@ -248,7 +248,8 @@ class CulledPhoto(Result):
     `summary` what was written about it. `kind` is that of its group, None for a single photo; an
     exposure bracket, a focus stack and a panorama are *series*, of which nothing is a reject.
     `too_close` says that this shot and the best (of the best: and the next) differ by no more than
-    the deviation of that; `reason` is what speaks for the best of a burst.
+    the deviation of that; `reason` is what speaks for the best of a burst,
+    and against the others beside it.
     """
 
     place: int
