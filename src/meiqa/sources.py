@@ -155,10 +155,8 @@ def located(where: str) -> tuple[fs.FileSystem, str]:
         raise UsageError(f"{where} is in no storage that is read", seen=scheme, allowed=allowed)
     if scheme == "file":
         return fs.LocalFileSystem(), rest
-    path, _, query = rest.partition("?")
-    bucket, _, inside = path.partition("/")
-    asked = f"?{query}" if query else ""
-    system, root = _file_system(f"{scheme.replace('az', 'abfs')}://{bucket}{asked}")
+    bucket, _, inside = rest.partition("/")
+    system, root = _file_system(f"{'abfs' if scheme == 'az' else scheme}://{bucket}")
     return system, f"{root}/{inside}".rstrip("/")
 
 
@@ -240,7 +238,7 @@ def _stored_below(where: str) -> Iterator[tuple[str, str]]:
     head = where.partition("*")[0] if "*" in where else where
     folder = head if head == where else head.rpartition("/")[0]
     system, path = located(folder)
-    root = folder.partition("?")[0].rstrip("/").removesuffix(path.partition("/")[2]).rstrip("/")
+    root = folder.rstrip("/").removesuffix(path.partition("/")[2]).rstrip("/")
     try:
         info = system.get_file_info(path)
         if info.type == fs.FileType.File:
