@@ -10,10 +10,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.bulk_kills import make_photos, measured
+from benchmarks.bulk_speed import watched_store
 from benchmarks.interrupted_build import differences
 from meiqa import cli
 
@@ -64,6 +66,22 @@ def test_ray_is_quiet_and_leaves_nothing(tiny_files: Path, tmp_path: Path) -> No
     ]
     assert not list((tmp_path / "home").rglob("*"))
     assert len(list((tmp_path / "out").glob("part-*"))) == 1
+
+
+def test_no_photos_go_through_the_object_store(
+    session: None, tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meiqa.ray, "connected", nullcontext)
+    photos, found = tmp_path / "photos", dict[str, Any]()
+    make_photos(photos, 1, 0)
+    data = (photos / "000000.jpg").read_bytes()
+    for number in range(60):  # 300 MB of files
+        (photos / f"large{number}.jpg").write_bytes(data + b"\0" * 5_000_000)
+    model = ["--package", str(tiny_files / "fp32"), "--memory", str(tiny_files / "anchors")]
+    with watched_store(found):
+        assert cli.main(["bulk", str(photos), "--out", str(tmp_path / "out"), *model]) == 0
+    assert found["object_store_asked"] > 0
+    assert found["object_store_peak_mb"] < 20
 
 
 @pytest.fixture(scope="module")
