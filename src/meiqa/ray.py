@@ -27,10 +27,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is loaded
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.exceptions import RayError
 
 from meiqa.batches import BatchScorer, ScoreOptions, opened_engine, scorer
 from meiqa.engine.scoring import ScoreRequest
-from meiqa.errors import MeiqaError, UsageError, one_line
+from meiqa.errors import MeiqaError, ServiceError, UsageError, one_line
 from meiqa.types import Assessment, Budget, Failure
 
 if TYPE_CHECKING:
@@ -67,13 +68,14 @@ def connected(address: str) -> Iterator[None]:
     try:
         with _unheard():
             ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        hint = "start one: ray start --head, or use this machine alone: --address local"
-        raise UsageError(f"no Ray at {address}", seen=one_line(str(error)), hint=hint) from error
-    try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"ray\.")  # that all cores are taken
             yield
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if ray.is_initialized():
+            raise
+        hint = "start one: ray start --head, or use this machine alone: local"
+        raise UsageError(f"no Ray at {address}", seen=one_line(str(error)), hint=hint) from error
     finally:
         ray.shutdown()
         if own is not None:
@@ -98,6 +100,7 @@ def mapped(
 
     Raises:
         MeiqaError: `work` raised it.
+        ServiceError: Ray itself fails.
     """
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -112,11 +115,16 @@ def mapped(
         compute=_pool(workers or (_cores(), _cores())),
         num_cpus=1,
     )
-    for row in done.iter_rows():
-        found = row["found"]
-        if isinstance(found, MeiqaError):
-            raise found
-        yield found
+    try:
+        for row in done.iter_rows():
+            found = row["found"]
+            if isinstance(found, MeiqaError):
+                raise found
+            yield found
+    except RayError as error:
+        cause = one_line(str(error).strip().splitlines()[-1])
+        hint = "what is done is kept: run it again, a bulk run with --resume"
+        raise ServiceError("Ray gave up", seen=cause, hint=hint) from error
 
 
 class ClusterEngine:
