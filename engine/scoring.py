@@ -282,7 +282,9 @@ class Scorer:
         with deadline.stage("decode"):
             pixels = decoded()
         with deadline.stage("detail"):
-            detail = measure_detail(pixels.array) if request.detail else None
+            detail = (
+                measure_detail(pixels.array, pixels.luminance_table) if request.detail else None
+            )
         with deadline.stage("read"):
             prefix, was_cached = self.prefill(pixels)
         k = self.retrieval.k if request.k is None else replace(self.retrieval, k=request.k).k

@@ -157,7 +157,7 @@ class FakeEngine(Engine):
                 Neighbour(f"anchor {level:.2f}", "anchor", level, 0.2, float(score > level))
                 for level in levels
             ),
-            detail=measure_detail(pixels.array) if detail else None,
+            detail=measure_detail(pixels.array, pixels.luminance_table) if detail else None,
             timings_ms={"decode": 1.5, "total": 12.0},
             counters={"reused_tokens": 49},
         )

@@ -118,6 +118,19 @@ class Distortion(Result):
 
 
 @dataclass(frozen=True)
+class JpegQuality(Result):
+    """The quality, 1-100, that a photo was saved with as JPEG, as the IJG's library counts it.
+
+    `source` is what tells it: the file's luminance table, which is that of a quality ("standard
+    table", exact) or nearest to it by its sum ("other table"); or, of what is no JPEG file, the
+    "pixels", in which an earlier JPEG has left its steps.
+    """
+
+    quality: int
+    source: Literal["standard table", "other table", "pixels"]
+
+
+@dataclass(frozen=True)
 class Detail(Result):
     """How a photo holds up at 100 %, seen in a few cuts of its full-size pixels.
 
@@ -128,12 +141,14 @@ class Detail(Result):
         noise: deviation of its noise in grey levels, where it is flattest.
         place: x, y, width and height, in pixels of the photo as shown, of the cut that sharpness
             and motion are those of.
+        jpeg: the quality that it was saved with as JPEG; None where nothing tells of one.
     """
 
     sharpness: float
     motion: float
     noise: float
     place: tuple[int, int, int, int]
+    jpeg: JpegQuality | None = None
 
 
 @dataclass(frozen=True)
