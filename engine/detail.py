@@ -1,4 +1,4 @@
-"""How a photo holds up at 100 %: sharpness, motion, noise and JPEG quality, in cuts of full size."""
+"""How a photo holds up at 100 %: sharpness, motion, noise and JPEG quality, in full-size cuts."""
 
 from __future__ import annotations
 

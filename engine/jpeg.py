@@ -37,13 +37,17 @@ SURE, FEWEST = 20.0, 3
 """Log-likelihood from which on a step is believed, and how many of 63 must be."""
 
 _EXAMPLE = np.array(
-    """
-    16 11 10 16 24 40 51 61  12 12 14 19 26 58 60 55  14 13 16 24 40 57 69 56
-    14 17 22 29 51 87 80 62  18 22 37 56 68 109 103 77  24 35 55 64 81 104 113 92
-    49 64 78 87 103 121 120 101  72 92 95 98 112 100 103 99
-    """.split(),
-    np.int64,
-)
+    [
+        [16, 11, 10, 16, 24, 40, 51, 61],
+        [12, 12, 14, 19, 26, 58, 60, 55],
+        [14, 13, 16, 24, 40, 57, 69, 56],
+        [14, 17, 22, 29, 51, 87, 80, 62],
+        [18, 22, 37, 56, 68, 109, 103, 77],
+        [24, 35, 55, 64, 81, 104, 113, 92],
+        [49, 64, 78, 87, 103, 121, 120, 101],
+        [72, 92, 95, 98, 112, 100, 103, 99],
+    ]
+).ravel()
 
 
 def _standard_tables() -> Steps:
@@ -146,4 +150,3 @@ def _likelihoods() -> Floats:
     told = np.log((1 - ASTRAY) * density + ASTRAY) * (np.arange(BINS) >= TELLING)[:, None]
     likelihoods: Floats = told.astype(np.float32)
     return likelihoods
-

@@ -324,7 +324,7 @@ def assessment_text(assessment: Assessment) -> str:
             f"noise {detail.noise:.1f}   (sharpest at {x}, {y})"
         )
         if (jpeg := detail.jpeg) is not None:
-            lines.append(f"  JPEG quality {jpeg.quality}, by its {jpeg.source}")
+            lines.append(f"  JPEG quality {jpeg.quality} ({jpeg.source})")
     if assessment.distortions:
         seen = (
             f"{each.kind} {each.strength:.1f} of 5 ({100 * each.probability:.0f} %)"

@@ -152,6 +152,19 @@ class Detail(Result):
 
 
 @dataclass(frozen=True)
+class Embedding(Result):
+    """What the vision tower sees of a photo, whatever its size, as one vector.
+
+    It is the mean of the visual tokens, followed by their deviation: photos that look good or bad
+    in the same way point in the same direction. Two embeddings can be compared, by their cosine,
+    if they have one `digest`, which is that of the package that made them.
+    """
+
+    digest: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Reference(Result):
     """What a reference brought to an assessment.
 
@@ -182,7 +195,8 @@ class Assessment(Result):
     says, None where it has none;
     `grades` are the model's probabilities of the five words, before any comparison;
     `distortions` are the likeliest, as the package's patterns see them; `reference` is None unless
-    one was given; `detail` is what is seen at full size, beside the score, None where left out.
+    one was given; `detail` is what is seen at full size, beside the score, None where left out;
+    `embedding` is None unless it was asked for.
     """
 
     path: str
@@ -201,6 +215,7 @@ class Assessment(Result):
     distortions: tuple[Distortion, ...] = ()
     reference: Reference | None = None
     detail: Detail | None = None
+    embedding: Embedding | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
 

@@ -142,7 +142,7 @@ def test_detail_is_given_unless_it_is_left_out(
     assert cli.main(["score", photo, "--format", "jsonl"]) == 0
     assert cli.main(["score", photo, "--format", "jsonl", "--no-detail"]) == 0
     given, without = map(json.loads, capsys.readouterr().out.splitlines())
-    assert set(given["detail"]) == {"sharpness", "motion", "noise", "place"}
+    assert set(given["detail"]) == {"sharpness", "motion", "noise", "place", "jpeg"}
     assert without["detail"] is None
 
 
