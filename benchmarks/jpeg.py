@@ -138,8 +138,7 @@ def bench_jpeg(data: Path, count: int) -> dict[str, Any]:
     large = sorted((data / "large" / "images").iterdir(), key=lambda photo: name_hash(photo.name))
     middle = len(large) // 2
     pristine = [
-        data / "pristine" / "images" / name
-        for name in pristine_names(data, held_out=True)[:count]
+        data / "pristine" / "images" / name for name in pristine_names(data, held_out=True)[:count]
     ]
     table = LabelTable.read(str(data / "biq2021" / "mos.csv"), split="val").spread(count)
     val = [data / "biq2021" / "images" / name for name in table.files]
