@@ -1,6 +1,6 @@
 """What photographs near each other in the embedding share: people's scores, and their damage.
 
-    python -m benchmarks.embedding --data DATA [--photos 300] [--scenes 20] [--format json]
+    python -m benchmarks.embedding --data DATA [--photos 150] [--scenes 12] [--format json]
 
 Scores: photographs of BIQ2021's split `val`, none of which the model was trained on; how far apart,
 on the scale 1-5, are a photograph and its nearest neighbour, and how well does the mean of its ten
@@ -81,8 +81,8 @@ def by_damage(engine: Engine, photos: list[Path], done: Callable[[], None]) -> d
     for photo in photos:
         pixels = load_pixels(photo).array
         rng = np.random.default_rng(int(name_hash(photo.name)[:8], 16))
-        for kind in KINDS:
-            look(engine, distort(pixels, kind.number, LEVEL, rng), seen)
+        for each in KINDS:
+            look(engine, distort(pixels, each.number, LEVEL, rng), seen)
         done()
     scene, kind = np.divmod(np.arange(len(photos) * len(KINDS)), len(KINDS))
     others = scene[:, None] != scene
@@ -111,8 +111,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.embedding", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="as docs/training.md lays it out")
-    parser.add_argument("--photos", type=int, default=300)
-    parser.add_argument("--scenes", type=int, default=20)
+    parser.add_argument("--photos", type=int, default=150)
+    parser.add_argument("--scenes", type=int, default=12)
     parser.add_argument("--format", choices=("text", "json"), default="text")
     given = parser.parse_args()
     with Engine.open(memory=embedded_assets() / "memory", learn=False) as engine:

@@ -1,11 +1,11 @@
 """How well the quality of a JPEG is told, by its file and by the pixels that it left.
 
-    python -m benchmarks.jpeg --data DATA [--photos 40] [--format json]
+    python -m benchmarks.jpeg --data DATA [--photos 12] [--format json]
 
 Photographs are made smaller, so that no earlier JPEG is left in them, and saved with known
-qualities. Then they are read as they are, as PNG, and as PNG of which some rows and columns were
-cut off. Besides: as PNG without having been made smaller ("again": two JPEGs, one over the other),
-with the tables of cameras that are no standard ones, and never saved as JPEG, where every answer is
+qualities. Then they are read as they are, from their pixels alone, as of a PNG, and from these with
+some rows and columns cut off. Besides, from pixels: without having been made smaller ("again": two
+JPEGs, one over the other), with the tables of cameras that are no standard ones, and never saved as JPEG, where every answer is
 a false alarm. The estimate was made on other pristine photographs, and on those of DATA/large that
 `benchmarks.detail` names as developed on; what is judged is the rest, and BIQ2021's split `val`.
 """
@@ -27,7 +27,7 @@ from PIL import Image
 
 from benchmarks.detail import cost, pixels_of
 from meiqa.engine.detail import measure_detail
-from meiqa.engine.images import load_pixels
+from meiqa.engine.images import ImageSource, load_pixels
 from meiqa.engine.jpeg import quality_by_table
 from meiqa.evaluation.measuring import run_on
 from meiqa.formats import tree_text
@@ -48,49 +48,42 @@ def saved(pixels: Picture, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def png(pixels: Picture) -> bytes:
-    """Encode as PNG."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
-    return file.getvalue()
-
-
 def shrunk(pixels: Picture) -> Picture:
     """Make a photograph smaller: no block of it is one of 8 x 8 pixels any more."""
     height, width = (round(SHRUNK * each) for each in pixels.shape[:2])
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def told(file: bytes) -> int | None:
-    """Give the quality that `Assessment.detail` would tell of a file; None for no JPEG."""
-    photo = load_pixels(file)
+def told(source: ImageSource) -> int | None:
+    """Give the quality that `Assessment.detail` would tell; None for no JPEG."""
+    photo = load_pixels(source)
     detail = measure_detail(photo.array, photo.luminance_table)
     return None if detail is None or detail.jpeg is None else detail.jpeg.quality
 
 
 def cases_of(
     photo: Path, cameras: list[dict[int, list[int]]]
-) -> Iterator[tuple[str, int | None, bytes]]:
-    """Give a kind, a true quality and a file for everything that is made of a photograph."""
+) -> Iterator[tuple[str, int | None, ImageSource]]:
+    """Give a kind, a true quality and a picture for everything that is made of a photograph."""
     rng = np.random.default_rng(int(name_hash(photo.name)[:8], 16))
     whole = load_pixels(photo).array
     small = shrunk(whole)
     top, left = rng.integers(1, 8, 2)
-    yield "never", None, png(small)
-    yield "never", None, png(small[top:, left:])
+    yield "never", None, Image.fromarray(small)
+    yield "never", None, Image.fromarray(small[top:, left:])
     for quality in QUALITIES:
         subsampling = int(rng.integers(SUBSAMPLINGS))
         file = saved(small, quality=quality, subsampling=subsampling)
         pixels = load_pixels(file).array
         yield "file", quality, file
-        yield "png", quality, png(pixels)
-        yield "cropped", quality, png(pixels[top:, left:])
+        yield "pixels", quality, Image.fromarray(pixels)
+        yield "cropped", quality, Image.fromarray(pixels[top:, left:])
         again = load_pixels(saved(whole, quality=quality, subsampling=subsampling)).array
-        yield "again", quality, png(again)
+        yield "again", quality, Image.fromarray(again)
     for tables in cameras:
         file = saved(small, qtables=tables, subsampling=0)
         truth = quality_by_table(load_pixels(file).luminance_table or ()).quality
-        yield "camera tables", truth, png(load_pixels(file).array)
+        yield "camera tables", truth, Image.fromarray(load_pixels(file).array)
 
 
 def camera_tables(photos: list[Path]) -> list[dict[int, list[int]]]:
@@ -159,7 +152,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.jpeg", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="as docs/training.md lays it out")
-    parser.add_argument("--photos", type=int, default=40, help="of each set")
+    parser.add_argument("--photos", type=int, default=12, help="of each set")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     given = parser.parse_args()
     report = bench_jpeg(given.data, given.photos)

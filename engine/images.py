@@ -113,9 +113,10 @@ def load_pixels(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) ->
     >>> load_pixels(np.zeros((2, 3), np.uint8)).array.shape
     (2, 3, 3)
     """
-    name, table = source_name(source), None if isinstance(source, np.ndarray) else ()
+    name = source_name(source)
+    table: tuple[int, ...] | None = ()
     if isinstance(source, np.ndarray):
-        source = _image_from_array(source, name)
+        source, table = _image_from_array(source, name), None
     if isinstance(source, Image.Image):
         array, notes, exif = _decode(source, name, max_pixels)
     else:

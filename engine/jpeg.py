@@ -55,7 +55,8 @@ def _standard_tables() -> Steps:
     """Luminance tables (100, 64), row by row, of the qualities from 100 down."""
     quality = np.arange(100, 0, -1)[:, None]
     percent = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)
-    return np.clip((_EXAMPLE * percent + 50) // 100, 1, 255)
+    tables: Steps = np.clip((_EXAMPLE * percent + 50) // 100, 1, 255)
+    return tables
 
 
 STANDARD = _standard_tables()
@@ -90,7 +91,7 @@ def quality_by_pixels(cuts: Iterable[NDArray[np.uint8]], corner: Place) -> JpegQ
     planes = [luma_unclipped(cut) for cut in cuts]
     half = planes[0][: max(len(planes[0]) // 2, 2 * BLOCK)]
     cropped = max(
-        product(range(BLOCK), repeat=2),
+        product(range(BLOCK), range(BLOCK)),
         key=lambda first: evidence_of_steps([half], first, COARSE)[1],
     )
     found = (evidence_of_steps(planes, first) for first in {corner, cropped})
@@ -128,8 +129,8 @@ def evidence_of_steps(
     for plane in planes:
         rows, columns = (plane.shape[0] - top) // BLOCK, (plane.shape[1] - left) // BLOCK
         inner = plane[top : top + BLOCK * rows, left : left + BLOCK * columns]
-        blocks = inner.reshape(rows, BLOCK, columns, BLOCK).swapaxes(1, 2)
-        blocks = blocks.reshape(rows, columns, BLOCK**2)
+        parts = inner.reshape(rows, BLOCK, columns, BLOCK).swapaxes(1, 2)
+        blocks = parts.reshape(rows, columns, BLOCK**2)
         sizes = np.rint(np.abs(blocks @ _BASIS[:, :frequencies]) / BIN)
         counts += np.bincount((sizes + places)[sizes < BINS].astype(np.intp), minlength=len(counts))
     histograms = counts.reshape(frequencies, BINS).astype(np.float32)
