@@ -5,9 +5,10 @@
 Photographs are made smaller, so that no earlier JPEG is left in them, and saved with known
 qualities. Then they are read as they are, from their pixels alone, as of a PNG, and from these with
 some rows and columns cut off. Besides, from pixels: without having been made smaller ("again": two
-JPEGs, one over the other), with the tables of cameras that are no standard ones, and never saved as JPEG, where every answer is
-a false alarm. The estimate was made on other pristine photographs, and on those of DATA/large that
-`benchmarks.detail` names as developed on; what is judged is the rest, and BIQ2021's split `val`.
+JPEGs, one over the other), with the tables of cameras that are no standard ones, and never saved as
+JPEG, where every answer is a false alarm. The estimate was made on other pristine photographs
+and on those of DATA/large that `benchmarks.detail` names as developed on; what is judged is the
+rest, and BIQ2021's split `val`.
 """
 
 from __future__ import annotations
