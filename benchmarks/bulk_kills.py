@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="write the figures there, too")
     options = parser.parse_args()
-    found = measured(options.photos, options.broken, options.kills, seed=options.seed, pause_s=2.0)
+    found = measured(options.photos, options.broken, options.kills, seed=options.seed, pause_s=4.0)
     text = json.dumps(found, indent=2) + "\n"
     print(text, end="")
     if options.output is not None:

@@ -25,7 +25,8 @@ RESULT_COLUMNS = (
     *("score", "std", "word", "summary", "distortions"),
     *("error", "package", "options"),
 )
-"""What a row says of a photo: either its score or its error, and what made it."""
+"""What a row says of a photo: either its score or its error, and what made it. It has an
+`embedding`, too, where one is asked for."""
 _opening = threading.Lock()
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -49,6 +50,12 @@ class ScoreOptions:
     threads: int | None = 1
     budget_ms: float | None = None
     k: int | None = None
+    embedding: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What rows have."""
+        return (*RESULT_COLUMNS, *(["embedding"] if self.embedding else []))
 
     @property
     def text(self) -> str:
@@ -68,7 +75,7 @@ class BatchScorer:
         self.options, self.column = options, column
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """Give a batch, which is a sequence for each column, with `RESULT_COLUMNS` beside.
+        """Give a batch, which is a sequence for each column, with the options' columns beside.
 
         A photo that can't be judged has an error in place of a score.
 
@@ -79,10 +86,10 @@ class BatchScorer:
             seen = ", ".join(map(str, batch))
             hint = "name the column of paths or encoded photos: column="
             raise UsageError(f"the batch has no column {self.column}", seen=seen, hint=hint)
-        if taken := [name for name in RESULT_COLUMNS if name in batch]:
+        if taken := [name for name in self.options.columns if name in batch]:
             raise UsageError(f"the batch has a column {taken[0]}", hint="rename or drop it")
         rows = [self.row_of(result) for result in self.results(batch[self.column])]
-        return {**batch, **{name: [row[name] for row in rows] for name in RESULT_COLUMNS}}
+        return {**batch, **{name: [row[name] for row in rows] for name in self.options.columns}}
 
     def results(self, images: Iterable[ImageSource]) -> Iterable[Assessment | Failure]:
         """Score photos one after the other."""
@@ -90,25 +97,33 @@ class BatchScorer:
         # A missing value reads as an empty photo, which is an error of its own row.
         given = (b"" if image is None else image for image in images)
         return self.engine.score_many(
-            given, budget=budget, k=self.options.k, learn=False, detail=False
+            given,
+            budget=budget,
+            k=self.options.k,
+            learn=False,
+            detail=False,
+            embedding=self.options.embedding,
         )
 
     def row_of(self, result: Assessment | Failure) -> dict[str, Any]:
-        """Give a result's values under `RESULT_COLUMNS`."""
+        """Give a result's values under `ScoreOptions.columns`."""
         made = {"package": self.engine.model.digest, "options": self.options.text}
         values = {**result.to_dict(), **made}
-        return {name: values.get(name) for name in RESULT_COLUMNS}
+        if isinstance(result, Assessment) and result.embedding is not None:
+            values["embedding"] = result.embedding.to_dict()["values"]
+        return {name: values.get(name) for name in self.options.columns}
 
     @property
     def schema(self) -> pa.Schema:
-        """Arrow's types of `RESULT_COLUMNS`, for engines that would guess them from a first row."""
+        """Arrow's types of these columns, for engines that would guess them from a first row."""
         import pyarrow as pa
 
         distortion = pa.struct(
             [("kind", pa.string()), ("strength", pa.float64()), ("probability", pa.float64())]
         )
         kinds = {"score": pa.float64(), "std": pa.float64(), "distortions": pa.list_(distortion)}
-        return pa.schema([(name, kinds.get(name, pa.string())) for name in RESULT_COLUMNS])
+        kinds["embedding"] = pa.list_(pa.float32())
+        return pa.schema([(name, kinds.get(name, pa.string())) for name in self.options.columns])
 
     @property
     def engine(self) -> Engine:
@@ -141,9 +156,9 @@ def scorer(
     package: str | None = None,
     memory: str | None = None,
     device: str = "cpu",
-    threads: int | None = 1,
     budget_ms: float | None = None,
     k: int | None = None,
+    embedding: bool = False,
 ) -> BatchScorer:
     """Make a picklable callable that scores batches, for Daft, Spark or datasets: docs/bulk.md.
 
@@ -152,14 +167,16 @@ def scorer(
 
     Args:
         column: which column holds paths or encoded photos.
-        package, memory, device, threads: see `Engine.open`; one thread, since such engines run a
+        package, memory, device: see `Engine.open`; with one thread, since data engines run a
             process for each core.
         budget_ms, k: what each photo may cost, and how many neighbours it is compared with.
+        embedding: give a column of embeddings, too.
 
     >>> scorer("path", k=8).column
     'path'
     """
-    return BatchScorer(ScoreOptions(package, memory, device, threads, budget_ms, k), column)
+    options = ScoreOptions(package, memory, device, 1, budget_ms, k, embedding)
+    return BatchScorer(options, column)
 
 
 @dataclass(frozen=True)

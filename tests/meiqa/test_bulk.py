@@ -76,7 +76,7 @@ def test_a_folder_has_a_row_for_each_photo_with_the_score_of_meiqa_score(
     monkeypatch.chdir(folder.parent)
     model = ["--package", str(tiny_files / "fp32"), "--memory", str(tiny_files / "anchors")]
     run = ["bulk", str(folder), "--out", "out", "--address", "none", "--k", "2", *model]
-    assert cli.main(run) == 1
+    assert cli.main([*run, "--embedding"]) == 1
     assert f"{PHOTOS} scored; 1 failed (DecodeError 1)" in capsys.readouterr().out
     rows = {Path(row["path"]).name: row for row in rows_in("out")}
     assert "not an image" in rows.pop("broken.jpg")["error"]
@@ -88,6 +88,7 @@ def test_a_folder_has_a_row_for_each_photo_with_the_score_of_meiqa_score(
     (first, *_) = rows.values()
     assert first["error"] is None
     assert json.loads(first["options"])["k"] == 2
+    assert len(first["embedding"]) > 8
     assert first["word"] in {"bad", "poor", "fair", "good", "excellent"}
 
 

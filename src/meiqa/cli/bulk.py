@@ -50,6 +50,7 @@ HERE, _BAR = "none", 30
 @cli.option(
     "--filter CONDITION", "write only rows such as 'score >= 3.5 and std < 0.4', and errors"
 )
+@cli.flag("--embedding", "write a column of embeddings (docs/priors.md)")
 @cli.SELECTION
 @cli.EFFORT
 @cli.PACKAGE
@@ -148,7 +149,9 @@ def _scoring(options: Options) -> ScoreOptions:
         None if path is None else os.path.abspath(path)
         for path in (options.package, options.memory)
     )
-    return ScoreOptions(package, memory, budget_ms=options.budget_ms, k=options.k)
+    return ScoreOptions(
+        package, memory, budget_ms=options.budget_ms, k=options.k, embedding=options.embedding
+    )
 
 
 def _terms(options: Options, scoring: ScoreOptions) -> dict[str, Any]:
