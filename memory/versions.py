@@ -30,7 +30,13 @@ from meiqa.memory.cases import (
     regression_sha256,
 )
 from meiqa.memory.database import REBUILD, SCHEMA, Identity, Widths
-from meiqa.memory.index import INDEX_PREFIX, FrozenIndex, can_be_built, index_arrays
+from meiqa.memory.index import (
+    FLAT_BELOW,
+    INDEX_PREFIX,
+    FrozenIndex,
+    can_be_built,
+    index_arrays,
+)
 from meiqa.memory.segment import (
     Array,
     Segment,
@@ -67,6 +73,11 @@ def holds_anchors(path: str | Path) -> bool:
     """Tell whether a directory has anchors of its own; one that may not be searched has none."""
     # Unlike Path.exists, this does not raise there.
     return os.path.exists(segment_path(Path(path), "anchor"))
+
+
+def lacks_index(version: Version) -> bool:
+    """Tell whether a version was left without the index that would be built here."""
+    return version.index is None and len(version) >= FLAT_BELOW and can_be_built()
 
 
 def package_digest_of(path: str | Path) -> str:
@@ -190,8 +201,8 @@ def write_version(
 ) -> Iterator[Callable[[], None]]:
     """Write a version that nobody sees before the function given is called.
 
-    Its number is one more than the current version's; so many threads build the index. The entries
-    are in the order of their ids, and are read once.
+    Its number is one more than the current version's; so many threads build the index, none where
+    it is left to the next version. The entries are in the order of their ids, and are read once.
     """
     records_path = directory / _records_name(origin, number)
     build, published = uuid.uuid4().hex, False
@@ -282,7 +293,7 @@ class _Columns:
             "image_rows": by_image.astype(np.int32),
         }
         # Learned cases are few enough to be compared one by one where no index can be built.
-        if origin == "anchor" or can_be_built():
+        if threads and (origin == "anchor" or can_be_built()):
             arrays |= index_arrays(keys, threads)
         # Nothing is learned of predicted scores.
         fitted = self._sample.fitted() if origin == "anchor" else None
