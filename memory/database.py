@@ -58,8 +58,8 @@ CREATE TABLE records (
     id TEXT NOT NULL, image_digest TEXT NOT NULL, summary TEXT NOT NULL,
     score REAL NOT NULL, std REAL NOT NULL,
     origin TEXT NOT NULL CHECK (origin IN ('anchor', 'contrast')),
-    package_digest TEXT NOT NULL, provenance TEXT NOT NULL, created REAL NOT NULL,
-    device TEXT NOT NULL DEFAULT '',
+    package_digest TEXT NOT NULL, provenance TEXT NOT NULL,
+    device TEXT NOT NULL DEFAULT '', created REAL NOT NULL,
     UNIQUE (id, origin)
 );
 CREATE TABLE features (

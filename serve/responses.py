@@ -96,6 +96,7 @@ class NeighbourBody(BaseModel):
     origin: Literal["anchor", "contrast"]
     score: float
     preference: float | None
+    device: str | None
 
 
 class AssessmentBody(BaseModel):
@@ -110,7 +111,9 @@ class AssessmentBody(BaseModel):
         word="good",
         percentile=74.2,
         summary="Barely visible jitter. The picture is sharp and well exposed.",
-        neighbours=[{"id": "a.jpg", "origin": "anchor", "score": 2.92, "preference": 0.67}],
+        neighbours=[
+            {"id": "a.jpg", "origin": "anchor", "score": 2.92, "preference": 0.67, "device": None}
+        ],
         degraded=[],
         reflection=None,
         timings_ms={"queue": 0.3, "decode": 9.1, "read": 21.0, "total": 240.2},

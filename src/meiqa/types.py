@@ -89,7 +89,8 @@ def _plain(name: str, value: Any) -> Any:
 class Neighbour(Result):
     """A remembered photo that the query was, or could have been, compared with.
 
-    `preference` is the probability that the query looks better, None if it was not asked.
+    `preference` is the probability that the query looks better, None if it was not asked; `device`
+    is which one it was learned or added on, None for this one.
     """
 
     id: str
@@ -97,6 +98,7 @@ class Neighbour(Result):
     score: float
     std: float = field(metadata=_TEXT_ONLY)
     preference: float | None
+    device: str | None = None
 
 
 SEVERITIES = ("Barely visible", "Slight", "Visible", "Strong", "Severe")

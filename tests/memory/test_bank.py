@@ -332,9 +332,9 @@ def test_a_store_refused_once_is_refused_again(path: Path, tmp_path: Path) -> No
 def test_another_schema_is_not_called_damage(path: Path) -> None:
     fill(path, 1)
     database = sqlite3.connect(path / "cases.sqlite3")
-    database.execute("PRAGMA user_version = 3")
+    database.execute("PRAGMA user_version = 4")
     database.close()
-    with pytest.raises(StoreMismatch, match="version 3"):
+    with pytest.raises(StoreMismatch, match="version 4"):
         open_bank(path)
 
 

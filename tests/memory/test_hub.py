@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,11 +15,14 @@ import pytest
 from benchmarks.hub_server import Server, serving
 from meiqa.errors import ServiceError, ServiceUnreachable, StoreMismatch, UsageError
 from meiqa.memory import Case, ContrastPolicy, MemoryBank, RetrievalPolicy, verify_memory
-from meiqa.memory.hub import connected, initialise
+from meiqa.memory.hub import Hub, connected, initialise
 from meiqa.memory.replica import Replica, Synced
 from tests.memory.samples import DIGEST, KEY_WIDTH, assert_same_case, build_anchors, make_case
 
 Seen = dict[tuple[str, str], tuple[float, str, str]]
+
+A_REMOVAL = """INSERT INTO meiqa.cases (package, key_kind, origin, image, device, created, base)
+    VALUES ('another', 'summary', 'contrast', 'none', 'nobody', 0, 0)"""
 
 
 @pytest.fixture(scope="session")
@@ -121,3 +125,118 @@ def test_what_one_device_learned_all_are_told(devices: Three) -> None:
     assert cat.device == "attic"
     assert_same_case(cat, photo("cat"))
     assert all("/home/" not in record.provenance for record in cellar.bank.cases())
+
+
+def test_a_removal_reaches_everybody_and_no_late_push_undoes_it(devices: Three) -> None:
+    attic, barn, cellar = devices
+    attic.learn("cat", "dog")
+    in_step(*devices)
+    barn.forget("cat")
+    cellar.learn("cat")  # without knowing that it was removed
+    barn.sync()
+    assert cellar.sync().pushed == 0
+    assert {image for _, image in in_step(*devices)} == {digest_of("dog")}
+    cellar.learn("cat")  # knowing it
+    assert {image for _, image in in_step(*devices)} == {digest_of("cat"), digest_of("dog")}
+
+
+def test_who_was_away_hears_that_a_photo_was_removed_and_learned_again(devices: Three) -> None:
+    """However clocks go: what is learned again on a device that lags is no older case."""
+    attic, barn, cellar = devices
+    attic.learn("cat", score=1.5)
+    in_step(*devices)
+    barn.forget("cat")
+    in_step(barn, cellar)
+    with psycopg.connect(attic.hub) as connection:
+        cellar.learn("cat", score=4.5)
+        cellar.sync()
+        # A clock that lags by a year, as the trigger would let it in.
+        connection.execute("ALTER TABLE meiqa.cases DISABLE TRIGGER settle")
+        connection.execute("UPDATE meiqa.cases SET created = created - 3e7")
+        connection.execute("ALTER TABLE meiqa.cases ENABLE TRIGGER settle")
+    attic.sync()
+    assert [score for score, _, _ in attic.holds().values()] == [4.5]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_devices_that_learned_one_photo_come_to_one_case(devices: Three, first: int) -> None:
+    """Whoever pushes first, the later learned stays."""
+    attic, barn, cellar = devices
+    attic.learn("cat", score=2.0)
+    barn.learn("cat", score=3.0)
+    (attic, barn)[first].sync()
+    ((score, _, device),) = in_step(*devices).values()
+    assert (score, device) == (3.0, "barn")
+
+
+def test_what_is_told_twice_changes_nothing(devices: Three) -> None:
+    attic, barn, _ = devices
+    attic.learn("cat", "dog")
+    attic.sync()
+    attic.forget("dog")
+    waiting = attic.bank.outbox()
+    with connected(attic.hub) as hub:
+        pushed = [(waiting[0], None)]
+        assert hub.push(pushed, "attic", attic.bank.identity) == [True]
+        barn.sync()
+        barn.learn("dog")
+        barn.sync()
+        # The acknowledgement was lost, and the removal is told again after all that.
+        assert hub.push(pushed, "attic", attic.bank.identity) == [False]
+    assert {image for _, image in in_step(*devices)} == {digest_of("cat"), digest_of("dog")}
+
+
+def test_nobody_passes_a_push_that_takes_long(devices: Three) -> None:
+    """Or the later one's sequence number, once pulled, would hide the earlier one for good."""
+    attic, barn, cellar = devices
+    attic.learn("cat")
+    barn.learn("dog")
+    with connected(attic.hub) as hub:
+        attic.bank.follow(hub.id)
+    with psycopg.connect(attic.hub) as connection, ThreadPoolExecutor(1) as pool:
+        waiting, entry = attic.bank.outbox()[0], attic.bank.snapshot().contrast.recent[0]
+        Hub(connection).push([(waiting, entry)], "attic", attic.bank.identity)
+        connection.execute(A_REMOVAL)  # begins a transaction that holds the numbers
+        passing = pool.submit(barn.sync)
+        assert not wait([passing], 0.5).done
+        assert cellar.sync().pulled == 1
+        connection.commit()
+        assert passing.result(60).pushed == 1
+    assert cellar.sync().pulled == 1
+    assert len(in_step(*devices)) == 2
+
+
+def test_eviction_is_nobody_elses_business(tmp_path: Path, hub: str, no_anchors: Path) -> None:
+    few = ContrastPolicy(capacity=20)
+    small = Device(Path(shutil.copytree(no_anchors, tmp_path / "s")), hub, "small", few)
+    large = Device(Path(shutil.copytree(no_anchors, tmp_path / "l")), hub, "large")
+    large.learn(*map(str, range(50)))
+    large.sync()
+    assert small.sync().pulled == 20  # what would be evicted at once is not even fetched
+    large.learn("one more")
+    large.sync()
+    assert small.sync().pulled == 1
+    kept = small.holds()
+    assert len(kept) == 19
+    assert small.sync() == Synced()
+    assert small.holds() == kept
+    large.sync()
+    assert len(large.holds()) == 51
+    small.bank.close()
+    large.bank.close()
+
+
+@pytest.mark.parametrize("count", [40, 300])
+def test_a_pull_of_many_is_as_one_of_few(devices: Three, count: int) -> None:
+    """Many go straight into a segment, and what is told of them meanwhile holds."""
+    attic, barn, _ = devices
+    attic.learn(*map(str, range(count)))
+    attic.anchor("church")
+    barn.learn("7", "8", "mine", score=2.5)
+    barn.anchor("church", score=4.0)
+    held = in_step(attic, barn)
+    assert len(held) == count + 2
+    assert held["contrast", digest_of("7")][2] == "barn"
+    attic.forget("9")
+    attic.bank.compact()
+    assert in_step(attic, barn).keys() == held.keys() - {("contrast", digest_of("9"))}

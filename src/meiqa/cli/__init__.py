@@ -39,6 +39,7 @@ COMMANDS = {
     "build": ("package", "compile a package's graphs with TensorRT"),
     "inspect": ("package", "print what is inside an engine package"),
     "memory": ("memory", "build and tend a memory"),
+    "hub": ("memory", "let memories learn from each other by a PostgreSQL database"),
     "doctor": ("doctor", "say what is installed and what is missing"),
 }
 """The module of each command, and the line that lists it."""

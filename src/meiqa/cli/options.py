@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -302,6 +303,20 @@ LABELS = together(
 )
 
 
+HUB_DEVICE = option(
+    "--hub-device NAME", "what this device is called there (default: its host name)"
+)
+HUB = together(
+    option(
+        "--hub URL",
+        "learn from other devices, and they from this one, by a PostgreSQL database: what is "
+        "remembered of photos is sent there (docs/hub.md)",
+    ),
+    option("--sync-every S", "seconds between syncs", AMOUNT, default=30.0, needs="--hub"),
+    HUB_DEVICE,
+)
+
+
 def engine_options(memory: str = "the user's own", device: Decorator = DEVICE) -> Decorator:
     """Add the options of an engine; `memory` is what is opened by default."""
     return together(
@@ -370,6 +385,23 @@ def engine_of(options: Options, *, learn: bool = False) -> Engine:
     if not engine.model.calibration.is_fitted:
         say("warning: this model was never calibrated: scores and ± are raw; see meiqa calibrate")
     return engine
+
+
+@contextmanager
+def syncing(engine: Engine, options: Options) -> Iterator[None]:
+    """Sync the engine's memory with the hub that is named, if one is, while this lasts."""
+    if options.hub is None:
+        yield
+        return
+    with optional_packages("hub"):
+        from meiqa.memory.replica import syncing as synced
+    with synced(engine.memory, options.hub, hub_device(options), options.sync_every):
+        yield
+
+
+def hub_device(options: Options) -> str:
+    """Give what this device is called at a hub."""
+    return options.hub_device or socket.gethostname()
 
 
 def model_terms(digest: str, calibration: Calibration) -> dict[str, str]:
