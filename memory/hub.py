@@ -9,6 +9,7 @@ before it.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from meiqa.memory.cases import VECTOR_DTYPES, Entry, Features, Record
 from meiqa.memory.database import Identity, Widths
 from meiqa.memory.wal import Image, Waiting
 from meiqa.types import Origin
+
+logging.getLogger("psycopg").setLevel(logging.ERROR)  # its warnings repeat what it raises
 
 ROLES = ("meiqa_reader", "meiqa_learner", "meiqa_anchors")
 """Who may read; learn and remove what was learned, too; write and remove anchors, too."""

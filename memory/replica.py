@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import heapq
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -266,8 +264,6 @@ def syncing(bank: MemoryBank, url: str, device: str, every_s: float) -> Iterator
     replica, ended = Replica(bank, url, device, gently=True), threading.Event()
 
     def work() -> None:
-        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         said = ""
         while not ended.is_set():
             try:
