@@ -194,7 +194,7 @@ class Nursed:
 def chaos(devices: int, seconds: float, kills: int, seed: int = 0) -> dict[str, Any]:
     """Let it all happen, and count what is wrong; see the module."""
     draw = random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="meiqa-hub-") as place, serving(Path(place)) as server:
+    with tempfile.TemporaryDirectory(prefix="meiqa-hub-") as place, serving() as server:
         hub = server.hub()
         network = Network(server.user(hub, "meiqa_anchors"))
         folders = [Path(place) / f"device-{number}" for number in range(devices)]

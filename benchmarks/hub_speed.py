@@ -64,7 +64,7 @@ def bench_hub(cases: int, beside: int, retrieved: int) -> dict[str, Any]:
         beside: In the pulls beside scoring.
         retrieved: In the memories that neighbours are sought in.
     """
-    with tempfile.TemporaryDirectory(prefix="meiqa-hub-") as place, serving(Path(place)) as server:
+    with tempfile.TemporaryDirectory(prefix="meiqa-hub-") as place, serving() as server:
         base = Path(place)
         with Engine.open(learn=False) as engine:
             usual = engine.memory.identity, _USUAL_GRID

@@ -75,7 +75,7 @@ BEGIN
             IF NEW.removal = OLD.removal THEN RETURN NULL; END IF;
         ELSE
             IF NEW.base < OLD.removed_at OR OLD.key IS NOT NULL
-                AND (NEW.created, NEW.device) <= (OLD.created, OLD.device)
+                AND (NEW.created, NEW.score, NEW.std) <= (OLD.created, OLD.score, OLD.std)
             THEN RETURN NULL; END IF;
             NEW.removal := OLD.removal;
             NEW.removed_at := OLD.removed_at;
@@ -131,10 +131,12 @@ _PUSH = (
     f"INSERT INTO meiqa.cases ({', '.join(_COLUMNS)}) VALUES ({_VALUES})"
     f" ON CONFLICT (package, key_kind, origin, image) DO UPDATE SET {_NEWER} RETURNING seq"
 )
-_TOLD = "origin, image, seq, device, created, key IS NULL AS removed, removal, removed_at, std"
+_TOLD = (
+    "origin, image, seq, device, created, key IS NULL AS removed, removal, removed_at, score, std"
+)
 _MINE = "package = %(package_digest)s AND key_kind = %(key_kind)s"
 _READ = f"""
-SELECT package, key_kind, {_TOLD}, score, summary, provenance, halfvec_send(key) AS key,
+SELECT package, key_kind, {_TOLD}, summary, provenance, halfvec_send(key) AS key,
     tokens, scales, grid_rows, grid_columns FROM meiqa.cases"""
 _ROWS_AT_ONCE = 200
 ID_DIGITS = 16
@@ -163,12 +165,23 @@ class Told(NamedTuple):
     removed: bool
     removal: str | None
     removed_at: int
+    score: float | None
     std: float | None
+
+    @property
+    def rank(self) -> tuple[float, float, float]:
+        """Of two cases of an image the one of higher rank stays; see `rank_of`."""
+        return self.created, self.score or 0.0, self.std or 0.0
 
     @property
     def name(self) -> Image:
         """What it is known by."""
         return self.origin, self.image
+
+
+def rank_of(record: Record) -> tuple[float, float, float]:
+    """Rank a case: the later learned stays; at one moment, as in copies of a memory, the same."""
+    return record.created, record.score, record.std
 
 
 class Refused(NamedTuple):

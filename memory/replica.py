@@ -21,7 +21,7 @@ import psycopg
 from meiqa.errors import MeiqaError, UsageError
 from meiqa.memory.bank import ContrastPolicy, MemoryBank, Pulled
 from meiqa.memory.cases import ORIGINS, Entry
-from meiqa.memory.hub import ID_DIGITS, Hub, Refused, Told, address, connected
+from meiqa.memory.hub import ID_DIGITS, Hub, Refused, Told, address, connected, rank_of
 from meiqa.memory.retrieval import View
 from meiqa.memory.wal import Image, Waiting
 from meiqa.types import Origin
@@ -139,7 +139,7 @@ class Replica:
             if not news:
                 return
             views = bank.snapshot().views
-            decided = decide(self._rested(news), views, waiting, since, self._device)
+            decided = decide(self._rested(news), views, waiting, since)
             fetched: dict[Image, Entry] = {}
             absorbed: set[Image] = set()
             for origin in ORIGINS:
@@ -158,7 +158,7 @@ class Replica:
 
         def change(views: Mapping[Origin, View], waiting: Sequence[Waiting]) -> Pulled:
             # Anew, since photos may have been learned or removed meanwhile.
-            now = decide(left, views, waiting, since, self._device)
+            now = decide(left, views, waiting, since)
             stored = [fetched[each.name] for each in now.wanted if each.name in fetched]
             return Pulled(stored, [each.name for each in now.removed], now.told, upto)
 
@@ -205,13 +205,11 @@ def decide(
     views: Mapping[Origin, View],
     waiting: Sequence[Waiting],
     since: int,
-    device: str,
 ) -> Decided:
     """Compare news, from after `since`, with what is stored and what waits to be told.
 
     The rules are the hub's own (`meiqa.memory.hub`): a removal beats whatever was learned without
-    knowing of it; of two cases the later learned stays, at the same moment that of the device whose
-    name comes later.
+    knowing of it; of two cases the one of higher rank stays.
     """
     decided, pending = Decided([], [], []), {(each.origin, each.image): each for each in waiting}
     for each in news:
@@ -227,10 +225,9 @@ def decide(
             is_news = each.seq > since
             decided.wanted.extend([each] * is_news)
         else:
-            ours, theirs = (held.created, held.device or device), (each.created, each.device)
-            if ours > theirs:
+            if rank_of(held) > each.rank:
                 continue
-            decided.wanted.extend([each] * (ours < theirs))
+            decided.wanted.extend([each] * (rank_of(held) < each.rank))
         if own is not None:
             decided.told.append(own)
     return decided

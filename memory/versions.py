@@ -120,7 +120,7 @@ def open_version(directory: Path, origin: Origin, *, verify: bool = False) -> Ve
 
 def no_version(directory: Path, origin: Origin, identity: Identity) -> Version:
     """Give the version before the first one, which has neither cases nor files."""
-    arrays = _Columns().arrays(origin, identity.widths.key, threads=1)
+    arrays = _Columns(origin).arrays(identity.widths.key, threads=1)
     arrays["levels"] = np.empty((0, identity.widths.token), np.int8)
     segment = Segment(segment_path(directory, origin), arrays, {}, (0, 0))
     connection = sqlite3.connect(":memory:", check_same_thread=False)
@@ -208,12 +208,12 @@ def write_version(
     build, published = uuid.uuid4().hex, False
     database.create_database(records_path, identity, {"build": build})
     try:
-        path, columns = segment_path(directory, origin), _Columns()
+        path, columns = segment_path(directory, origin), _Columns(origin)
         with SegmentWriter(path, _ATTRIBUTE_BYTES, _MOST_ARRAYS) as writer:
             with database.filling(records_path) as connection:
                 levels = columns.gather(entries, connection)
                 writer.stream("levels", levels, identity.widths.token, np.int8)
-            arrays = columns.arrays(origin, identity.widths.key, threads)
+            arrays = columns.arrays(identity.widths.key, threads)
             for name, array in arrays.items():
                 writer.add(name, array)
             with disk_errors(records_path):
@@ -257,7 +257,8 @@ class _Kept(NamedTuple):
 class _Columns:
     """What is gathered of all entries."""
 
-    def __init__(self) -> None:
+    def __init__(self, origin: Origin) -> None:
+        self._origin = origin
         self._rows: list[_Kept] = []
         self._sample = Sample()
 
@@ -266,13 +267,14 @@ class _Columns:
         for entry in entries:
             record, features = entry.record, entry.features
             insert_record(connection, entry)
-            self._sample.show(record.id, features.tokens, record.score)
+            if self._origin == "anchor":  # nothing is learned of predicted scores
+                self._sample.show(record.id, features.tokens, record.score)
             image, digest = image_hash(record.image_digest), entry.digest[:DIGEST_BYTES]
             vectors = features.key, features.scales, features.grid
             self._rows.append(_Kept(*vectors, record.score, image, digest))
             yield features.levels
 
-    def arrays(self, origin: Origin, key_width: int, threads: int) -> dict[str, Array]:
+    def arrays(self, key_width: int, threads: int) -> dict[str, Array]:
         """Give everything but the levels; so many threads build the index."""
         rows = self._rows
         keys = np.array([row.key for row in rows], np.float16).reshape(-1, key_width)
@@ -293,8 +295,7 @@ class _Columns:
             "image_rows": by_image.astype(np.int32),
         }
         # Learned cases are few enough to be compared one by one where no index can be built.
-        if threads and (origin == "anchor" or can_be_built()):
+        if threads and (self._origin == "anchor" or can_be_built()):
             arrays |= index_arrays(keys, threads)
-        # Nothing is learned of predicted scores.
-        fitted = self._sample.fitted() if origin == "anchor" else None
+        fitted = self._sample.fitted()
         return arrays if fitted is None else arrays | {REGRESSION: fitted[0].array}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,10 +14,17 @@ import numpy as np
 import psycopg
 import pytest
 
-from benchmarks.hub_server import Server, serving
-from meiqa.errors import ServiceError, ServiceUnreachable, StoreMismatch, UsageError
+from benchmarks.hub_server import Network, Server
+from meiqa.errors import (
+    AccessDenied,
+    MeiqaError,
+    ServiceError,
+    ServiceUnreachable,
+    StoreMismatch,
+    UsageError,
+)
 from meiqa.memory import Case, ContrastPolicy, MemoryBank, RetrievalPolicy, verify_memory
-from meiqa.memory.hub import Hub, connected, initialise
+from meiqa.memory.hub import Hub, address, connected, initialise
 from meiqa.memory.replica import Replica, Synced
 from tests.memory.samples import DIGEST, KEY_WIDTH, assert_same_case, build_anchors, make_case
 
@@ -23,17 +32,6 @@ Seen = dict[tuple[str, str], tuple[float, str, str]]
 
 A_REMOVAL = """INSERT INTO meiqa.cases (package, key_kind, origin, image, device, created, base)
     VALUES ('another', 'summary', 'contrast', 'none', 'nobody', 0, 0)"""
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server")) as server:
-        yield server
-
-
-@pytest.fixture
-def hub(server: Server) -> str:
-    return server.hub()
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +159,7 @@ def test_who_was_away_hears_that_a_photo_was_removed_and_learned_again(devices: 
 @pytest.mark.parametrize("first", [0, 1])
 def test_two_devices_that_learned_one_photo_come_to_one_case(devices: Three, first: int) -> None:
     """Whoever pushes first, the later learned stays."""
-    attic, barn, cellar = devices
+    attic, barn, _ = devices
     attic.learn("cat", score=2.0)
     barn.learn("cat", score=3.0)
     (attic, barn)[first].sync()
@@ -240,3 +238,170 @@ def test_a_pull_of_many_is_as_one_of_few(devices: Three, count: int) -> None:
     attic.forget("9")
     attic.bank.compact()
     assert in_step(attic, barn).keys() == held.keys() - {("contrast", digest_of("9"))}
+
+
+def test_a_camera_may_not_write_anchors_and_learns_all_the_same(
+    server: Server, devices: Three
+) -> None:
+    """The database refuses it, whatever the program asks."""
+    office, camera, _ = devices
+    camera.hub = server.user(office.hub, "meiqa_learner")
+    camera.learn("cat")
+    camera.anchor("church", score=1.0)
+    done = camera.sync()
+    assert done.pushed == 1
+    assert [(each.name, "role" in each.reason) for each in done.refused] == [("anchor cases", True)]
+    office.hub = server.user(office.hub, "meiqa_anchors")
+    office.anchor("church", score=4.0)
+    office.sync()
+    camera.sync()
+    assert camera.holds()["anchor", digest_of("church")][0] == 4.0
+    assert camera.sync() == Synced()
+    with psycopg.connect(camera.hub, autocommit=True) as connection:
+        spoil = "UPDATE meiqa.cases SET score = 1 WHERE origin = 'anchor'"
+        assert connection.execute(spoil).rowcount == 0  # it sees no anchor to write
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute("DELETE FROM meiqa.cases")
+
+
+def test_who_may_only_read_learns_from_others(server: Server, devices: Three) -> None:
+    attic, barn, _ = devices
+    attic.learn("cat")
+    attic.sync()
+    barn.hub = server.user(attic.hub, "meiqa_reader")
+    barn.learn("dog")
+    done = barn.sync()
+    assert (done.pushed, done.pulled, done.refused[0].name) == (0, 1, "contrast cases")
+    assert len(barn.holds()) == 2
+
+
+def test_who_has_no_role_is_told_so(server: Server, devices: Three) -> None:
+    attic, *_ = devices
+    with psycopg.connect(attic.hub, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE nobody_{os.getpid()} LOGIN")
+    attic.hub = psycopg.conninfo.make_conninfo(attic.hub, user=f"nobody_{os.getpid()}")
+    with pytest.raises(AccessDenied, match="meiqa_learner"):
+        attic.sync()
+
+
+def test_a_hub_out_of_reach_loses_nothing(devices: Three) -> None:
+    attic, barn, _ = devices
+    network = Network(attic.hub)
+    attic.hub = network.address
+    attic.learn("cat")
+    network.cut()
+    with pytest.raises(ServiceUnreachable, match="kept for the next sync") as caught:
+        attic.sync()
+    assert caught.value.retryable
+    assert len(attic.holds()) == 1
+    network.mend()
+    assert attic.sync().pushed == 1
+    network.close()
+    assert barn.sync().pulled == 1
+
+
+SPOILT = {
+    "a key of another width": "key = '[1,2,3]'",
+    "tokens that are cut off": "tokens = substr(tokens, 2)",
+    "a scale that is no number": "scales = '\\x0000c07f'::bytea || substr(scales, 5)",
+    "a grid of other tokens": "grid_rows = 7",
+    "an image with no digest": "image = 'cat.jpg'",
+    "a device without a name": "device = ''",
+    "a moment that is none": "created = 'NaN'",
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_malformed_row_is_refused_by_name_and_the_rest_goes_on(devices: Three, what: str) -> None:
+    attic, barn, _ = devices
+    attic.learn("cat", "dog", "fox")
+    attic.sync()
+    with psycopg.connect(attic.hub) as connection:
+        connection.execute("ALTER TABLE meiqa.cases DISABLE TRIGGER settle")
+        spoil = f"UPDATE meiqa.cases SET {SPOILT[what]} WHERE image = %s"
+        connection.execute(spoil, [digest_of("cat")])  # type: ignore[arg-type]
+    done = barn.sync()
+    assert (done.pulled, len(done.refused)) == (2, 1)
+    assert digest_of("cat")[:16] in done.refused[0].name or "cat.jpg" in done.refused[0].name
+    assert {image for _, image in barn.holds()} == {digest_of("dog"), digest_of("fox")}
+    assert barn.sync() == Synced()
+
+
+def test_what_the_database_refuses_of_ours_is_named_and_the_rest_goes_on(devices: Three) -> None:
+    attic, barn, _ = devices
+    odd = replace(photo("cat"), summary="no text of PostgreSQL's: \0")
+    attic.bank.remember(odd, provenance="a test")
+    attic.learn("dog")
+    done = attic.sync()
+    assert (done.pushed, [each.name for each in done.refused]) == (
+        1,
+        [f"contrast {digest_of('cat')[:16]}"],
+    )
+    assert barn.sync().pulled == 1
+
+
+def test_models_are_kept_apart(devices: Three, tmp_path: Path) -> None:
+    attic, *_ = devices
+    attic.learn("cat")
+    attic.sync()
+    path = build_anchors(tmp_path / "other", digest="cd34")
+    with MemoryBank.open(path, "rw", package_digest="cd34") as other:
+        assert Replica(other, attic.hub, "other").sync() == Synced()
+    with connected(attic.hub) as hub:
+        status = hub.status()
+    assert [(row["package"], row["device"], row["cases"]) for row in status["of"]] == [
+        (DIGEST, "attic", 1)
+    ]
+
+
+def test_a_memory_is_the_replica_of_one_hub(server: Server, devices: Three) -> None:
+    attic, *_ = devices
+    attic.sync()
+    attic.hub = server.hub()
+    with pytest.raises(StoreMismatch, match="replica of another hub"):
+        attic.sync()
+
+
+def test_schemas_have_versions(server: Server, hub: str) -> None:
+    assert initialise(hub) == (1, 1)
+    with psycopg.connect(hub, autocommit=True) as connection:
+        for version, what in ((9, "newer meiqa"), (0, "meiqa hub init")):
+            connection.execute("UPDATE meiqa.hub SET version = %s", [version])
+            with pytest.raises(StoreMismatch, match=what), connected(hub):
+                pass
+        connection.execute("DROP SCHEMA meiqa CASCADE")
+    with pytest.raises(ServiceError, match="meiqa hub init"), connected(hub):
+        pass
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://camera:secret@hub.example.org/photos",
+        "host=hub.example.org password=secret",
+        "postgresql://camera:secret@hub.example.org:port:/photos?what",
+        "postgresql:/camera:secret",
+    ],
+)
+def test_passwords_stand_neither_in_addresses_nor_in_errors(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        address(url)
+    shown: BaseException | None = caught.value
+    assert "secret" not in str(shown)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_a_hub_elsewhere_is_asked_for_tls() -> None:
+    assert "sslmode=require" in address("postgresql://camera@hub.example.org/photos")
+    assert "sslmode=verify-full" in address("postgresql://c@hub.example.org/p?sslmode=verify-full")
+    assert "sslmode" not in address("postgresql://camera@localhost/photos")
+
+
+def test_a_password_does_not_come_back_from_a_server_that_refuses_it(
+    hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", "secret")
+    wrong = psycopg.conninfo.make_conninfo(hub, user="nobody_at_all")
+    with pytest.raises(MeiqaError) as caught, connected(wrong):
+        pass
+    assert "secret" not in str(caught.value)
