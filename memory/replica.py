@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import psycopg
 
-from meiqa.errors import MeiqaError, UsageError
+from meiqa.errors import MeiqaError, StoreMismatch, UsageError
 from meiqa.memory.bank import ContrastPolicy, MemoryBank, Pulled
 from meiqa.memory.cases import ORIGINS, Entry
 from meiqa.memory.hub import ID_DIGITS, Hub, Refused, Told, address, connected, rank_of
@@ -32,6 +32,7 @@ T = TypeVar("T")
 _AT_ONCE = 64
 _REST = 9.0  # times as long as it works, a sync beside scoring rests
 _WORK_S = 0.002
+_NAMED = 8
 _PATIENCE_S = 30.0  # with a sync that is under way when its process ends
 
 
@@ -72,16 +73,20 @@ class Replica:
             raise UsageError("a device needs a name", seen=repr(device), allowed=allowed)
         self._bank, self._url, self._device, self._gently = bank, url, device, gently
 
-    def sync(self) -> Synced:
-        """Push, then pull.
+    def sync(self, *, anew: bool = False) -> Synced:
+        """Push, then pull; `anew` from the beginning, with a hub that was set back or is another.
 
         Raises:
             ServiceUnreachable: the hub can't be reached; nothing is lost.
+            StoreMismatch: the hub was set back, as by a restored copy.
             MeiqaError: see `connected` and `MemoryBank.follow`.
         """
         done = Synced()
         with connected(self._url) as hub:
-            pulled = self._bank.follow(hub.id)
+            pulled = self._bank.follow(hub.id, anew=anew)
+            if pulled > hub.reached:
+                what, hint = "the hub was set back to an earlier state", "tell it all again: --anew"
+                raise StoreMismatch(what, seen=f"{hub.reached} of {pulled}", hint=hint)
             self._push(hub, done)
             self._pull(hub, pulled, done)
         return done
@@ -90,8 +95,11 @@ class Replica:
         waiting = self._bank.outbox()
         for origin in ORIGINS:
             of_origin = [each for each in waiting if each.origin == origin]
-            for start in range(0, len(of_origin), _AT_ONCE):
-                batch = self._with_entries(of_origin[start : start + _AT_ONCE])
+            start = 0
+            while start < len(of_origin):
+                # The first goes alone: if it is refused, the others need not be sent.
+                end = start + (_AT_ONCE if start else 1)
+                batch = self._with_entries(of_origin[start:end])
                 try:
                     self._push_batch(hub, batch, done)
                 except psycopg.errors.InsufficientPrivilege:
@@ -101,6 +109,7 @@ class Replica:
                 except (psycopg.DataError, psycopg.IntegrityError):
                     for one in batch:
                         self._push_alone(hub, one, done)
+                start = end
 
     def _push_alone(self, hub: Hub, one: tuple[Waiting, Entry | None], done: Synced) -> None:
         try:
@@ -174,7 +183,6 @@ class Replica:
             if isinstance(each, Entry) and each.record.id == last:
                 each = Refused(f"{origin} {last}", "another image's digest begins like its own")
             if isinstance(each, Refused):
-                LOG.warning("the hub's %s is refused: %s", each.name, each.reason)
                 done.refused.append(each)
                 continue
             last = each.record.id
@@ -265,13 +273,15 @@ def syncing(bank: MemoryBank, url: str, device: str, every_s: float) -> Iterator
         while not ended.is_set():
             try:
                 done = replica.sync()
-                LOG.log(logging.INFO if said else logging.DEBUG, "the memory is synced: %s", done)
-                said = ""
+                told = "; ".join(f"refused {name}: {why}" for name, why in done.refused[:_NAMED])
             except MeiqaError as error:
-                if said != (said := str(error)):
-                    LOG.warning("the memory is not synced: %s", error)
-            except Exception:
+                told = str(error)
+            except Exception as error:  # or this thread would end without a word
                 LOG.exception("the memory is not synced")
+                told = repr(error)
+            if told not in ("", said):
+                LOG.warning("the memory is not synced: %s", told)
+            said = told
             ended.wait(every_s)
 
     thread = threading.Thread(target=work, name="hub", daemon=True)

@@ -282,6 +282,7 @@ def rekey(options: Options) -> int:
 @MEMORY
 @cli.option("--hub URL", "postgresql://USER@HOST/DATABASE", required=True)
 @cli.HUB_DEVICE
+@cli.flag("--anew", "from the beginning: the hub was set back, or is another one than before")
 def sync(options: Options) -> int:
     """Tell a hub what was learned here, and learn what others did."""
     with cli.optional_packages("hub"):
@@ -292,7 +293,7 @@ def sync(options: Options) -> int:
         what = "a remote model's memory holds pictures, which are not shared"
         raise UsageError(what, seen=options.memory)
     with _bank(options.memory, "rw") as bank:
-        done = Replica(bank, options.hub, cli.hub_device(options)).sync()
+        done = Replica(bank, options.hub, cli.hub_device(options)).sync(anew=options.anew)
     for each in done.refused:
         say(one_line(f"refused: {each.name}: {each.reason}"))
     say(f"{options.memory}: {done}")
