@@ -94,22 +94,20 @@ class Replica:
     def _push(self, hub: Hub, done: Synced) -> None:
         waiting = self._bank.outbox()
         for origin in ORIGINS:
-            of_origin = [each for each in waiting if each.origin == origin]
-            start = 0
-            while start < len(of_origin):
-                # The first goes alone: if it is refused, the others need not be sent.
-                end = start + (_AT_ONCE if start else 1)
-                batch = self._with_entries(of_origin[start:end])
+            left = [each for each in waiting if each.origin == origin]
+            # The first goes alone: if it is refused, the others need not be sent.
+            starts = [0, *range(1, len(left), _AT_ONCE)] if left else []
+            for start in self._rested(starts):
+                batch = self._with_entries(left[start : start + (_AT_ONCE if start else 1)])
                 try:
                     self._push_batch(hub, batch, done)
                 except psycopg.errors.InsufficientPrivilege:
-                    reason = f"{len(of_origin) - start} wait: this role may not write them"
+                    reason = f"{len(left) - start} wait: this role may not write them"
                     done.refused.append(Refused(f"{origin} cases", reason))
                     break
                 except (psycopg.DataError, psycopg.IntegrityError):
                     for one in batch:
                         self._push_alone(hub, one, done)
-                start = end
 
     def _push_alone(self, hub: Hub, one: tuple[Waiting, Entry | None], done: Synced) -> None:
         try:
@@ -227,15 +225,15 @@ def decide(
         if each.removed and own is not None and own.removal is None and own.base >= each.removed_at:
             continue  # learned again, knowing of the removal
         if each.removed:
-            is_news = held is not None
-            decided.removed.extend([each] * is_news)
+            if held is not None:
+                decided.removed.append(each)
         elif held is None or each.removed_at > since:
-            is_news = each.seq > since
-            decided.wanted.extend([each] * is_news)
-        else:
-            if rank_of(held) > each.rank:
-                continue
-            decided.wanted.extend([each] * (rank_of(held) < each.rank))
+            if each.seq > since:
+                decided.wanted.append(each)
+        elif rank_of(held) > each.rank:
+            continue  # the hub is still to be told of a later one
+        elif rank_of(held) < each.rank:
+            decided.wanted.append(each)
         if own is not None:
             decided.told.append(own)
     return decided

@@ -55,6 +55,9 @@ def test_two_memories_learn_from_each_other_on_the_command_line(
     (case,) = [row for row in rows if row["origin"] == "contrast"]
     assert (case["id"], case["device"], case["provenance"]) == (case_id, "attic", "learned")
 
+    assert cli.main(["memory", "list", str(other), "--origin", "contrast"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"{case_id}  (by attic)")
+
     assert cli.main(["hub", "status", hub, "--format", "json"]) == 0
     status = json.loads(capsys.readouterr().out)
     counts = {row["origin"]: (row["cases"], row["device"]) for row in status["of"]}

@@ -210,6 +210,12 @@ def test_eviction_is_nobody_elses_business(tmp_path: Path, hub: str, no_anchors:
     large = Device(Path(shutil.copytree(no_anchors, tmp_path / "l")), hub, "large")
     large.learn(*map(str, range(50)))
     large.sync()
+    small.sync()
+    small.learn(*(f"its own {number}" for number in range(30)))
+    small.bank.evict(keep=0)
+    assert small.sync() == Synced()  # what is gone can't be told
+    large.learn(*(f"another {number}" for number in range(50)))
+    large.sync()
     assert small.sync().pulled == 20  # what would be evicted at once is not even fetched
     large.learn("one more")
     large.sync()
@@ -219,7 +225,7 @@ def test_eviction_is_nobody_elses_business(tmp_path: Path, hub: str, no_anchors:
     assert small.sync() == Synced()
     assert small.holds() == kept
     large.sync()
-    assert len(large.holds()) == 51
+    assert len(large.holds()) == 101
     small.bank.close()
     large.bank.close()
 

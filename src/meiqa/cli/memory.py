@@ -143,11 +143,10 @@ def add(options: Options) -> int:
     """Add one photograph with its human score."""
     from meiqa.engine.anchoring import AnchorOptions, anchor_case, thumbnail_of
     from meiqa.engine.images import load_pixels
-    from meiqa.memory import package_digest_of
 
     memory = options.memory
     with _describer(options, memory) as model, _bank(memory, "rw") as bank:
-        if package_digest_of(memory) != model.digest:
+        if bank.identity.package_digest != model.digest:
             raise StoreMismatch(
                 "the memory was built with another package",
                 seen=options.package or options.remote or "the embedded package",
@@ -182,6 +181,7 @@ def list_cases(options: Options) -> int:
             stored = datetime.fromtimestamp(record.created, UTC).isoformat(" ", "seconds")
             line = f"{record.origin:<9}{record.score:.2f} ± {record.std:.2f}  {stored}  {record.id}"
             line += f"  (thumbnail, {kept} bytes)" if kept else ""
+            line += f"  (by {record.device})" if record.device else ""
             sys.stdout.write(one_line(line) + "\n")
     return 0
 
