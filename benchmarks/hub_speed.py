@@ -1,19 +1,24 @@
 """What sharing costs: pulls of many cases and of few, scoring while one runs, and retrieval.
 
-    python -m benchmarks.hub_speed [--cases 100000] [--beside 10000]
+    python -m benchmarks.hub_speed pulls [--cases 100000]
+    python -m benchmarks.hub_speed scoring [--cases 10000]
+    python -m benchmarks.hub_speed retrieval [--cases 20000]
 
-A server of this machine is filled with random cases, keys of clusters; a first table has them as
-large as those of `benchmarks.memory` (384 numbers, four tokens of 16), a second as the default
-package makes them. Each is pulled into an empty memory, then 100 new ones, several times. Then
-photos are scored by the default package, without and with a pull of so many cases beside, in turns.
-At last neighbours are sought in a memory that was pulled and in one of the same cases that were
-learned by itself, in turns. The files are in the page cache throughout.
+A server of this machine is filled with random cases, keys of clusters. `pulls`: they are pulled
+into an empty memory, then 100 new ones, several times; once as large as those of
+`benchmarks.memory` (384 numbers, four tokens of 16), once as the default package makes them. Given
+are seconds, those of them that this process was at work, and how many processes wanted a core.
+`scoring`: the default package scores a photo again and again, without and with a pull of so many
+cases beside, in turns, until what came is searched through an index. `retrieval`: neighbours are
+sought in a memory that was pulled and in one of the same cases that were learned by itself, in
+turns. The files are in the page cache throughout.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import struct
 import tempfile
 import time
@@ -44,6 +49,7 @@ __all__ = ["bench_hub", "main"]
 _DIGEST = sha256(b"a package for hub_speed").hexdigest()
 _POLICY = ContrastPolicy(capacity=1_000_000)
 _SMALL = Identity(_DIGEST, Widths(384, 16)), (2, 2)
+_CASES = {"pulls": 100_000, "scoring": 10_000, "retrieval": 20_000}
 _FEW, _FEW_TIMES = 100, 5
 _ROUNDS, _PHOTOS, _WARM_UP, _NEIGHBOURS = 3, 100, 5, 8
 _QUERIES = 1_000
@@ -56,25 +62,18 @@ _COLUMNS = (
 _SUMMARY = b"The picture is sharp and well exposed, with little noise. Overall good."
 
 
-def bench_hub(cases: int, beside: int, retrieved: int) -> dict[str, Any]:
-    """Measure all; see the module.
-
-    Args:
-        cases: In the first pulls.
-        beside: In the pulls beside scoring.
-        retrieved: In the memories that neighbours are sought in.
-    """
+def bench_hub(part: str, cases: int) -> dict[str, Any]:
+    """Measure one part, with so many cases; see the module."""
+    bench = {"pulls": _all_pulls, "scoring": _scoring, "retrieval": _retrieval}[part]
     with tempfile.TemporaryDirectory(prefix="meiqa-hub-") as place, serving() as server:
-        base = Path(place)
-        with Engine.open(learn=False) as engine:
-            usual = engine.memory.identity, _USUAL_GRID
-            pulls = [
-                _pulls(server, base / name, *shape, cases)
-                for name, shape in (("small", _SMALL), ("usual", usual))
-            ]
-            scoring = _scoring(server, base, engine, beside)
-        retrieval = _retrieval(server, base, retrieved)
-    return {"pulls": pulls, "scoring": scoring, "retrieval": retrieval, **run_on("psycopg")}
+        return {part: bench(server, Path(place), cases), **run_on("psycopg")}
+
+
+def _all_pulls(server: Server, base: Path, cases: int) -> list[dict[str, Any]]:
+    with Engine.open(learn=False) as engine:
+        usual = engine.memory.identity, _USUAL_GRID
+    shapes = ("small", _SMALL), ("usual", usual)
+    return [_pulls(server, base / name, *shape, cases) for name, shape in shapes]
 
 
 def fill(hub: str, identity: Identity, grid: tuple[int, int], numbers: range) -> None:
@@ -131,7 +130,9 @@ def _pulls(
     fill(hub, identity, grid, range(cases))
     with _empty(path, identity) as bank:
         replica = Replica(bank, hub, "here")
+        begun_s = time.process_time()
         first_s, few_s = _timed(replica, cases), []
+        work_s, load = time.process_time() - begun_s, os.getloadavg()[0]
         for number in range(_FEW_TIMES):
             start = cases + number * _FEW
             fill(hub, identity, grid, range(start, start + _FEW))
@@ -140,6 +141,7 @@ def _pulls(
     return {
         **{"key": identity.widths.key, "tokens": grid[0] * grid[1]},
         **{"token_width": identity.widths.token, "cases": cases, "first_s": round(first_s, 1)},
+        **{"first_work_s": round(work_s, 1), "load": round(load, 1)},
         **{"few": _FEW, "few_s": [round(each, 3) for each in few_s]},
     }
 
@@ -151,8 +153,13 @@ def _drop(server: Server, hub: str) -> None:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def _scoring(server: Server, base: Path, engine: Engine, cases: int) -> dict[str, Any]:
+def _scoring(server: Server, base: Path, cases: int) -> dict[str, Any]:
     """Score one photo after the other, without and with a pull beside, in turns."""
+    with Engine.open(learn=False) as engine:
+        return _beside(server, base, engine, cases)
+
+
+def _beside(server: Server, base: Path, engine: Engine, cases: int) -> dict[str, Any]:
     hub, identity = server.hub(), engine.memory.identity
     fill(hub, identity, _USUAL_GRID, range(cases))
     times: dict[str, list[float]] = {"without": [], "with": []}
@@ -214,11 +221,10 @@ def _retrieval(server: Server, base: Path, cases: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hub_speed", description=__doc__)
-    parser.add_argument("--cases", type=int, default=100_000, help="of the first pulls")
-    parser.add_argument("--beside", type=int, default=10_000, help="pulled beside scoring")
-    parser.add_argument("--retrieved", type=int, default=20_000, help="in each memory searched")
+    parser.add_argument("part", choices=_CASES)
+    parser.add_argument("--cases", type=int, help="in the hub (default: as the module says)")
     given = parser.parse_args(arguments)
-    say(json.dumps(bench_hub(given.cases, given.beside, given.retrieved), indent=2))
+    say(json.dumps(bench_hub(given.part, given.cases or _CASES[given.part]), indent=2))
 
 
 if __name__ == "__main__":
