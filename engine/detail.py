@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,9 @@ CUT, CELL = 256, 16
 """Sides in pixels of the cuts that a photo is looked at in, and of the cells they are chosen by."""
 TEXTURED, FLAT = 12, 4
 """How many cuts show sharpness and motion, and how many noise."""
-OCTAVES = 5
-SMALLEST_DETAILED = CELL << (OCTAVES - 3)
-"""Side in pixels of the smallest photo in whose cuts the coarsest octave still has differences."""
+SMALLEST_DETAILED = 4 * CELL
+"""Side in pixels of the smallest photo that has a cut with room for frequencies."""
+OCTAVES = 3
 
 ROUNDING = 1 / 12
 """Variance, in grey levels squared, of what whole levels leave out; of much blur it hides most."""
@@ -26,8 +28,16 @@ LEAST_TEXTURE = 0.2
 """Share of the most textured cut's energy, two octaves on, that a cut is judged from on."""
 BLUR_VARIANCE = 2.4
 """Of blur, in square pixels, that halves the excess of fine gradients; see `sharpness_of`."""
-SOFTNESS_SHARE, ONE_PIXEL, DOUBLINGS, LONGEST_MOTION = 3.0, 3.2, 2.5, CUT / 4
-"""See `motion_of`: motion doubles so often while what is seen of it grows by one, at first."""
+SOFTNESS = 2.0
+"""Pixels of motion that a photo is taken for whose finest gradients have 1/e of the energy of the
+next: motion of a pixel looks like nothing else."""
+LENGTHS = (0, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40)
+"""Motions that are tried, in pixels."""
+RINGS, SECTORS = 9, 12
+"""Of frequency and of direction, into which the power of a cut is divided."""
+RING_SAMPLES, SECTOR_SAMPLES = 16, 12
+LEAST_LEFT, SPREAD = 0.01, 2.0
+"""Share of power that motion is taken to leave at least; squared misfit of one likelihood in e."""
 
 Place = tuple[int, int]
 """Row and column of the corner of a cut."""
@@ -52,17 +62,24 @@ def measure_detail(pixels: NDArray[np.uint8]) -> Detail | None:
 
     noise = noise_deviation(np.hstack([cut(place) for place in flat]))
     variance = noise**2 + ROUNDING
-    tensors = np.stack([gradient_tensors(cut(place), variance) for place in textured])
-    energies = tensors.trace(axis1=2, axis2=3)
+    lumas = [cut(place) for place in textured]
+    energies = np.stack([gradient_energies(luma, variance) for luma in lumas])
     steepness = energies[:, 0] / (energies[:, 2] + LEAST_ENERGY)
-    # A cut of little texture, or mostly of noise, tells nothing of edges; if all are, the first is
-    # taken, which is the most textured.
-    told = (energies[:, 2] > LEAST_TEXTURE * energies[:, 2].max()) & (energies[:, 0] > variance)
+    # A cut mostly of noise tells nothing, and of edges neither does one of little texture; if all
+    # are so, the first is taken, which is the most textured.
+    heard = energies[:, 0] > variance
+    told = heard & (energies[:, 2] > LEAST_TEXTURE * energies[:, 2].max())
     sharpest = int((steepness * told).argmax())
     row, column = textured[sharpest]
+    motion = 0.0
+    if heard.any():
+        powers = [log_powers(luma, variance) for luma in compress(lumas, heard)]
+        finest, next_to_it, _ = energies[heard].sum(0)
+        shortest = SOFTNESS * np.log(next_to_it / finest)
+        motion = float(np.hypot(motion_of(np.mean(powers, 0), side), shortest))
     return Detail(
         sharpness=sharpness_of(float(steepness[sharpest])),
-        motion=motion_of(tensors.sum(0)),
+        motion=motion,
         noise=noise,
         place=(column, row, side, side),
     )
@@ -99,24 +116,19 @@ def chosen_places(pixels: NDArray[np.uint8], side: int) -> tuple[list[Place], li
     return least(-texture * central, TEXTURED), least(texture + 255 * closed, FLAT)
 
 
-def gradient_tensors(luma: NDArray[Any], variance: float) -> NDArray[Any]:
-    """Structure tensors (OCTAVES, 2, 2) of a cut, each of it at half the size of the one before.
+def gradient_energies(luma: NDArray[Any], variance: float) -> NDArray[Any]:
+    """Mean squared gradients (OCTAVES,) of a cut, each of it at half the size of the one before.
 
     What white noise of a variance adds to them is taken off, as far as anything is left.
     """
-    tensors = np.empty((OCTAVES, 2, 2))
+    energies = np.empty(OCTAVES)
     for octave in range(OCTAVES):
         falling, rising = luma[1:, 1:] - luma[:-1, :-1], luma[:-1, 1:] - luma[1:, :-1]
-        across, down = (falling + rising).ravel() / 2, (falling - rising).ravel() / 2
-        mixed = across @ down
-        tensors[octave] = [[across @ across, mixed], [mixed, down @ down]]
-        tensors[octave] /= across.size
+        energies[octave] = (np.square(falling).mean() + np.square(rising).mean()) / 2
         luma = (luma[::2, ::2] + luma[1::2, ::2] + luma[::2, 1::2] + luma[1::2, 1::2]) / 4
-    added = np.minimum(
-        variance / 4.0 ** np.arange(OCTAVES), 0.9 * np.linalg.eigvalsh(tensors)[:, 0]
-    )
-    tensors -= added[:, None, None] * np.eye(2)
-    return tensors
+    added: NDArray[Any] = 2 * variance / 4.0 ** np.arange(OCTAVES)
+    energies -= np.minimum(added, 0.9 * energies)
+    return energies
 
 
 def sharpness_of(steepness: float) -> float:
@@ -130,23 +142,61 @@ def sharpness_of(steepness: float) -> float:
     return float(min(1.0, 1 / np.sqrt(2 * np.pi * variance)))
 
 
-def motion_of(tensors: NDArray[Any]) -> float:
-    """Estimate the length of motion in pixels, by what the finest octave lacks in one direction.
+def motion_of(powers: NDArray[Any], side: int) -> float:
+    """Estimate the length of motion in pixels, by what it took of the power of each direction.
 
-    Motion takes fine gradients along its way and leaves those across it: the ratios of finest to
-    coarsest tensor then differ by direction. The softness of the softest direction counts beside
-    that, since motion of a few pixels looks like nothing else; it has an end where the two finest
-    octaves are smooth, so that blur of any radius is read as no more than a short motion.
+    An even motion by L takes all but sinc²(L f) of the power at f cycles a pixel along its way.
+    What is left after that is undone should be a spectrum that depends on frequency and direction
+    alone, not on both together, so the length and way that leave least of the latter are the
+    likeliest; all of them are averaged by likelihood.
+
+    Args:
+        powers: (RINGS, SECTORS), logarithmic.
+        side: of the cuts they are of, in pixels.
     """
-    least, most = ratios_by_direction(tensors[0], tensors[-1])
-    softness = -np.log(ratios_by_direction(tensors[0], tensors[1])[0])
-    seen = np.log(most / least) + SOFTNESS_SHARE * softness
-    length = 2 ** (DOUBLINGS * (seen - ONE_PIXEL))
-    return float(length / (1 + length / LONGEST_MOTION))  # a cut shows none that is longer
+    unlike = powers - motion_losses(side)
+    for axis in (-2, -1):
+        unlike = unlike - unlike.mean(axis, keepdims=True)
+    squares = np.square(unlike).sum((-2, -1))
+    likelihoods = np.exp((squares.min() - squares) / SPREAD)
+    return float(np.expm1(likelihoods.sum(0) @ np.log1p(LENGTHS) / likelihoods.sum()))
 
 
-def ratios_by_direction(fine: NDArray[Any], coarse: NDArray[Any]) -> tuple[float, float]:
-    """Give the least and the greatest ratio of two tensors in any direction."""
-    least = LEAST_ENERGY * np.eye(2)
-    ratios = np.linalg.eigvals(np.linalg.solve(coarse + least, fine + least)).real
-    return float(ratios.min()), float(ratios.max())
+@cache
+def polar_grid(side: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Frequencies across and down, in cycles a pixel, each (RINGS, SECTORS, samples).
+
+    Rings are wider the farther out, from four periods a cut on; sectors span half a turn.
+    """
+    rings = (np.arange(RINGS * RING_SAMPLES) + 0.5) / (RINGS * RING_SAMPLES)
+    radius = 0.5 * (side / 8) ** (rings - 1)
+    angle = np.pi * (np.arange(SECTORS * SECTOR_SAMPLES) + 0.5) / (SECTORS * SECTOR_SAMPLES)
+    grid = np.stack([np.outer(radius, np.cos(angle)), np.outer(radius, np.sin(angle))])
+    grid = grid.reshape(2, RINGS, RING_SAMPLES, SECTORS, SECTOR_SAMPLES).swapaxes(2, 3)
+    across, down = grid.reshape(2, RINGS, SECTORS, -1)
+    return across, down
+
+
+def log_powers(cut: NDArray[Any], variance: float) -> NDArray[Any]:
+    """Logarithmic power (RINGS, SECTORS) of a cut beyond white noise of a variance."""
+    side = len(cut)
+    window = np.hanning(side + 2)[1:-1].astype(cut.dtype)
+    windowed = (cut - cut.mean()) * window[:, None] * window
+    spectrum = np.fft.rfft2(windowed)
+    across, down = (np.rint(side * each).astype(np.intp) for each in polar_grid(side))
+    # The half that a real transform leaves out mirrors the other through the middle.
+    turned = across < 0
+    found = spectrum[np.where(turned, -down, down) % side, np.abs(across)]
+    power = (np.square(found.real) + np.square(found.imag)).mean(-1)
+    power /= np.square(window).sum(dtype=np.float64) ** 2
+    powers: NDArray[Any] = np.log(np.maximum(power - variance, variance / 2))
+    return powers
+
+
+@cache
+def motion_losses(side: int) -> NDArray[Any]:
+    """Logarithm of what motion leaves: (SECTORS, lengths, RINGS, SECTORS), by way and length."""
+    across, _ = polar_grid(side)
+    left = np.sinc(np.array(LENGTHS)[:, None, None, None] * across) ** 2
+    losses = np.log(left.mean(-1) + LEAST_LEFT)
+    return np.stack([np.roll(losses, way, -1) for way in range(SECTORS)])

@@ -9,10 +9,9 @@ from meiqa.types import Detail, Distortion
 
 SHARPER, LESS_MOTION, LESS_NOISE = 1.25, 1.5, 1.3
 """How many times as sharp, as moved and as noisy one of two is, at least, of whom that is said."""
-LEAST_MOTION, LEAST_NOISE = 6.5, 1.0
-"""And by how much the other is worse: in pixels, and in grey levels."""
-LEAST_WIDTHS = 3.0
-"""How many times as long as edges are wide a motion is, at least: defocus widens them all."""
+LEAST_MOTION, LEAST_NOISE = 3.0, 1.0
+"""And by how much the other is worse: in pixels, more than defocus is taken for, and in grey
+levels."""
 WEAKER = 1.0
 """By how much less of a distortion one shows: its strength (0-5) times its probability."""
 COMPARED = "preferred in the comparison"
@@ -26,6 +25,7 @@ _WITHOUT = {
     **dict.fromkeys(("JPEG compression", "JPEG 2000 compression"), "less compressed"),
 }
 """What a photo is that shows less of a distortion."""
+_TURNED = {"less": "more", "sharper": "softer", "better": "worse", "preferred": "less preferred"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,16 @@ def reason_for(best: Observation, other: Observation) -> str | None:
     return phrase if more[phrase] >= WEAKER else None
 
 
+def turned(reason: str) -> str:
+    """Say of the other photo what speaks for the better one.
+
+    >>> turned("sharper at the centre")
+    'softer at the centre'
+    """
+    word, space, rest = reason.partition(" ")
+    return _TURNED[word] + space + rest
+
+
 def seen_at_full_size(best: Observation, other: Observation) -> str | None:
     """Say what speaks for a photo against another at full size.
 
@@ -59,8 +69,7 @@ def seen_at_full_size(best: Observation, other: Observation) -> str | None:
     """
     one, two = best.detail, other.detail
     if one is not None and two is not None and best.size == other.size:
-        farther = two.motion >= max(LESS_MOTION * one.motion, one.motion + LEAST_MOTION)
-        if farther and two.motion * two.sharpness >= LEAST_WIDTHS:
+        if two.motion >= max(LESS_MOTION * one.motion, one.motion + LEAST_MOTION):
             return "less motion"
         if one.sharpness >= SHARPER * two.sharpness:
             return f"sharper at the {_named(one.place, best.size)}"

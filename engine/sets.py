@@ -26,6 +26,7 @@ from meiqa.engine.reasons import (
     Observation,
     reason_for,
     seen_at_full_size,
+    turned,
 )
 from meiqa.engine.scoring import Scored, as_neighbours
 from meiqa.engine.series import Frame, frame_of, series_in
@@ -315,7 +316,7 @@ def _in_order(
             summary=group[index].summary,
             kind=kind,
             too_close=close,
-            reason=_reason(group, order, solution) if kind == "burst" and place == 1 else None,
+            reason=_reason(group, order, place, solution) if kind == "burst" else None,
         )
         for place, (index, close) in enumerate(zip(order, near, strict=True), 1)
     )
@@ -332,13 +333,18 @@ def _best_first(group: Sequence[Candidate], solution: Solution) -> tuple[int, ..
     return (best, *(each for each in solution.order if each != best))
 
 
-def _reason(group: Sequence[Candidate], order: Sequence[int], solution: Solution) -> str | None:
-    """What speaks for the best photo against the next: what is seen, or else the comparison."""
-    best, other, *_ = order
-    if reason := reason_for(group[best].observation, group[other].observation):
-        return reason
-    compared = solution.compared[best] and not solution.too_close(best, other)
-    return COMPARED if compared else None
+def _reason(
+    group: Sequence[Candidate], order: Sequence[int], place: int, solution: Solution
+) -> str | None:
+    """What speaks for the best photo against the next, or against another beside the best.
+
+    That is what is seen, or else the comparison.
+    """
+    best, other = order[0], order[max(place, 2) - 1]
+    reason = reason_for(group[best].observation, group[other].observation)
+    if reason is None and solution.compared[best] and not solution.too_close(best, other):
+        reason = COMPARED
+    return reason if reason is None or place == 1 else turned(reason)
 
 
 def _likeness(one: Candidate, other: Candidate) -> float:

@@ -19,8 +19,8 @@ from meiqa.types import Detail, Distortion
 STILL = 2.0
 """Grey levels of `motion_between` below which a camera is held still."""
 MOVING = 5.0
-SHORT_MOTION, LONG_MOTION = 8.0, 16.0
-"""Pixels; see `Detail.motion`. Defocus is mostly read as less than the first."""
+SHORT_MOTION, LONG_MOTION = 4.0, 10.0
+"""Pixels; see `Detail.motion`. Defocus is read as less than the first."""
 GOOD = 3.6
 DARK, BRIGHT = WORDS["exposure"][1][0], WORDS["exposure"][2][0]
 """Exposure at which pictures begin to be called dark, and bright."""

@@ -126,7 +126,8 @@ class Detail(Result):
     Attributes:
         sharpness: one over the width of its edges in pixels, 0-1 where the photo is sharpest and
             has most to show; higher is sharper. 0.5: an edge takes two pixels.
-        motion: length in pixels of what moved while the shutter was open, camera or subject.
+        motion: length in pixels of what moved while the shutter was open, camera or subject; below
+            3 it may be softness, and 0 where noise hides all.
         noise: deviation of its noise in grey levels, where it is flattest.
         place: x, y, width and height, in pixels of the photo as shown, of the cut that sharpness
             and motion are those of.
@@ -249,7 +250,8 @@ class CulledPhoto(Result):
     `summary` what was written about it. `kind` is that of its group, None for a single photo; an
     exposure bracket, a focus stack and a panorama are *series*, of which nothing is a reject.
     `too_close` says that this shot and the best (of the best: and the next) differ by no more than
-    the deviation of that; `reason` is what speaks for the best of a burst.
+    the deviation of that; `reason` is what speaks for the best of a burst,
+    and against the others beside it.
     """
 
     place: int

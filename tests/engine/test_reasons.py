@@ -24,12 +24,11 @@ def beside(**changes: float) -> str | None:
 
 def test_detail_speaks_by_a_margin() -> None:
     assert beside(sharpness=0.39) == "sharper at the centre"
-    assert beside(motion=7.6) == "less motion"
-    assert beside(motion=15.1, sharpness=0.2) == "less motion"
-    assert beside(motion=14.9, sharpness=0.2) == "sharper at the centre"
+    assert beside(motion=4.1) == "less motion"
+    assert beside(motion=3.9, sharpness=0.2) == "sharper at the centre"
     assert beside(noise=3.1) == "less noise"
     assert beside(sharpness=0.41) is None
-    assert beside(motion=7.4) is None
+    assert beside(motion=3.9) is None
     assert beside(noise=2.9) is None
     assert beside(sharpness=0.9, motion=0.0, noise=0.0) is None
 
@@ -41,15 +40,14 @@ def test_a_shot_out_of_focus_is_not_called_moved(radius: float) -> None:
     assert reason.startswith("sharper at the ")
 
 
-@pytest.mark.parametrize("length", [12, 16, 24])
+@pytest.mark.parametrize("length", [8, 12, 16, 24])
 def test_a_shaken_shot_is_called_moved(length: int) -> None:
     reason = reason_for_pictures(scene(800, 1000), shaken(scene(800, 1000), length, axis=1))
     assert reason == "less motion"
 
 
 @pytest.mark.parametrize("radius", [1, 2, 3])
-def test_few_photographs_out_of_focus_are_called_moved(radius: float) -> None:
-    """Where edges run one way, defocus looks like motion along them."""
+def test_hardly_a_photograph_out_of_focus_is_called_moved(radius: float) -> None:
     folder = SHARED / "pristine" / "images"
     if not folder.is_dir():
         pytest.skip(f"needs the photographs of {folder}")
@@ -57,7 +55,7 @@ def test_few_photographs_out_of_focus_are_called_moved(radius: float) -> None:
     for path in sorted(folder.iterdir())[:24]:
         photo = load_pixels(path).array[:900, :900]
         reasons.append(reason_for_pictures(photo, blurred(photo, radius)))
-    assert reasons.count("less motion") <= 3
+    assert reasons.count("less motion") <= 1
 
 
 def reason_for_pictures(best: Picture, other: Picture) -> str | None:

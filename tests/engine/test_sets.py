@@ -341,10 +341,14 @@ def test_what_differs_by_less_than_its_deviation_is_too_close_to_call() -> None:
     close = group_of(3.0, 3.05, 1.0, calibration=fitted)
     assert [photo.path for photo in close] == ["3.05", "3.0", "1.0"]
     assert [photo.too_close for photo in close] == [True, True, False]
-    assert [photo.reason for photo in close] == [None, None, None]
+    assert [photo.reason for photo in close] == [None, None, "less preferred in the comparison"]
     clear = group_of(4.0, 2.0, 1.9, calibration=fitted)
     assert [photo.too_close for photo in clear] == [False, False, False]
-    assert [photo.reason for photo in clear] == ["preferred in the comparison", None, None]
+    assert [photo.reason for photo in clear] == [
+        "preferred in the comparison",
+        "less preferred in the comparison",
+        "less preferred in the comparison",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -366,7 +370,8 @@ def test_what_is_too_close_to_call_is_decided_at_full_size(
     ]
     (group,), _ = culled(photos, eyes(fitted), 0.9, ALWAYS)
     assert [photo.path for photo in group] == wanted
-    assert group[0].reason == ("less noise" if wanted[0] == "3.0" else None)
+    reasons = ("less noise", "more noise") if wanted[0] == "3.0" else (None, None)
+    assert (group[0].reason, group[1].reason) == reasons
     assert [photo.too_close for photo in group] == [True, True, False]
 
 
