@@ -44,7 +44,7 @@ from meiqa.memory import AnchorWriter, ContrastPolicy, MemoryBank, RetrievalPoli
 from meiqa.memory.database import Identity, Widths
 from meiqa.memory.replica import Replica, syncing
 
-__all__ = ["bench_hub", "main"]
+__all__ = ["bench_hub", "main", "pulls", "retrieval", "scoring"]
 
 _DIGEST = sha256(b"a package for hub_speed").hexdigest()
 _POLICY = ContrastPolicy(capacity=1_000_000)
@@ -64,16 +64,17 @@ _SUMMARY = b"The picture is sharp and well exposed, with little noise. Overall g
 
 def bench_hub(part: str, cases: int) -> dict[str, Any]:
     """Measure one part, with so many cases; see the module."""
-    bench = {"pulls": _all_pulls, "scoring": _scoring, "retrieval": _retrieval}[part]
+    bench = {"pulls": pulls, "scoring": scoring, "retrieval": retrieval}[part]
     with tempfile.TemporaryDirectory(prefix="meiqa-hub-") as place, serving() as server:
         return {part: bench(server, Path(place), cases), **run_on("psycopg")}
 
 
-def _all_pulls(server: Server, base: Path, cases: int) -> list[dict[str, Any]]:
+def pulls(server: Server, base: Path, cases: int) -> list[dict[str, Any]]:
+    """Pull so many cases into empty memories, small ones and usual ones, then a few."""
     with Engine.open(learn=False) as engine:
         usual = engine.memory.identity, _USUAL_GRID
     shapes = ("small", _SMALL), ("usual", usual)
-    return [_pulls(server, base / name, *shape, cases) for name, shape in shapes]
+    return [_pulled(server, base / name, *shape, cases) for name, shape in shapes]
 
 
 def fill(hub: str, identity: Identity, grid: tuple[int, int], numbers: range) -> None:
@@ -122,7 +123,7 @@ def _timed(replica: Replica, count: int) -> float:
     return time.perf_counter() - begun
 
 
-def _pulls(
+def _pulled(
     server: Server, path: Path, identity: Identity, grid: tuple[int, int], cases: int
 ) -> dict[str, Any]:
     """Pull many cases, then a few, several times."""
@@ -153,7 +154,7 @@ def _drop(server: Server, hub: str) -> None:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def _scoring(server: Server, base: Path, cases: int) -> dict[str, Any]:
+def scoring(server: Server, base: Path, cases: int) -> dict[str, Any]:
     """Score one photo after the other, without and with a pull beside, in turns."""
     with Engine.open(learn=False) as engine:
         return _beside(server, base, engine, cases)
@@ -193,7 +194,7 @@ def _score_ms(engine: Engine) -> float:
     return (time.perf_counter() - begun) * 1e3
 
 
-def _retrieval(server: Server, base: Path, cases: int) -> dict[str, Any]:
+def retrieval(server: Server, base: Path, cases: int) -> dict[str, Any]:
     """Seek neighbours in a memory of others' cases and in one of the same as its own, in turns."""
     hub, (identity, grid) = server.hub(), _SMALL
     fill(hub, identity, grid, range(cases))
