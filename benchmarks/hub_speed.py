@@ -34,24 +34,30 @@ from numpy.typing import NDArray
 from psycopg.conninfo import conninfo_to_dict
 
 from benchmarks.hub_server import Server, serving
-from benchmarks.processes import say
+from benchmarks.processes import asked_afresh, say
 from benchmarks.vectors import clustered_vectors
 from meiqa.engine.engine import Engine
 from meiqa.engine.scoring import Scorer
 from meiqa.evaluation.measuring import made_jpeg, quantiles_ms, run_on
 from meiqa.locations import embedded_assets
-from meiqa.memory import AnchorWriter, ContrastPolicy, MemoryBank, RetrievalPolicy
+from meiqa.memory import (
+    AnchorWriter,
+    ContrastPolicy,
+    MemoryBank,
+    RetrievalPolicy,
+    package_digest_of,
+)
 from meiqa.memory.database import Identity, Widths
 from meiqa.memory.replica import Replica, syncing
 
 __all__ = ["bench_hub", "main", "pulls", "retrieval", "scoring"]
 
+_MODULE = "benchmarks.hub_speed"
 _DIGEST = sha256(b"a package for hub_speed").hexdigest()
 _POLICY = ContrastPolicy(capacity=1_000_000)
-_SMALL = Identity(_DIGEST, Widths(384, 16)), (2, 2)
 _CASES = {"pulls": 100_000, "scoring": 10_000, "retrieval": 20_000}
 _FEW, _FEW_TIMES = 100, 5
-_ROUNDS, _PHOTOS, _WARM_UP, _NEIGHBOURS = 3, 100, 5, 8
+_ROUNDS, _PHOTOS, _WARM_UP, _NEIGHBOURS = 2, 100, 5, 8
 _QUERIES = 1_000
 _USUAL_GRID = (8, 8)
 _PHOTO = made_jpeg(0)
@@ -71,10 +77,22 @@ def bench_hub(part: str, cases: int) -> dict[str, Any]:
 
 def pulls(server: Server, base: Path, cases: int) -> list[dict[str, Any]]:
     """Pull so many cases into empty memories, small ones and usual ones, then a few."""
-    with Engine.open(learn=False) as engine:
-        usual = engine.memory.identity, _USUAL_GRID
-    shapes = ("small", _SMALL), ("usual", usual)
-    return [_pulled(server, base / name, *shape, cases) for name, shape in shapes]
+    rows = []
+    for name in ("small", "usual"):
+        hub = server.hub()
+        fill(hub, *_shape(name), range(cases))
+        arguments = ("--hub", hub, "--into", base / name, "--shape", name, "--cases", cases)
+        rows.append(asked_afresh(_MODULE, "pulls", *arguments))
+        _drop(server, hub)
+    return rows
+
+
+def _shape(name: str) -> tuple[Identity, tuple[int, int]]:
+    if name == "small":
+        return Identity(_DIGEST, Widths(384, 16)), (2, 2)
+    anchors = embedded_assets() / "memory"
+    with MemoryBank.open(anchors, package_digest=package_digest_of(anchors)) as bank:
+        return bank.identity, _USUAL_GRID
 
 
 def fill(hub: str, identity: Identity, grid: tuple[int, int], numbers: range) -> None:
@@ -123,22 +141,17 @@ def _timed(replica: Replica, count: int) -> float:
     return time.perf_counter() - begun
 
 
-def _pulled(
-    server: Server, path: Path, identity: Identity, grid: tuple[int, int], cases: int
-) -> dict[str, Any]:
+def _pulled(hub: str, path: Path, name: str, cases: int) -> dict[str, Any]:
     """Pull many cases, then a few, several times."""
-    hub = server.hub()
-    fill(hub, identity, grid, range(cases))
-    with _empty(path, identity) as bank:
-        replica = Replica(bank, hub, "here")
-        begun_s = time.process_time()
-        first_s, few_s = _timed(replica, cases), []
-        work_s, load = time.process_time() - begun_s, os.getloadavg()[0]
-        for number in range(_FEW_TIMES):
-            start = cases + number * _FEW
-            fill(hub, identity, grid, range(start, start + _FEW))
-            few_s.append(_timed(replica, _FEW))
-    _drop(server, hub)
+    identity, grid = _shape(name)
+    replica, few_s = Replica(_empty(path, identity), hub, "here"), []
+    begun_s = time.process_time()
+    first_s = _timed(replica, cases)
+    work_s, load = time.process_time() - begun_s, os.getloadavg()[0]
+    for number in range(_FEW_TIMES):
+        start = cases + number * _FEW
+        fill(hub, identity, grid, range(start, start + _FEW))
+        few_s.append(_timed(replica, _FEW))
     return {
         **{"key": identity.widths.key, "tokens": grid[0] * grid[1]},
         **{"token_width": identity.widths.token, "cases": cases, "first_s": round(first_s, 1)},
@@ -196,7 +209,7 @@ def _score_ms(engine: Engine) -> float:
 
 def retrieval(server: Server, base: Path, cases: int) -> dict[str, Any]:
     """Seek neighbours in a memory of others' cases and in one of the same as its own, in turns."""
-    hub, (identity, grid) = server.hub(), _SMALL
+    hub, (identity, grid) = server.hub(), _shape("small")
     fill(hub, identity, grid, range(cases))
     _, queries = clustered_vectors(cases, identity.widths.key, _QUERIES, 0)
     times_ms: dict[str, list[float]] = {"mirrored": [], "own": []}
@@ -221,10 +234,16 @@ def retrieval(server: Server, base: Path, cases: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hub_speed", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {_MODULE}", description=__doc__)
     parser.add_argument("part", choices=_CASES)
     parser.add_argument("--cases", type=int, help="in the hub (default: as the module says)")
+    parser.add_argument("--hub", help=argparse.SUPPRESS)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--shape", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if given.hub:
+        say(json.dumps(_pulled(given.hub, given.into, given.shape, given.cases)))
+        os._exit(0)  # the index that is being built in the background is not waited for
     say(json.dumps(bench_hub(given.part, given.cases or _CASES[given.part]), indent=2))
 
 
