@@ -10,8 +10,10 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,7 @@ PLACEHOLDERS = ("summary", "initial", "score")
 ANSWERS = {"level_words": 5, "verdicts": 2}
 """The fields that list answers, with their number."""
 MAY_BE_EMPTY = ("second_opening", "answer_open", "answer_close")
+KEPT_QUESTIONS = 256
 LOWEST, HIGHEST = 1.0, 5.0  # the scale of printed ratings, for all families
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
@@ -72,6 +75,26 @@ class PromptFamily:
     level_words: tuple[str, ...]
     verdicts: tuple[str, str]
     summary_tokens: int
+
+    @property
+    def reply(self) -> str:
+        """What stands between a question and its reply; UsageError if the texts don't show it.
+
+        It begins where the user's turn stops, and is what all of the family's questions have there.
+        """
+        ends = [text.rpartition(self.stop) for text in (self.score, self.levels, self.compare)]
+        if not all(stop for _, stop, _ in ends):
+            raise UsageError(
+                f"the prompt family {self.name} does not show where a question ends",
+                seen=f"a question without {self.stop!r}",
+                hint="export the model with a family whose questions end a turn: --prompt",
+            )
+        alike = takewhile(
+            lambda chars: len({*chars}) == 1, zip(*(e[2] for e in ends), strict=False)
+        )
+        shared = "".join(chars[0] for chars in alike)
+        # A tag's first character is no part of it.
+        return self.stop + (shared[: shared.rfind("\n") + 1] or shared)
 
     @property
     def measured(self) -> bool:
@@ -318,6 +341,24 @@ def printed_rating(text: str, family: PromptFamily, *, cut: bool) -> float | Non
     return rating if LOWEST <= rating <= HIGHEST else None
 
 
+class Step(NamedTuple):
+    """Where options part: the tokens that stand behind the question, and what may come next.
+
+    `options` are indices of those that go on there, `ids` their next tokens, int64 (n,) both.
+    """
+
+    behind: tuple[int, ...]
+    options: Ids
+    ids: Ids
+
+
+class Options(NamedTuple):
+    """A question's tokens, and the steps whose tokens together are its options."""
+
+    question: Ids
+    steps: tuple[Step, ...]
+
+
 class Prompts:
     """A prompt family in the tokens of one tokenizer.
 
@@ -337,6 +378,7 @@ class Prompts:
         words = [self._answer(family.levels, word) for word in family.level_words]
         self.level_ids = np.array(words, np.int64)
         self.verdict_ids = [self._answer(family.compare, verdict) for verdict in family.verdicts]
+        self.options = lru_cache(KEPT_QUESTIONS)(self._options)
 
     def ids(self, text: str) -> Ids:
         """Give the tokens of a text, int64 (n,)."""
@@ -359,13 +401,53 @@ class Prompts:
 
     def _answer(self, question: str, answer: str) -> int:
         token = self.single(answer)
-        if self.ids(question + answer).tolist() != [*self.ids(question).tolist(), token]:
+        if self._continuation(question, answer) != [token]:
             raise PackageCorrupted(
                 "an answer of the prompt family merges with the end of its question",
                 seen=repr(question[-24:] + answer),
                 hint="put a space either at the end of the question or before the answers",
             )
         return token
+
+    def _continuation(self, question: str, option: str) -> list[int]:
+        """The tokens that an option adds to a question; none if it merges with its end."""
+        before, whole = self.ids(question).tolist(), self.ids(question + option).tolist()
+        return whole[len(before) :] if whole[: len(before)] == before else []
+
+    def _options(self, question: str, options: tuple[str, ...]) -> Options:
+        """Give a question and its options in tokens; they are kept, under the name `options`.
+
+        Raises:
+            UsageError: an option is empty, or merges with the end of the question.
+        """
+        steps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        for index, option in enumerate(options):
+            ids = self._continuation(question, option)
+            if not ids:
+                raise UsageError(
+                    "an option is empty, or merges with what stands before it",
+                    seen=repr(question[-24:] + option),
+                    hint="begin it otherwise: with a space, or without one",
+                )
+            for place, token in enumerate(ids):
+                steps.setdefault(tuple(ids[:place]), []).append((index, token))
+        return Options(
+            self.ids(question),
+            tuple(
+                Step(behind, *np.array(following, np.int64).T)
+                for behind, following in steps.items()
+            ),
+        )
+
+    def require_plain(self, text: str) -> None:
+        """Refuse, as a UsageError, a text with marks of the chat or of pictures in it."""
+        marks = self.tokenizer.get_added_tokens_decoder().values()
+        if found := [mark.content for mark in marks if mark.special and mark.content in text]:
+            raise UsageError(
+                "a question holds a mark that only the prompt family may set",
+                seen=found[0],
+                allowed="plain text",
+            )
 
     def before(self, ids: Sequence[int], marker: str) -> tuple[str, int]:
         """Give the text before the last place of a marker, and how many tokens are wholly so.

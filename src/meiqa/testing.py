@@ -27,15 +27,18 @@ from meiqa.engine.estimates import quality_word
 from meiqa.engine.images import ImageSource, Pixels, load_pixels, source_name
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.model import (
+    Asked,
     Description,
     Draft,
     Floats,
     GenerationStats,
+    Model,
     Prefix,
     StopRule,
     VisualTokens,
 )
 from meiqa.engine.package import EnginePackage
+from meiqa.engine.prompts import MEIQA
 from meiqa.engine.runtime.decoder import KeyValues
 from meiqa.engine.scoring import ScoreRequest
 from meiqa.errors import ImageError
@@ -300,7 +303,7 @@ def mean_brightness(pixels: NDArray[np.uint8]) -> float:
     return 1.0 + 4.0 * float(pixels.mean()) / 255.0
 
 
-class FakeModel:
+class FakeModel(Model):
     """A model that scores by a function of the pixels, in the role of `meiqa.engine.model.Model`.
 
     What it prints and grades is that score; its text follows from it; it prefers the photo of the
@@ -325,6 +328,7 @@ class FakeModel:
     """
 
     digest = hashlib.sha256(b"fake model").hexdigest()
+    family = MEIQA
     image = ImageProcessing(8, 2, 16 * 16, 128 * 128, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     token_pixels = 16
     widths = 2, 5
@@ -383,22 +387,24 @@ class FakeModel:
         key = _key_of(score) if count else None
         return Description(" ".join(words[:count]), key, round(score, 2), stats=stats)
 
-    def grade(self, prefix: Prefix) -> NDArray[np.float64]:
-        """Give probabilities whose expectation is the score."""
-        self._spend("grade")
-        apart = np.abs(np.arange(1.0, 6.0) - score_in(prefix.tokens))
-        return np.maximum(1.0 - apart, 0.0)
-
-    def prefer_first(
-        self, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]
-    ) -> NDArray[np.float64]:
-        """Give logits that grow with the difference of the scores."""
-        self._spend("pair", len(seconds))
-        each = list(firsts) * len(seconds) if len(firsts) == 1 else firsts
-        gaps = [
-            score_in(one.tokens) - score_in(other) for one, other in zip(each, seconds, strict=True)
-        ]
-        return 2.0 * np.array(gaps, np.float64)
+    def log_probabilities(
+        self, firsts: Sequence[Prefix], questions: Sequence[Asked]
+    ) -> list[NDArray[np.float64]]:
+        """Take options for grades from bad to excellent; of a pair, for verdicts by the scores."""
+        each = list(firsts) * len(questions) if len(firsts) == 1 else firsts
+        found = []
+        for first, question in zip(each, questions, strict=True):
+            score, count = score_in(first.tokens), len(question.options)
+            if question.second is None:
+                self._spend("grade")
+                apart = np.abs(np.linspace(1.0, 5.0, count) - score) * max(count - 1, 1) / 4.0
+                weights = np.maximum(1.0 - apart, 1e-12)
+            else:
+                self._spend("pair")
+                gap = score - score_in(question.second)
+                weights = np.exp(np.linspace(gap, -gap, count))
+            found.append(np.log(weights / weights.sum()))
+        return found
 
     def reflect(self, prefix: Prefix, summary: str, initial: float, score: float) -> Description:
         """Write the same text of another score."""

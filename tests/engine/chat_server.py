@@ -98,8 +98,7 @@ class ChatModel:
             for piece in pieces
         ]
         row = Row(np.concatenate(embeds), positions_of(extents, prefix.next_position)[0])
-        every = range(model.package.manifest.decoder.vocab_size)
-        logits = model.decoder.last_logits([row], [prefix.opening], every)[0].astype(np.float64)
+        logits = model.decoder.last_logits([row], [prefix.opening])[0].astype(np.float64)
         logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
         best = np.argsort(-logprobs)[: body["top_logprobs"]]
         named = [

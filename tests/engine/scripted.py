@@ -81,9 +81,7 @@ class ScriptedDecoder:
     def prefill(self, rows: Sequence[Row], ahead: Floats | None = None) -> list[KeyValues]:
         raise AssertionError("there is nothing to be read")
 
-    def last_logits(
-        self, rows: Sequence[Row], prefixes: Sequence[KeyValues], wanted: Sequence[int]
-    ) -> Floats:
+    def last_logits(self, rows: Sequence[Row], prefixes: Sequence[KeyValues]) -> Floats:
         raise AssertionError("there is nothing to be graded")
 
     def step(self, prefix: KeyValues, past: KeyValues, row: Row, wanted: int = 1) -> Step:
