@@ -117,9 +117,7 @@ class LocalModel(Model):
             ids, parting = self.prompts.options(question.text, question.options)
             row = self._row(first, question.second, ids)
             row = row.behind(first.key_values.length - first.opening.length if ahead else 0)
-            rows += [
-                row.followed_by(self.embed(step.behind)) if step.behind else row for step in parting
-            ]
+            rows += [row.followed_by(self.embed(step.behind)) for step in parting]
             prefixes += [first.key_values if ahead else first.opening] * len(parting)
             steps += [(sums, step) for step in parting]
         if len(firsts) == 1:

@@ -344,10 +344,10 @@ def printed_rating(text: str, family: PromptFamily, *, cut: bool) -> float | Non
 class Step(NamedTuple):
     """Where options part: the tokens that stand behind the question, and what may come next.
 
-    `options` are indices of those that go on there, `ids` their next tokens, int64 (n,) both.
+    `options` are indices of those that go on there, `ids` their next tokens; all are int64 (n,).
     """
 
-    behind: tuple[int, ...]
+    behind: Ids
     options: Ids
     ids: Ids
 
@@ -434,7 +434,7 @@ class Prompts:
         return Options(
             self.ids(question),
             tuple(
-                Step(behind, *np.array(following, np.int64).T)
+                Step(np.array(behind, np.int64), *np.array(following, np.int64).T)
                 for behind, following in steps.items()
             ),
         )

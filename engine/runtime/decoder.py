@@ -63,6 +63,8 @@ class Row:
 
     def followed_by(self, embeds: Floats) -> Row:
         """Append text (n, D), whose positions go on one by one."""
+        if not len(embeds):
+            return self
         start = self.positions.max() + 1
         text = np.broadcast_to(np.arange(start, start + len(embeds)), (3, len(embeds)))
         return Row(np.concatenate([self.embeds, embeds]), np.hstack([self.positions, text]))

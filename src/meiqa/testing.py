@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from meiqa.engine.asking import Question
 from meiqa.engine.calibration import UNCALIBRATED, Calibration, ScoreHead
 from meiqa.engine.comparing import PrefixCache
 from meiqa.engine.detail import measure_detail
@@ -43,6 +44,7 @@ from meiqa.engine.runtime.decoder import KeyValues
 from meiqa.engine.scoring import ScoreRequest
 from meiqa.errors import ImageError
 from meiqa.types import (
+    Answer,
     Assessment,
     Budget,
     CulledPhoto,
@@ -266,6 +268,19 @@ class FakeEngine(Engine):
         return PairComparison(
             one.path, other.path, preference, *scores, times, _left_out([one, other])
         )
+
+    def options_many(self, image: ImageSource, questions: Sequence[Question]) -> list[Answer]:
+        """Take options for grades from the worst to the best; see `Engine.options_many`."""
+        found = self.score(image, learn=False)
+        answers = []
+        for each in questions:
+            apart = np.abs(np.linspace(1.0, 5.0, len(each.options)) - found.score)
+            weights = np.exp(-apart) / np.exp(-apart).sum()
+            shares = dict(zip(each.options, weights.tolist(), strict=True))
+            second = None if each.second is None else source_name(each.second)
+            logprobs = {option: math.log(share) for option, share in shares.items()}
+            answers.append(Answer(found.path, each.text, shares, logprobs, second))
+        return answers
 
 
 def _left_out(scored: Iterable[Assessment]) -> tuple[str, ...]:
