@@ -15,6 +15,7 @@ from meiqa.engine.images import fit_to_grid, load_pixels
 from meiqa.engine.local import LocalModel
 from meiqa.engine.model import VisualTokens
 from meiqa.engine.prompts import FAMILIES, MEIQA, PromptFamily, Prompts
+from meiqa.locations import embedded_assets
 from tests.engine.cold import Piece, read_anew
 from tests.engine.samples import picture
 
@@ -102,7 +103,7 @@ def test_the_familys_own_questions_are_questions_like_others(asked: Engine) -> N
 
 @pytest.fixture(scope="module")
 def embedded() -> Iterator[Engine]:
-    with Engine.open(threads=1, learn=False) as engine:
+    with Engine.open(memory=embedded_assets() / "memory", threads=1, learn=False) as engine:
         yield engine
 
 
