@@ -193,7 +193,7 @@ class LocalModel(Model):
         elif writing.stopped:
             rating = printed_rating(self.prompts.text(writing.tokens), family, cut=False)
         if rating is None:
-            ended = "" if marked else family.description_end
+            ended = "" if marked else family.description_end + self.prompts.between_tags
             writing.force(self.prompts.ids(ended + family.answer_open))
             start = len(writing.tokens)
             rating = self._answer(writing, start, RATING_TOKENS, opening=family.answer_open)
@@ -212,15 +212,21 @@ class LocalModel(Model):
     def _proposer(self, drafts: Sequence[Draft]) -> Proposer:
         """Drafts in tokens, as the model would write them: with markers around them."""
         family, ids = self.prompts.family, self.prompts.ids
-        before = family.description_end + family.answer_open
+        # Where tags merge, models differ: they part lines, or they don't.
+        tags = {
+            f"{family.description_end}{between}{family.answer_open}"
+            for between in (self.prompts.between_tags, "")
+        }
         # Similar photos often have the same summary.
-        opened = {text: ids(text + before).tolist() for text in {d.summary for d in drafts}}
+        summaries = {draft.summary for draft in drafts}
+        opened = {text: [ids(text + tag).tolist() for tag in sorted(tags)] for text in summaries}
         rated = bool(family.answer_open)
         return Proposer(
-            [*opened[draft.summary], *ids(f"{draft.score:.2f}{family.answer_close}")]
+            [*begun, *ids(f"{draft.score:.2f}{family.answer_close}")]
             if rated and draft.score is not None
-            else opened[draft.summary]
+            else begun
             for draft in drafts
+            for begun in opened[draft.summary]
         )
 
     def _row(self, first: Prefix, second: VisualTokens | None, question: Ids) -> Row:

@@ -38,7 +38,16 @@ ANSWERS = {"level_words": 5, "verdicts": 2}
 MAY_BE_EMPTY = ("second_opening", "answer_open", "answer_close")
 KEPT_QUESTIONS = 256
 LOWEST, HIGHEST = 1.0, 5.0  # the scale of printed ratings, for all families
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_NUMBER = r"(?<![\w.,])([-+\u2212]?\d++(?:[.,]\d++)?+)(?!\w)"
+_NAMED = re.compile(rf"{_NUMBER}\s*(?:/|of|out of)\s*5\b|[:=][\s\"'*]*{_NUMBER}")
+"""A number before the scale's end, or behind a name."""
+KEPT_QUESTIONS = 256
+LOWEST, HIGHEST = 1.0, 5.0  # the scale of printed ratings, for all families
+_NUMBER = r"(?<![\w.,])([-+\u2212]?\d++(?:[.,]\d++)?+)(?!\w)"
+_RATINGS = tuple(
+    map(re.compile, (rf"{_NUMBER}\s*(?:/|of|out of)\s*5\b", rf"[:=][\s\"'*]*{_NUMBER}", _NUMBER))
+)
+"""Where a rating stands: before the scale's end, behind a name, or anywhere."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +335,7 @@ def parse_reply(text: str, family: PromptFamily, *, cut: bool) -> Reply:
 
 
 def printed_rating(text: str, family: PromptFamily, *, cut: bool) -> float | None:
-    """Read the first number of the last answer in a text; None if there is none on the scale.
+    """Read the rating in the last answer of a text; None if there is none on the scale.
 
     A number at the very end of a text that was `cut` does not count: it may lack digits.
     """
@@ -335,10 +344,24 @@ def printed_rating(text: str, family: PromptFamily, *, cut: bool) -> float | Non
         return None
     answer, closed, _ = answer.partition(family.answer_close)
     if cut and not closed:
-        answer = answer.rstrip("0123456789.")
-    number = _NUMBER.search(answer)
-    rating = float(number.group()) if number else LOWEST - 1.0
-    return rating if LOWEST <= rating <= HIGHEST else None
+        answer = answer.rstrip("0123456789.,")
+    rating = _rating_in(answer)
+    return rating if rating is not None and LOWEST <= rating <= HIGHEST else None
+
+
+def _rating_in(answer: str) -> float | None:
+    """Read the number that is meant; None where it may be one of several.
+
+    >>> _rating_in("Picture 1: 3,25"), _rating_in("4 of 5"), _rating_in("from 1 to 5, good")
+    (3.25, 4.0, None)
+    """
+    if named := _NAMED.search(answer):
+        numbers = [named[1] or named[2]]
+    else:
+        numbers = re.findall(_NUMBER, answer)
+        numbers = [n for n in numbers if "." in n or "," in n] or numbers
+    values = {float(n.replace(",", ".").replace("\u2212", "-")) for n in numbers}
+    return values.pop() if len(values) == 1 else None
 
 
 class Step(NamedTuple):
@@ -364,20 +387,28 @@ class Prompts:
 
     Attributes:
         opening, second_opening, closing, score, levels, compare: the family's texts, int64 (n,).
-        stop: the token that ends a turn.
+        stops: the tokens that end a turn.
         level_ids: tokens of the five grades, from 1 to 5, int64 (5,).
         verdict_ids: tokens for "the first looks better" and "the second looks better".
+        between_tags: what parts the description's end from the answer's opening where we write
+            them: a line break if they would else share a token, which no model writes that parts
+            its lines.
     """
 
-    def __init__(self, family: PromptFamily, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, family: PromptFamily, tokenizer: Tokenizer, ends: Sequence[str] = ()
+    ) -> None:
         self.family, self.tokenizer = family, tokenizer
         self.opening, self.second_opening = map(self.ids, (family.opening, family.second_opening))
         self.closing, self.score = map(self.ids, (family.closing, family.score))
         self.levels, self.compare = map(self.ids, (family.levels, family.compare))
-        self.stop = self.single(family.stop)
+        self.stops = frozenset(map(self.single, (family.stop, *ends)))
         words = [self._answer(family.levels, word) for word in family.level_words]
         self.level_ids = np.array(words, np.int64)
         self.verdict_ids = [self._answer(family.compare, verdict) for verdict in family.verdicts]
+        tags = family.description_end, family.answer_open
+        merge = [*self.ids("".join(tags))] != [*self.ids(tags[0]), *self.ids(tags[1])]
+        self.between_tags = "\n" if merge else ""
         self.options = lru_cache(KEPT_QUESTIONS)(self._options)
 
     def ids(self, text: str) -> Ids:

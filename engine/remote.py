@@ -252,7 +252,8 @@ class RemoteModel(Model):
             text, tokens = text + more.text, more.tokens
             rating = parse_reply(text, family, cut=more.cut).rating
         if rating is None:
-            ended = ("" if reply.marked else family.description_end) + family.answer_open
+            # With a line break, since the tags' edges may be one token of the server's.
+            ended = ("" if reply.marked else f"{family.description_end}\n") + family.answer_open
             forced = self._written(prefix, family.score, RATING_TOKENS, text + ended)
             tokens += forced.tokens
             rating = printed_rating(family.answer_open + forced.text, family, cut=forced.cut)

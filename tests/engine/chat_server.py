@@ -110,11 +110,10 @@ class ChatModel:
 
     def _written(self, prefix: Prefix, question: np.ndarray, limit: int) -> dict[str, Any]:
         writing = Writing(self.model, prefix, question, limit)
-        while writing.next_token != self.model.prompts.stop and len(writing.tokens) < limit:
+        while not writing.stopped and len(writing.tokens) < limit:
             writing.accept()
-        stopped = writing.next_token == self.model.prompts.stop
         text = self.model.prompts.text(writing.tokens)
-        return answer(text, "stop" if stopped else "length", len(writing.tokens), None)
+        return answer(text, "stop" if writing.stopped else "length", len(writing.tokens), None)
 
 
 def answer(text: str, reason: str, tokens: int, logprobs: Any) -> dict[str, Any]:
