@@ -36,9 +36,9 @@ GONE = 499
 """A status for the log only: nobody reads the answer."""
 REFERENCE = {"reference": range(2)}
 SECOND = {"second": range(Settings.max_photos + 1)}
-MOST_OPTIONS = 1024
-"""Options of one request, all questions and pairs taken together."""
-Text = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+MOST_CHARACTERS = 2048
+"""Of the options of one request, for all questions and pairs: each may be a row for the model."""
+Text = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 PAIR = {"first": range(1, 2), "second": range(1, 2)}
 
 judging = APIRouter(tags=["judging"], responses=problems(401, 403))
@@ -197,7 +197,7 @@ async def options(
     budget_ms: BudgetMs,
     question: Annotated[list[Text], Query(description="What is asked; several may be.")],
     option: Annotated[list[Text], Query(description="How the reply may go on, each in turn.")],
-    reply: Annotated[str, Query(max_length=2000, description="How the reply begins.")] = "",
+    reply: Annotated[str, Query(max_length=500, description="How the reply begins.")] = "",
 ) -> Response:
     """Tell how probable each option is as the reply to questions about a photo.
 
@@ -207,10 +207,13 @@ async def options(
     with service.uploads.holding() as hold:
         limits = {"second": range(service.settings.max_photos + 1)}
         photo, beside = await read_photo(request, hold, service.settings, limits)
-        count = len(question) * len(option) * max(1, len(beside))
-        if count > MOST_OPTIONS:
-            allowed = f"at most {MOST_OPTIONS}"
-            raise UsageError("too many options at once", seen=count, allowed=allowed)
+        count = len(question) * max(1, len(beside)) * sum(map(len, option))
+        if count > MOST_CHARACTERS:
+            raise UsageError(
+                "the options are too many for one request",
+                seen=f"{count} characters, for all questions and pairs together",
+                allowed=f"at most {MOST_CHARACTERS}",
+            )
         seconds: list[NamedBytes | None] = [*distinctly_named(beside)] or [None]
         questions = [Question(text, option, each, reply) for text in question for each in seconds]
         asked = service.scheduler.run(
