@@ -41,13 +41,6 @@ LOWEST, HIGHEST = 1.0, 5.0  # the scale of printed ratings, for all families
 _NUMBER = r"(?<![\w.,])([-+\u2212]?\d++(?:[.,]\d++)?+)(?!\w)"
 _NAMED = re.compile(rf"{_NUMBER}\s*(?:/|of|out of)\s*5\b|[:=][\s\"'*]*{_NUMBER}")
 """A number before the scale's end, or behind a name."""
-KEPT_QUESTIONS = 256
-LOWEST, HIGHEST = 1.0, 5.0  # the scale of printed ratings, for all families
-_NUMBER = r"(?<![\w.,])([-+\u2212]?\d++(?:[.,]\d++)?+)(?!\w)"
-_RATINGS = tuple(
-    map(re.compile, (rf"{_NUMBER}\s*(?:/|of|out of)\s*5\b", rf"[:=][\s\"'*]*{_NUMBER}", _NUMBER))
-)
-"""Where a rating stands: before the scale's end, behind a name, or anywhere."""
 
 
 @dataclass(frozen=True)
@@ -390,9 +383,8 @@ class Prompts:
         stops: the tokens that end a turn.
         level_ids: tokens of the five grades, from 1 to 5, int64 (5,).
         verdict_ids: tokens for "the first looks better" and "the second looks better".
-        between_tags: what parts the description's end from the answer's opening where we write
-            them: a line break if they would else share a token, which no model writes that parts
-            its lines.
+        between_tags: what we write between a description's end and the answer's opening: a line
+            break where the two would share a token, as models do that part their lines.
     """
 
     def __init__(
