@@ -125,6 +125,7 @@ async def score(
     learn: Annotated[
         bool, Query(description="Remember what is learnt from it; takes the scope memory:write.")
     ] = False,
+    embedding: Annotated[bool, Query(description="Give its embedding as well.")] = False,
 ) -> Response:
     """Assess a photo: the request's body, or the field `image` of a form.
 
@@ -136,7 +137,12 @@ async def score(
         photo, beside = await read_photo(request, hold, service.settings, REFERENCE)
         reference = next(iter(beside), None)
         asked = service.scheduler.score(
-            photo, budget_ms=budget_ms, k=k, learn=learn, reference=reference
+            photo,
+            budget_ms=budget_ms,
+            k=k,
+            learn=learn,
+            embedding=embedding,
+            reference=reference,
         )
         found = await _while_connected(request, asked)
     return json_response(found.to_dict())
