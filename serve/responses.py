@@ -165,6 +165,30 @@ class RankingBody(BaseModel):
     degraded: list[str]
 
 
+class AnswerBody(BaseModel):
+    """How probable each option is: among the options, and as what the reply goes on with."""
+
+    model_config = _with_example(
+        path="photo.jpg",
+        question="Is there motion blur?",
+        probabilities={"yes": 0.17, "no": 0.83},
+        logprobs={"yes": -1.9, "no": -0.31},
+        second=None,
+    )
+
+    path: str
+    question: str
+    probabilities: dict[str, float]
+    logprobs: dict[str, float]
+    second: str | None
+
+
+class AnswersBody(BaseModel):
+    """Answers in the order of the questions, and of the second photos for each."""
+
+    answers: list[AnswerBody]
+
+
 class CasesBody(BaseModel):
     """A page of the memory; `next` is the offset of the one after it."""
 

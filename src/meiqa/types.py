@@ -348,6 +348,27 @@ class PairComparison(Result):
 
 
 @dataclass(frozen=True)
+class Answer(Result):
+    """How probable each option is as the reply to a question about a photo.
+
+    `probabilities` are those among the options, and sum to 1. `logprobs` are natural logarithms of
+    the probability that the model's reply goes on so, whatever else it might say: where all are far
+    below 0, the model would have said something else. `second` is the photo that was shown second.
+    """
+
+    path: str
+    question: str
+    probabilities: dict[str, float]
+    logprobs: dict[str, float]
+    second: str | None = None
+
+    @property
+    def best(self) -> str:
+        """The likeliest option."""
+        return max(self.probabilities, key=self.probabilities.__getitem__)
+
+
+@dataclass(frozen=True)
 class RememberedCase:
     """A photo in a service's memory; `created` is in seconds since 1970."""
 

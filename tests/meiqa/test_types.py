@@ -55,6 +55,7 @@ def test_json_of_an_assessment_keeps_its_names() -> None:
         "distortions",
         "reference",
         "detail",
+        "embedding",
         "timings_ms",
         "counters",
     ]

@@ -28,6 +28,7 @@ COMMANDS = {
     "rank": ("rank", "put photos in order, best first"),
     "cull": ("rank", "group near-identical shots, and mark the best"),
     "compare": ("rank", "tell which of two photos looks better"),
+    "ask": ("score", "tell how probable options are as a reply about a photo"),
     "serve": ("serve", "judge photos over HTTP"),
     "api-key": ("serve", "make a key for `meiqa serve --api-key-file`"),
     "camera": ("camera", "judge a camera while it runs, in a terminal"),
