@@ -74,8 +74,10 @@ EXTRAS_OF = {
     "meiqa.evaluation.scenes": ("cpu", "eval"),
     "meiqa.evaluation.speed": ("cpu", "bench"),
     "meiqa.kernels.hnsw": ("index",),
+    "meiqa.memory.hub": ("hub",),
     "meiqa.memory.index": ("index",),
     "meiqa.memory.maintenance": ("parquet",),
+    "meiqa.memory.replica": ("hub",),
 }
 """Modules that need more, of which a command says so where it is not installed."""
 

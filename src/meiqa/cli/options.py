@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -322,9 +323,24 @@ LABELS = together(
 )
 
 
+<<<<<<< HEAD
 def memory_option(default: str) -> Decorator:
     """Add --memory, of a directory that is there; `default` says what is opened without."""
     return option("--memory DIR", f"memory (default: {default})", folder)
+=======
+HUB_DEVICE = option(
+    "--hub-device NAME", "what this device is called there (default: its host name)"
+)
+HUB = together(
+    option(
+        "--hub URL",
+        "learn from other devices, and they from this one, by a PostgreSQL database: what is "
+        "remembered of photos is sent there (docs/hub.md)",
+    ),
+    option("--sync-every S", "seconds between syncs", AMOUNT, default=30.0, needs="--hub"),
+    HUB_DEVICE,
+)
+>>>>>>> main
 
 
 def engine_options(memory: str = "the user's own", device: Decorator = DEVICE) -> Decorator:
@@ -398,6 +414,7 @@ def engine_of(options: Options, *, learn: bool = False) -> Engine:
 
 
 @contextmanager
+<<<<<<< HEAD
 def cluster(options: Options) -> Iterator[None]:
     """Connect to the Ray of --ray; the options' paths become whole, since workers stand elsewhere.
 
@@ -414,6 +431,24 @@ def cluster(options: Options) -> Iterator[None]:
         yield
 
 
+=======
+def syncing(engine: Engine, options: Options) -> Iterator[None]:
+    """Sync the engine's memory with the hub that is named, if one is, while this lasts."""
+    if options.hub is None:
+        yield
+        return
+    with optional_packages("hub"):
+        from meiqa.memory.replica import syncing as synced
+    with synced(engine.memory, options.hub, hub_device(options), options.sync_every):
+        yield
+
+
+def hub_device(options: Options) -> str:
+    """Give what this device is called at a hub."""
+    return options.hub_device or socket.gethostname()
+
+
+>>>>>>> main
 def model_terms(digest: str, calibration: Calibration) -> dict[str, str]:
     """Give what a score depends on in the model, by the digests of a package and calibration."""
     text = json.dumps(asdict(calibration), sort_keys=True)
