@@ -19,11 +19,8 @@ from meiqa import errors
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 if TYPE_CHECKING:
-<<<<<<< HEAD
     from meiqa.batches import scorer as scorer
-=======
     from meiqa.engine.asking import Question as Question
->>>>>>> main
     from meiqa.engine.engine import Engine as Engine
     from meiqa.engine.estimates import quality_word as quality_word
     from meiqa.errors import *  # noqa: F403

@@ -323,11 +323,6 @@ LABELS = together(
 )
 
 
-<<<<<<< HEAD
-def memory_option(default: str) -> Decorator:
-    """Add --memory, of a directory that is there; `default` says what is opened without."""
-    return option("--memory DIR", f"memory (default: {default})", folder)
-=======
 HUB_DEVICE = option(
     "--hub-device NAME", "what this device is called there (default: its host name)"
 )
@@ -340,7 +335,11 @@ HUB = together(
     option("--sync-every S", "seconds between syncs", AMOUNT, default=30.0, needs="--hub"),
     HUB_DEVICE,
 )
->>>>>>> main
+
+
+def memory_option(default: str) -> Decorator:
+    """Add --memory, of a directory that is there; `default` says what is opened without."""
+    return option("--memory DIR", f"memory (default: {default})", folder)
 
 
 def engine_options(memory: str = "the user's own", device: Decorator = DEVICE) -> Decorator:
@@ -414,7 +413,6 @@ def engine_of(options: Options, *, learn: bool = False) -> Engine:
 
 
 @contextmanager
-<<<<<<< HEAD
 def cluster(options: Options) -> Iterator[None]:
     """Connect to the Ray of --ray; the options' paths become whole, since workers stand elsewhere.
 
@@ -431,7 +429,7 @@ def cluster(options: Options) -> Iterator[None]:
         yield
 
 
-=======
+@contextmanager
 def syncing(engine: Engine, options: Options) -> Iterator[None]:
     """Sync the engine's memory with the hub that is named, if one is, while this lasts."""
     if options.hub is None:
@@ -448,7 +446,6 @@ def hub_device(options: Options) -> str:
     return options.hub_device or socket.gethostname()
 
 
->>>>>>> main
 def model_terms(digest: str, calibration: Calibration) -> dict[str, str]:
     """Give what a score depends on in the model, by the digests of a package and calibration."""
     text = json.dumps(asdict(calibration), sort_keys=True)
