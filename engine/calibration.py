@@ -6,9 +6,11 @@ of a manifest are *records*: dataclasses that say in each field's metadata what 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, TypeVar, get_args
@@ -291,3 +293,9 @@ def check_score_head(head: str) -> ScoreHead:
     if head not in SCORE_HEADS:
         raise UsageError("unknown score head", seen=head, allowed=", ".join(SCORE_HEADS))
     return head
+
+
+def model_terms(digest: str, calibration: Calibration) -> dict[str, str]:
+    """Give what a score depends on in the model, by the digests of a package and calibration."""
+    text = json.dumps(asdict(calibration), sort_keys=True)
+    return {"package": digest, "calibration": hashlib.sha256(text.encode()).hexdigest()}

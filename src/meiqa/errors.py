@@ -1,7 +1,8 @@
 """Every error that meiqa raises on purpose, in one tree.
 
 MeiqaError
-├── ImageError: AnswerNotFinite, AnswerUnreadable, DecodeError, ImageTooLarge, ImageTooSmall
+├── ImageError: AnswerNotFinite, AnswerUnreadable, DecodeError (PhotoUnreachable),
+│               ImageTooLarge, ImageTooSmall
 ├── PackageError: PackageNotFound, PackageCorrupted, PackageUnwritable, SchemaUnsupported
 ├── StoreError: StoreNotFound, StoreCorrupted, StoreLocked, StoreUnwritable, StoreMismatch
 ├── ServiceError: AccessDenied (KeyRequired), Overloaded, UploadTooLarge, ServiceUnreachable
@@ -108,6 +109,12 @@ class AnswerUnreadable(ImageError):
 
 class DecodeError(ImageError):
     """The source is missing, unreadable, truncated, empty or not an image."""
+
+
+class PhotoUnreachable(DecodeError):
+    """The storage of the source did not answer, or let nobody in; the photo may be a good one."""
+
+    retryable = True
 
 
 class ImageTooLarge(ImageError):

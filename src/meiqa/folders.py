@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from itertools import islice
+from operator import itemgetter
 from typing import TypeVar
 
 from meiqa.engine.files import IMAGE_SUFFIXES, RAW_SUFFIXES, looks_like_photo, suffixes
@@ -42,7 +43,7 @@ class Gathered:
 class Selection:
     """Which photos are taken: a shard of them, of that a sample, of that the first ones.
 
-    Shard and sample follow from the ids alone, and are the same whatever the order.
+    Shard and sample follow from the ids alone, and are the same whatever the order, which stays.
 
     Attributes:
         shard: which of how many, from 1 on; sample, limit: at most so many.
@@ -64,7 +65,8 @@ class Selection:
             number, count = self.shard
             taken = (each for each in taken if lot(id_of(each)) % count == number - 1)
         if self.sample is not None:
-            taken = iter(nsmallest(self.sample, taken, key=lambda each: lot(id_of(each))))
+            drawn = nsmallest(self.sample, enumerate(taken), lambda each: lot(id_of(each[1])))
+            taken = (each for _, each in sorted(drawn, key=itemgetter(0)))
         return islice(taken, self.limit)
 
 

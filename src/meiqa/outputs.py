@@ -8,6 +8,7 @@ import fcntl
 import io
 import json
 import os
+import secrets
 import stat
 import sys
 import time
@@ -110,7 +111,8 @@ def open_output(
         return
     inputs = tuple(inputs)
     target = output_target(path, kind, force=force, inputs=inputs)
-    unfinished = target.with_name(f".meiqa-{kind.name}-{os.getpid()}.tmp")
+    mark = secrets.token_hex(4)  # processes of several machines may have one number
+    unfinished = target.with_name(f".meiqa-{kind.name}-{os.getpid()}-{mark}.tmp")
     try:
         with disk_errors(path):
             stream = unfinished.open("w+b")

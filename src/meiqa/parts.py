@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -34,7 +35,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from meiqa.batches import BatchScorer, Condition
-from meiqa.errors import DecodeError, OutputUnwritable, PackageError, UsageError
+from meiqa.engine.calibration import model_terms
+from meiqa.errors import DecodeError, OutputUnwritable, PackageError, PhotoUnreachable, UsageError
 from meiqa.folders import lot
 from meiqa.formats import json_text
 from meiqa.outputs import Kind, as_written, changes_since, disk_errors, open_output, record_text
@@ -217,21 +219,28 @@ class BulkOutput:
         """
         record = f"{_OWN}/record.json"
         known, terms = self.directory.read(record), {"format": self.format, **terms}
-        rows, own = self.directory.names(), self.directory.names(_OWN)
-        for name in (each for each in rows if each.startswith(".meiqa-part-")):
-            self.directory.remove(name)  # a killed worker's
+        rows = self.directory.names()
+        own = [f"{_OWN}/{name}" for name in self.directory.names(_OWN)]
+        for name in [*rows, *own]:
+            if name.startswith((".meiqa-part-", f"{_OWN}/.meiqa-")):
+                self.directory.remove(name)  # a killed worker's
         if known is not None and not force:
             if not resume:
                 hint = "go on with it: --resume, or begin it anew: --force"
                 raise UsageError(f"{self.directory.where} exists", hint=hint)
             changes_since(known, self.directory.where, "--out", terms, {})
+            for name, report in self._reports():
+                if report.failed[PhotoUnreachable.__name__]:
+                    self.directory.remove(name)  # so that its part is scored again
             return
         if known is not None:  # in an order in which a kill leaves a run that can be gone on with
-            for each in ("done-", "part-", "trail-", "plan-"):
-                inside = rows if each == "part-" else [f"{_OWN}/{name}" for name in own]
-                for name in inside:
-                    if name.rpartition("/")[2].startswith(each):
-                        self.directory.remove(name)
+            parts = filter(re.compile(r"part-\d{5,}\.(parquet|jsonl)").fullmatch, rows)
+            done, trails, plans = (
+                [name for name in own if name.startswith(f"{_OWN}/{each}-")]
+                for each in ("done", "trail", "plan")
+            )
+            for name in [*done, *parts, *trails, *plans]:
+                self.directory.remove(name)
         with self.directory.writing(record) as file:
             file.write(record_text(terms, {}))
 
@@ -294,7 +303,9 @@ class BulkOutput:
     ) -> None:
         """Write the rows of a part, then its report, which says that it is done."""
         name = f"part-{part:05}.{self.format}"
-        if rows:
+        if not rows:
+            self.directory.remove(name)  # of errors, which an earlier run wrote
+        else:
             with self.directory.writing(name) as file:
                 if self.format == "parquet":
                     table = pa.Table.from_pylist(rows, schema)
@@ -318,10 +329,15 @@ class BulkOutput:
     def report(self) -> Report:
         """Sum up the parts that are done."""
         total = Report()
+        for _, report in self._reports():
+            total.add(report)
+        return total
+
+    def _reports(self) -> Iterator[tuple[str, Report]]:
         for name in self.directory.names(_OWN):
             if name.startswith("done-"):
-                total.add(Report.read(self.directory.read(f"{_OWN}/{name}") or b""))
-        return total
+                path = f"{_OWN}/{name}"
+                yield path, Report.read(self.directory.read(path) or b"")
 
     @contextmanager
     def _opened(self, plan: str) -> Iterator[pq.ParquetFile]:
@@ -336,25 +352,26 @@ class PartScorer:
     """Scores a part and writes it; it can be pickled.
 
     Attributes:
-        package: the digest of the package that all rows are made with.
+        model: the `model_terms` that all rows are made on.
         condition: what a photo's row has to fulfil to be written.
     """
 
     output: BulkOutput
     scorer: BatchScorer
-    package: str
+    model: Mapping[str, str]
     condition: Condition | None = None
 
     def __call__(self, part: int) -> Report:
         """Score a part.
 
         Raises:
-            MeiqaError: the package is another one here, or the output can't be written.
+            MeiqaError: package or calibration are others here, or the output can't be written.
         """
-        began = time.monotonic()
-        if (digest := self.scorer.engine.model.digest) != self.package:
-            what = f"the package is another one on {os.uname().nodename}"
-            raise PackageError(what, seen=digest[:16], allowed=self.package[:16])
+        began, model = time.monotonic(), self.scorer.engine.model
+        for name, here in model_terms(model.digest, model.calibration).items():
+            if here != (wanted := self.model[name]):
+                what = f"the {name} is another one on {os.uname().nodename}"
+                raise PackageError(what, seen=here[:16], allowed=wanted[:16])
         pictures, report = list(self.output.pictures(part)), Report()
         rows = []
         for picture, result in zip(pictures, self._results(part, pictures), strict=True):

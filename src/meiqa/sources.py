@@ -12,7 +12,9 @@ import io
 import os
 import sys
 import tarfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -25,12 +27,13 @@ from pyarrow import fs
 
 from meiqa.engine.files import IMAGE_SUFFIXES
 from meiqa.engine.images import ImageSource, NamedBytes
-from meiqa.errors import DecodeError, UsageError
+from meiqa.errors import DecodeError, PhotoUnreachable, UsageError
 from meiqa.folders import gather, lot
 
 CLOUDS = ("s3", "gs", "az", "abfs", "abfss", "file")
 """Schemes of URIs: pyarrow's file systems, with `az` for Azure's `abfs`."""
 LISTS = (".txt", ".list", ".lst")
+_AWAY = frozenset(CLOUDS) - {"file"}
 _COLUMNS = ("bytes", "image", "jpg", "path", "url", "uri")
 """Names of a table's column of photos, the first of which is taken that is there."""
 _READ = IMAGE_SUFFIXES | {".parquet", ".tar"}
@@ -110,6 +113,9 @@ def images_of(pictures: Sequence[Picture]) -> Iterator[ImageSource]:
     """Give what the engine reads photos from, in their order; nothing is read ahead but of tables.
 
     What can't be read any more becomes an error of that photo once the engine reads it.
+
+    Raises:
+        UsageError: the photos of a table are not in the order of its rows.
     """
     for (table, column), group in groupby(
         pictures, lambda one: (one.column and one.file, one.column)
@@ -128,17 +134,46 @@ class StoredPhoto:
 
     def read(self) -> bytes:
         """Read it; DecodeError if that can't be."""
-        where = self._picture.file or self._picture.path
-        try:
-            system, path = located(where)
-            with system.open_input_file(path) as file:
-                file.seek(self._picture.place or 0)
-                data: bytes = file.read(self._picture.size)
-        except FileNotFoundError:
-            raise DecodeError(f"{where}: no such file", hint="check the path") from None
-        except (OSError, pa.ArrowException) as error:
-            raise DecodeError(f"{where} cannot be read: {error}") from None
+        with _opened(self._picture.file or self._picture.path) as file:
+            file.seek(self._picture.place or 0)
+            data: bytes = file.read(self._picture.size)
         return data
+
+
+class _Lost:
+    """A photo of a table that can't be read."""
+
+    def __init__(self, name: str, error: DecodeError) -> None:
+        self.name, self._error = name, error
+
+    def read(self) -> bytes:
+        raise self._error.with_traceback(None)
+
+
+@contextmanager
+def _opened(where: str) -> Iterator[pa.NativeFile]:
+    """Open a file and say what keeps it from being read, there and while this lasts.
+
+    Raises:
+        PhotoUnreachable: the storage didn't answer; DecodeError: anything else.
+    """
+    try:
+        system, path = located(where)
+    except UsageError as error:
+        raise _unread(where, error, error.__cause__) from None
+    try:
+        with system.open_input_file(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise DecodeError(f"{where}: no such file", hint="check the path") from None
+    except (OSError, tarfile.TarError, pa.ArrowException) as error:
+        raise _unread(where, error, error) from None
+
+
+def _unread(where: str, error: Exception, cause: BaseException | None) -> DecodeError:
+    """Tell storage that is away, or lets nobody in, from a file that can't be read."""
+    away = isinstance(cause, OSError) and where.partition("://")[0] in _AWAY
+    return (PhotoUnreachable if away else DecodeError)(f"{where} cannot be read: {error}")
 
 
 def located(where: str) -> tuple[fs.FileSystem, str]:
@@ -179,12 +214,19 @@ def _listed(source: Source, tell: Callable[[str], None]) -> Iterator[Picture]:
     else:
         files = ((path, _stamp_of(path)) for path in _local(source, tell))
     for path, stamp in files:
-        if path.endswith(".parquet"):
-            yield from _in_table(path, source, stamp)
-        elif path.endswith(".tar"):
-            yield from _in_tar(path, stamp)
-        else:
-            yield _picture(path, stamp or _stamp_of(path), source)
+        stamp = stamp or _stamp_of(path)
+        try:
+            if path.endswith(".parquet"):
+                yield from _in_table(path, source, stamp)
+                continue
+            if path.endswith(".tar"):
+                yield from _in_tar(path, source, stamp)
+                continue
+        except PhotoUnreachable as error:  # another run may list it
+            raise UsageError(str(error)) from error
+        except DecodeError as error:
+            tell(f"warning: {error}")
+        yield _picture(path, stamp, source)
 
 
 def _picture(path: str, stamp: str, source: Source) -> Picture:
@@ -202,11 +244,13 @@ def _picture(path: str, stamp: str, source: Source) -> Picture:
 
 def _lines(where: str) -> Iterator[str]:
     """Lines of a list, without those that are empty."""
-    with sys.stdin if where == "-" else _text(where) as lines:
+    with _text(where) as lines:
         yield from filter(None, (line.rstrip("\r\n") for line in lines))
 
 
 def _text(where: str) -> IO[str]:
+    if where == "-":
+        return io.TextIOWrapper(sys.stdin.buffer, "utf-8", "surrogateescape")
     try:
         system, path = located(where)
         return io.TextIOWrapper(system.open_input_stream(path), "utf-8", "surrogateescape")
@@ -254,41 +298,42 @@ def _stored_below(where: str) -> Iterator[tuple[str, str]]:
             yield uri, _stamp(info)
 
 
-def _in_tar(file: str, stamp: str) -> Iterator[Picture]:
+def _in_tar(file: str, source: Source, stamp: str) -> Iterator[Picture]:
     """Photos of a tar, such as a WebDataset's shards, by their places in it."""
-    system, path = located(file)
-    try:
-        with system.open_input_file(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                if member.isfile() and os.path.splitext(member.name)[1].lower() in IMAGE_SUFFIXES:
-                    id = _digest(_whole(file), stamp, member.name)
-                    name = f"{file}/{member.name}"
-                    yield Picture(id, name, _whole(file), member.offset_data, member.size)
-    except (OSError, tarfile.TarError, pa.ArrowException) as error:
-        raise UsageError(f"{file} is no tar that can be read: {error}") from error
+    _refuse_by_content(file, source)
+    with _opened(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        for member in tar:
+            if member.isfile() and os.path.splitext(member.name)[1].lower() in IMAGE_SUFFIXES:
+                id = _digest(_whole(file), stamp, member.name)
+                name = f"{file}/{member.name}"
+                yield Picture(id, name, _whole(file), member.offset_data, member.size)
 
 
 def _in_table(file: str, source: Source, stamp: str) -> Iterator[Picture]:
     """Photos of a parquet table: its rows, or what a column of paths names."""
-    system, path = located(file)
-    try:
-        with pq.ParquetFile(system.open_input_file(path)) as table:
-            column, holds_bytes = _column_of(table, file, source.column)
-            read = [] if holds_bytes else [column]
-            if source.id_column is not None:
-                _require_column(table, file, source.id_column)
-                read.append(source.id_column)
-            rows = _rows(table, read)
-            for place, row in enumerate(rows):
-                named = row.get(source.id_column) if source.id_column else None
-                if not holds_bytes:
-                    one = _picture(str(row[column]), _stamp_of(str(row[column])), source)
-                    yield one if named is None else one._replace(id=str(named))
-                else:
-                    id = _digest(_whole(file), stamp, str(place)) if named is None else str(named)
-                    yield Picture(id, f"{file}:{place}", _whole(file), place, None, column)
-    except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"{file} is no parquet table that can be read: {error}") from error
+    with _opened(file) as stream, pq.ParquetFile(stream) as table:
+        column, holds_bytes = _column_of(table, file, source.column)
+        if holds_bytes:
+            _refuse_by_content(file, source)
+        read = [] if holds_bytes else [column]
+        if source.id_column is not None:
+            _require_column(table, file, source.id_column)
+            read.append(source.id_column)
+        rows = _rows(table, read)
+        for place, row in enumerate(rows):
+            named = row.get(source.id_column) if source.id_column else None
+            if not holds_bytes:
+                one = _picture(str(row[column]), _stamp_of(str(row[column])), source)
+                yield one if named is None else one._replace(id=str(named))
+            else:
+                id = _digest(_whole(file), stamp, str(place)) if named is None else str(named)
+                yield Picture(id, f"{file}:{place}", _whole(file), place, None, column)
+
+
+def _refuse_by_content(file: str, source: Source) -> None:
+    if source.by_content:
+        hint = "leave it out: such photos are told apart by their places"
+        raise UsageError(f"--by-content is for files of their own, not for {file}", hint=hint)
 
 
 def _rows(table: pq.ParquetFile, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -325,22 +370,36 @@ def _require_column(table: pq.ParquetFile, file: str, name: str) -> None:
 
 
 def _cells(file: str, column: str, wanted: list[Picture]) -> Iterator[ImageSource]:
-    """Encoded photos of a table's rows, in their order; only their row groups are read."""
-    names = {one.place: one.path for one in wanted}
-    system, path = located(file)
-    with pq.ParquetFile(system.open_input_file(path)) as table:
+    """Give encoded photos of a table; once it can't be read any more, the rest are errors."""
+    places = [one.place or 0 for one in wanted]
+    if places != sorted(places):  # as an earlier version planned samples
+        what, hint = f"photos of {file} are planned in another order", "begin it anew: --force"
+        raise UsageError(what, hint=hint)
+    left = deque(wanted)
+    try:
+        for cell in _cells_at(file, column, {*places}):
+            yield NamedBytes(cell, left.popleft().path)
+        if left:
+            raise DecodeError(f"{file} has fewer rows than when it was listed")
+    except DecodeError as error:
+        yield from (cast(IO[bytes], _Lost(one.path, error)) for one in left)
+
+
+def _cells_at(file: str, column: str, places: set[int]) -> Iterator[bytes]:
+    """Read a column's cells in some rows; only their row groups are read."""
+    with _opened(file) as stream, pq.ParquetFile(stream) as table:
         place = 0
         for group in range(table.num_row_groups):
             count = table.metadata.row_group(group).num_rows
-            if names.keys().isdisjoint(range(place, place + count)):
+            if places.isdisjoint(range(place, place + count)):
                 place += count
                 continue
             for batch in table.iter_batches(_CELLS_AT_ONCE, row_groups=[group], columns=[column]):
                 cells = batch.column(0)
                 cells = cells.field("bytes") if pa.types.is_struct(cells.type) else cells
                 for cell in cells:
-                    if place in names:
-                        yield NamedBytes(cell.as_py() or b"", names[place])
+                    if place in places:
+                        yield cell.as_py() or b""
                     place += 1
 
 

@@ -19,11 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow import fs
 
-from meiqa import batches, cli, scorer
+from meiqa import batches, cli, scorer, sources
 from meiqa.batches import Condition
 from meiqa.cli import options
+from meiqa.engine.calibration import model_terms
 from meiqa.errors import UsageError
+from meiqa.sources import Picture, images_of
 from meiqa.testing import FakeEngine
 
 Output = pytest.CaptureFixture[str]
@@ -52,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 def bulk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run the command without Ray, and with an engine without a model; give its exit code."""
     engine = FakeEngine()
-    terms = {"package": engine.package.digest}
+    terms = model_terms(engine.model.digest, engine.model.calibration)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(batches, "_opened", lambda options: engine)
     monkeypatch.setattr(options, "terms_unopened", lambda options: terms)
@@ -121,7 +124,9 @@ def test_a_killed_part_is_written_again(bulk: Any, folder: Path) -> None:
     # What a kill leaves: rows without their report, a file that was being written.
     Path("out/_meiqa/done-00000.json").unlink()
     Path("out/.meiqa-part-00000-123.tmp").write_bytes(b"PAR1")
+    Path("out/_meiqa/.meiqa-done-00000-123.tmp").write_bytes(b"{")
     assert bulk(folder, "out", "--resume") == 1
+    assert not [name for name in os.listdir("out/_meiqa") if name.endswith(".tmp")]
     assert sorted(map(str, rows_in("out"))) == whole
     assert sorted(os.listdir("out")) == ["_meiqa", "part-00000.parquet", "part-00001.parquet"]
 
@@ -233,6 +238,95 @@ def test_shards_are_whole_together_and_samples_stay(bulk: Any, folder: Path) -> 
     assert len(sample) == 6
 
 
+def test_a_sample_of_a_table_has_the_scores_of_its_photos(bulk: Any, folder: Path) -> None:
+    source, options = a_table_of_bytes(folder)
+    bulk(source, "all", *options)
+    bulk(source, "sample", "--sample", "9", *options)
+    scores = {row["id"]: row["score"] for row in rows_in("all")}
+    sample = {row["id"]: row["score"] for row in rows_in("sample")}
+    assert len(sample) == 9
+    assert sample.items() <= scores.items()
+    with pytest.raises(UsageError, match="planned in another order"):
+        [*images_of([Picture(str(place), "x", "t.parquet", place, column="c") for place in (2, 1)])]
+
+
+def test_broken_sources_are_error_rows(
+    bulk: Any, folder: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "no.parquet").write_bytes(b"no table")
+    (folder / "no.tar").write_bytes(b"no tar" * 200)
+    assert bulk(folder / "*.*") == 1
+    told = capsys.readouterr().err
+    assert f"warning: {folder / 'no.tar'} cannot be read" in told
+    broken = {Path(row["path"]).name for row in rows_in("out") if row["error"]}
+    assert broken == {"broken.jpg", "no.parquet", "no.tar"}
+    lines = b"caf\xe9.jpg\nhttp://example.org/a.jpg\n" + os.fsencode(folder / "00.jpg")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), "utf-8"))
+    assert bulk("-", "piped") == 1
+    assert [bool(row["error"]) for row in rows_in("piped")] == [True, True, False]
+
+
+def test_a_table_that_vanishes_or_shrinks_is_error_rows(
+    bulk: Any, folder: Path, capsys: Output
+) -> None:
+    source, options = a_table_of_bytes(folder)
+    bulk(source, "out", *options)
+    done = Path("out/_meiqa/done-00000.json")
+    whole = pq.read_table(source)
+    for left, reason in ((0, "no such file"), (5, "has fewer rows")):
+        done.unlink()
+        if left:
+            pq.write_table(whole.slice(0, left), source)
+        else:
+            Path(str(source)).unlink()
+        assert bulk(source, "out", "--resume", *options) == 1
+        assert ("new photos were not looked for" in capsys.readouterr().err) == (not left)
+        errors = [row["error"] for row in rows_in("out") if row["error"]]
+        assert sum(reason in error for error in errors) == 16 - left
+
+
+def test_photos_whose_storage_was_away_are_looked_at_again(
+    bulk: Any, folder: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(uri: str) -> Any:
+        raise UsageError(f"{uri} cannot be opened") from OSError("slow down")
+
+    names = folder.parent / "names.txt"
+    names.write_text("s3://bucket/00.jpg\ns3://bucket/00.jpg\n")
+    monkeypatch.setattr(sources, "_file_system", away)
+    assert bulk(names, "out", "--filter", "score > 5") == 1
+    told = capsys.readouterr()
+    assert "1 failed (PhotoUnreachable 1)" in told.out
+    assert told.err.count("named twice") == 1
+    monkeypatch.setattr(sources, "_file_system", lambda uri: (fs.LocalFileSystem(), str(folder)))
+    assert bulk(names, "out", "--filter", "score > 5", "--resume") == 0
+    assert "1 scored; 0 of them written" in capsys.readouterr().out
+    assert not [*Path("out").glob("part-*")]
+
+
+def test_what_means_nothing_is_refused(bulk: Any, folder: Path, capsys: Output) -> None:
+    def refused(*arguments: Any) -> str:
+        assert bulk(*arguments) == 2
+        return capsys.readouterr().err
+
+    tar, table = a_tar(folder)[0], a_table_of_bytes(folder)[0]
+    assert "--by-content is for files of their own" in refused(tar, "a", "--by-content")
+    assert "--by-content is for files of their own" in refused(table, "b", "--by-content")
+    assert "beside --address none" in refused(folder, "c", "--workers", "1", "2")
+    assert "--workers is no range" in refused(
+        folder, "d", "--address", "local", "--workers", "4", "2"
+    )
+
+
+def test_workers_with_another_calibration_are_refused(
+    bulk: Any, folder: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = {**options.terms_unopened(options.Options()), "calibration": "cd" * 32}
+    monkeypatch.setattr(options, "terms_unopened", lambda _: terms)
+    assert bulk(folder) == 2
+    assert "the calibration is another one on" in capsys.readouterr().err
+
+
 def test_a_filter_leaves_rows_out_and_counts_them(bulk: Any, folder: Path, capsys: Output) -> None:
     bulk(folder, "all", "--format", "jsonl")
     lines = [line for file in Path("all").glob("*.jsonl") for line in file.read_text().splitlines()]
@@ -272,7 +366,10 @@ def test_what_is_there_is_kept(bulk: Any, folder: Path, capsys: Output) -> None:
     Path("other/letter.txt").write_text("Dear")
     assert "holds something else" in refused(folder, "other", "--force")
     assert os.listdir("other") == ["letter.txt"]
+    Path("out/part-2.txt").write_text("mine")
     bulk(folder, "out", "--force", "--limit", "3")
+    assert Path("out/part-2.txt").read_text() == "mine"
+    Path("out/part-2.txt").unlink()
     assert len(rows_in("out")) == 3
     assert "no such file, folder or glob" in refused("nowhere", "new")
     assert "has no column nothing" in refused(

@@ -19,7 +19,7 @@ from PIL import Image
 from meiqa import cli
 from meiqa.cli import options
 from meiqa.decisions import NAME
-from meiqa.engine.calibration import UNCALIBRATED
+from meiqa.engine.calibration import UNCALIBRATED, model_terms
 from meiqa.journal import journals_in
 from meiqa.serve import review
 from meiqa.testing import FakeEngine
@@ -146,9 +146,8 @@ def test_another_calibration_judges_again(
     judged = len(engine.calls)
     start(shoot).finish()
     assert len(engine.calls) == judged
-    monkeypatch.setattr(
-        options, "terms_unopened", lambda _: options.model_terms("cd", UNCALIBRATED)
-    )
+    terms = model_terms("cd", UNCALIBRATED)
+    monkeypatch.setattr(options, "terms_unopened", lambda _: terms)
     start(shoot).finish()
     assert len(engine.calls) == 2 * judged
 

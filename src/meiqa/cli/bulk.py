@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from meiqa.cli import options as cli
 from meiqa.cli.options import Options, say
+from meiqa.errors import UsageError
 from meiqa.progress import Progress
 
 if TYPE_CHECKING:
@@ -69,27 +71,52 @@ def bulk_command(options: Options) -> int:
 
         if options.address != HERE:
             import meiqa.ray  # noqa: F401
+    if options.workers is not None:
+        _refuse_workers(options)
     source = Source(options.source, options.id, options.column, options.by_content, options.hidden)
     condition = None if options.filter is None else Condition(options.filter)
     scoring = _scoring(options)
-    terms = {**cli.terms_unopened(options), **_terms(options, scoring)}
+    model = cli.terms_unopened(options)
+    terms = {**model, **_terms(options, scoring)}
     selection = cli.selection_of(options)
     output = BulkOutput(options.out, options.format)
     with output.held():
         output.begin(terms, resume=options.resume, force=options.force)
 
-        def unplanned() -> Iterator[Picture]:
-            taken = selection.of(pictures_of(source, say), lambda one: one.id)
+        def unplanned(tell: Callable[[str], None]) -> Iterator[Picture]:
+            taken = selection.of(pictures_of(source, tell), lambda one: one.id)
             return output.unplanned(taken)
 
         grows = selection.is_open and options.source not in cli.STDIN
         if grows or not output.plans:
-            say(f"{options.out}: {output.plan(unplanned())} photos are new")
-        scorer = PartScorer(output, BatchScorer(scoring, "bytes"), terms["package"], condition)
-        code = _score(scorer, options)
-        if grows and (more := sum(1 for _ in unplanned())):
-            say(f"{more} photos came meanwhile; take them in: --resume")
+            with _tolerated(bool(output.plans)):
+                say(f"{options.out}: {output.plan(unplanned(say))} photos are new")
+        code = _score(PartScorer(output, BatchScorer(scoring, "bytes"), model, condition), options)
+        if grows and not options.by_content:  # by which each file would be read once more
+            with _tolerated(True):
+                if more := sum(1 for _ in unplanned(lambda line: None)):
+                    say(f"{more} photos came meanwhile; take them in: --resume")
     return code
+
+
+@contextmanager
+def _tolerated(planned: bool) -> Iterator[None]:
+    """Where photos are planned already, say what kept their source from being listed again."""
+    try:
+        yield
+    except UsageError as error:
+        if not planned:
+            raise
+        say(f"warning: new photos were not looked for: {error}")
+
+
+def _refuse_workers(options: Options) -> None:
+    fewest, most = options.workers
+    if options.address == HERE:
+        raise UsageError("--workers means nothing beside --address none, which has one")
+    if fewest > most:
+        seen, allowed = f"{fewest} {most}", "the fewest, then the most"
+        raise UsageError("--workers is no range", seen=seen, allowed=allowed)
 
 
 def _score(scorer: PartScorer, options: Options) -> int:

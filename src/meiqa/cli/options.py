@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import math
 import os
 import shlex
@@ -12,7 +10,6 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from functools import reduce
 from itertools import pairwise
 from types import SimpleNamespace
@@ -305,7 +302,8 @@ HEAD = option(
 )
 RAY = option(
     "--ray A",
-    "see photos on all cores of a Ray: auto, local or ray://HOST:PORT (docs/bulk.md)",
+    "spread the work over all cores of a Ray cluster: auto, local or ray://HOST:PORT "
+    "(docs/bulk.md)",
     excludes="--remote",
 )
 MOS_RANGE = option(
@@ -446,14 +444,10 @@ def hub_device(options: Options) -> str:
     return options.hub_device or socket.gethostname()
 
 
-def model_terms(digest: str, calibration: Calibration) -> dict[str, str]:
-    """Give what a score depends on in the model, by the digests of a package and calibration."""
-    text = json.dumps(asdict(calibration), sort_keys=True)
-    return {"package": digest, "calibration": hashlib.sha256(text.encode()).hexdigest()}
-
-
 def terms_unopened(options: Options) -> dict[str, str]:
     """Give the `model_terms` of the engine that the options name, which takes no opening."""
+    from meiqa.engine.calibration import model_terms
+
     if vars(options).get("remote") is not None and options.memory is not None:
         from meiqa.engine.remote import RemoteSettings
 

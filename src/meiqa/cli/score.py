@@ -251,12 +251,14 @@ def _score_to_file(
 
 def _terms(engine: Engine, options: Options) -> dict[str, Any]:
     """What a row depends on, beside the photo: package, calibration, and options."""
+    from meiqa.engine.calibration import model_terms
+
     names = (
         "admission budget_ms device embedding exclude_above head k map memory model no_detail raw "
         "reference"
     )
     return {
-        **cli.model_terms(engine.model.digest, engine.model.calibration),
+        **model_terms(engine.model.digest, engine.model.calibration),
         **{name: getattr(options, name) for name in names.split()},
     }
 
