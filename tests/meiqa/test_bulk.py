@@ -312,6 +312,7 @@ def test_what_means_nothing_is_refused(bulk: Any, folder: Path, capsys: Output) 
     tar, table = a_tar(folder)[0], a_table_of_bytes(folder)[0]
     assert "--by-content is for files of their own" in refused(tar, "a", "--by-content")
     assert "--by-content is for files of their own" in refused(table, "b", "--by-content")
+    assert "without --memory" in refused(folder, "c", "--hub", "postgresql://hub/photos")
     assert "beside --address none" in refused(folder, "c", "--workers", "1", "2")
     assert "--workers is no range" in refused(
         folder, "d", "--address", "local", "--workers", "4", "2"

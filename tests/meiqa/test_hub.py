@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import psycopg
 import pytest
+from PIL import Image
 
 from meiqa import cli
 from meiqa.cli import options as cli_options
@@ -36,6 +37,20 @@ def learned(memory: Path, package: EnginePackage, seed: int) -> str:
         (record,) = engine.memory.cases("contrast")
         assert not any(note.startswith("not remembered") for note in found.degraded)
     return record.id
+
+
+def test_a_bulk_run_learns_from_a_hub_before_it_scores(
+    hub: str, memory: Path, package: EnginePackage, tmp_path: Path, capsys: Output
+) -> None:
+    other, photo = shutil.copytree(memory, tmp_path / "other"), tmp_path / "photo.png"
+    learned(memory, package, 1)
+    assert cli.main(["hub", "init", hub]) == 0
+    assert cli.main(["memory", "sync", str(memory), "--hub", hub]) == 0
+    Image.fromarray(picture(2, (96, 96))).save(photo)
+    model = ["--package", str(package.path), "--memory", str(other)]
+    run = ["bulk", str(photo), "--out", str(tmp_path / "out"), "--address", "none", *model]
+    assert cli.main([*run, "--hub", hub]) == 0
+    assert "0 pushed, 1 pulled, 0 removed" in capsys.readouterr().err
 
 
 def test_two_memories_learn_from_each_other_on_the_command_line(

@@ -302,6 +302,18 @@ def test_an_output_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_two_writers_of_one_number_do_not_meet(tmp_path: Path) -> None:
+    """As processes of two machines are."""
+    with (
+        open_output(tmp_path / "a.html", PAGE, force=True) as last,
+        open_output(tmp_path / "a.html", PAGE, force=True) as first,
+    ):
+        first.write(b"first")
+        last.write(b"last")
+    assert (tmp_path / "a.html").read_bytes() == b"last"
+    assert os.listdir(tmp_path) == ["a.html"]
+
+
 def test_what_is_put_there_meanwhile_is_kept(tmp_path: Path) -> None:
     def write() -> None:
         with open_output(tmp_path / "f", PAGE) as stream:

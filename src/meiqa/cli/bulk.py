@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from meiqa.cli import options as cli
+from meiqa.cli.memory import sync_once
 from meiqa.cli.options import Options, say
 from meiqa.errors import UsageError
 from meiqa.progress import Progress
@@ -57,6 +58,12 @@ HERE, _BAR = "none", 30
 @cli.EFFORT
 @cli.PACKAGE
 @cli.memory_option("the embedded anchors alone")
+@cli.option(
+    "--hub URL",
+    "sync --memory with this PostgreSQL database once, before the run (docs/hub.md)",
+    needs="--memory",
+)
+@cli.HUB_DEVICE
 def bulk_command(options: Options) -> int:
     """Score many photos into a directory of rows, on all cores or on a cluster.
 
@@ -80,6 +87,8 @@ def bulk_command(options: Options) -> int:
     terms = {**model, **_terms(options, scoring)}
     selection = cli.selection_of(options)
     output = BulkOutput(options.out, options.format)
+    if options.hub is not None:
+        sync_once(options)
     with output.held():
         output.begin(terms, resume=options.resume, force=options.force)
 

@@ -296,6 +296,11 @@ def rekey(options: Options) -> int:
 @cli.flag("--anew", "from the beginning: the hub was set back, or is another one than before")
 def sync(options: Options) -> int:
     """Tell a hub what was learned here, and learn what others did."""
+    return sync_once(options, anew=options.anew)
+
+
+def sync_once(options: Options, *, anew: bool = False) -> int:
+    """Sync --memory with --hub, and say what came of it; give the exit code."""
     with cli.optional_packages("hub"):
         from meiqa.memory.replica import Replica
     from meiqa.engine.remote import SETTINGS
@@ -304,7 +309,7 @@ def sync(options: Options) -> int:
         what = "a remote model's memory holds pictures, which are not shared"
         raise UsageError(what, seen=options.memory)
     with _bank(options.memory, "rw") as bank:
-        done = Replica(bank, options.hub, cli.hub_device(options)).sync(anew=options.anew)
+        done = Replica(bank, options.hub, cli.hub_device(options)).sync(anew=anew)
     for each in done.refused:
         say(one_line(f"refused: {each.name}: {each.reason}"))
     say(f"{options.memory}: {done}")
