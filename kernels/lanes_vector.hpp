@@ -1,13 +1,22 @@
 // Sixteen floats side by side as vectors of the compiler's, as wide as the processor's registers.
 //
-// The names are those of lanes_avx512.hpp. There are no byte products: rounded inputs stay floats
-// that hold whole numbers, and a byte weight is multiplied as the float it stands for.
+// The names are those of lanes_avx512.hpp. What is rounded, and its products, are each kernel's own:
+//     Code            a whole number from kLowest to kLowest + 255
+//     Weight          of a panel, kTogether of a column side by side
+//     store_codes     of sixteen whole numbers in floats
+//     multiply_codes  sums of products of rows with half a panel
 
 #pragma once
 
 #include "decoder.hpp"
 
 #include <cstring>
+
+#if defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace meiqa {
 namespace {
@@ -21,11 +30,15 @@ constexpr std::size_t kParts = kLanes / kNative;
 typedef float Native __attribute__((vector_size(4 * kNative)));
 typedef std::int32_t NativeInts __attribute__((vector_size(4 * kNative)));
 
-using Code = float;  // an input, rounded, above the zero point
+constexpr std::size_t kHalves = 1;
 constexpr std::size_t kTile = 6;  // rows whose sums over half a panel stay in the registers
 
 struct Lanes {
     Native part[kParts];
+};
+
+struct Ints {
+    NativeInts part[kParts];
 };
 
 struct Pair {
@@ -73,9 +86,20 @@ inline Lanes operator/(const Lanes& a, const Lanes& b) {
     return each([&](std::size_t i) { return a.part[i] / b.part[i]; });
 }
 
-// a b + c: one operation where the processor has it.
+// a b + c: one operation where the processor has it. The compiler fuses none by itself, so that every
+// kernel that has it rounds alike.
+inline Native fused(Native a, Native b, Native c) {
+#if defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+    return (Native)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
 inline Lanes fused(const Lanes& a, const Lanes& b, const Lanes& c) {
-    return each([&](std::size_t i) { return a.part[i] * b.part[i] + c.part[i]; });
+    return each([&](std::size_t i) { return fused(a.part[i], b.part[i], c.part[i]); });
 }
 
 inline Lanes larger(const Lanes& a, const Lanes& b) {
@@ -86,12 +110,14 @@ inline Lanes smaller(const Lanes& a, const Lanes& b) {
     return each([&](std::size_t i) { return a.part[i] < b.part[i] ? a.part[i] : b.part[i]; });
 }
 
-inline float sum_of(const Lanes& x) {
+// Halves are added until one is left, as AVX-512's own reduction does: sums have one order everywhere.
+inline float sum_of(Lanes x) {
+    for (std::size_t half = kParts / 2; half > 0; half /= 2)
+        for (std::size_t i = 0; i < half; ++i) x.part[i] += x.part[i + half];
     Native sum = x.part[0];
-    for (std::size_t i = 1; i < kParts; ++i) sum += x.part[i];
-    float whole = 0;
-    for (std::size_t i = 0; i < kNative; ++i) whole += sum[i];
-    return whole;
+    for (std::size_t half = kNative / 2; half > 0; half /= 2)
+        for (std::size_t i = 0; i < half; ++i) sum[i] += sum[i + half];
+    return sum[0];
 }
 
 inline float largest_of(const Lanes& x) {
@@ -132,9 +158,13 @@ inline Lanes only_first(const Lanes& x, std::size_t count) {
     return made;
 }
 
-inline void store_codes(Code* out, const Lanes& x, const Linear& reader) {
-    const Lanes least = all(-reader.zero), most = all(255.0f - reader.zero);
-    store(out, nearest_whole(smaller(larger(x * all(reader.steps), least), most)));
+// Floats of whole numbers, to which others are added before.
+inline Lanes floats_of(const Ints& x, const std::int32_t* more) {
+    Ints added;
+    std::memcpy(&added, more, sizeof added);
+    return each([&](std::size_t i) {
+        return __builtin_convertvector(x.part[i] + added.part[i], Native);
+    });
 }
 
 // Sums of products of rows with 16 columns of a panel. They are an array of this function alone:
@@ -154,7 +184,8 @@ inline void multiply_half(const float* a, std::size_t stride, const float* panel
 #pragma GCC unroll 8
         for (std::size_t r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-            for (std::size_t i = 0; i < kParts; ++i) made[r][i] += a[r * stride + k] * columns[i];
+            for (std::size_t i = 0; i < kParts; ++i)
+                made[r][i] = fused(a[r * stride + k] - Native{}, columns[i], made[r][i]);
     }
 #pragma GCC unroll 8
     for (std::size_t r = 0; r < ROWS; ++r)
@@ -170,16 +201,6 @@ inline void multiply(const float* a, std::size_t stride, const float* panel, std
     multiply_half<ROWS>(a, stride, panel, inputs, lows);
     multiply_half<ROWS>(a, stride, panel + kLanes, inputs, highs);
     for (std::size_t r = 0; r < ROWS; ++r) sums[r] = {lows[r], highs[r]};
-}
-
-// What a panel of a linear layer makes of rows.
-template <std::size_t ROWS>
-inline void layer_of(const Linear& w, const float* a, std::size_t stride, std::size_t panel,
-                     Pair (&made)[ROWS]) {
-    const std::size_t at = panel * kPanel;
-    multiply<ROWS>(a, stride, w.floats + at * w.inputs, w.inputs, made);
-    const Lanes low = load(w.bias + at), high = load(w.bias + at + kLanes);
-    for (std::size_t r = 0; r < ROWS; ++r) made[r] = {made[r].low + low, made[r].high + high};
 }
 
 // The columns of 16 rows of 16 floats become rows.
