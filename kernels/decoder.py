@@ -222,7 +222,7 @@ class FusedDecoder:
                 checked(norms[1], (s.width,)),
                 *(_decoder.StoredLinear(*each.packed(packing)) for each in as_read(linears)),
             )
-        self._angles = self._turned(FIRST_POSITIONS)
+        self._angles = self.turned(FIRST_POSITIONS)
 
     def _extents(self, name: str) -> tuple[int, int]:
         """Inputs and outputs of a linear layer."""
@@ -238,7 +238,7 @@ class FusedDecoder:
             "down_proj": (s.inner, s.width),
         }[name]
 
-    def _turned(self, positions: int) -> tuple[Floats, Floats]:
+    def turned(self, positions: int) -> tuple[Floats, Floats]:
         """Cosines and sines of the first positions, (positions, d / 2) each."""
         place = np.arange(positions, dtype=np.float32)[:, None]
         angles = place * self.frequencies.sum(axis=0)
@@ -334,7 +334,7 @@ class FusedDecoder:
             raise ValueError("positions begin at 0")
         angles = self._angles
         if (farthest := int(places.max(initial=0))) >= len(angles[0]):
-            self._angles = angles = self._turned(2 * farthest)
+            self._angles = angles = self.turned(2 * farthest)
         return places, angles
 
 
