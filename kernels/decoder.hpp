@@ -9,6 +9,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// Of what takes and gives registers: a call would pass them through memory.
+#define MEIQA_INLINE inline __attribute__((always_inline))
+
 namespace meiqa {
 
 constexpr std::size_t kLanes = 16, kPanel = 2 * kLanes;

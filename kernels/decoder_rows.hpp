@@ -120,7 +120,7 @@ void added(const Linear& w, const Input& input, std::size_t rows, float* out, st
 // ---- between products --------------------------------------------------------------------------
 
 // Cephes' expf: the remainder of a division by ln 2 in a polynomial, the quotient as exponent.
-Lanes exponential(Lanes x) {
+MEIQA_INLINE Lanes exponential(Lanes x) {
     x = smaller(larger(x, all(-87.0f)), all(88.0f));
     const Lanes n = nearest_whole(x * all(1.44269504f));
     Lanes r = fused(n, all(-0.693359375f), x);
@@ -134,12 +134,12 @@ Lanes exponential(Lanes x) {
     return scaled(fused(p * r, r, r + all(1.0f)), n);
 }
 
-Lanes silu(Lanes x) {
+MEIQA_INLINE Lanes silu(Lanes x) {
     return x / (all(1.0f) + exponential(all(0.0f) - x));
 }
 
 // Rounds to the codes that a linear layer reads.
-void round_to_codes(Lanes x, Code* out, const Linear& reader) {
+MEIQA_INLINE void round_to_codes(Lanes x, Code* out, const Linear& reader) {
     const Lanes least = all(-reader.zero), most = all(255.0f - reader.zero);
     const Lanes steps = nearest_whole(smaller(larger(x * all(reader.steps), least), most));
     store_codes(out, steps + all(reader.zero + kLowest));
