@@ -74,6 +74,19 @@ class FusedShape:
         )
 
 
+    def multiplications(self, layers: int, steps: int, prefix_steps: int) -> tuple[int, int]:
+        """Count those of a row of `steps` tokens: of linear layers, and of attention.
+
+        A token attends to the prefix, to those before it and to itself. Of the last layer all that
+        is done for each token is its keys and values.
+        """
+        queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
+        other = 2 * self.width * queries + 3 * self.width * self.inner
+        linear = 2 * layers * steps * self.width * keys + ((layers - 1) * steps + 1) * other
+        seen = steps * prefix_steps + steps * (steps + 1) // 2
+        return linear, 2 * queries * ((layers - 1) * seen + prefix_steps + steps)
+
+
 @dataclass(frozen=True, eq=False)
 class Linear:
     """A linear layer.

@@ -86,10 +86,11 @@ inline void multiply(const float* a, std::size_t stride, const float* panel, std
     for (std::size_t r = 0; r < ROWS; ++r) sums[r] = {lows[r], highs[r]};
 }
 
-// Sums of products of rows of codes with one panel.
+// Sums of products of rows of codes with one panel. Inlined, GCC would keep them in memory.
 template <std::size_t ROWS>
-inline void multiply_codes(const Code* a, std::size_t stride, const Weight* panel,
-                           std::size_t inputs, Ints (&sums)[ROWS][kHalves]) {
+__attribute__((noinline)) void multiply_codes(const Code* a, std::size_t stride,
+                                              const Weight* panel, std::size_t inputs,
+                                              Ints (&sums)[ROWS][kHalves]) {
     __m512i lows[ROWS], highs[ROWS];
 #pragma GCC unroll 16
     for (std::size_t r = 0; r < ROWS; ++r) lows[r] = highs[r] = _mm512_setzero_si512();
