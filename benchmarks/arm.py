@@ -50,7 +50,8 @@ class Loop:
     """The inner loop of some products.
 
     Attributes:
-        kernel, precision: whose; product: its instruction and how many multiplications it does.
+        kernel, precision: whose; product: its instruction, with the sum where that is another, and
+            how many multiplications one does.
         cores: the models of llvm-mca to ask.
     """
 
@@ -68,7 +69,7 @@ LOOPS = (
     Loop("i8mm", "int8", "smmla", 32, ("neoverse-v1", "neoverse-n2")),
     Loop("dotprod", "fp32", "fmla", 4, SMALL),
     Loop("avx512", "int8", "vpdpbusd.*%zmm", 64, ("znver4",), "x86_64"),
-    Loop("avx2", "int8", "vpmaddwd", 16, ("znver4", "alderlake"), "x86_64"),
+    Loop("avx2", "int8", "vpmaddwd|vpaddd", 8, ("znver4", "alderlake"), "x86_64"),
     Loop("avx512", "fp32", "vfmadd231ps.*%zmm", 16, ("znver4",), "x86_64"),
 )
 
@@ -238,13 +239,12 @@ def estimates(
                 for row in counted
                 if (row["kernel"], row["precision"]) == ("dotprod", precision)
             )
-            parts = ((linear, loop), (attention, by["fp32"]))
-            turns = [
-                work / (part["macs_per_cycle"] * part["cycles"]) for work, part in parts
-            ]
-            inside = sum(n * part["instructions"] for n, (_, part) in zip(turns, parts, strict=True))
-            spent = sum(n * part["cycles"] for n, (_, part) in zip(turns, parts, strict=True))
-            spent += (found["instructions"] - inside) / PER_CYCLE
+            spent, outside = 0.0, found["instructions"]
+            for work, part in ((linear, loop), (attention, by["fp32"])):
+                turns = work / (part["macs_per_cycle"] * part["cycles"])
+                spent += turns * part["cycles"]
+                outside -= turns * part["instructions"]
+            spent += outside / PER_CYCLE
             rows.append(
                 {
                     **{"device": device, "core": core, "ghz": ghz, "cores": cores},

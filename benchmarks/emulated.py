@@ -31,9 +31,8 @@ ARM64 = {
 def built(folder: Path, settings: Mapping[str, str]) -> Path:
     """Build the program in a folder with these settings of CMake's; gives its path."""
     given = [f"-D{name}={value}" for name, value in settings.items()]
-    quiet = {"check": True, "capture_output": True}
-    subprocess.run(["cmake", "-S", SOURCE, "-B", folder, *given], **quiet)  # type: ignore[call-overload]
-    subprocess.run(["cmake", "--build", folder, "-j2"], **quiet)  # type: ignore[call-overload]
+    for words in (["-S", str(SOURCE), "-B", str(folder), *given], ["--build", str(folder), "-j2"]):
+        subprocess.run(["cmake", *words], check=True, capture_output=True)
     return folder / "rows"
 
 
@@ -80,9 +79,7 @@ class Rows:
     prefixes: Sequence[Floats]
 
 
-def call_of(
-    decoder: FusedDecoder, packing: Packing, rows: Rows
-) -> Iterator[NDArray[np.generic]]:
+def call_of(decoder: FusedDecoder, packing: Packing, rows: Rows) -> Iterator[NDArray[np.generic]]:
     """Give all arrays of a call, in the order in which the program asks for them."""
     s = decoder.shape
     shape = (s.width, s.inner, s.kv_heads, s.heads // s.kv_heads, s.head_width, len(decoder.layers))

@@ -73,7 +73,6 @@ class FusedShape:
             and self.inner % LANES == 0
         )
 
-
     def multiplications(self, layers: int, steps: int, prefix_steps: int) -> tuple[int, int]:
         """Count those of a row of `steps` tokens: of linear layers, and of attention.
 
