@@ -11,14 +11,15 @@ activations into weights, where rounding hurts less: a linear layer's input is d
 a channel and the rows of its weight multiplied by it. The division is folded into what makes the
 input: a norm's weight, or the columns of the layer behind one factor of a gated product.
 
-INT4: blocks along the input, one scale a block and output channel; activations stay in float.
+INT4: blocks along the input, a scale and a zero point for each block and output channel;
+activations stay in float.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -47,8 +48,8 @@ COMPARED_ROWS = 256
 BLOCK = 32
 SMALLEST_INT4, LARGEST_INT4 = -8, 7
 CLIPS = np.linspace(0.95, 0.65, 7, dtype=np.float32)
-"""Shares of a block's largest weight that are tried as what the largest code stands for: clipping a
-few weights is worth it where the others get finer steps."""
+"""Shares of a block's span that are tried as what the outermost codes stand for: clipping a few
+weights is worth it where the others get finer steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,15 +322,19 @@ def weight_in_blocks(layer: Layer, importance: Floats) -> ir.Value:
     blocks = -(-inputs // BLOCK)
 
     def scales(weight: Floats) -> Floats:
-        return best_block_scales(weight, importance)
+        return best_block_grid(weight, importance).scale
+
+    def zeros(weight: Floats) -> NDArray[np.int8]:
+        return best_block_grid(weight, importance).zero.astype(np.int8)
 
     def codes(weight: Floats) -> NDArray[np.int8]:
-        whole = block_codes(by_blocks(weight), scales(weight))
+        whole = block_codes(by_blocks(weight), best_block_grid(weight, importance))
         return whole.reshape(-1, outputs)[:inputs].astype(np.int8)
 
     step = derived(layer.weight, "scale", ir.DataType.FLOAT, (blocks, outputs), scales)
+    zero = derived(layer.weight, "zero", ir.DataType.INT4, (blocks, outputs), zeros)
     code = derived(layer.weight, "int4", ir.DataType.INT4, layer.shape, codes)
-    return dequantised([code, step], axis=0, block_size=BLOCK)
+    return dequantised([code, step, zero], axis=0, block_size=BLOCK)
 
 
 def by_blocks(weight: Floats) -> Floats:
@@ -338,33 +343,57 @@ def by_blocks(weight: Floats) -> Floats:
     return filled.reshape(-1, BLOCK, weight.shape[1])
 
 
-def block_codes(blocks: Floats, scales: Floats) -> Floats:
-    """Round weights to whole numbers of steps (blocks, BLOCK, outputs)."""
-    codes: Floats = np.clip(np.rint(blocks / scales[:, None]), SMALLEST_INT4, LARGEST_INT4)
-    return codes
+class BlockGrid(NamedTuple):
+    """The steps (blocks, outputs) of 4-bit weights, and the codes that stand for 0."""
+
+    scale: Floats
+    zero: Floats
+
+    @classmethod
+    def between(cls, low: Floats, high: Floats) -> BlockGrid:
+        """Hold 0, which is exact, and all values from `low` (≤ 0) to `high` (≥ 0)."""
+        steps = LARGEST_INT4 - SMALLEST_INT4
+        scale = np.where(high > low, (high - low) / steps, 1.0).astype(np.float32)
+        zero = np.clip(np.rint(-low / scale) + SMALLEST_INT4, SMALLEST_INT4, LARGEST_INT4)
+        return cls(scale, zero)
+
+    @classmethod
+    def unclipped(cls, weight: Floats) -> BlockGrid:
+        """Hold all weights (inputs, outputs) of each block."""
+        blocks = by_blocks(weight)
+        return cls.between(blocks.min(1, initial=0.0), blocks.max(1, initial=0.0))
+
+    def narrowed(self, share: np.float32) -> BlockGrid:
+        """Hold less: so much of what lies on either side of 0."""
+        low, high = ((code - self.zero) * self.scale for code in (SMALLEST_INT4, LARGEST_INT4))
+        return self.between(share * low, share * high)
 
 
-def unclipped_block_scales(weight: Floats) -> Floats:
-    """Choose scales (blocks, outputs) that clip nothing; 1 where all weights are 0."""
-    largest = np.abs(by_blocks(weight)).max(1)
-    return np.where(largest > 0, largest / LARGEST_INT4, 1.0).astype(np.float32)
+def block_codes(blocks: Floats, grid: BlockGrid) -> Floats:
+    """Round weights to codes (blocks, BLOCK, outputs)."""
+    codes: Floats = np.rint(blocks / grid.scale[:, None]) + grid.zero[:, None]
+    return codes.clip(SMALLEST_INT4, LARGEST_INT4)
 
 
-def best_block_scales(weight: Floats, importance: Floats) -> Floats:
-    """Choose scales (blocks, outputs) with the least error, weighted by importance (inputs,)."""
-    whole = unclipped_block_scales(weight)
-    best, least = whole, block_errors(weight, whole, importance)
-    for clip in CLIPS:
-        error = block_errors(weight, clip * whole, importance)
+def best_block_grid(weight: Floats, importance: Floats) -> BlockGrid:
+    """Choose the grid with the least error, weighted by importance (inputs,)."""
+    best = whole = BlockGrid.unclipped(weight)
+    least = block_errors(weight, whole, importance)
+    for share in CLIPS:
+        tried = whole.narrowed(share)
+        error = block_errors(weight, tried, importance)
         better = error < least
-        best, least = np.where(better, clip * whole, best), np.where(better, error, least)
+        least = np.where(better, error, least)
+        best = BlockGrid(
+            *(np.where(better, new, old) for new, old in zip(tried, best, strict=True))
+        )
     return best
 
 
-def block_errors(weight: Floats, scales: Floats, importance: Floats) -> Floats:
+def block_errors(weight: Floats, grid: BlockGrid, importance: Floats) -> Floats:
     """Measure the weighted squared error (blocks, outputs) of weights as they come back."""
     blocks = by_blocks(weight)
-    error = block_codes(blocks, scales) * scales[:, None] - blocks
+    error = (block_codes(blocks, grid) - grid.zero[:, None]) * grid.scale[:, None] - blocks
     weights = by_blocks(importance[:, None])[..., 0]
     weighted: Floats = np.einsum("bio,bio,bi->bo", error, error, weights)
     return weighted

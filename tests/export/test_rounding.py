@@ -14,15 +14,15 @@ from meiqa.export.calibration import observing
 from meiqa.export.layers import save_graph
 from meiqa.export.rounding import (
     BLOCK,
+    BlockGrid,
     Observed,
     Range,
-    best_block_scales,
+    best_block_grid,
     block_errors,
     foldables,
     quantise_int4,
     quantise_int8,
     smoothing_scales,
-    unclipped_block_scales,
     values_to_observe,
 )
 from tests.export.small_graphs import (
@@ -123,10 +123,13 @@ def test_a_row_in_int8_gives_the_same_alone_and_among_others(tmp_path: Path) -> 
 
 def restored(made: ir.Model, inputs: int) -> Floats:
     """The weight as it comes back, (inputs, outputs)."""
-    codes, scale = stored_values(made, "w.int4").astype(np.float32), stored_values(made, "w.scale")
+    codes, zero = (stored_values(made, f"w.{name}").astype(np.float32) for name in ("int4", "zero"))
     assert codes.min() >= -8
     assert codes.max() <= 7
-    return codes * np.repeat(scale, BLOCK, axis=0)[:inputs]
+    zero, scale = (
+        np.repeat(v, BLOCK, axis=0)[:inputs] for v in (zero, stored_values(made, "w.scale"))
+    )
+    return (codes - zero) * scale
 
 
 def in_four_bits(weight: Floats, observed: dict[str, Observed] | None = None) -> ir.Model:
@@ -157,17 +160,18 @@ def test_onnx_runtime_multiplies_blocks_directly(tmp_path: Path) -> None:
 def test_the_search_never_loses_against_plain_rounding_and_wins_somewhere() -> None:
     weight = np.random.default_rng(0).standard_t(3, (97, 50)).astype(np.float32)
     importance = np.geomspace(1e-3, 1e3, 97, dtype=np.float32)
-    plain = block_errors(weight, unclipped_block_scales(weight), importance)
-    found = block_errors(weight, best_block_scales(weight, importance), importance)
+    plain = block_errors(weight, BlockGrid.unclipped(weight), importance)
+    found = block_errors(weight, best_block_grid(weight, importance), importance)
     assert (found <= plain).all()
     assert found.sum() < 0.9 * plain.sum()
 
 
 def test_plain_rounding_is_off_by_half_a_step_at_most() -> None:
     weight = normal(0, 64, 24)
-    scale = unclipped_block_scales(weight)
-    largest = np.square(np.abs(scale / 2)) * BLOCK
-    assert (block_errors(weight, scale, np.ones(64, np.float32)) <= largest).all()
+    grid = BlockGrid.unclipped(weight)
+    # One step at most where the zero point was rounded and an end of the span is clipped by that.
+    largest = np.square(grid.scale / 2) * (BLOCK - 1) + np.square(grid.scale)
+    assert (block_errors(weight, grid, np.ones(64, np.float32)) <= largest).all()
 
 
 def test_strong_inputs_are_rounded_more_closely() -> None:
