@@ -5,8 +5,8 @@
 Weights of a Llama or Qwen2 decoder, as GGUF files hold them, are put into the shape of Qwen2.5-VL
 in bfloat16, with a vision tower of random weights before them: no whole vision-language model is
 small enough to be tried often, and what quantising does to massive activations and to written text
-shows in the decoder alone. Needs the packages `gguf` and `accelerate`. Text logits equal those of the decoder by
-itself; the largest difference is printed.
+shows in the decoder alone. Needs the packages `gguf` and `accelerate`. Text logits equal those of
+the decoder by itself; the largest difference is printed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
@@ -44,13 +42,13 @@ SHARD = "600MB"
 SENTENCE = "The photograph is sharp where it matters, and its colours are natural."
 
 
-def with_marks(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
+def with_marks(tokenizer: Any, model: Any) -> None:
     """Add the tokens that stand around a picture, with a row of the embedding each."""
     tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
     model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size), mean_resizing=False)
 
 
-def config_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
+def config_of(model: Any, tokenizer: Any) -> Qwen2_5_VLConfig:
     """Describe the decoder as Qwen2.5-VL does."""
     text = model.config
     half = text.hidden_size // text.num_attention_heads // 2
@@ -81,10 +79,11 @@ def config_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Qwe
     )
 
 
-def dressed(model: PreTrainedModel, config: Qwen2_5_VLConfig) -> PreTrainedModel:
+def dressed(model: Any, config: Qwen2_5_VLConfig) -> Any:
     """Put the decoder's weights behind a random tower; a bias that it lacks is nothing."""
     torch.manual_seed(0)
-    whole = Qwen2_5_VLForConditionalGeneration(config).eval()
+    whole: Any = Qwen2_5_VLForConditionalGeneration(config)
+    whole.eval()
     given: dict[str, Any] = {
         name.replace("model.", "model.language_model.", 1): weight
         for name, weight in model.state_dict().items()
@@ -102,7 +101,8 @@ def make_checkpoint(gguf: Path, out: Path) -> float:
     """Write the checkpoint, and give the largest difference of text logits."""
     where, file = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
+    model.eval()
     with_marks(tokenizer, model)
     whole = dressed(model, config_of(model, tokenizer))
     asked = tokenizer(SENTENCE, return_tensors="pt")

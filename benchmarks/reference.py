@@ -152,7 +152,7 @@ def judged(package: Path, distorted: Distorted, photograph: Path) -> Seen:
         },
         weights=np.array([o.weight for o in with_clean]),
         degraded_weights=np.array([o.weight for o in with_mild]),
-        named=np.array([judge.likeliest(t) for t in tokens[1:]]),
+        named=np.array([judge.judge(t).probabilities.argmax() for t in tokens[1:]]),
         listed=np.array(listed),
         ladder=ladder_of(judge, tokens, distorted, rng),
     )

@@ -1,7 +1,8 @@
-"""How a photo holds up at 100 %: sharpness, motion and noise in a few cuts of its full size."""
+"""How a photo holds up at 100 %: sharpness, motion, noise and JPEG quality, in full-size cuts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import compress
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from meiqa.engine.jpeg import BLOCK, quality_by_pixels, quality_by_table
 from meiqa.engine.measures import BRIGHTEST, DARKEST, LUMA, noise_deviation
 from meiqa.types import Detail
 
 CUT, CELL = 256, 16
 """Sides in pixels of the cuts that a photo is looked at in, and of the cells they are chosen by."""
-TEXTURED, FLAT = 12, 4
-"""How many cuts show sharpness and motion, and how many noise."""
+TEXTURED, FLAT, COMPRESSED = 12, 4, 3
+"""How many cuts show sharpness and motion, how many noise, and how many an earlier JPEG."""
 SMALLEST_DETAILED = 4 * CELL
 """Side in pixels of the smallest photo that has a cut with room for frequencies."""
 OCTAVES = 3
@@ -43,21 +45,26 @@ Place = tuple[int, int]
 """Row and column of the corner of a cut."""
 
 
-def measure_detail(pixels: NDArray[np.uint8]) -> Detail | None:
+def measure_detail(
+    pixels: NDArray[np.uint8], luminance_table: Sequence[int] | None = None
+) -> Detail | None:
     """Measure sharpness, motion and noise at full size, in a few cuts of a photo.
 
     Args:
         pixels: uint8 (H, W, 3); None is given below `SMALLEST_DETAILED` on a side.
+        luminance_table: see `Pixels`; the pixels tell the JPEG's quality where it is empty.
     """
     side = min(CUT, *(each // (2 * CELL) * 2 * CELL for each in pixels.shape[:2]))
     if side < SMALLEST_DETAILED:
         return None
     textured, flat = chosen_places(pixels, side)
 
-    def cut(place: Place) -> NDArray[Any]:
+    def colours(place: Place) -> NDArray[np.uint8]:
         row, column = place
-        rgb = pixels[row : row + side, column : column + side]
-        luma: NDArray[Any] = rgb.astype(np.float32) @ np.array(LUMA, np.float32)
+        return pixels[row : row + side, column : column + side]
+
+    def cut(place: Place) -> NDArray[Any]:
+        luma: NDArray[Any] = colours(place).astype(np.float32) @ np.array(LUMA, np.float32)
         return luma
 
     noise = noise_deviation(np.hstack([cut(place) for place in flat]))
@@ -71,6 +78,10 @@ def measure_detail(pixels: NDArray[np.uint8]) -> Detail | None:
     told = heard & (energies[:, 2] > LEAST_TEXTURE * energies[:, 2].max())
     sharpest = int((steepness * told).argmax())
     row, column = textured[sharpest]
+    jpeg = quality_by_table(luminance_table) if luminance_table else None
+    if luminance_table is not None and not luminance_table:
+        corner = -row % BLOCK, -column % BLOCK
+        jpeg = quality_by_pixels(map(colours, textured[:COMPRESSED]), corner)
     motion = 0.0
     if heard.any():
         powers = [log_powers(luma, variance) for luma in compress(lumas, heard)]
@@ -82,6 +93,7 @@ def measure_detail(pixels: NDArray[np.uint8]) -> Detail | None:
         motion=motion,
         noise=noise,
         place=(column, row, side, side),
+        jpeg=jpeg,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from meiqa.engine.local import LocalModel
 from meiqa.engine.model import Model
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.patterns import PatternScore, PatternScorer, ReferencePhoto, required
+from meiqa.engine.priors import QualityPrior
 from meiqa.engine.runtime import open_runtime
 from meiqa.engine.scoring import Scorer, ScoreRequest
 from meiqa.engine.sets import (
@@ -182,6 +184,7 @@ class Engine:
         k: int | None = None,
         learn: bool = True,
         detail: bool = True,
+        embedding: bool = False,
     ) -> Assessment:
         """Assess one photo: a path, encoded bytes, a file, a Pillow image or a uint8 array.
 
@@ -191,14 +194,17 @@ class Engine:
             budget: what may be spent; everything by default.
             k: neighbours to compare with; the package's number by default.
             learn: remember the photo if its score moved far from the first.
-            detail: measure sharpness, motion and noise at full size, beside the score.
+            detail: measure sharpness, motion and noise at full size, and JPEG quality, beside the
+                score.
+            embedding: give what the vision tower sees as a vector; see `Embedding`. It takes no
+                time.
 
         Raises:
             ImageError: the photo can't be judged.
+            UsageError: an embedding is asked of a model behind a server.
         """
-        (result,) = self.score_many(
-            [image], reference=reference, budget=budget, k=k, learn=learn, detail=detail
-        )
+        request = ScoreRequest(image, budget, k, learn, detail, embedding)
+        (result,) = self.score_many([request], reference=reference)
         if isinstance(result, Failure):
             raise result.error
         return result
@@ -212,6 +218,7 @@ class Engine:
         k: int | None = None,
         learn: bool = True,
         detail: bool = True,
+        embedding: bool = False,
     ) -> Iterator[Assessment | Failure]:
         """Assess photos one after the other; one that can't be judged gives a Failure.
 
@@ -219,9 +226,9 @@ class Engine:
         score; what they teach serves the next call. Arguments are those of `score`; a
         `ScoreRequest` among the images brings its own.
         """
-        common = ScoreRequest(b"", budget=budget, k=k, learn=learn, detail=detail)
+        common = ScoreRequest(b"", budget, k, learn, detail, embedding)
         require_several(images)
-        check_request(common)
+        self._check(common)
         requests = (
             image if isinstance(image, ScoreRequest) else replace(common, image=image)
             for image in images
@@ -230,7 +237,7 @@ class Engine:
         beside = None if reference is None else self._reference(reference)
 
         def results() -> Iterator[Assessment | Failure]:
-            for request, decoded in decode_ahead(map(check_request, requests)):
+            for request, decoded in decode_ahead(map(self._check, requests)):
                 try:
                     scored = self.scorer.score(decoded, request, snapshot, beside)
                 except ImageError as error:
@@ -326,12 +333,37 @@ class Engine:
         prefix, _ = self.scorer.prefill(pixels)
         return patterns.seen(pixels, prefix.tokens, beside)
 
+    def quality_prior(
+        self, image: ImageSource, *, reference: ImageSource | None = None
+    ) -> QualityPrior:
+        """Score a photo without learning; give score, distortions, map and embedding as arrays.
+
+        Raises:
+            ImageError: the photo can't be judged.
+            UsageError: the package has no distortion patterns.
+        """
+        kinds = required(self.scorer.patterns).kinds
+        request = ScoreRequest(image, learn=False, detail=False, embedding=True)
+        beside = None if reference is None else self._reference(reference)
+        snapshot = self.memory.snapshot()
+        scored = self.scorer.score(partial(load_pixels, image), request, snapshot, beside)
+        return QualityPrior.of(scored, kinds)
+
     def calibrate_costs(self, images: Iterable[ImageSource], *, k: int | None = None) -> CostModel:
         """Measure what each stage costs here, on photos, and keep it for later processes."""
         self.scorer.measure_costs()
         for image in images:
             self.score(image, budget=UNHURRIED, k=k, learn=False)
         return self.scorer.keep_costs()
+
+    def _check(self, request: ScoreRequest) -> ScoreRequest:
+        """See `check_request`; UsageError for an embedding by a model that gives none."""
+        if request.embedding and not isinstance(self.model, LocalModel):
+            raise UsageError(
+                "a model behind a server keeps what it sees to itself: it gives no embedding",
+                hint="leave the embedding out, or open an engine package",
+            )
+        return check_request(request)
 
     def _reference(self, source: ImageSource) -> ReferencePhoto:
         """Decode a reference, if the package can use one."""

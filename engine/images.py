@@ -9,7 +9,7 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +82,9 @@ class Pixels:
 
     `array` is RGB uint8, ``(H, W, 3)``, C-contiguous and read-only, so that `digest`, the SHA-256
     of its shape and bytes in hex, stays true. `name` is what messages call the photo; `notes` say
-    what of its file is damaged; `exif` has what the camera wrote of the shot, by tag.
+    what of its file is damaged; `exif` has what the camera wrote of the shot, by tag;
+    `luminance_table` is that of a JPEG file, row by row, empty where the pixels are from another
+    file or an open image, and None where they were given as such: a camera gives many a second.
     """
 
     array: NDArray[np.uint8]
@@ -90,6 +92,7 @@ class Pixels:
     name: str
     notes: tuple[str, ...] = ()
     exif: Mapping[int, Any] = field(default_factory=dict)
+    luminance_table: tuple[int, ...] | None = None
 
 
 def load_pixels(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
@@ -111,17 +114,20 @@ def load_pixels(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) ->
     (2, 3, 3)
     """
     name = source_name(source)
+    table: tuple[int, ...] | None = ()
     if isinstance(source, np.ndarray):
-        source = _image_from_array(source, name)
+        source, table = _image_from_array(source, name), None
     if isinstance(source, Image.Image):
         array, notes, exif = _decode(source, name, max_pixels)
     else:
         with _byte_stream(source, name) as stream:
-            array, notes, exif = _from_file(stream, name, max_pixels, isinstance(source, Developed))
+            (array, notes, exif), table = _from_file(
+                stream, name, max_pixels, isinstance(source, Developed)
+            )
     array.flags.writeable = False
     digest = hashlib.sha256(np.array(array.shape, dtype="<i8").tobytes())
     digest.update(array.data)
-    return Pixels(array, digest.hexdigest(), name, tuple(notes), exif)
+    return Pixels(array, digest.hexdigest(), name, tuple(notes), exif, table)
 
 
 def source_name(source: ImageSource) -> str:
@@ -294,7 +300,10 @@ def _byte_stream(source: object, name: str) -> IO[bytes]:
         raise DecodeError(f"{name} cannot be opened: {reason}") from None
 
 
-def _from_file(stream: IO[bytes], name: str, max_pixels: int, develop: bool) -> _Decoded:
+def _from_file(
+    stream: IO[bytes], name: str, max_pixels: int, develop: bool
+) -> tuple[_Decoded, tuple[int, ...]]:
+    """Decode a file, and give the luminance table of a JPEG."""
     told: dict[int, Any] = {}
     with _quietly():
         raw = is_raw(stream, name)
@@ -304,12 +313,12 @@ def _from_file(stream: IO[bytes], name: str, max_pixels: int, develop: bool) -> 
         picture = raw_picture(stream, name, develop=develop)
         if isinstance(picture, Image.Image):
             array, notes, exif = _decode(picture, name, max_pixels)
-            return array, notes, {**told, **exif}
+            return (array, notes, {**told, **exif}), ()
         stream = io.BytesIO(picture)
     try:
         with _header(stream, name, max_pixels) as image:
             array, notes, exif = _decode(image, name, max_pixels, loaded)
-            return array, notes, {**told, **exif}
+            return (array, notes, {**told, **exif}), _luminance_table(image)
     except DecodeError:
         bare = without_metadata(stream)
         if bare is None:
@@ -317,7 +326,13 @@ def _from_file(stream: IO[bytes], name: str, max_pixels: int, develop: bool) -> 
     stream, notes = bare
     with _header(stream, name, max_pixels) as image:
         array, more, exif = _decode(image, name, max_pixels, loaded)
-    return array, notes + more, exif
+        return (array, notes + more, exif), _luminance_table(image)
+
+
+def _luminance_table(image: Image.Image) -> tuple[int, ...]:
+    """Give the table (64,) that a JPEG's luma was quantised with; () of another file."""
+    tables: Mapping[int, Sequence[int]] = getattr(image, "quantization", {})
+    return tuple(tables[min(tables)]) if tables else ()
 
 
 @contextmanager

@@ -49,7 +49,8 @@ class PatternScore:
         score, std: the hybrid score with a reference, that of the patterns alone without one, and
             its deviation from people's.
         weight: the gate, the share of `full_reference` beside `no_reference`.
-        distortions: the likeliest first; strength: of damage of any kind, 0-5.
+        probabilities: (N,) of the package's kinds of distortion, the first being none.
+        distortions: those listed, the likeliest first; strength: of damage of any kind, 0-5.
         map: (h, w) how strongly each visual token of the photo is distorted, 0-1.
     """
 
@@ -58,6 +59,7 @@ class PatternScore:
     no_reference: float
     full_reference: float | None
     weight: float
+    probabilities: NDArray[np.float64]
     distortions: tuple[Distortion, ...]
     strength: float
     map: Floats
@@ -86,6 +88,10 @@ class PatternScorer:
     def calibration(self) -> PatternCalibration:
         return self._patterns.calibration
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return self._patterns.kinds
+
     def judge(self, photo: VisualTokens, reference: VisualTokens | None = None) -> PatternScore:
         """Judge a photo: with a reference, of the same grid, if there is one; alone otherwise."""
         c, beside = self.calibration, photo if reference is None else reference
@@ -95,13 +101,15 @@ class PatternScorer:
         no_reference, full_reference, weight = map(float, made["scores"])
         own = mapped(c.alone, no_reference)
         strength = float(np.clip(made["strength"][0], 0.0, STRONGEST))
+        probabilities = softmax(made["kinds"].astype(np.float64) / c.temperature)
         alone = PatternScore(
             score=own,
             std=c.alone_std,
             no_reference=own,
             full_reference=None,
             weight=0.0,
-            distortions=self._named(made["kinds"], strength),
+            probabilities=probabilities,
+            distortions=self._named(probabilities, strength),
             strength=strength,
             map=_on_map(made["cells"], photo.grid),
         )
@@ -125,6 +133,7 @@ class PatternScorer:
             std=self.calibration.trusted_std,
             full_reference=TOP,
             weight=1.0,
+            probabilities=np.eye(len(self.kinds))[0],
             distortions=(),
             strength=0.0,
             map=np.zeros_like(alone.map),
@@ -140,17 +149,11 @@ class PatternScorer:
             return self.identical(tokens)
         return self.judge(tokens, reference.tokens_beside(pixels))
 
-    def likeliest(self, photo: VisualTokens) -> int:
-        """Tell which of the package's kinds a photo's distortion most likely is; 0 for none."""
-        made = self._session.run({"tokens": photo.values, "reference": photo.values})
-        return int(made["kinds"].argmax())
-
-    def _named(self, logits: Floats, strength: float) -> tuple[Distortion, ...]:
+    def _named(self, probabilities: NDArray[np.float64], strength: float) -> tuple[Distortion, ...]:
         """List the likeliest distortions; the first of the kinds stands for none."""
-        probabilities = softmax(logits.astype(np.float64) / self.calibration.temperature)
         likeliest = [int(i) for i in np.argsort(-probabilities, kind="stable") if i > 0]
         return tuple(
-            Distortion(self._patterns.kinds[i], strength, float(probabilities[i]))
+            Distortion(self.kinds[i], strength, float(probabilities[i]))
             for i in likeliest
             if probabilities[i] >= NAMED_ABOVE
         )

@@ -63,7 +63,7 @@ from meiqa.memory import (
     spatial_descriptor,
     token_features,
 )
-from meiqa.types import Assessment, Budget, Detail, Neighbour, Reference
+from meiqa.types import Assessment, Budget, Detail, Embedding, Neighbour, Reference
 
 LOG = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ class ScoreRequest:
     k: int | None = None
     learn: bool = True
     detail: bool = True
+    embedding: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,7 @@ class Scored:
             `Comparer.ask`; preferences: (K,) the same as probabilities, NaN where not asked.
         estimates: all of them, in the order in which they were folded into `posterior`.
         patterns: what the distortion patterns see; reference: what a reference brought; detail:
-            what is seen at full size, None where it was not asked for.
+            what is seen at full size, and embedding, None where they were not asked for.
         reflection: the corrected description, None unless the gate opened.
         plan: what was done; whole: what would have been done without a limit.
         degraded: what was left out or went another way.
@@ -141,6 +142,7 @@ class Scored:
     patterns: PatternScore | None = None
     reference: Reference | None = None
     detail: Detail | None = None
+    embedding: Embedding | None = None
     reflection: str | None = None
     counters: dict[str, int] = field(default_factory=dict)
 
@@ -225,6 +227,7 @@ class Scored:
             distortions=() if self.patterns is None else self.patterns.distortions,
             reference=self.reference,
             detail=self.detail,
+            embedding=self.embedding,
             neighbours=as_neighbours(self.neighbours, self.preferences),
             degraded=self.degraded + self._size_note(),
             reflection=self._reflected(),
@@ -282,7 +285,9 @@ class Scorer:
         with deadline.stage("decode"):
             pixels = decoded()
         with deadline.stage("detail"):
-            detail = measure_detail(pixels.array) if request.detail else None
+            detail = (
+                measure_detail(pixels.array, pixels.luminance_table) if request.detail else None
+            )
         with deadline.stage("read"):
             prefix, was_cached = self.prefill(pixels)
         k = self.retrieval.k if request.k is None else replace(self.retrieval, k=request.k).k
@@ -295,7 +300,8 @@ class Scorer:
             prediction = self.predict(prefix, plan.summary_tokens, drafts, reserve)
         estimates: list[Evidence] = list(prediction.estimates)
         with deadline.stage("retrieve"):
-            regression, doubt = self._recalled(prefix, snapshot)
+            features = token_features(prefix.tokens.values)
+            regression, doubt = self._recalled(features, snapshot)
             estimates += regression
             key = self._key(prefix, prediction.description)
             neighbours = self._retrieve(pixels, prefix, key, plan, snapshot)
@@ -328,6 +334,11 @@ class Scorer:
             deadline=deadline,
             patterns=seen,
             detail=detail,
+            embedding=(
+                Embedding(self.model.digest, tuple(features.tolist()))
+                if request.embedding
+                else None
+            ),
         )
         if costs:
             costs.observe(deadline.timings_ms, plan, prediction.stats, scored.asked)
@@ -399,12 +410,11 @@ class Scorer:
         cases = snapshot.retrieve(self._key(prefix), DRAFTS, pixels.digest)
         return tuple(Draft(case.summary, case.score) for case in cases if case.summary)
 
-    def _recalled(self, prefix: Prefix, snapshot: Snapshot) -> tuple[list[Estimate], Doubt]:
+    def _recalled(self, features: Floats, snapshot: Snapshot) -> tuple[list[Estimate], Doubt]:
         """What the memory's regression on visual tokens says, where it has one, and its doubt."""
         regression = snapshot.regression
         if regression is None:
             return [], UNDOUBTED
-        features = token_features(prefix.tokens.values)
         numbers, score = self.model.calibration, regression.score(features)
         trust = numbers.memory_correlation, numbers.memory_share
         said = Estimate("regression", score, regression.std, *trust)

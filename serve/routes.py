@@ -118,6 +118,7 @@ async def score(
     learn: Annotated[
         bool, Query(description="Remember what is learnt from it; takes the scope memory:write.")
     ] = False,
+    embedding: Annotated[bool, Query(description="Give its embedding as well.")] = False,
 ) -> Response:
     """Assess a photo: the request's body, or the field `image` of a form.
 
@@ -128,7 +129,12 @@ async def score(
     with service.uploads.holding() as hold:
         photo, reference = await read_photo(request, hold, service.settings, "reference")
         asked = service.scheduler.score(
-            photo, budget_ms=budget_ms, k=k, learn=learn, reference=reference
+            photo,
+            budget_ms=budget_ms,
+            k=k,
+            learn=learn,
+            embedding=embedding,
+            reference=reference,
         )
         found = await _while_connected(request, asked)
     return json_response(found.to_dict())

@@ -71,6 +71,7 @@ class Job:
     image: bytes = field(default=b"", repr=False)
     k: int | None = None
     learn: bool = False
+    embedding: bool = False
     call: Callable[[Engine, Budget], object] | None = None  # done instead of scoring the image
     budget_ms: float = 0.0  # what it may take, once it is taken
     begun: float = 0.0
@@ -330,6 +331,7 @@ class Scheduler:
         budget_ms: float | None = None,
         k: int | None = None,
         learn: bool = False,
+        embedding: bool = False,
         reference: bytes | None = None,
     ) -> Assessment:
         """Score a photo within a budget, waiting included; see `Engine.score`.
@@ -342,11 +344,15 @@ class Scheduler:
         """
 
         def call(engine: Engine, budget: Budget) -> Assessment:
-            return engine.score(image, reference=reference, budget=budget, k=k, learn=learn)
+            return engine.score(
+                image, reference=reference, budget=budget, k=k, learn=learn, embedding=embedding
+            )
 
         if reference is not None:
             return await self.run(call, budget_ms=budget_ms)
-        found: Assessment = await self._ask(budget_ms, image=image, k=k, learn=learn)
+        found: Assessment = await self._ask(
+            budget_ms, image=image, k=k, learn=learn, embedding=embedding
+        )
         return found
 
     async def run(
@@ -463,7 +469,13 @@ def _results(engine: Engine, jobs: Iterator[Job]) -> Iterator[object]:
                 calls.append(job)
                 return
             # A budget counts from its turn, a deadline would while the one before is worked at.
-            yield ScoreRequest(job.image, Budget(ms=job.budget_ms), k=job.k, learn=job.learn)
+            yield ScoreRequest(
+                job.image,
+                Budget(ms=job.budget_ms),
+                k=job.k,
+                learn=job.learn,
+                embedding=job.embedding,
+            )
 
     for result in engine.score_many(photos()):
         yield result.error if isinstance(result, Failure) else result

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     __version__: str
 
 _RESULTS = (
-    "Assessment Budget CulledPhoto Culling Detail Distortion Failure Neighbour PairComparison "
-    "RankedPhoto Ranking Reference"
+    "Assessment Budget CulledPhoto Culling Detail Distortion Embedding Failure JpegQuality "
+    "Neighbour PairComparison RankedPhoto Ranking Reference"
 )
 _MODULE_OF = {
     "Engine": "meiqa.engine.engine",

@@ -78,6 +78,7 @@ class _Requests:
         budget_ms: float | None = None,
         k: int | None = None,
         learn: bool = False,
+        embedding: bool = False,
     ) -> Assessment:
         """Assess a photo; see `Engine.score`. Learning takes a key with the scope memory:write.
 
@@ -87,7 +88,8 @@ class _Requests:
             AccessDenied, UploadTooLarge, UsageError: the service refuses the request.
             ServiceUnreachable: no answer came.
         """
-        params = {"budget_ms": budget_ms, "k": k, "learn": learn or None}
+        flags = {"learn": learn or None, "embedding": embedding or None}
+        params = {"budget_ms": budget_ms, "k": k, **flags}
         photos = [("image", image), *([] if reference is None else [("reference", reference)])]
         # What is learnt twice is kept once, but the second answer would differ from the first.
         asked = self._ask(Assessment, "POST", "/v1/score", params, photos, repeatable=not learn)

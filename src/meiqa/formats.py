@@ -323,6 +323,8 @@ def assessment_text(assessment: Assessment) -> str:
             f"  at 100 %: edges {1 / detail.sharpness:.1f} px wide, motion {detail.motion:.1f} px, "
             f"noise {detail.noise:.1f}   (sharpest at {x}, {y})"
         )
+        if (jpeg := detail.jpeg) is not None:
+            lines.append(f"  JPEG quality {jpeg.quality} ({jpeg.source})")
     if assessment.distortions:
         seen = (
             f"{each.kind} {each.strength:.1f} of 5 ({100 * each.probability:.0f} %)"

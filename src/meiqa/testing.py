@@ -44,6 +44,7 @@ from meiqa.types import (
     Budget,
     CulledPhoto,
     Culling,
+    Embedding,
     Failure,
     Neighbour,
     PairComparison,
@@ -132,6 +133,7 @@ class FakeEngine(Engine):
         k: int | None = None,
         learn: bool = True,
         detail: bool = True,
+        embedding: bool = False,
     ) -> Assessment:
         """Assess one photo; see `Engine.score`."""
         beside = None if reference is None else source_name(reference)
@@ -157,7 +159,8 @@ class FakeEngine(Engine):
                 Neighbour(f"anchor {level:.2f}", "anchor", level, 0.2, float(score > level))
                 for level in levels
             ),
-            detail=measure_detail(pixels.array) if detail else None,
+            detail=measure_detail(pixels.array, pixels.luminance_table) if detail else None,
+            embedding=Embedding(self.package.digest, _mean_colour(pixels)) if embedding else None,
             timings_ms={"decode": 1.5, "total": 12.0},
             counters={"reused_tokens": 49},
         )
@@ -172,10 +175,11 @@ class FakeEngine(Engine):
         k: int | None = None,
         learn: bool = True,
         detail: bool = True,
+        embedding: bool = False,
     ) -> Iterator[Assessment | Failure]:
         """Assess photos one after the other; see `Engine.score_many`."""
         for image in images:
-            common = ScoreRequest(b"", budget, k, learn, detail)
+            common = ScoreRequest(b"", budget, k, learn, detail, embedding)
             one = image if isinstance(image, ScoreRequest) else replace(common, image=image)
             try:
                 yield self.score(
@@ -185,6 +189,7 @@ class FakeEngine(Engine):
                     k=one.k,
                     learn=one.learn,
                     detail=one.detail,
+                    embedding=one.embedding,
                 )
             except ImageError as error:
                 yield Failure(source_name(one.image), error)
@@ -289,6 +294,10 @@ class FakeClock:
     def advance(self, ms: float) -> None:
         """Let milliseconds pass."""
         self.seconds += 1e-3 * ms
+
+
+def _mean_colour(pixels: Pixels) -> tuple[float, ...]:
+    return tuple((pixels.array.mean((0, 1)) / 255.0).tolist())
 
 
 def mean_brightness(pixels: NDArray[np.uint8]) -> float:

@@ -118,6 +118,19 @@ class Distortion(Result):
 
 
 @dataclass(frozen=True)
+class JpegQuality(Result):
+    """The quality, 1-100, that a photo was saved with as JPEG, as the IJG's library counts it.
+
+    `source` is what tells it: the file's luminance table, which is that of a quality ("standard
+    table", exact) or nearest to it by its sum ("other table"); or, of what is no JPEG file, the
+    "pixels", in which an earlier JPEG has left its steps.
+    """
+
+    quality: int
+    source: Literal["standard table", "other table", "pixels"]
+
+
+@dataclass(frozen=True)
 class Detail(Result):
     """How a photo holds up at 100 %, seen in a few cuts of its full-size pixels.
 
@@ -129,12 +142,27 @@ class Detail(Result):
         noise: deviation of its noise in grey levels, where it is flattest.
         place: x, y, width and height, in pixels of the photo as shown, of the cut that sharpness
             and motion are those of.
+        jpeg: the quality that it was saved with as JPEG; None where nothing tells of one.
     """
 
     sharpness: float
     motion: float
     noise: float
     place: tuple[int, int, int, int]
+    jpeg: JpegQuality | None = None
+
+
+@dataclass(frozen=True)
+class Embedding(Result):
+    """What the vision tower sees of a photo, whatever its size, as one vector.
+
+    It is the mean of the visual tokens, followed by their deviation: photos that look good or bad
+    in the same way point in the same direction. Two embeddings can be compared, by their cosine,
+    if they have one `digest`, which is that of the package that made them.
+    """
+
+    digest: str
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -168,7 +196,8 @@ class Assessment(Result):
     says, None where it has none;
     `grades` are the model's probabilities of the five words, before any comparison;
     `distortions` are the likeliest, as the package's patterns see them; `reference` is None unless
-    one was given; `detail` is what is seen at full size, beside the score, None where left out.
+    one was given; `detail` is what is seen at full size, beside the score, None where left out;
+    `embedding` is None unless it was asked for.
     """
 
     path: str
@@ -187,6 +216,7 @@ class Assessment(Result):
     distortions: tuple[Distortion, ...] = ()
     reference: Reference | None = None
     detail: Detail | None = None
+    embedding: Embedding | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
 

@@ -33,6 +33,13 @@ def test_the_tutorial_runs_block_by_block(folder: Path) -> None:
         exec(compile(block, "docs/python.md", "exec"), names)
 
 
+def test_the_page_on_priors_runs_block_by_block(folder: Path) -> None:
+    pytest.importorskip("torch", reason="the example is in PyTorch, which is not installed")
+    names: dict[str, object] = {}
+    for block in BLOCK.findall((ROOT / "docs" / "priors.md").read_text()):
+        exec(compile(block, "docs/priors.md", "exec"), names)
+
+
 def test_the_reference_is_up_to_date() -> None:
     script = runpy.run_path(str(ROOT / "scripts" / "api_docs.py"))
     message = "docs/api.md is not what the docstrings say: python scripts/api_docs.py"

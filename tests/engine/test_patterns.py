@@ -142,7 +142,7 @@ def test_the_map_is_as_large_as_the_photo_and_between_the_cells(judge: Engine) -
 
 def test_the_map_has_each_cells_value_at_its_middle() -> None:
     cells = np.array([[0.0, 0.5, 1.0], [0.2, 0.4, 0.6]], np.float32)
-    opinion = PatternScore(3.0, 0.5, 3.0, None, 0.0, (), 0.0, cells)
+    opinion = PatternScore(3.0, 0.5, 3.0, None, 0.0, np.ones(1), (), 0.0, cells)
     np.testing.assert_allclose(opinion.over(2 * 11, 3 * 11)[5::11, 5::11], cells, atol=1e-6)
 
 

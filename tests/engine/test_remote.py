@@ -208,6 +208,14 @@ def test_a_photo_of_the_memory_is_not_compared_with_itself(
     assert sorted(each.id for each in result.neighbours) == [f"{n}.png" for n in (0, 1, 3, 4, 5)]
 
 
+def test_a_model_behind_a_server_gives_no_embedding(server: Server, memory: Path) -> None:
+    with (
+        Engine.connect(server.url, memory) as engine,
+        pytest.raises(UsageError, match="keeps what it sees to itself"),
+    ):
+        engine.score(bright(2), embedding=True)
+
+
 def test_the_same_pixels_are_taken_apart_once(server: Server, memory: Path) -> None:
     with Engine.connect(server.url, memory) as engine:
         results = [engine.score(bright(2), k=1) for _ in range(2)]

@@ -299,7 +299,9 @@ def test_damage_that_no_pattern_sees_is_not_told(
     engine = fake_engine(FakeModel(), anchors)
     found = scored(engine, ScoreRequest(PHOTO))
     tokens = replace(found.prefix.tokens, measured=measured)
-    seen = PatternScore(3.0, 0.5, 3.0, None, 0.0, listed, strength, np.zeros((1, 1), np.float32))
+    seen = PatternScore(
+        3.0, 0.5, 3.0, None, 0.0, np.ones(1), listed, strength, np.zeros((1, 1), np.float32)
+    )
     text = "Strong lens blur. The picture is soft."
     found = replace(
         found, prefix=replace(found.prefix, tokens=tokens), patterns=seen, reflection=text

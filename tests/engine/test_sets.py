@@ -317,7 +317,7 @@ def test_only_a_cull_looks_for_series_and_detail(
 ) -> None:
     asked: list[str] = []
     for place, name in ((sets, "frame_of"), (scoring, "measure_detail")):
-        monkeypatch.setattr(place, name, lambda _, name=name: asked.append(name))
+        monkeypatch.setattr(place, name, lambda *_, name=name: asked.append(name))
     engine.rank(PHOTOS[:2], k=0)
     engine.compare(PHOTOS[0], PHOTOS[1])
     assert asked == []

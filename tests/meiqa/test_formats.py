@@ -135,6 +135,7 @@ def test_detail_is_one_line_and_is_rounded(assessment: Assessment) -> None:
         "motion": 1.23,
         "noise": 0.46,
         "place": [128, 256, 256, 256],
+        "jpeg": None,
     }
 
 

@@ -142,8 +142,21 @@ def test_detail_is_given_unless_it_is_left_out(
     assert cli.main(["score", photo, "--format", "jsonl"]) == 0
     assert cli.main(["score", photo, "--format", "jsonl", "--no-detail"]) == 0
     given, without = map(json.loads, capsys.readouterr().out.splitlines())
-    assert set(given["detail"]) == {"sharpness", "motion", "noise", "place"}
+    assert set(given["detail"]) == {"sharpness", "motion", "noise", "place", "jpeg"}
     assert without["detail"] is None
+
+
+def test_an_embedding_is_given_when_asked_for_and_in_json_only(
+    engine: FakeEngine, grey: Grey, capsys: Output
+) -> None:
+    photo = str(grey("grey.png", 51))
+    assert cli.main(["score", photo, "--format", "jsonl", "--embedding"]) == 0
+    assert cli.main(["score", photo, "--format", "jsonl"]) == 0
+    given, without = map(json.loads, capsys.readouterr().out.splitlines())
+    assert given["embedding"] == {"digest": "ab" * 32, "values": [0.2, 0.2, 0.2]}
+    assert without["embedding"] is None
+    assert cli.main(["score", photo, "--embedding"]) == 2
+    assert "--format text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -106,13 +106,20 @@ class FakeEngine(testing.FakeEngine):
         k: int | None = None,
         learn: bool = True,
         detail: bool = True,
+        embedding: bool = False,
     ) -> Assessment:
         self.begun.set()
         self.open.wait()
         if self.fails is not None:
             raise self.fails
         found = super().score(
-            image, reference=reference, budget=budget, k=k, learn=learn, detail=detail
+            image,
+            reference=reference,
+            budget=budget,
+            k=k,
+            learn=learn,
+            detail=detail,
+            embedding=embedding,
         )
         if reference is not None:
             load_pixels(reference)

@@ -114,8 +114,8 @@ def test_a_score_comes_back_as_an_assessment(
 ) -> None:
     file = tmp_path / "one.jpg"
     file.write_bytes(jpeg(1))
-    found = ask(service, "score", file, budget_ms=30_000, k=4)
-    alone = engine.score(file, budget=Budget(ms=1e6), k=4, learn=False)
+    found = ask(service, "score", file, budget_ms=30_000, k=4, embedding=True)
+    alone = engine.score(file, budget=Budget(ms=1e6), k=4, learn=False, embedding=True)
     assert isinstance(found, Assessment)
     assert found.path == "one.jpg"
     assert found.score == pytest.approx(alone.score, abs=1e-3)
@@ -123,6 +123,9 @@ def test_a_score_comes_back_as_an_assessment(
     assert math.isnan(found.neighbours[0].std)  # it is not sent
     assert isinstance(found.ci95, tuple)
     assert found.to_dict().keys() == alone.to_dict().keys()
+    assert found.embedding is not None
+    assert found.to_dict()["embedding"] == alone.to_dict()["embedding"]
+    assert found.detail.jpeg == alone.detail.jpeg
 
 
 def test_everything_else_comes_back_typed(ask: Ask, service: Answer) -> None:

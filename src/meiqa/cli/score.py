@@ -65,7 +65,12 @@ if TYPE_CHECKING:
 @cli.force_option(needs="--output --map --xmp", also="; ratings given by hand, too")
 @cli.EFFORT
 @cli.flag("--no-learn", "leave the memory as it is")
-@cli.flag("--no-detail", "leave out sharpness, motion and noise at full size")
+@cli.flag("--no-detail", "leave out sharpness, motion and noise at full size, and JPEG quality")
+@cli.flag(
+    "--embedding",
+    "give what the vision tower sees as a vector (docs/priors.md); in JSON",
+    excludes="--remote",
+)
 @cli.option(
     "--admission",
     "remember photos that were reflected on (gated, the default), or all",
@@ -152,6 +157,9 @@ def _require_sense(options: Options, photos: Sequence[str]) -> None:
             raise UsageError("standard output can't be gone on with", hint="leave out --resume")
         if cli.STDIN & {*photos}:
             raise UsageError("--output has a row for each file, and standard input is none")
+    if options.embedding and options.format not in ("json", "jsonl"):
+        seen = f"--format {options.format}"
+        raise UsageError("--embedding stands in JSON only", seen=seen, allowed="json, jsonl")
     if options.map is not None and len(photos) != 1:
         raise UsageError("--map is of one photo", seen=f"{len(photos)} photos")
 
@@ -173,6 +181,7 @@ def _score(
         k=options.k,
         learn=not options.no_learn and options.output is None,
         detail=not options.no_detail,
+        embedding=options.embedding,
     )
     with Progress(done + len(photos), done=done) as progress:
         for result in results:
@@ -240,7 +249,8 @@ def _score_to_file(
 def _terms(engine: Engine, options: Options) -> dict[str, Any]:
     """What a row depends on, beside the photo: package, calibration, and options."""
     names = (
-        "admission budget_ms device exclude_above head k map memory model no_detail raw reference"
+        "admission budget_ms device embedding exclude_above head k map memory model no_detail raw "
+        "reference"
     )
     return {
         **cli.model_terms(engine.model.digest, engine.model.calibration),
