@@ -18,8 +18,8 @@ from meiqa.evaluation.measuring import Column, run_on, table_text
 from meiqa.kernels.cores import usable_cores
 from meiqa.kernels.decoder import FASTEST, KERNELS, FusedDecoder
 
-STEPS, PREFIX_STEPS, ROWS = 80, 80, 16
-"""Tokens of a comparison and of its prefix, photos of 512 x 512 pixels; comparisons of a call."""
+STEPS, PREFIX_STEPS, ROWS = 80, 80, 8
+"""Tokens of a comparison and of its prefix, photos of 512 x 512 pixels; comparisons of a thread."""
 _FEATURES = re.compile(
     r"avx2|avx_vnni|avx512_vnni|avx512_bf16|amx_int8|asimd|asimdhp|asimddp|i8mm|bf16|sve2?|sme2?"
 )
@@ -68,11 +68,12 @@ def bench_device(
             call()
             best[way] = min(best[way], clock() - began)
     one = next(iter(decoders.values()))
-    work = ROWS * sum(one.shape.multiplications(len(one.layers), STEPS, PREFIX_STEPS))
+    work = sum(one.shape.multiplications(len(one.layers), STEPS, PREFIX_STEPS))
     rows = [
         {
             **{"kernel": kernel, "precision": precision, "threads": threads},
-            **{"gmac_per_s": round(1e-9 * work / seconds, 2), "ms": round(1e3 * seconds / ROWS, 4)},
+            "gmac_per_s": round(1e-9 * work * threads * ROWS / seconds, 2),
+            "ms": round(1e3 * seconds / (threads * ROWS), 4),
         }
         for (kernel, precision, threads), seconds in best.items()
     ]
@@ -115,19 +116,19 @@ def _decoders(package: EnginePackage, kernel: str) -> dict[str, FusedDecoder]:
 
 
 def _calls(decoder: FusedDecoder) -> dict[int, Callable[[], object]]:
-    """Give a call of comparisons by one thread, two, four and so on up to all."""
-    s, rng = decoder.shape, np.random.default_rng(0)
-    embeds = rng.standard_normal((ROWS, STEPS, s.width), np.float32)
-    positions = np.tile(np.arange(STEPS, dtype=np.float32), (3, ROWS, 1))
+    """Give a call of comparisons by one thread, by two, four and so on up to all."""
+    s, rng, cores = decoder.shape, np.random.default_rng(0), usable_cores()
     prefix = (len(decoder.layers), 2, s.kv_heads, PREFIX_STEPS, s.head_width)
     prefixes = [rng.standard_normal(prefix, np.float32)]
-    steps, lengths = np.full(ROWS, STEPS), np.array([PREFIX_STEPS])
-    cores = usable_cores()
-    counts = [2**i for i in range(cores.bit_length()) if 2**i < cores] + [cores]
 
     def call(threads: int) -> Callable[[], object]:
+        rows = ROWS * threads
+        embeds = rng.standard_normal((rows, STEPS, s.width), np.float32)
+        positions = np.tile(np.arange(STEPS, dtype=np.float32), (3, rows, 1))
+        steps, lengths = np.full(rows, STEPS), np.array([PREFIX_STEPS])
         return lambda: decoder.last_hidden(embeds, positions, steps, prefixes, lengths, threads)
 
+    counts = [2**i for i in range(cores.bit_length()) if 2**i < cores] + [cores]
     return {threads: call(threads) for threads in counts}
 
 
