@@ -38,11 +38,11 @@ LAYERS, STEPS, PREFIX_STEPS = 4, 80, 80
 """Of the default model, and of a comparison of two photos of 512 x 512 pixels."""
 EMULATED = {"portable": "cortex-a53", "dotprod": "cortex-a76", "i8mm": "max"}
 DEVICES = {
-    "Raspberry Pi 5": ("cortex-a76", 2.4, 4),
-    "Jetson Orin Nano": ("cortex-a78", 1.5, 6),
-    "Jetson AGX Orin": ("cortex-a78", 2.2, 12),
+    "Raspberry Pi 5": ("neoverse-n1", 2.4, 4),
+    "Jetson Orin Nano": ("neoverse-n1", 1.5, 6),
+    "Jetson AGX Orin": ("neoverse-n1", 2.2, 12),
 }
-"""Model of the core, GHz, cores."""
+"""Model of the core, GHz, cores. llvm-mca takes A76 and A78 for an A57; N1 is the A76's twin."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Loop:
     """The inner loop of some products.
 
     Attributes:
-        kernel, precision: whose; product: its instruction, with the sum where that is another, and
-            how many multiplications one does.
+        kernel, precision: whose; product: its instruction and how many multiplications it does.
         cores: the models of llvm-mca to ask.
     """
 
@@ -69,7 +68,6 @@ LOOPS = (
     Loop("i8mm", "int8", "smmla", 32, ("neoverse-v1", "neoverse-n2")),
     Loop("dotprod", "fp32", "fmla", 4, SMALL),
     Loop("avx512", "int8", "vpdpbusd.*%zmm", 64, ("znver4",), "x86_64"),
-    Loop("avx2", "int8", "vpmaddwd|vpaddd", 8, ("znver4", "alderlake"), "x86_64"),
     Loop("avx512", "fp32", "vfmadd231ps.*%zmm", 16, ("znver4",), "x86_64"),
 )
 
@@ -184,7 +182,7 @@ def elementwise(shape: Any) -> int:
     codes = 2 * shape.width + queries + shape.inner
     seen = STEPS * PREFIX_STEPS + STEPS * (STEPS + 1) // 2
     each = 3 * outputs + 7 * codes + 21 * shape.inner + 3 * 2 * shape.width + 2 * (queries + keys)
-    return tokens * each + (LAYERS - 1) * shape.heads * seen * 20
+    return int(tokens * each + (LAYERS - 1) * shape.heads * seen * 20)
 
 
 def instruction_rows(program: Path, folder: Path) -> list[dict[str, Any]]:
