@@ -166,10 +166,10 @@ MEIQA_INLINE Lanes only_first(const Lanes& x, std::size_t count) {
 
 // Floats of whole numbers, to which others are added before.
 MEIQA_INLINE Lanes floats_of(const Ints& x, const std::int32_t* more) {
-    Ints added;
-    std::memcpy(&added, more, sizeof added);
     return each([&](std::size_t i) {
-        return __builtin_convertvector(x.part[i] + added.part[i], Native);
+        NativeInts part;
+        std::memcpy(&part, more + i * kNative, sizeof part);
+        return __builtin_convertvector(x.part[i] + part, Native);
     });
 }
 
