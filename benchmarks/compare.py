@@ -158,15 +158,12 @@ def on_kernel(graph: Decoder, package: EnginePackage, threads: int, kernel: str)
 
 def without_reuse(asked: Asked, decoder: Decoder) -> Callable[[], Answers]:
     """The engine, as many whole prompts at a time as it takes."""
-    shape, verdicts = asked.model.package.manifest.decoder, asked.model.prompts.verdict_ids
+    shape = asked.model.package.manifest.decoder
     empty = np.zeros((shape.layers, 2, shape.kv_heads, 0, shape.head_dim), np.float32)
     rows, nothing = asked.prompts(), KeyValues(empty, 0)
 
     def answers() -> Answers:
-        each = [nothing] * len(rows)
-        first, second = decoder.last_logits(rows, each, verdicts).astype(np.float64).T
-        ahead: Answers = first - second
-        return ahead
+        return asked.from_logits(decoder.last_logits(rows, [nothing] * len(rows)))
 
     return answers
 

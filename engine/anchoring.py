@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 from PIL import Image
@@ -67,6 +68,42 @@ def thumbnail_of(pixels: Pixels) -> bytes:
     return file.getvalue()
 
 
+@dataclass(frozen=True)
+class Anchored:
+    """A photograph that became an anchor, with its thumbnail if one is kept."""
+
+    case: Case
+    thumbnail: bytes | None
+
+
+class AnchorMaker:
+    """Makes anchors of files; it can be pickled before its first call.
+
+    Args:
+        open_model: gives the model, once.
+        images: where files are.
+    """
+
+    def __init__(
+        self, open_model: Callable[[], Model], images: Path, options: AnchorOptions
+    ) -> None:
+        self._open, self._images, self._options = open_model, images, options
+
+    @cached_property
+    def _model(self) -> Model:
+        return self._open()
+
+    def __call__(self, labelled: tuple[str, float]) -> Anchored | Failure:
+        """Make an anchor of a file and its score; a Failure if it can't be judged."""
+        file, score = labelled
+        try:
+            pixels = load_pixels(self._images / file)
+            case = anchor_case(self._model, pixels, file, score, self._options)
+        except ImageError as error:
+            return Failure(str(self._images / file), error)
+        return Anchored(case, thumbnail_of(pixels) if self._options.keep_thumbnails else None)
+
+
 def build_anchors(
     model: Model,
     labels: LabelTable,
@@ -74,6 +111,7 @@ def build_anchors(
     out: Path,
     options: AnchorOptions = AnchorOptions(),
     on_photo: Callable[[Failure | None], None] = lambda failure: None,
+    make: Callable[[list[tuple[str, float]]], Iterable[Anchored | Failure]] | None = None,
 ) -> list[Failure]:
     """Write a memory of the photographs of a label table; an interrupted build is gone on with.
 
@@ -83,6 +121,7 @@ def build_anchors(
         labels: files below `images`, which become the anchors' ids, and their scores.
         out: directory of the memory; must not exist.
         on_photo: told after each photograph, with its failure if it is left out.
+        make: what an `AnchorMaker` makes of files and scores, in their order; by default here.
     """
     widths = key_widths(options.key_kind, *model.widths)
     failures: list[Failure] = []
@@ -95,18 +134,18 @@ def build_anchors(
         keep_thumbnails=options.keep_thumbnails,
         resume=True,
     )
+    make = make or partial(map, AnchorMaker(lambda: model, images, options))
     with writer:
-        for file, score in zip(labels.files, labels.scores_1_to_5(), strict=True):
-            failure = None
-            if file not in writer.known_ids:
-                try:
-                    pixels = load_pixels(images / file)
-                    case = anchor_case(model, pixels, file, score, options)
-                    thumbnail = thumbnail_of(pixels) if options.keep_thumbnails else None
-                    writer.add(case, provenance=options.provenance, thumbnail=thumbnail)
-                except ImageError as error:
-                    failure = Failure(str(images / file), error)
-                    failures.append(failure)
+        labelled = list(zip(labels.files, labels.scores_1_to_5(), strict=True))
+        waiting = [each for each in labelled if each[0] not in writer.known_ids]
+        for _ in range(len(labelled) - len(waiting)):
+            on_photo(None)
+        for made in make(waiting) if waiting else ():
+            failure = made if isinstance(made, Failure) else None
+            if isinstance(made, Anchored):
+                writer.add(made.case, provenance=options.provenance, thumbnail=made.thumbnail)
+            else:
+                failures.append(made)
             on_photo(failure)
         writer.finish()
     return failures

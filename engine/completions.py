@@ -65,9 +65,9 @@ def about_one(family: PromptFamily, question: str) -> str:
     return f"{family.opening}{_FIRST}{family.closing}{question}"
 
 
-def about_two(family: PromptFamily) -> str:
-    """Give what a model reads that is asked which of two pictures looks better."""
-    return about_one(family, f"{family.second_opening}{_SECOND}{family.closing}{family.compare}")
+def about_two(family: PromptFamily, question: str) -> str:
+    """Give what a model reads that is asked about two pictures."""
+    return about_one(family, f"{family.second_opening}{_SECOND}{family.closing}{question}")
 
 
 def chat(text: str, pictures: Sequence[str], written: str = "") -> dict[str, Any]:

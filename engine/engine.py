@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from meiqa.engine.asking import Question, answer_all
 from meiqa.engine.budget import (
     FEWEST_NEIGHBOURS,
     SHORT_SUMMARY_TOKENS,
@@ -42,7 +43,7 @@ from meiqa.engine.shots import ALIKE, require_cosine
 from meiqa.errors import ImageError, UsageError
 from meiqa.locations import embedded_assets
 from meiqa.memory import Admission, MemoryBank, RetrievalPolicy, open_memory
-from meiqa.types import Assessment, Budget, Culling, Failure, PairComparison, Ranking
+from meiqa.types import Answer, Assessment, Budget, Culling, Failure, PairComparison, Ranking
 
 UNHURRIED = Budget(ms=3.6e6)
 """Everything is done, and the costs are learnt from it."""
@@ -324,6 +325,37 @@ class Engine:
             timings_ms={"total": task.deadline.elapsed_ms},
             degraded=left_out(candidates, [solution]),
         )
+
+    def options(
+        self,
+        image: ImageSource,
+        question: str,
+        options: Sequence[str],
+        *,
+        second: ImageSource | None = None,
+        reply: str = "",
+    ) -> Answer:
+        """Tell how probable each option is as the reply to a question; see `Question`.
+
+        Raises:
+            ImageError: a photo can't be judged.
+            UsageError: the question makes no sense, or the model is behind a server.
+        """
+        return self.options_many(image, [Question(question, options, second, reply)])[0]
+
+    def options_many(self, image: ImageSource, questions: Sequence[Question]) -> list[Answer]:
+        """Answer many questions about one photo, which is read once; see `options`.
+
+        Each answer is what the question would get alone.
+        """
+        if not isinstance(self.model, LocalModel):
+            raise UsageError(
+                "a model behind a server cannot be asked for options",
+                seen="a server names the likeliest tokens only",
+                hint="export the model: meiqa export",
+            )
+        photo = load_pixels(image)
+        return answer_all(self.model, photo, self.scorer.prefill(photo)[0], questions)
 
     def patterns(self, image: ImageSource, reference: ImageSource | None = None) -> PatternScore:
         """See what distortion patterns alone say of a photo; UsageError if the package has none."""

@@ -9,34 +9,47 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.engine.estimates import quality_word, softmax
+from meiqa.engine.estimates import quality_word
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.measures import measure_attributes, measured_sentence, verdict_sentence
 from meiqa.engine.model import (
     ANSWER_TOKENS,
     RATING_TOKENS,
+    Asked,
     Description,
     Draft,
     Floats,
+    Model,
     Prefix,
     StopRule,
     VisualTokens,
 )
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.prompts import positions_of, printed_rating
+from meiqa.engine.prompts import Ids, Step, positions_of, printed_rating
 from meiqa.engine.runtime import open_runtime
-from meiqa.engine.runtime.decoder import Decoder, GraphSession, Row, require_finite
+from meiqa.engine.runtime.decoder import (
+    ROWS_BY_THEMSELVES,
+    Decoder,
+    GraphSession,
+    KeyValues,
+    Row,
+    parts_of,
+    require_finite,
+)
 from meiqa.engine.writing import Proposer, Writing
 from meiqa.kernels.patches import pixels_to_patches
 
+Logarithms = NDArray[np.float64]
 
-class LocalModel:
+
+class LocalModel(Model):
     """The model of an engine package, in the role of `meiqa.engine.model.Model`."""
 
     def __init__(self, package: EnginePackage, vision: GraphSession, decoder: Decoder) -> None:
         manifest = package.manifest
         self.package = package
         self.prompts = package.prompts
+        self.family = package.prompts.family
         self.digest = package.digest
         self.image: ImageProcessing = manifest.image
         self.token_pixels = self.image.cell_pixels
@@ -81,29 +94,44 @@ class LocalModel:
             embeds = [self.embed(p.opening), picture.values, self.embed(p.closing)]
             rows.append(Row(np.concatenate(embeds), positions))
             ends.append(end)
-        kept = self.decoder.prefill(rows, ahead=self._around_second[0]) if rows else []
+        kept = self.decoder.prefill(rows, ahead=self._before_second) if rows else []
         return [
             Prefix(picture, key_values.first(len(row.embeds)), key_values, end)
             for picture, key_values, row, end in zip(pictures, kept, rows, ends, strict=True)
         ]
 
-    def grade(self, prefix: Prefix) -> NDArray[np.float64]:
-        """Give the probabilities of the grade words; see `Model.grade`."""
-        levels = self.prompts.levels
-        row = Row(self.embed(levels), positions_of([len(levels)], prefix.next_position)[0])
-        wanted = self.prompts.level_ids.tolist()
-        logits = self.decoder.last_logits([row], [prefix.opening], wanted)[0].astype(np.float64)
-        return softmax(logits)
+    def log_probabilities(
+        self, firsts: Sequence[Prefix], questions: Sequence[Asked]
+    ) -> list[NDArray[np.float64]]:
+        """Give the log-probabilities of options; see `Model.log_probabilities`.
 
-    def prefer_first(
-        self, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]
-    ) -> NDArray[np.float64]:
-        """Give the logits of K comparisons, one forward pass each; see `Model.prefer_first`."""
-        each = list(firsts) * len(seconds) if len(firsts) == 1 else firsts
-        rows = [self._second_row(one, other) for one, other in zip(each, seconds, strict=True)]
-        prefixes = [first.key_values for first in firsts]
-        logits = self.decoder.last_logits(rows, prefixes, self.prompts.verdict_ids)
-        return np.asarray(logits[:, 0].astype(np.float64) - logits[:, 1])
+        A row asks for one token behind a question; options of several tokens have one for each
+        place where they part. All rows are read together, each as if it were alone.
+        """
+        each = list(firsts) * len(questions) if len(firsts) == 1 else firsts
+        # What stands before a second picture may have been read with the prefix already.
+        ahead = all(question.second is not None for question in questions)
+        rows, prefixes, steps = list[Row](), list[KeyValues](), list[tuple[Logarithms, Step]]()
+        found = [np.zeros(len(question.options)) for question in questions]
+        for first, question, sums in zip(each, questions, found, strict=True):
+            ids, parting = self.prompts.options(question.text, question.options)
+            row = self._row(first, question.second, ids)
+            row = row.behind(first.key_values.length - first.opening.length if ahead else 0)
+            rows += [row.followed_by(self.embed(step.behind)) for step in parting]
+            prefixes += [first.key_values if ahead else first.opening] * len(parting)
+            steps += [(sums, step) for step in parting]
+        if len(firsts) == 1:
+            del prefixes[1:]
+        for part in parts_of(len(rows), ROWS_BY_THEMSELVES):
+            continued = prefixes if len(prefixes) == 1 else prefixes[part]
+            logits = self.decoder.last_logits(rows[part], continued)
+            largest = logits.max(axis=1)
+            weights = np.exp(logits - largest[:, None]).sum(axis=1, dtype=np.float64)
+            for (sums, step), row_logits, whole in zip(
+                steps[part], logits, largest + np.log(weights), strict=True
+            ):
+                sums[step.options] += row_logits[step.ids] - whole
+        return found
 
     def describe(
         self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = None
@@ -165,7 +193,7 @@ class LocalModel:
         elif writing.stopped:
             rating = printed_rating(self.prompts.text(writing.tokens), family, cut=False)
         if rating is None:
-            ended = "" if marked else family.description_end
+            ended = "" if marked else family.description_end + self.prompts.between_tags
             writing.force(self.prompts.ids(ended + family.answer_open))
             start = len(writing.tokens)
             rating = self._answer(writing, start, RATING_TOKENS, opening=family.answer_open)
@@ -184,35 +212,43 @@ class LocalModel:
     def _proposer(self, drafts: Sequence[Draft]) -> Proposer:
         """Drafts in tokens, as the model would write them: with markers around them."""
         family, ids = self.prompts.family, self.prompts.ids
-        before = family.description_end + family.answer_open
+        # Where tags merge, models differ: they part lines, or they don't.
+        tags = {
+            f"{family.description_end}{between}{family.answer_open}"
+            for between in (self.prompts.between_tags, "")
+        }
         # Similar photos often have the same summary.
-        opened = {text: ids(text + before).tolist() for text in {d.summary for d in drafts}}
+        summaries = {draft.summary for draft in drafts}
+        opened = {text: [ids(text + tag).tolist() for tag in sorted(tags)] for text in summaries}
         rated = bool(family.answer_open)
         return Proposer(
-            [*opened[draft.summary], *ids(f"{draft.score:.2f}{family.answer_close}")]
+            [*begun, *ids(f"{draft.score:.2f}{family.answer_close}")]
             if rated and draft.score is not None
-            else opened[draft.summary]
+            else begun
             for draft in drafts
+            for begun in opened[draft.summary]
         )
 
-    def _second_row(self, first: Prefix, second: VisualTokens) -> Row:
-        before, after = self._around_second
+    def _row(self, first: Prefix, second: VisualTokens | None, question: Ids) -> Row:
+        """A question behind a prefix, and behind the second picture if there is one."""
         start = first.next_position
+        if second is None:
+            return Row(self.embed(question), positions_of([len(question)], start)[0])
+        before, closing = self._before_second, self.prompts.closing
+        after = self.embed(np.concatenate([closing, question]))
         positions = _positions_around(second.grid, len(before), len(after), start)
-        row = Row(np.concatenate([before, second.values, after]), positions)
-        return row.behind(first.key_values.length - first.opening.length)
+        return Row(np.concatenate([before, second.values, after]), positions)
 
     @cached_property
     def _key_projection(self) -> Floats:
         return np.asarray(self.package.array("key_projection.npy"))
 
     @cached_property
-    def _around_second(self) -> tuple[Floats, Floats]:
-        """Embeddings of what stands before and behind the second picture of a comparison."""
-        p = self.prompts
-        return self.embed(p.second_opening), self.embed(np.concatenate([p.closing, p.compare]))
+    def _before_second(self) -> Floats:
+        """Embeddings of what stands before the second picture of a question."""
+        return self.embed(self.prompts.second_opening)
 
-    def embed(self, ids: NDArray[np.int64] | Sequence[int]) -> Floats:
+    def embed(self, ids: Ids | Sequence[int]) -> Floats:
         """Give embeddings (n, embed width) of tokens; text has zeros for DeepStack."""
         embeds = self._embedding[ids].astype(np.float32)
         return np.pad(embeds, ((0, 0), (0, self._deepstack))) if self._deepstack else embeds

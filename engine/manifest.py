@@ -205,9 +205,10 @@ class Manifest(Record):
         files: SHA-256 of every file but the manifest, the engines and the patterns.
         patterns: None in a package without a reference mode.
         score_head: what makes the first score unless another is asked for.
+        ends: tokens beside the prompt family's `stop` that end a turn of this model.
     """
 
-    later = ("patterns", "score_head")
+    later = ("patterns", "score_head", "ends")
 
     architecture: str
     source: Mapping[str, str]
@@ -222,6 +223,7 @@ class Manifest(Record):
     engines: tuple[TensorRtEngine, ...] = field(default=(), metadata={"parts": TensorRtEngine})
     patterns: PatternGraph | None = field(default=None, metadata={"part": PatternGraph})
     score_head: ScoreHead = "text"
+    ends: tuple[str, ...] = ()
 
     @property
     def every_graph(self) -> Mapping[str, Graph]:
@@ -283,7 +285,9 @@ class Manifest(Record):
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that makes visual tokens and keys: what a memory is tied to."""
-        made_by = {name: asdict(getattr(self, name)) for name in ("decoder", "prompt")}
+        made_by: dict[str, Any] = {n: asdict(getattr(self, n)) for n in ("decoder", "prompt")}
         made_by["image"] = self.image.identity
         made_by["files"] = dict(self.files)
+        if self.ends:
+            made_by["ends"] = self.ends
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()

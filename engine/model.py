@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.calibration import Calibration, ScoreHead
+from meiqa.engine.estimates import softmax
 from meiqa.engine.manifest import ImageProcessing
+from meiqa.engine.prompts import PromptFamily
 from meiqa.engine.runtime.decoder import KeyValues
 
 Floats = NDArray[np.float32]
@@ -55,6 +57,21 @@ class Prefix:
     opening: KeyValues
     key_values: KeyValues
     next_position: int
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked of a picture, and how the reply may go on.
+
+    Attributes:
+        text: from the end of the last picture to where the reply goes on, turns included.
+        options: how it may go on, each one token or several.
+        second: the picture that is shown behind the first.
+    """
+
+    text: str
+    options: tuple[str, ...]
+    second: VisualTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -99,8 +116,12 @@ class Description:
 class Model(Protocol):
     """A vision-language model that judges pictures.
 
+    Grade words, verdicts of comparisons and anybody's own options are asked for in one way:
+    `log_probabilities`.
+
     Attributes:
         digest: identity of all that makes tokens and keys; what a memory is tied to.
+        family: the texts that it is asked with.
         image: how it wants its pixels; token_pixels: side of the square behind a visual token.
         calibration: how its answers go with people's scores; head: what makes the first score.
         summary_tokens: limit of a description.
@@ -108,6 +129,7 @@ class Model(Protocol):
     """
 
     digest: str
+    family: PromptFamily
     image: ImageProcessing
     token_pixels: int
     calibration: Calibration
@@ -133,9 +155,20 @@ class Model(Protocol):
         """
         ...
 
+    def log_probabilities(
+        self, firsts: Sequence[Prefix], questions: Sequence[Asked]
+    ) -> list[NDArray[np.float64]]:
+        """Give the log-probability of each option of Q questions: that the reply goes on so.
+
+        One prefix with many questions (Q = len(questions)) is read once; otherwise prefixes and
+        questions are paired one to one.
+        """
+        ...
+
     def grade(self, prefix: Prefix) -> NDArray[np.float64]:
         """Give the probabilities (5,) of the grade words from 1 to 5, without writing."""
-        ...
+        question = Asked(self.family.levels, self.family.level_words)
+        return softmax(self.log_probabilities([prefix], [question])[0])
 
     def prefer_first(
         self, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]
@@ -145,7 +178,10 @@ class Model(Protocol):
         One prefix against many seconds (K = len(seconds)) reads the prefix once; otherwise firsts
         and seconds are paired one to one.
         """
-        ...
+        text, verdicts = self.family.compare, self.family.verdicts
+        questions = [Asked(text, verdicts, second) for second in seconds]
+        found = self.log_probabilities(firsts, questions)
+        return np.array([first - second for first, second in found], np.float64)
 
     def reflect(self, prefix: Prefix, summary: str, initial: float, score: float) -> Description:
         """Write a corrected description in the light of a fused score."""

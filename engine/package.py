@@ -90,7 +90,7 @@ class EnginePackage:
     @cached_property
     def prompts(self) -> Prompts:
         tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
-        return Prompts(self.manifest.prompt, tokenizer)
+        return Prompts(self.manifest.prompt, tokenizer, self.manifest.ends)
 
     @cached_property
     def embedding(self) -> NDArray[np.float16 | np.float32]:

@@ -10,8 +10,10 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +36,11 @@ PLACEHOLDERS = ("summary", "initial", "score")
 ANSWERS = {"level_words": 5, "verdicts": 2}
 """The fields that list answers, with their number."""
 MAY_BE_EMPTY = ("second_opening", "answer_open", "answer_close")
+KEPT_QUESTIONS = 256
 LOWEST, HIGHEST = 1.0, 5.0  # the scale of printed ratings, for all families
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_NUMBER = r"(?<![\w.,])([-+\u2212]?\d++(?:[.,]\d++)?+)(?!\w)"
+_NAMED = re.compile(rf"{_NUMBER}\s*(?:/|of|out of)\s*5\b|[:=][\s\"'*]*{_NUMBER}")
+"""A number before the scale's end, or behind a name."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,26 @@ class PromptFamily:
     level_words: tuple[str, ...]
     verdicts: tuple[str, str]
     summary_tokens: int
+
+    @property
+    def reply(self) -> str:
+        """What stands between a question and its reply; UsageError if the texts don't show it.
+
+        It begins where the user's turn stops, and is what all of the family's questions have there.
+        """
+        ends = [text.rpartition(self.stop) for text in (self.score, self.levels, self.compare)]
+        if not all(stop for _, stop, _ in ends):
+            raise UsageError(
+                f"the prompt family {self.name} does not show where a question ends",
+                seen=f"a question without {self.stop!r}",
+                hint="export the model with a family whose questions end a turn: --prompt",
+            )
+        alike = takewhile(
+            lambda chars: len({*chars}) == 1, zip(*(e[2] for e in ends), strict=False)
+        )
+        shared = "".join(chars[0] for chars in alike)
+        # A tag's first character is no part of it.
+        return self.stop + (shared[: shared.rfind("\n") + 1] or shared)
 
     @property
     def measured(self) -> bool:
@@ -303,7 +328,7 @@ def parse_reply(text: str, family: PromptFamily, *, cut: bool) -> Reply:
 
 
 def printed_rating(text: str, family: PromptFamily, *, cut: bool) -> float | None:
-    """Read the first number of the last answer in a text; None if there is none on the scale.
+    """Read the rating in the last answer of a text; None if there is none on the scale.
 
     A number at the very end of a text that was `cut` does not count: it may lack digits.
     """
@@ -312,10 +337,42 @@ def printed_rating(text: str, family: PromptFamily, *, cut: bool) -> float | Non
         return None
     answer, closed, _ = answer.partition(family.answer_close)
     if cut and not closed:
-        answer = answer.rstrip("0123456789.")
-    number = _NUMBER.search(answer)
-    rating = float(number.group()) if number else LOWEST - 1.0
-    return rating if LOWEST <= rating <= HIGHEST else None
+        answer = answer.rstrip("0123456789.,")
+    rating = _rating_in(answer)
+    return rating if rating is not None and LOWEST <= rating <= HIGHEST else None
+
+
+def _rating_in(answer: str) -> float | None:
+    """Read the number that is meant; None where it may be one of several.
+
+    >>> _rating_in("Picture 1: 3,25"), _rating_in("4 of 5"), _rating_in("from 1 to 5, good")
+    (3.25, 4.0, None)
+    """
+    if named := _NAMED.search(answer):
+        numbers = [named[1] or named[2]]
+    else:
+        numbers = re.findall(_NUMBER, answer)
+        numbers = [n for n in numbers if "." in n or "," in n] or numbers
+    values = {float(n.replace(",", ".").replace("\u2212", "-")) for n in numbers}
+    return values.pop() if len(values) == 1 else None
+
+
+class Step(NamedTuple):
+    """Where options part: the tokens that stand behind the question, and what may come next.
+
+    `options` are indices of those that go on there, `ids` their next tokens; all are int64 (n,).
+    """
+
+    behind: Ids
+    options: Ids
+    ids: Ids
+
+
+class Options(NamedTuple):
+    """A question's tokens, and the steps whose tokens together are its options."""
+
+    question: Ids
+    steps: tuple[Step, ...]
 
 
 class Prompts:
@@ -323,20 +380,28 @@ class Prompts:
 
     Attributes:
         opening, second_opening, closing, score, levels, compare: the family's texts, int64 (n,).
-        stop: the token that ends a turn.
+        stops: the tokens that end a turn.
         level_ids: tokens of the five grades, from 1 to 5, int64 (5,).
         verdict_ids: tokens for "the first looks better" and "the second looks better".
+        between_tags: what we write between a description's end and the answer's opening: a line
+            break where the two would share a token, as models do that part their lines.
     """
 
-    def __init__(self, family: PromptFamily, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, family: PromptFamily, tokenizer: Tokenizer, ends: Sequence[str] = ()
+    ) -> None:
         self.family, self.tokenizer = family, tokenizer
         self.opening, self.second_opening = map(self.ids, (family.opening, family.second_opening))
         self.closing, self.score = map(self.ids, (family.closing, family.score))
         self.levels, self.compare = map(self.ids, (family.levels, family.compare))
-        self.stop = self.single(family.stop)
+        self.stops = frozenset(map(self.single, (family.stop, *ends)))
         words = [self._answer(family.levels, word) for word in family.level_words]
         self.level_ids = np.array(words, np.int64)
         self.verdict_ids = [self._answer(family.compare, verdict) for verdict in family.verdicts]
+        tags = family.description_end, family.answer_open
+        merge = [*self.ids("".join(tags))] != [*self.ids(tags[0]), *self.ids(tags[1])]
+        self.between_tags = "\n" if merge else ""
+        self.options = lru_cache(KEPT_QUESTIONS)(self._options)
 
     def ids(self, text: str) -> Ids:
         """Give the tokens of a text, int64 (n,)."""
@@ -359,13 +424,53 @@ class Prompts:
 
     def _answer(self, question: str, answer: str) -> int:
         token = self.single(answer)
-        if self.ids(question + answer).tolist() != [*self.ids(question).tolist(), token]:
+        if self._continuation(question, answer) != [token]:
             raise PackageCorrupted(
                 "an answer of the prompt family merges with the end of its question",
                 seen=repr(question[-24:] + answer),
                 hint="put a space either at the end of the question or before the answers",
             )
         return token
+
+    def _continuation(self, question: str, option: str) -> list[int]:
+        """The tokens that an option adds to a question; none if it merges with its end."""
+        before, whole = self.ids(question).tolist(), self.ids(question + option).tolist()
+        return whole[len(before) :] if whole[: len(before)] == before else []
+
+    def _options(self, question: str, options: tuple[str, ...]) -> Options:
+        """Give a question and its options in tokens; they are kept, under the name `options`.
+
+        Raises:
+            UsageError: an option is empty, or merges with the end of the question.
+        """
+        steps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        for index, option in enumerate(options):
+            ids = self._continuation(question, option)
+            if not ids:
+                raise UsageError(
+                    "an option is empty, or merges with what stands before it",
+                    seen=repr(question[-24:] + option),
+                    hint="begin it otherwise: with a space, or without one",
+                )
+            for place, token in enumerate(ids):
+                steps.setdefault(tuple(ids[:place]), []).append((index, token))
+        return Options(
+            self.ids(question),
+            tuple(
+                Step(np.array(behind, np.int64), *np.array(following, np.int64).T)
+                for behind, following in steps.items()
+            ),
+        )
+
+    def require_plain(self, text: str) -> None:
+        """Refuse, as a UsageError, a text with marks of the chat or of pictures in it."""
+        marks = self.tokenizer.get_added_tokens_decoder().values()
+        if found := [mark.content for mark in marks if mark.special and mark.content in text]:
+            raise UsageError(
+                "a question holds a mark that only the prompt family may set",
+                seen=found[0],
+                allowed="plain text",
+            )
 
     def before(self, ids: Sequence[int], marker: str) -> tuple[str, int]:
         """Give the text before the last place of a marker, and how many tokens are wholly so.

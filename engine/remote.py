@@ -36,15 +36,16 @@ from meiqa.engine.completions import (
     text_key,
     unmarked,
 )
-from meiqa.engine.estimates import softmax
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.model import (
     ANSWER_TOKENS,
     RATING_TOKENS,
+    Asked,
     Description,
     Draft,
     Floats,
     GenerationStats,
+    Model,
     Prefix,
     StopRule,
     VisualTokens,
@@ -94,8 +95,11 @@ class RemoteSettings:
                 seen=f"cells of {self.cell_pixels} pixels, areas up to {self.max_pixels}",
                 allowed=f"cells of 4 or more, areas of {MIN_PIXELS} and a cell or more",
             )
-        about = about_one(self.prompt, self.prompt.score)
-        for text in (about, about_one(self.prompt, self.prompt.levels), about_two(self.prompt)):
+        p = self.prompt
+        for text in (
+            *(about_one(p, each) for each in (p.score, p.levels)),
+            about_two(p, p.compare),
+        ):
             chat(text, ["", ""])  # refuses a family that no messages stand for
 
     def write(self, memory: Path) -> None:
@@ -150,7 +154,7 @@ class RemoteSettings:
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
 
-class RemoteModel:
+class RemoteModel(Model):
     """A model behind a server, in the role of `meiqa.engine.model.Model`."""
 
     def __init__(
@@ -169,7 +173,7 @@ class RemoteModel:
         # Three colours of each pixel of a tile, and the largest.
         self.widths = TEXT_KEY_WIDTH, 3 * self.token_pixels**2 + 1
         self._memory = memory
-        self._family = settings.prompt
+        self.family = settings.prompt
         self._completions = completions
         self._pictures: LRUCache[str, str] = LRUCache(PICTURE_BYTES, getsizeof=len)
 
@@ -226,7 +230,7 @@ class RemoteModel:
         self, prefix: Prefix, max_tokens: int, drafts: Sequence[Draft] = (), stop: StopRule = None
     ) -> Description:
         """Ask for a description and a rating, undrafted and unstopped; see `Model.describe`."""
-        family = self._family
+        family = self.family
         # One request is enough, if the answer is written behind the description as usual.
         room = ANSWER_TOKENS if max_tokens >= family.summary_tokens and family.answer_open else 0
         first = self._written(prefix, family.score, max_tokens + room)
@@ -242,13 +246,14 @@ class RemoteModel:
 
     def _rating(self, prefix: Prefix, first: Completion, reply: Reply) -> tuple[float | None, int]:
         """Ask on for a number: what is printed then, and the tokens that it took."""
-        family, text, rating, tokens = self._family, first.text, None, 0
+        family, text, rating, tokens = self.family, first.text, None, 0
         if reply.marked and first.cut:
             more = self._written(prefix, family.score, ANSWER_TOKENS, text)
             text, tokens = text + more.text, more.tokens
             rating = parse_reply(text, family, cut=more.cut).rating
         if rating is None:
-            ended = ("" if reply.marked else family.description_end) + family.answer_open
+            # With a line break, since the tags' edges may be one token of the server's.
+            ended = ("" if reply.marked else f"{family.description_end}\n") + family.answer_open
             forced = self._written(prefix, family.score, RATING_TOKENS, text + ended)
             tokens += forced.tokens
             rating = printed_rating(family.answer_open + forced.text, family, cut=forced.cut)
@@ -256,36 +261,33 @@ class RemoteModel:
 
     def reflect(self, prefix: Prefix, summary: str, initial: float, score: float) -> Description:
         """Ask for a corrected description; see `Model.reflect`."""
-        family = self._family
+        family = self.family
         question = family.reflection(unmarked(summary), initial, score)
         answer = self._written(prefix, question, family.summary_tokens + RATING_TOKENS)
         reply = parse_reply(answer.text, family, cut=answer.cut)
         stats = GenerationStats(answer.tokens, complete=reply.complete)
         return Description(reply.description, text_key(reply.description), stats=stats)
 
-    def grade(self, prefix: Prefix) -> NDArray[np.float64]:
-        """Ask for a grade word; see `Model.grade`."""
-        text = about_one(self._family, self._family.levels)
-        question = chat(text, [self._sent(prefix.tokens)])
-        answer = self._completions.ask(question, max_tokens=1, logprobs=True)
-        chosen = _logprobs_of(self._family.level_words, answer.logprobs)
-        return softmax(chosen)
+    def log_probabilities(
+        self, firsts: Sequence[Prefix], questions: Sequence[Asked]
+    ) -> list[NDArray[np.float64]]:
+        """Ask for the next token, several at once; see `Model.log_probabilities`.
 
-    def prefer_first(
-        self, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]
-    ) -> NDArray[np.float64]:
-        """Give logits (K,), several asked at once; see `Model.prefer_first`."""
-        many = list(firsts) * len(seconds) if len(firsts) == 1 else firsts
-        text, ask = about_two(self._family), self._completions.ask
-        asked = [
-            partial(ask, chat(text, list(map(self._sent, pair))), max_tokens=1, logprobs=True)
-            for pair in zip((first.tokens for first in many), seconds, strict=True)
+        A server names the likeliest tokens only: options are single tokens here.
+        """
+        each = list(firsts) * len(questions) if len(firsts) == 1 else firsts
+        asked = []
+        for first, question in zip(each, questions, strict=True):
+            pictures, about = [self._sent(first.tokens)], about_one
+            if question.second is not None:
+                pictures, about = [*pictures, self._sent(question.second)], about_two
+            messages = chat(about(self.family, question.text), pictures)
+            asked.append(partial(self._completions.ask, messages, max_tokens=1, logprobs=True))
+        answers = self._completions.ask_all(asked)
+        return [
+            _logprobs_of(question.options, answer.logprobs)
+            for question, answer in zip(questions, answers, strict=True)
         ]
-        logits = np.zeros(len(asked))
-        for index, answer in enumerate(self._completions.ask_all(asked)):
-            one, other = _logprobs_of(self._family.verdicts, answer.logprobs)
-            logits[index] = one - other
-        return logits
 
     def close(self) -> None:
         """See `Model.close`."""
@@ -294,10 +296,10 @@ class RemoteModel:
     def _written(
         self, prefix: Prefix, question: str, max_tokens: int, written: str = ""
     ) -> Completion:
-        text, picture = about_one(self._family, question), self._sent(prefix.tokens)
+        text, picture = about_one(self.family, question), self._sent(prefix.tokens)
         messages = chat(text, [picture], unmarked(written))
         answer = self._completions.ask(messages, max_tokens, logprobs=False)
-        text, stopped, _ = answer.text.partition(self._family.stop)
+        text, stopped, _ = answer.text.partition(self.family.stop)
         return replace(answer, text=text, cut=answer.cut and not stopped)
 
     def _sent(self, tokens: VisualTokens) -> str:

@@ -348,7 +348,10 @@ class Scorer:
         elif request.learn:
             scored = self._learn(scored)
         deadline.timings_ms["total"] = deadline.elapsed_ms
-        return replace(scored, counters=self._counters(scored, reused, before))
+        counters = self._counters(scored, reused, before)
+        if snapshot.pulled is not None:
+            counters["hub_sequence"] = snapshot.pulled
+        return replace(scored, counters=counters)
 
     def prefill(self, pixels: Pixels) -> tuple[Prefix, bool]:
         """Encode and read a photo, unless the same pixels were read before, and tell if so."""
@@ -589,6 +592,6 @@ def as_neighbours(cases: Sequence[Case], preferences: NDArray[np.float64]) -> tu
     """Give neighbours as they stand in an assessment."""
     given = [None if np.isnan(preference) else float(preference) for preference in preferences]
     return tuple(
-        Neighbour(case.id, case.origin, case.score, case.std, preference)
+        Neighbour(case.id, case.origin, case.score, case.std, preference, case.device or None)
         for case, preference in zip(cases, given, strict=True)
     )

@@ -139,7 +139,7 @@ class Writing:
     @property
     def stopped(self) -> bool:
         """Whether the model would end its turn next."""
-        return self.next_token == self._model.prompts.stop
+        return self.next_token in self._model.prompts.stops
 
     @property
     def written(self) -> int:

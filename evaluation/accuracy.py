@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.engine import Engine
+from meiqa.engine.images import ImageSource
 from meiqa.engine.scoring import Scorer
 from meiqa.errors import UsageError
 from meiqa.evaluation.measuring import Column, quantiles_ms, run_on, table_text
@@ -29,6 +30,21 @@ from meiqa.types import Assessment, Budget, Failure
 
 Floats = NDArray[np.float64]
 OnResult = Callable[[Assessment | Failure], None]
+
+
+class ManyScorer(Protocol):
+    """An engine, or several of them elsewhere."""
+
+    def score_many(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        budget: Budget | None,
+        k: int | None,
+        learn: bool,
+        detail: bool,
+    ) -> Iterator[Assessment | Failure]:
+        """See `Engine.score_many`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +108,7 @@ class Judged:
 
 
 def judge(
-    engine: Engine,
+    engine: ManyScorer,
     labels: LabelTable,
     images_dir: str | Path,
     *,

@@ -266,6 +266,18 @@ class Checkpoint:
         return made
 
     @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The tokens that end what it writes, as generation_config.json says, if it is there."""
+        file = self.folder / "generation_config.json"
+        listed = read_json(file).get("eos_token_id") if file.is_file() else None
+        ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        ends = [self.tokenizer.id_to_token(i) if type(i) is int and i >= 0 else None for i in ids]
+        if None in ends:
+            what, hint = f"{file} ends texts with a token that there is not", "correct eos_token_id"
+            raise PackageCorrupted(what, seen=listed, hint=hint)
+        return tuple(filter(None, ends))
+
+    @cached_property
     def text(self) -> DecoderConfig:
         return self.family.decoder(self.config)
 

@@ -159,7 +159,9 @@ class Export:
             "decoder": decoder_interface(self.shape),
         }
         self.prompt = options.prompt or prompt_family(checkpoint.family.prompt)
-        Prompts(self.prompt, checkpoint.tokenizer)  # refuses answers that are not single tokens
+        self.ends = tuple(end for end in checkpoint.ends if end != self.prompt.stop)
+        # Refuses answers that are not single tokens.
+        Prompts(self.prompt, checkpoint.tokenizer, self.ends)
         source = checkpoint.folder
         self.source = {"name": source.resolve().name, "sha256": digest_of(source)}
         self.report: dict[str, Any] = {}
@@ -326,6 +328,7 @@ class Export:
             report=self.report,
             files=files,
             score_head=check_score_head(self.options.score_head),
+            ends=self.ends,
         )
         write_manifest(self.folder, manifest)
 

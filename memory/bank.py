@@ -7,13 +7,14 @@ on.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import os
 import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,18 +25,19 @@ from meiqa.errors import (
     MeiqaError,
     StoreError,
     StoreLocked,
+    StoreMismatch,
     StoreNotFound,
     StoreUnwritable,
     UsageError,
 )
 from meiqa.locations import embedded_assets, package_memory
 from meiqa.memory import maintenance, versions
-from meiqa.memory.cases import ORIGINS, Case, Record, Version, check_case, encode_case
+from meiqa.memory.cases import ORIGINS, Case, Entry, Record, Version, check_case, encode_case
 from meiqa.memory.database import REBUILD, Identity, check_identity, store_error
 from meiqa.memory.maintenance import ExportFormat, MemoryStatistics
 from meiqa.memory.retrieval import NEAR_DUPLICATE, Snapshot, View, near_duplicates
 from meiqa.memory.segment import disk_errors, refuse_taken
-from meiqa.memory.wal import LOCK_NAME, WAL_NAME, Mode, Uses, Wal, WriterLock
+from meiqa.memory.wal import LOCK_NAME, WAL_NAME, Image, Mode, Uses, Waiting, Wal, WriterLock
 from meiqa.types import KeyKind, Origin
 
 LOG = logging.getLogger(__name__)
@@ -94,6 +96,23 @@ class ContrastPolicy:
         """
         halvings = max(idle_seconds, 0.0) / (_SECONDS_A_DAY * self.half_life_days)
         return float((1 + retrieved) * 0.5**halvings / (1.0 + (std / _DOUBTFUL_STD) ** 2))
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull from a hub makes of a memory.
+
+    Attributes:
+        stored: Cases of other devices; each takes the place of the one of its image.
+        removed: Cases that were removed elsewhere.
+        told: What the hub knows already, and need not be told any more.
+        pulled: The sequence number up to which the hub has been followed then.
+    """
+
+    stored: Sequence[Entry]
+    removed: Sequence[Image]
+    told: Sequence[Waiting]
+    pulled: int
 
 
 def open_memory(
@@ -257,6 +276,16 @@ class MemoryBank:
         return self._identity.key_kind
 
     @property
+    def identity(self) -> Identity:
+        """The package, the widths and the kind of key of everything in it."""
+        return self._identity
+
+    @property
+    def policy(self) -> ContrastPolicy:
+        """What becomes of the cases that are learned."""
+        return self._policy
+
+    @property
     def admission(self) -> Admission:
         """Which cases `remember` stores."""
         return self._policy.admission
@@ -313,7 +342,9 @@ class MemoryBank:
             seen = latest[origin], wal.tombstones[origin], wal.entries[origin]
             if seen != (old.version, old.tombstones, old.entries):
                 views[origin] = View(*seen)
-        self._snapshot = Snapshot(views["anchor"], views["contrast"], self._retrieved.update)
+        pulled = None if wal.mirrored is None else wal.mirrored.pulled
+        parts = views["anchor"], views["contrast"]
+        self._snapshot = Snapshot(*parts, self._retrieved.update, pulled)
 
     def _latest(self, origin: Origin, verify: bool = False) -> Version:
         known = self._versions[origin]
@@ -339,15 +370,15 @@ class MemoryBank:
     def _sweep(self) -> None:
         """Remove what a killed writer left unfinished."""
         for origin in ORIGINS:
-            if self._is_written(origin):
+            if self.writes(origin):
                 # The last writer may have compacted before this one held the lock.
                 kept = self._versions[origin] = self._latest(origin)
                 with disk_errors(self._path):
                     for file in versions.left_over(self._path, origin, kept.records_path.name):
                         file.unlink(missing_ok=True)
 
-    def _is_written(self, origin: Origin) -> bool:
-        """Whether the versions of an origin are in the directory that is written."""
+    def writes(self, origin: Origin) -> bool:
+        """Tell whether the versions of an origin are in the directory that is written."""
         return self._directories[origin].resolve() == self._path.resolve()
 
     def remember(self, case: Case, *, provenance: str, gated: bool = True) -> bool:
@@ -363,12 +394,17 @@ class MemoryBank:
         if not gated and self._policy.admission == "gated":
             return False
         self._put(case, "contrast", provenance)
-        contrast = self.snapshot().contrast
-        if len(contrast) > self._policy.capacity:
-            self.evict(keep=max(1, int(self._policy.capacity * _KEPT_ON_EVICTION)))
-        if len(contrast.recent) + len(contrast.dead) >= self._policy.compact_after:
-            self._compact_in_background()
+        self._keep_small("contrast")
         return True
+
+    def _keep_small(self, origin: Origin) -> None:
+        """Evict what is too much, and merge what waits, as the policy says."""
+        view = self.snapshot().views[origin]
+        if origin == "contrast" and len(view) > self._policy.capacity:
+            self.evict(keep=max(1, int(self._policy.capacity * _KEPT_ON_EVICTION)))
+        waiting = len(view.recent) + len(view.dead) >= self._policy.compact_after
+        if self.writes(origin) and (waiting or versions.lacks_index(view.version)):
+            self._compact_in_background(origin)
 
     def add_anchor(self, case: Case, *, provenance: str, thumbnail: bytes | None = None) -> None:
         """Add an anchor, or replace the one with the same id or image; durable and found at once.
@@ -386,9 +422,13 @@ class MemoryBank:
             view = views[origin]
             alike = near_duplicates(view, case, above, _MOST_DUPLICATES)
             of_image = view.entries_in(view.rows_of_image(case.image_digest))
-            replaced = {case.id, *alike, *(each.record.id for each in of_image)}
-            self._drop(wal, view, origin, replaced, heir=case.id)
+            replaced = [*alike, *(each.record for each in of_image)]
+            if (of_id := view.record_of_id(case.id)) is not None:
+                replaced.append(of_id)
+            self._drop(wal, view, origin, {each.id for each in replaced}, heir=case.id)
             wal.insert(entry)
+            wal.tell_hub(origin, {each.image_digest for each in replaced}, removed=True)
+            wal.tell_hub(origin, [case.image_digest])
 
     @contextmanager
     def _changing(self) -> Iterator[tuple[Wal, Mapping[Origin, View]]]:
@@ -409,13 +449,16 @@ class MemoryBank:
         self, wal: Wal, view: View, origin: Origin, ids: Collection[str], heir: str | None = None
     ) -> None:
         """Remove cases; their counters of use go to an heir."""
+        self._hide(wal, view, origin, ids)
+        if origin == "contrast":
+            wal.drop_uses(ids, heir)
+
+    def _hide(self, wal: Wal, view: View, origin: Origin, ids: Collection[str]) -> None:
         wal.delete(origin, ids)
         if origin in self._merging:
             wal.bury(origin, ids)  # what is being merged is in no version yet
         else:
             wal.bury(origin, [case_id for case_id in ids if view.version.locate(case_id)[1]])
-        if origin == "contrast":
-            wal.drop_uses(ids, heir)
 
     def cases(
         self, origin: Origin | None = None, since: datetime | None = None
@@ -443,14 +486,90 @@ class MemoryBank:
         count = 0
         with self._changing() as (wal, views):
             for each in chosen:
-                removed = [record.id for record in views[each].records(earliest, ids)]
-                self._drop(wal, views[each], each, removed)
+                removed = views[each].records(earliest, ids)
+                self._drop(wal, views[each], each, [record.id for record in removed])
+                wal.tell_hub(each, [record.image_digest for record in removed], removed=True)
                 count += len(removed)
+        self._erase()
+        return count
+
+    def _erase(self) -> None:
+        """Leave no trace of what was removed, but for anchors in a segment."""
         with self._mutex:
             self._written().shrink()
         if self.snapshot().contrast.dead:
             self._compact("contrast")
-        return count
+
+    def follow(self, hub: str, *, anew: bool = False) -> int:
+        """Share this memory through a hub; give the sequence number up to which it was pulled.
+
+        With the first time on, or `anew`, everything that was learned or added in this directory
+        waits to be told to the hub, and so does every change that follows. StoreMismatch if the
+        memory is a replica of another hub.
+        """
+        with self._mutex:
+            mirrored = self._written().mirrored
+        if mirrored is None or anew:
+            with self._changing() as (wal, views):
+                wal.mirror(hub, 0)
+                for origin, view in views.items():
+                    recent = [entry.record for entry in view.recent]
+                    records = view.records() if self.writes(origin) else recent
+                    wal.tell_hub(origin, [record.image_digest for record in records])
+            return 0
+        if mirrored.hub != hub:
+            what, hint = f"{self._path} is a replica of another hub", "move it there: --anew"
+            raise StoreMismatch(what, seen=f"hub {hub}", allowed=mirrored.hub, hint=hint)
+        return mirrored.pulled
+
+    def outbox(self) -> list[Waiting]:
+        """Give what the hub is still to be told, the oldest first."""
+        with self._mutex:
+            return self._written().outbox()
+
+    def told(self, waiting: Sequence[Waiting]) -> None:
+        """Take out of the outbox what the hub has acknowledged."""
+        with self._mutex:
+            wal = self._written()
+            with wal.writing():
+                wal.told(waiting)
+
+    def absorb(self, origin: Origin, entries: Iterable[Entry], replaced: Collection[str]) -> None:
+        """Write many cases of other devices, by id, straight into the next version.
+
+        What is stored under the ids `replaced` is left out of it, and an index is left to the next
+        compaction. A kill before it is swapped in leaves everything as it was.
+        """
+        self._compact(origin, entries, replaced)
+
+    def pull(self, decide: Callable[[Mapping[Origin, View], Sequence[Waiting]], Pulled]) -> Pulled:
+        """Do as one what a hub tells; `decide` says what, of what is stored and waits just then.
+
+        Cases stored so are not told to the hub again. What is removed leaves no trace, as by
+        `remove`.
+        """
+        with self._changing() as (wal, views):
+            found = decide(views, wal.outbox())
+            for origin, view in views.items():
+                entries = [each for each in found.stored if each.record.origin == origin]
+                images = [each.record.image_digest for each in entries]
+                held = [view.record_of_image(image) for image in images]
+                ids = {each.id for each in held if each} | {each.record.id for each in entries}
+                self._hide(wal, view, origin, ids)
+                for entry in entries:
+                    wal.insert(entry)
+                lost = [
+                    view.record_of_image(image) for each, image in found.removed if each == origin
+                ]
+                self._drop(wal, view, origin, [each.id for each in lost if each])
+            wal.told(found.told)
+            assert wal.mirrored is not None
+            wal.mirror(wal.mirrored.hub, found.pulled)
+        if found.removed:
+            self._erase()
+        for origin in ORIGINS:
+            self._keep_small(origin)
+        return found
 
     def forget(self, since: datetime | None = None) -> int:
         """Remove the contrast cases stored at `since` or later, or all; see `remove`."""
@@ -482,9 +601,15 @@ class MemoryBank:
         an index, which cannot be built here.
         """
         self._written()
-        return any([self._compact(origin) for origin in ORIGINS if self._is_written(origin)])
+        return any([self._compact(origin) for origin in ORIGINS if self.writes(origin)])
 
-    def _compact(self, origin: Origin) -> bool:
+    def _compact(
+        self,
+        origin: Origin,
+        incoming: Iterable[Entry] | None = None,
+        replaced: Collection[str] = (),
+    ) -> bool:
+        """Write the next version of what is stored, and of what comes in beside it."""
         with self._one_compaction:
             with self._mutex:
                 self._written()
@@ -492,11 +617,17 @@ class MemoryBank:
                 # What is removed meanwhile gets a tombstone against the result.
                 self._merging.add(origin)
             try:
-                if not view.recent and not view.dead:
+                merged = view.recent or view.dead or versions.lacks_index(view.version)
+                if incoming is None and not merged:
                     return False
                 directory, number = self._directories[origin], view.version.number + 1
-                entries = view.all_entries()
-                written = versions.write_version(directory, origin, self._identity, number, entries)
+                entries, threads = view.all_entries(), 1
+                if incoming is not None:
+                    kept = (each for each in entries if each.record.id not in replaced)
+                    entries, threads = heapq.merge(kept, incoming, key=_id_of), 0
+                written = versions.write_version(
+                    directory, origin, self._identity, number, entries, threads=threads
+                )
                 with written as publish, self._mutex:
                     wal = self._written()
                     publish()
@@ -512,12 +643,12 @@ class MemoryBank:
                 with self._mutex:
                     self._merging.discard(origin)
 
-    def _compact_in_background(self) -> None:
-        """Compact contrast cases, unless that goes on already or has failed before."""
+    def _compact_in_background(self, origin: Origin) -> None:
+        """Compact cases, unless that goes on already or has failed before."""
 
         def compact() -> None:
             try:
-                self._compact("contrast")
+                self._compact(origin)
             except MeiqaError as error:
                 self._background_failed = True  # a full disk is not asked again with every case
                 LOG.warning("the memory was not compacted: %s", error)
@@ -575,6 +706,10 @@ class MemoryBank:
             what = f"{self._path} was opened by process {self._pid}"
             raise StoreError(what, hint="open the memory after the fork")
         return self._wal
+
+
+def _id_of(entry: Entry) -> str:
+    return entry.record.id
 
 
 def _chosen_origins(origin: Origin | None) -> tuple[Origin, ...]:

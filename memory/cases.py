@@ -65,6 +65,7 @@ class Case:
         key: float32 (D_key,). Stored as a unit vector in float16: its length is not kept.
         tokens: float32 (T, D) visual tokens. Stored in int8 with one scale per token.
         grid: Rows and columns of visual tokens, T in all.
+        device: Which device it was learned or added on; empty for this one.
     """
 
     id: str
@@ -76,6 +77,7 @@ class Case:
     key: FloatArray
     tokens: FloatArray
     grid: tuple[int, int]
+    device: str = ""
 
 
 def check_case(case: Case, origin: Origin, widths: Widths) -> None:
@@ -163,7 +165,7 @@ class Record:
     """One case without its vectors; `created` is in seconds since 1970, UTC."""
 
     COLUMNS: ClassVar = (
-        "id, image_digest, summary, score, std, origin, package_digest, provenance, created"
+        "id, image_digest, summary, score, std, origin, package_digest, provenance, created, device"
     )
 
     id: str
@@ -175,6 +177,7 @@ class Record:
     package_digest: str
     provenance: str
     created: float
+    device: str = ""
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -184,7 +187,7 @@ class Record:
     @classmethod
     def of(cls, path: Path, row: Sequence[Any]) -> Self:
         """Read what `values` gave from a database; StoreCorrupted if it cannot be that."""
-        kinds = str, str, str, float, float, str, str, str, float
+        kinds = str, str, str, float, float, str, str, str, float, str
         if any(type(value) is not kind for value, kind in zip(row, kinds, strict=True)):
             raise database.corrupted(path, f"case {row[0]!r} has a value of the wrong type")
         return cls(*row)
@@ -225,13 +228,15 @@ class Entry:
         record, features = self.record, self.features
         told = record.id, record.origin, record.image_digest, record.score, record.std
         key = decode_keys(features.key[None])[0]
-        return Case(*told, record.summary, key, features.tokens, features.grid)
+        seen = key, features.tokens, features.grid
+        return Case(*told, record.summary, *seen, device=record.device)
 
     @property
     def digest(self) -> bytes:
         """Over all but the thumbnail and the moment of storing; 32 bytes."""
-        blobs = self.features.blobs
-        described = [*self.record.values[:-1], *VECTOR_DTYPES]
+        blobs, device = self.features.blobs, self.record.device
+        # Before there were devices, none was in it.
+        described = [*self.record.values[:-2], *([device] if device else []), *VECTOR_DTYPES]
         sizes = [*self.features.grid, *map(len, blobs)]
         digest = hashlib.sha256(json.dumps([*described, *sizes]).encode())
         for blob in blobs:
@@ -248,7 +253,7 @@ def encode_case(
 ) -> Entry:
     """Give a case as it is stored."""
     told = case.id, case.image_digest, case.summary, float(case.score), float(case.std)
-    record = Record(*told, case.origin, package_digest, provenance, created)
+    record = Record(*told, case.origin, package_digest, provenance, created, case.device)
     grid = int(case.grid[0]), int(case.grid[1])
     features = Features(encode_key(case.key), *quantise_tokens(case.tokens), grid)
     return Entry(record, features, thumbnail)

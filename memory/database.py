@@ -37,7 +37,17 @@ _ONE_KIND = (
 )
 
 _APPLICATION_ID = 0x4D454951  # "MEIQ"
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
+_BEFORE_DEVICES = 2
+
+_OUTBOX = """
+CREATE TABLE outbox (
+    stamp INTEGER PRIMARY KEY AUTOINCREMENT,
+    origin TEXT NOT NULL, image TEXT NOT NULL,
+    base INTEGER NOT NULL, removal TEXT,
+    UNIQUE (origin, image)
+);
+"""
 
 SCHEMA = f"""
 PRAGMA application_id = {_APPLICATION_ID};
@@ -48,7 +58,8 @@ CREATE TABLE records (
     id TEXT NOT NULL, image_digest TEXT NOT NULL, summary TEXT NOT NULL,
     score REAL NOT NULL, std REAL NOT NULL,
     origin TEXT NOT NULL CHECK (origin IN ('anchor', 'contrast')),
-    package_digest TEXT NOT NULL, provenance TEXT NOT NULL, created REAL NOT NULL,
+    package_digest TEXT NOT NULL, provenance TEXT NOT NULL,
+    device TEXT NOT NULL DEFAULT '', created REAL NOT NULL,
     UNIQUE (id, origin)
 );
 CREATE TABLE features (
@@ -67,7 +78,18 @@ CREATE TABLE hidden (
 CREATE TABLE uses (
     id TEXT PRIMARY KEY, retrieved INTEGER NOT NULL, last_retrieved REAL NOT NULL
 ) WITHOUT ROWID;
+{_OUTBOX}
 """
+
+_UPGRADE = f"""
+BEGIN IMMEDIATE;
+ALTER TABLE records ADD COLUMN device TEXT NOT NULL DEFAULT '';
+{_OUTBOX}
+PRAGMA user_version = {_SCHEMA_VERSION};
+COMMIT;
+"""
+_AS_IF_UPGRADED = "CREATE TEMP VIEW records AS SELECT *, '' AS device FROM main.records"
+"""What was written before there were devices, and may not be changed, is read through this."""
 
 _THUMBNAILS = """
 CREATE TABLE IF NOT EXISTS thumbnails (
@@ -227,7 +249,8 @@ def connect(path: Path, mode: str, *, check: bool = True) -> sqlite3.Connection:
             if mode == "alone":
                 connection.execute("PRAGMA journal_mode = OFF")
                 connection.execute("PRAGMA synchronous = OFF")
-            _check(path, connection, whole=check)
+            if _check(path, connection, whole=check) == _BEFORE_DEVICES:
+                connection.executescript(_UPGRADE if mode == "rw" else _AS_IF_UPGRADED)
     except BaseException:
         connection.close()
         raise
@@ -248,7 +271,9 @@ def _opened(path: Path, mode: str) -> sqlite3.Connection:
     )
 
 
-def _check(path: Path, connection: sqlite3.Connection, *, whole: bool) -> None:
+def _check(path: Path, connection: sqlite3.Connection, *, whole: bool) -> int:
+    """Refuse what is no database of a memory, or not read here; give its schema version."""
+
     def value(pragma: str) -> Any:
         return connection.execute(f"PRAGMA {pragma}").fetchone()[0]
 
@@ -256,10 +281,12 @@ def _check(path: Path, connection: sqlite3.Connection, *, whole: bool) -> None:
         raise corrupted(path, problem)
     if value("application_id") != _APPLICATION_ID:
         raise corrupted(path, "it is not a memory's database")
-    if (version := value("user_version")) != _SCHEMA_VERSION:
-        seen, allowed = f"version {version}", f"version {_SCHEMA_VERSION}"
+    version: int = value("user_version")
+    if version not in (_BEFORE_DEVICES, _SCHEMA_VERSION):
+        seen, allowed = f"version {version}", f"versions {_BEFORE_DEVICES}, {_SCHEMA_VERSION}"
         hint = f"use the meiqa that wrote it or {REBUILD}"
         raise StoreMismatch(f"{path} has another schema", seen=seen, allowed=allowed, hint=hint)
+    return version
 
 
 @contextmanager

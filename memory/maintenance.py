@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -102,17 +102,26 @@ def export(
     A row has the record's columns, `retrieved`, `grid`, `tokens` (how many), `key`, its kind and
     `thumbnail`, a JPEG (in JSON as base64) or null.
     """
+    rows = (
+        exported(entry, uses.get(entry.record.id, (0,))[0] * (origin == "contrast"), key_kind)
+        for origin, view in views.items()
+        for entry in view.all_entries()
+    )
+    return write_rows(path, rows, format)
+
+
+def write_rows(path: Path, rows: Iterator[dict[str, Any]], format: ExportFormat) -> int:
+    """Write rows that `exported` made to a file; give how many."""
     if format not in get_args(ExportFormat):
         raise UsageError("unknown export format", seen=format, allowed="jsonl, parquet")
     write = _write_jsonl if format == "jsonl" else _write_parquet
-    entries = chain.from_iterable(view.all_entries() for view in views.values())
     with disk_errors(path):
-        return write(path, (_exported(entry, uses, key_kind) for entry in entries))
+        return write(path, rows)
 
 
-def _exported(entry: Entry, uses: Mapping[str, Uses], key_kind: KeyKind) -> dict[str, Any]:
+def exported(entry: Entry, retrieved: int, key_kind: KeyKind) -> dict[str, Any]:
+    """Give a case as the row of an export; see `export`."""
     record, features = entry.record, entry.features
-    retrieved = uses.get(record.id, (0, 0.0))[0] if record.origin == "contrast" else 0
     return {
         **asdict(record),
         "retrieved": retrieved,
@@ -150,6 +159,7 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
             **dict.fromkeys(("score", "std"), real),
             **dict.fromkeys(("origin", "package_digest", "provenance"), text),
             "created": real,
+            "device": text,
             "retrieved": whole,
             "grid": pyarrow.list_(whole, 2),
             "tokens": whole,

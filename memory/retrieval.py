@@ -251,12 +251,33 @@ class View:
     def rows_of_image(self, image_digest: str) -> list[int]:
         """Give the rows of the cases that were made from an image."""
         stored = self.version.rows_of_image(image_digest)
-        recent = [
-            row
-            for row, entry in enumerate(self.recent, len(self.version))
-            if entry.record.image_digest == image_digest
-        ]
+        recent = self._recent_rows.get(image_digest, [])
         return [row for row in stored if self.visible is None or self.visible[row]] + recent
+
+    @cached_property
+    def _recent_rows(self) -> dict[str, list[int]]:
+        """Rows of the recent cases by their images."""
+        rows: dict[str, list[int]] = {}
+        for row, entry in enumerate(self.recent, len(self.version)):
+            rows.setdefault(entry.record.image_digest, []).append(row)
+        return rows
+
+    def record_of_image(self, image_digest: str) -> Record | None:
+        """Give the record of the case that was made from an image; None if there is none."""
+        rows = self.rows_of_image(image_digest)
+        return self._record_in(rows[0]) if rows else None
+
+    def record_of_id(self, case_id: str) -> Record | None:
+        """Give the record of the case with an id; None if there is none."""
+        for entry in self.recent:
+            if entry.record.id == case_id:
+                return entry.record
+        row, present = self.version.locate(case_id)
+        return self._record_in(row) if present and row not in self.dead else None
+
+    def _record_in(self, row: int) -> Record:
+        fresh = row - len(self.version)
+        return self.version.records_in([row])[0] if fresh < 0 else self.recent[fresh].record
 
     def id_order(self, rows: Rows) -> Rows:
         """Give numbers that grow with the ids; recent cases between two stored ones tie."""
@@ -419,13 +440,13 @@ def _without(rows: Rows, left_out: Rows) -> Rows:
     return kept
 
 
-def near_duplicates(view: View, case: Case, above: float, among: int) -> list[str]:
-    """Give the ids of the near-duplicates of a case among as many cases with the nearest keys."""
+def near_duplicates(view: View, case: Case, above: float, among: int) -> list[Record]:
+    """Give the near-duplicates of a case among as many cases with the nearest keys."""
     if above >= 1.0:
         return []
     rows = _Search(view, case.key).nearest(among).tolist()
     alike = view.near_duplicates(rows, spatial_descriptor(case.tokens, case.grid), above)
-    return [entry.record.id for entry in view.entries_in(alike)]
+    return [entry.record for entry in view.entries_in(alike)]
 
 
 def _shares(policy: RetrievalPolicy, anchors: int, contrast: int) -> tuple[int, int]:
@@ -446,6 +467,8 @@ class Snapshot:
     anchors: View
     contrast: View
     _note_retrieved: Callable[[Sequence[str]], None]
+    pulled: int | None = None
+    """Up to which sequence number of its hub it has been pulled; None without a hub."""
 
     @property
     def views(self) -> dict[Origin, View]:

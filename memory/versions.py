@@ -30,7 +30,13 @@ from meiqa.memory.cases import (
     regression_sha256,
 )
 from meiqa.memory.database import REBUILD, SCHEMA, Identity, Widths
-from meiqa.memory.index import INDEX_PREFIX, FrozenIndex, can_be_built, index_arrays
+from meiqa.memory.index import (
+    FLAT_BELOW,
+    INDEX_PREFIX,
+    FrozenIndex,
+    can_be_built,
+    index_arrays,
+)
 from meiqa.memory.segment import (
     Array,
     Segment,
@@ -67,6 +73,11 @@ def holds_anchors(path: str | Path) -> bool:
     """Tell whether a directory has anchors of its own; one that may not be searched has none."""
     # Unlike Path.exists, this does not raise there.
     return os.path.exists(segment_path(Path(path), "anchor"))
+
+
+def lacks_index(version: Version) -> bool:
+    """Tell whether a version was left without the index that would be built here."""
+    return version.index is None and len(version) >= FLAT_BELOW and can_be_built()
 
 
 def package_digest_of(path: str | Path) -> str:
@@ -109,7 +120,7 @@ def open_version(directory: Path, origin: Origin, *, verify: bool = False) -> Ve
 
 def no_version(directory: Path, origin: Origin, identity: Identity) -> Version:
     """Give the version before the first one, which has neither cases nor files."""
-    arrays = _Columns().arrays(origin, identity.widths.key, threads=1)
+    arrays = _Columns(origin).arrays(identity.widths.key, threads=1)
     arrays["levels"] = np.empty((0, identity.widths.token), np.int8)
     segment = Segment(segment_path(directory, origin), arrays, {}, (0, 0))
     connection = sqlite3.connect(":memory:", check_same_thread=False)
@@ -190,19 +201,19 @@ def write_version(
 ) -> Iterator[Callable[[], None]]:
     """Write a version that nobody sees before the function given is called.
 
-    Its number is one more than the current version's; so many threads build the index. The entries
-    are in the order of their ids, and are read once.
+    Its number is one more than the current version's; so many threads build the index, none where
+    it is left to the next version. The entries are in the order of their ids, and are read once.
     """
     records_path = directory / _records_name(origin, number)
     build, published = uuid.uuid4().hex, False
     database.create_database(records_path, identity, {"build": build})
     try:
-        path, columns = segment_path(directory, origin), _Columns()
+        path, columns = segment_path(directory, origin), _Columns(origin)
         with SegmentWriter(path, _ATTRIBUTE_BYTES, _MOST_ARRAYS) as writer:
             with database.filling(records_path) as connection:
                 levels = columns.gather(entries, connection)
                 writer.stream("levels", levels, identity.widths.token, np.int8)
-            arrays = columns.arrays(origin, identity.widths.key, threads)
+            arrays = columns.arrays(identity.widths.key, threads)
             for name, array in arrays.items():
                 writer.add(name, array)
             with disk_errors(records_path):
@@ -246,7 +257,8 @@ class _Kept(NamedTuple):
 class _Columns:
     """What is gathered of all entries."""
 
-    def __init__(self) -> None:
+    def __init__(self, origin: Origin) -> None:
+        self._origin = origin
         self._rows: list[_Kept] = []
         self._sample = Sample()
 
@@ -255,13 +267,14 @@ class _Columns:
         for entry in entries:
             record, features = entry.record, entry.features
             insert_record(connection, entry)
-            self._sample.show(record.id, features.tokens, record.score)
+            if self._origin == "anchor":  # nothing is learned of predicted scores
+                self._sample.show(record.id, features.tokens, record.score)
             image, digest = image_hash(record.image_digest), entry.digest[:DIGEST_BYTES]
             vectors = features.key, features.scales, features.grid
             self._rows.append(_Kept(*vectors, record.score, image, digest))
             yield features.levels
 
-    def arrays(self, origin: Origin, key_width: int, threads: int) -> dict[str, Array]:
+    def arrays(self, key_width: int, threads: int) -> dict[str, Array]:
         """Give everything but the levels; so many threads build the index."""
         rows = self._rows
         keys = np.array([row.key for row in rows], np.float16).reshape(-1, key_width)
@@ -282,8 +295,7 @@ class _Columns:
             "image_rows": by_image.astype(np.int32),
         }
         # Learned cases are few enough to be compared one by one where no index can be built.
-        if origin == "anchor" or can_be_built():
+        if threads and (self._origin == "anchor" or can_be_built()):
             arrays |= index_arrays(keys, threads)
-        # Nothing is learned of predicted scores.
-        fitted = self._sample.fitted() if origin == "anchor" else None
+        fitted = self._sample.fitted()
         return arrays if fitted is None else arrays | {REGRESSION: fitted[0].array}

@@ -11,11 +11,12 @@ import json
 import os
 import sqlite3
 import time
+import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,9 @@ Mode = Literal["r", "rw"]
 Uses = tuple[int, float]
 """How often a case was retrieved, and when last, in seconds since 1970."""
 
+Image = tuple[Origin, str]
+"""What two devices know a case by: its origin and the digest of its image."""
+
 WAL_NAME = "cases.sqlite3"
 LOCK_NAME = "cases.lock"
 
@@ -39,9 +43,33 @@ _FEATURE_COLUMNS = (
 _DESCRIBED = len(Record.__slots__)
 
 
+class Mirrored(NamedTuple):
+    """The hub that a memory is a replica of, and the sequence number up to which it has pulled."""
+
+    hub: str
+    pulled: int
+
+
+class Waiting(NamedTuple):
+    """Something that the hub is to be told: how an image's case is now, or that it was removed.
+
+    Attributes:
+        stamp: Grows with every change; names this one.
+        origin, image: Whose case.
+        base: What had been pulled from the hub when this was done.
+        removal: A name of its own for each removal; None where a case was stored.
+    """
+
+    stamp: int
+    origin: Origin
+    image: str
+    base: int
+    removal: str | None
+
+
 def insert_record(connection: sqlite3.Connection, entry: Entry) -> int:
     """Add a row, and its thumbnail if it has one; give its revision, which is never used again."""
-    query = f"INSERT INTO records ({Record.COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)"
+    query = f"INSERT INTO records ({Record.COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)"
     revision = connection.execute(query, entry.record.values).lastrowid
     assert revision is not None
     if entry.thumbnail is not None:
@@ -113,6 +141,7 @@ class Wal:
         seen: The commit up to which it was read, as SQLite's `data_version` counts; None for none.
         entries: The cases by revision, ascending, by origin.
         tombstones: Ids that count no longer, with the moment of each, by origin.
+        mirrored: Which hub this is a replica of; None for none.
     """
 
     def __init__(self, directory: Path, mode: Mode, identity: Identity) -> None:
@@ -121,6 +150,7 @@ class Wal:
         self.seen: int | None = None
         self.entries: Mapping[Origin, Mapping[int, Entry]] = {origin: {} for origin in ORIGINS}
         self.tombstones: Mapping[Origin, Mapping[str, int]] = {origin: {} for origin in ORIGINS}
+        self.mirrored: Mirrored | None = None
         self._mode = mode
         self._identity = identity
         if mode == "rw" and not self.path.exists():
@@ -145,10 +175,15 @@ class Wal:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Do what is inside as one; when it ends, neither a kill nor a power cut undoes it."""
-        with database.sqlite_errors(self.path):
-            with database.transaction(self._database, "IMMEDIATE"):
-                yield
-            self.seen = None
+        mirrored = self.mirrored
+        try:
+            with database.sqlite_errors(self.path):
+                with database.transaction(self._database, "IMMEDIATE"):
+                    yield
+                self.seen = None
+        except BaseException:
+            self.mirrored = mirrored
+            raise
 
     def insert(self, entry: Entry) -> None:
         """Add a case, whose id must not be here."""
@@ -173,6 +208,32 @@ class Wal:
         self._delete(revisions)
         query = "DELETE FROM hidden WHERE origin = ? AND stamp <= ?"
         self._database.execute(query, (origin, stamp))
+
+    def mirror(self, hub: str, pulled: int) -> None:
+        """Note which hub this is a replica of, and up to where it has been pulled."""
+        said = {"hub": hub, "pulled": str(pulled)}.items()
+        self._database.executemany("INSERT OR REPLACE INTO store VALUES (?, ?)", said)
+        self.mirrored = Mirrored(hub, pulled)
+
+    def tell_hub(self, origin: Origin, images: Iterable[str], *, removed: bool = False) -> None:
+        """Let the hub be told, with the next push, of cases stored or removed, if there is one."""
+        if self.mirrored is None:
+            return
+        query = "INSERT OR REPLACE INTO outbox (origin, image, base, removal) VALUES (?, ?, ?, ?)"
+        base = self.mirrored.pulled
+        rows = [(origin, image, base, uuid.uuid4().hex if removed else None) for image in images]
+        self._database.executemany(query, rows)
+
+    def outbox(self) -> list[Waiting]:
+        """Give what the hub is still to be told, the oldest first."""
+        query = "SELECT stamp, origin, image, base, removal FROM outbox ORDER BY stamp"
+        with database.sqlite_errors(self.path):
+            return [Waiting(*row) for row in self._database.execute(query)]
+
+    def told(self, waiting: Iterable[Waiting]) -> None:
+        """Take out of the outbox what the hub knows now, unless it has changed since."""
+        query = "DELETE FROM outbox WHERE stamp = ?"
+        self._database.executemany(query, [(each.stamp,) for each in waiting])
 
     def uses(self) -> dict[str, Uses]:
         """Give how often contrast cases were retrieved, and when last, as far as it is written."""
@@ -241,6 +302,8 @@ class Wal:
             origin: {rev: each for rev, each in here.items() if each.record.origin == origin}
             for origin in ORIGINS
         }
+        said = dict(connection.execute("SELECT name, value FROM store").fetchall())
+        self.mirrored = Mirrored(said["hub"], int(said["pulled"])) if "hub" in said else None
         query = "SELECT id, stamp FROM hidden WHERE origin = ?"
         self.tombstones = {
             origin: dict(connection.execute(query, (origin,)).fetchall()) for origin in ORIGINS

@@ -96,6 +96,7 @@ class NeighbourBody(BaseModel):
     origin: Literal["anchor", "contrast"]
     score: float
     preference: float | None
+    device: str | None
 
 
 class AssessmentBody(BaseModel):
@@ -110,7 +111,9 @@ class AssessmentBody(BaseModel):
         word="good",
         percentile=74.2,
         summary="Barely visible jitter. The picture is sharp and well exposed.",
-        neighbours=[{"id": "a.jpg", "origin": "anchor", "score": 2.92, "preference": 0.67}],
+        neighbours=[
+            {"id": "a.jpg", "origin": "anchor", "score": 2.92, "preference": 0.67, "device": None}
+        ],
         degraded=[],
         reflection=None,
         timings_ms={"queue": 0.3, "decode": 9.1, "read": 21.0, "total": 240.2},
@@ -160,6 +163,30 @@ class RankingBody(BaseModel):
     photos: list[RankedBody]
     failures: list[FailureBody]
     degraded: list[str]
+
+
+class AnswerBody(BaseModel):
+    """How probable each option is: among the options, and as what the reply goes on with."""
+
+    model_config = _with_example(
+        path="photo.jpg",
+        question="Is there motion blur?",
+        probabilities={"yes": 0.17, "no": 0.83},
+        logprobs={"yes": -1.9, "no": -0.31},
+        second=None,
+    )
+
+    path: str
+    question: str
+    probabilities: dict[str, float]
+    logprobs: dict[str, float]
+    second: str | None
+
+
+class AnswersBody(BaseModel):
+    """Answers in the order of the questions, and of the second photos for each."""
+
+    answers: list[AnswerBody]
 
 
 class CasesBody(BaseModel):

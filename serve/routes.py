@@ -13,9 +13,11 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import HTTPException
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import StringConstraints
 
 import meiqa
 from meiqa.engine.anchoring import ANCHOR_STD, AnchorOptions, anchor_case
+from meiqa.engine.asking import Question
 from meiqa.engine.engine import Engine
 from meiqa.engine.images import NamedBytes, load_pixels
 from meiqa.errors import UsageError
@@ -32,6 +34,11 @@ T = TypeVar("T")
 MOST_NEIGHBOURS = 256
 GONE = 499
 """A status for the log only: nobody reads the answer."""
+REFERENCE = {"reference": range(2)}
+SECOND = {"second": range(Settings.max_photos + 1)}
+MOST_CHARACTERS = 2048
+"""Of the options of one request, for all questions and pairs: each may be a row for the model."""
+Text = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 PAIR = {"first": range(1, 2), "second": range(1, 2)}
 
 judging = APIRouter(tags=["judging"], responses=problems(401, 403))
@@ -107,7 +114,7 @@ Neighbours = Annotated[
     "/v1/score",
     response_model=responses.AssessmentBody,
     responses=problems(413, 422, 503),
-    openapi_extra=photo_body("reference"),
+    openapi_extra=photo_body(REFERENCE),
 )
 async def score(
     request: Request,
@@ -127,7 +134,8 @@ async def score(
     if learn:
         _authorise(request, given, "memory:write")
     with service.uploads.holding() as hold:
-        photo, reference = await read_photo(request, hold, service.settings, "reference")
+        photo, beside = await read_photo(request, hold, service.settings, REFERENCE)
+        reference = next(iter(beside), None)
         asked = service.scheduler.score(
             photo,
             budget_ms=budget_ms,
@@ -181,6 +189,46 @@ async def rank(
         )
         found = await _while_connected(request, asked)
     return json_response(found.to_dict())
+
+
+@judging.post(
+    "/v1/options",
+    response_model=responses.AnswersBody,
+    responses=problems(413, 422, 503),
+    openapi_extra=photo_body(SECOND),
+)
+async def options(
+    request: Request,
+    service: Scoring,
+    budget_ms: BudgetMs,
+    question: Annotated[list[Text], Query(description="What is asked; several may be.")],
+    option: Annotated[list[Text], Query(description="How the reply may go on, each in turn.")],
+    reply: Annotated[str, Query(max_length=500, description="How the reply begins.")] = "",
+) -> Response:
+    """Tell how probable each option is as the reply to questions about a photo.
+
+    The photo is the request's body, or the field `image` of a form. With photos in `second`, each
+    question is asked of each pair.
+    """
+    with service.uploads.holding() as hold:
+        limits = {"second": range(service.settings.max_photos + 1)}
+        photo, beside = await read_photo(request, hold, service.settings, limits)
+        count = len(question) * max(1, len(beside)) * sum(map(len, option))
+        if count > MOST_CHARACTERS:
+            raise UsageError(
+                "the options are too many for one request",
+                seen=f"{count} characters, for all questions and pairs together",
+                allowed=f"at most {MOST_CHARACTERS}",
+            )
+        seconds: list[NamedBytes | None] = [*distinctly_named(beside)] or [None]
+        questions = [Question(text, option, each, reply) for text in question for each in seconds]
+        asked = service.scheduler.run(
+            lambda engine, _: engine.options_many(photo, questions),
+            budget_ms=budget_ms,
+            photos=1 + len(beside),
+        )
+        found = await _while_connected(request, asked)
+    return json_response({"answers": [answer.to_dict() for answer in found]})
 
 
 @judging.get("/v1/model", response_model=responses.ModelBody)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,12 +68,12 @@ class _InMemory(MultiPartParser):
 
 
 async def read_photo(
-    request: Request, hold: Hold, settings: Settings, beside: str | None = None
-) -> tuple[NamedBytes, NamedBytes | None]:
-    """Read one photo: the whole body, or the field `image` of a form.
+    request: Request, hold: Hold, settings: Settings, beside: Mapping[str, range] = {}
+) -> tuple[NamedBytes, list[NamedBytes]]:
+    """Read one photo: the whole body, or the field `image` of a form; and those beside it.
 
     Args:
-        beside: the form may hold another photo in this field.
+        beside: fields of the form for other photos, and how many of each there may be.
 
     Raises:
         UsageError, UploadTooLarge, Overloaded: the body is not accepted.
@@ -82,14 +82,13 @@ async def read_photo(
         body = bytearray()
         async for chunk in _bounded(request, hold, settings):
             body += chunk
-        return NamedBytes(body, "image"), None
-    fields = {"image": range(1, 2), **({} if beside is None else {beside: range(2)})}
-    photos = await read_form(request, hold, settings, fields)
-    return photos["image"][0], next(iter(photos.get(beside or "", [])), None)
+        return NamedBytes(body, "image"), []
+    photos = await read_form(request, hold, settings, {"image": range(1, 2), **beside})
+    return photos["image"][0], [photo for field in beside for photo in photos.get(field, [])]
 
 
 async def read_form(
-    request: Request, hold: Hold, settings: Settings, fields: dict[str, range]
+    request: Request, hold: Hold, settings: Settings, fields: Mapping[str, range]
 ) -> dict[str, list[NamedBytes]]:
     """Read a form of photos, by field in the order they came.
 
@@ -170,16 +169,16 @@ def _plain(filename: str | None) -> str:
     return shown[:_NAME_CHARACTERS] or "image"
 
 
-def photo_body(*optional: str) -> dict[str, Any]:
+def photo_body(beside: Mapping[str, range] = {}) -> dict[str, Any]:
     """Document a body that is a photo, or a form with one, and perhaps with others beside it."""
-    form = form_body({"image": range(1, 2), **dict.fromkeys(optional, range(2))})
+    form = form_body({"image": range(1, 2), **beside})
     content = {
         media_type: {"schema": _FILE} for media_type in ("image/*", "application/octet-stream")
     }
     return {"requestBody": {"required": True, "content": content | form["requestBody"]["content"]}}
 
 
-def form_body(fields: dict[str, range]) -> dict[str, Any]:
+def form_body(fields: Mapping[str, range]) -> dict[str, Any]:
     """Document a form of photos; see `read_form`."""
     form = {
         "type": "object",

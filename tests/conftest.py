@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.hub_server import Server, serving
 from meiqa.engine.package import EnginePackage
 
 TINY = Path(__file__).parent / "data" / "tiny"
@@ -57,3 +58,22 @@ def patterned(tiny_files: Path) -> EnginePackage:
 def anchors(tiny_files: Path) -> Path:
     """Give a memory of 24 anchors made by the fp32 package, to be copied before writing."""
     return tiny_files / "anchors"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Give a PostgreSQL server: one of our own, or the one that MEIQA_TEST_POSTGRES names."""
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def a_hub(server: Server) -> str:
+    """Give the address of a hub that each test has to itself in turn."""
+    return server.hub()
+
+
+@pytest.fixture
+def hub(server: Server, a_hub: str) -> str:
+    """Give the address of an empty hub, for its owner."""
+    return server.anew(a_hub)

@@ -63,6 +63,8 @@ def declared(*extras: str) -> set[str]:
 
 
 EXTRAS_OF = {
+    **dict.fromkeys(("meiqa.batches", "meiqa.parts", "meiqa.sources"), ("cpu", "parquet")),
+    "meiqa.ray": ("cpu", "parquet", "serve", "ray"),
     "meiqa.client": ("serve",),
     "meiqa.engine.completions": ("cpu", "serve"),
     "meiqa.evaluation.calibration": ("cpu", "eval"),
@@ -72,8 +74,10 @@ EXTRAS_OF = {
     "meiqa.evaluation.scenes": ("cpu", "eval"),
     "meiqa.evaluation.speed": ("cpu", "bench"),
     "meiqa.kernels.hnsw": ("index",),
+    "meiqa.memory.hub": ("hub",),
     "meiqa.memory.index": ("index",),
     "meiqa.memory.maintenance": ("parquet",),
+    "meiqa.memory.replica": ("hub",),
 }
 """Modules that need more, of which a command says so where it is not installed."""
 

@@ -32,6 +32,8 @@ LAYERS_FILE = "decoder.layers"
 EXPORT_AGAIN = "export the package again"
 ROWS_BY_THEMSELVES = 64
 """Rows of one call of the kernel, which works on each row by itself; bounds the memory."""
+HEAD_COLUMNS = 16
+"""Columns of the head in one product: for a larger one BLAS wakes threads, which takes longer."""
 Stored = Mapping[str, NDArray[np.generic]]
 
 
@@ -61,6 +63,8 @@ class Row:
 
     def followed_by(self, embeds: Floats) -> Row:
         """Append text (n, D), whose positions go on one by one."""
+        if not len(embeds):
+            return self
         start = self.positions.max() + 1
         text = np.broadcast_to(np.arange(start, start + len(embeds)), (3, len(embeds)))
         return Row(np.concatenate([self.embeds, embeds]), np.hstack([self.positions, text]))
@@ -114,15 +118,12 @@ class Decoder(Protocol):
         """
         ...
 
-    def last_logits(
-        self, rows: Sequence[Row], prefixes: Sequence[KeyValues], wanted: Sequence[int]
-    ) -> Floats:
-        """Give the logits (R, len(wanted)) of some tokens in place of the one behind each row.
+    def last_logits(self, rows: Sequence[Row], prefixes: Sequence[KeyValues]) -> Floats:
+        """Give the logits (R, V) of the token behind each row.
 
         Args:
             prefixes: what each row continues, or the only one, which all continue and which is
                 neither copied nor read again.
-            wanted: ids of the tokens.
         """
         ...
 
@@ -141,6 +142,7 @@ class GraphDecoder:
         self.session = session
         empty = np.zeros((shape.layers, 2, shape.kv_heads, 0, shape.head_dim), np.float32)
         self._nothing = KeyValues(empty, 0)
+        self._vocabulary = shape.vocab_size
 
     def prefill(self, rows: Sequence[Row], ahead: Floats | None = None) -> list[KeyValues]:
         """Read rows that begin a prompt, and nothing ahead; see `Decoder`."""
@@ -154,15 +156,13 @@ class GraphDecoder:
                 kept.append(KeyValues(array, len(row.embeds)))
         return kept
 
-    def last_logits(
-        self, rows: Sequence[Row], prefixes: Sequence[KeyValues], wanted: Sequence[int]
-    ) -> Floats:
+    def last_logits(self, rows: Sequence[Row], prefixes: Sequence[KeyValues]) -> Floats:
         """Give logits behind rows; see `Decoder`."""
-        found = [np.zeros((0, len(wanted)), np.float32)]
+        found = [np.zeros((0, self._vocabulary), np.float32)]
         for part in parts_of(len(rows), ROWS_PER_CALL):
             continued = prefixes if len(prefixes) == 1 else prefixes[part]
             logits = self._called(rows[part], continued)["logits"]
-            found.append(logits.reshape(len(rows[part]), -1)[:, list(wanted)])
+            found.append(logits.reshape(len(rows[part]), -1))
         return np.concatenate(found)
 
     def step(self, prefix: KeyValues, past: KeyValues, row: Row, wanted: int = 1) -> Step:
@@ -251,7 +251,9 @@ class NativeDecoder:
     """
 
     def __init__(self, graph: Decoder, layers: FusedDecoder, head: Floats, threads: int) -> None:
-        self.graph, self._layers, self._head, self._threads = graph, layers, head, threads
+        self.graph, self._layers, self._threads = graph, layers, threads
+        cuts = range(HEAD_COLUMNS, head.shape[1], HEAD_COLUMNS)
+        self._head = [*map(np.ascontiguousarray, np.split(head, cuts, axis=1))]
 
     def prefill(self, rows: Sequence[Row], ahead: Floats | None = None) -> list[KeyValues]:
         """Read rows that begin a prompt, and what follows them; see `Decoder`."""
@@ -264,11 +266,9 @@ class NativeDecoder:
                 kept.append(KeyValues(array, array.shape[3]))
         return kept
 
-    def last_logits(
-        self, rows: Sequence[Row], prefixes: Sequence[KeyValues], wanted: Sequence[int]
-    ) -> Floats:
+    def last_logits(self, rows: Sequence[Row], prefixes: Sequence[KeyValues]) -> Floats:
         """Give logits behind rows, over prefixes that are read where they lie; see `Decoder`."""
-        found = [np.zeros((0, len(wanted)), np.float32)]
+        found = [np.zeros((0, sum(part.shape[1] for part in self._head)), np.float32)]
         for part in parts_of(len(rows), ROWS_BY_THEMSELVES):
             continued = prefixes if len(prefixes) == 1 else prefixes[part]
             hidden = self._layers.last_hidden(
@@ -277,7 +277,7 @@ class NativeDecoder:
                 np.array([prefix.length for prefix in continued], np.int64),
                 self._threads,
             )
-            found.append(hidden @ self._head[:, list(wanted)])
+            found.append(np.hstack([hidden @ columns for columns in self._head]))
             require_finite(found[-1])
         return np.concatenate(found)
 

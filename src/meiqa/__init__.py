@@ -19,6 +19,8 @@ from meiqa import errors
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 if TYPE_CHECKING:
+    from meiqa.batches import scorer as scorer
+    from meiqa.engine.asking import Question as Question
     from meiqa.engine.engine import Engine as Engine
     from meiqa.engine.estimates import quality_word as quality_word
     from meiqa.errors import *  # noqa: F403
@@ -27,12 +29,14 @@ if TYPE_CHECKING:
     __version__: str
 
 _RESULTS = (
-    "Assessment Budget CulledPhoto Culling Detail Distortion Embedding Failure JpegQuality "
-    "Neighbour PairComparison RankedPhoto Ranking Reference"
+    "Answer Assessment Budget CulledPhoto Culling Detail Distortion Embedding Failure "
+    "JpegQuality Neighbour PairComparison RankedPhoto Ranking Reference"
 )
 _MODULE_OF = {
     "Engine": "meiqa.engine.engine",
+    "Question": "meiqa.engine.asking",
     "quality_word": "meiqa.engine.estimates",
+    "scorer": "meiqa.batches",
     **{name: "meiqa.errors" for name, each in vars(errors).items() if isinstance(each, type)},
     **dict.fromkeys(_RESULTS.split(), "meiqa.types"),
 }

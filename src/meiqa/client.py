@@ -21,7 +21,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, get_args, get_typ
 
 from meiqa import errors, types
 from meiqa.errors import MeiqaError, ServiceError
-from meiqa.types import Assessment, Failure, Origin, PairComparison, Ranking, RememberedCase
+from meiqa.types import Answer, Assessment, Failure, Origin, PairComparison, Ranking, RememberedCase
 
 try:
     import httpx
@@ -120,6 +120,28 @@ class _Requests:
         photos = [("images", image) for image in images]
         params = {"budget_ms": budget_ms, "k": k}
         return await self._ask(Ranking, "POST", "/v1/rank", params, photos)
+
+    async def options(
+        self,
+        image: PhotoSource,
+        questions: Sequence[str],
+        options: Sequence[str],
+        *,
+        seconds: Iterable[PhotoSource] = (),
+        reply: str = "",
+        budget_ms: float | None = None,
+    ) -> tuple[Answer, ...]:
+        """Tell how probable options are as replies to questions; see `Question`.
+
+        With second photos each question is asked of each pair, in their order. Errors are those of
+        `score`.
+        """
+        params = {"question": list(questions), "option": list(options), "reply": reply or None}
+        photos = [("image", image), *(("second", second) for second in seconds)]
+        found = await self._ask(
+            dict, "POST", "/v1/options", params | {"budget_ms": budget_ms}, photos
+        )
+        return tuple(_read(Answer, answer) for answer in found["answers"])
 
     async def cases(self, origin: Origin | None = None) -> AsyncIterator[RememberedCase]:
         """List what the service remembers, page by page."""
@@ -296,6 +318,7 @@ class Client:
     score_many = _blocking_iterator(_Requests.score_many)
     compare = _blocking(_Requests.compare)
     rank = _blocking(_Requests.rank)
+    options = _blocking(_Requests.options)
     cases = _blocking_iterator(_Requests.cases)
     add_case = _blocking(_Requests.add_case)
     remove_cases = _blocking(_Requests.remove_cases)

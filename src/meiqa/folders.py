@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
+from itertools import islice
+from typing import TypeVar
 
 from meiqa.engine.files import IMAGE_SUFFIXES, RAW_SUFFIXES, looks_like_photo, suffixes
 from meiqa.errors import DecodeError
@@ -17,6 +21,7 @@ _TWINS = suffixes("avif heic heif hif jpe jpeg jpg jxl")
 """What a camera or phone writes beside a RAW file of the same shot."""
 _SYSTEM_FOLDERS = frozenset(["@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found"])
 _HEAD_BYTES = 32
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -31,6 +36,42 @@ class Gathered:
         counts = [_counted(number, kind) for kind, number in sorted(self.passed_over.items())]
         skipped = f"; skipped {', '.join(counts)}" if counts else ""
         return _counted(len(self.photos), "photo") + skipped
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which photos are taken: a shard of them, of that a sample, of that the first ones.
+
+    Shard and sample follow from the ids alone, and are the same whatever the order.
+
+    Attributes:
+        shard: which of how many, from 1 on; sample, limit: at most so many.
+    """
+
+    shard: tuple[int, int] | None = None
+    sample: int | None = None
+    limit: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a folder that grows has more of them."""
+        return self.sample is None and self.limit is None
+
+    def of(self, items: Iterable[Item], id_of: Callable[[Item], str]) -> Iterator[Item]:
+        """Give the items that are taken."""
+        taken = iter(items)
+        if self.shard is not None:
+            number, count = self.shard
+            taken = (each for each in taken if lot(id_of(each)) % count == number - 1)
+        if self.sample is not None:
+            taken = iter(nsmallest(self.sample, taken, key=lambda each: lot(id_of(each))))
+        return islice(taken, self.limit)
+
+
+def lot(id: str) -> int:
+    """Give a number of 128 bits that follows from an id, and is as good as drawn."""
+    data = id.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=16).digest(), "big")
 
 
 def gather(paths: Sequence[str], *, hidden: bool = False, develop: bool = False) -> Gathered:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, TextIO
 
 from meiqa.errors import one_line
 from meiqa.types import (
+    Answer,
     Assessment,
     CulledPhoto,
     Culling,
@@ -252,6 +253,29 @@ def write_comparison(comparison: PairComparison, format: Format, stream: TextIO)
     else:
         indent = 2 if format == "json" else None
         stream.write(json_text(comparison.to_dict(), indent) + "\n")
+
+
+def write_answers(answers: Sequence[Answer], format: Format, stream: TextIO) -> None:
+    """Write how probable options are, the likeliest first; JSON is one array."""
+    if format in ("json", "jsonl"):
+        found = [answer.to_dict() for answer in answers]
+        rows = [json_text(found, 2)] if format == "json" else map(json_text, found)
+        stream.writelines(f"{row}\n" for row in rows)
+        return
+    columns = ("path", "question", "second", "option", "probability", "logprob")
+    if format == "csv":
+        stream.write(csv_line(columns))
+    for answer in answers:
+        beside = f" beside {one_line(answer.second)}" if answer.second else ""
+        if format == "text":
+            stream.write(f"{one_line(answer.path)}{beside}: {one_line(answer.question)}\n")
+        for option, share in sorted(answer.probabilities.items(), key=lambda each: -each[1]):
+            asked, log = (answer.path, answer.question, answer.second), answer.logprobs[option]
+            if format == "csv":
+                cells = zip(columns, (*asked, option, share, log), strict=True)
+                stream.write(csv_row(columns, dict(cells)))
+            else:
+                stream.write(f"  {share:6.1%}  {one_line(option)}   (log-probability {log:.2f})\n")
 
 
 def write_set(found: Ranking | Culling, format: Format, stream: TextIO) -> None:

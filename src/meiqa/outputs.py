@@ -239,7 +239,7 @@ class ResultFile:
 
     def __contains__(self, photo: str) -> bool:
         """Whether a photo has its row."""
-        return _as_written(photo) in self._done
+        return as_written(photo) in self._done
 
     def __len__(self) -> int:
         """Photos that have their row."""
@@ -247,7 +247,7 @@ class ResultFile:
 
     def score_of(self, photo: str) -> float | None:
         """Give the score in a photo's row, None if there is none."""
-        return self._done.get(_as_written(photo))
+        return self._done.get(as_written(photo))
 
     def write(self, result: Assessment | Failure) -> None:
         """Append one row.
@@ -255,9 +255,9 @@ class ResultFile:
         Raises:
             OutputUnwritable: the disk refuses, and has none of the row.
         """
-        self._append(_as_written(row_text(result, self._format)).encode())
+        self._append(as_written(row_text(result, self._format)).encode())
         score = result.score if isinstance(result, Assessment) else None
-        self._done[_as_written(result.path)] = score
+        self._done[as_written(result.path)] = score
         if isinstance(result, Failure):  # not kept itself: its traceback holds the photo's pixels
             self.failures.append(result.to_dict())
         if time.monotonic() - self._durable_at >= _DURABLE_EVERY_S:
@@ -268,34 +268,18 @@ class ResultFile:
     ) -> None:
         """Record how rows are made, or see that it is as the record of earlier ones says."""
         record = self._path.with_name(f"{self._path.name}.run.json")
-        anew = "name another --output, or begin it anew: --force"
         if os.fstat(self._descriptor).st_size == 0:
-            text = json.dumps({"terms": terms, "circumstances": circumstances}, indent=2) + "\n"
             with open_output(record, _RECORD, force=force) as file, self._disk_errors():
-                file.write(text.encode())
+                file.write(record_text(terms, circumstances))
             return
         if not resume:
             hint = "go on with it: --resume, or begin it anew: --force"
             raise UsageError(f"{self._path} exists", hint=hint)
         try:
-            begun = json.loads(record.read_text(encoding="utf-8"))
-            known, before = dict(begun["terms"]), dict(begun["circumstances"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{self._path} cannot be gone on with: there is no record of how it was written",
-                seen=error.strerror if isinstance(error, OSError) else "another file",
-                allowed=str(record),
-                hint=anew,
-            ) from error
-        for name in {**terms, **known}:
-            if known.get(name) != terms.get(name):
-                raise UsageError(
-                    f"{self._path} was written with another {name.replace('_', ' ')}",
-                    seen=_shown(terms.get(name)),
-                    allowed=_shown(known.get(name)),
-                    hint=anew,
-                )
-        self.changed = {name for name, now in circumstances.items() if before.get(name) != now}
+            known = record.read_bytes()
+        except OSError as error:
+            raise _unrecorded(self._path, "--output", error.strerror, record) from error
+        self.changed = changes_since(known, self._path, "--output", terms, circumstances)
 
     def _read(self, header: bytes) -> int:
         """Note the photos of the rows that are there; give the bytes of the whole ones."""
@@ -309,7 +293,7 @@ class ResultFile:
                     if size or not header:
                         values = _parsed(row.decode(), self._format)
                         score = values.get("score")
-                        self._done[_as_written(values["path"])] = float(score) if score else None
+                        self._done[as_written(values["path"])] = float(score) if score else None
                         if values.get("error"):
                             failure = {key: values[key] for key in ("path", "error", "hint")}
                             self.failures.append(failure)
@@ -338,6 +322,54 @@ class ResultFile:
         return disk_errors(self._path, hint)
 
 
+def record_text(terms: Mapping[str, Any], circumstances: Mapping[str, Any]) -> bytes:
+    """Give the record of how rows are made, for `changes_since`."""
+    return json.dumps({"terms": terms, "circumstances": circumstances}, indent=2).encode() + b"\n"
+
+
+def changes_since(
+    record: bytes,
+    path: str | Path,
+    option: str,
+    terms: Mapping[str, Any],
+    circumstances: Mapping[str, Any],
+) -> set[str]:
+    """See that rows are made on the terms of an earlier run's record.
+
+    Args:
+        path: of the rows; option: that names it.
+
+    Returns:
+        The names of the circumstances that were others.
+
+    Raises:
+        UsageError: some term is another, or it is no record.
+    """
+    try:
+        begun = json.loads(record)
+        known, before = dict(begun["terms"]), dict(begun["circumstances"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unrecorded(path, option, "another file", "the record that lay beside it") from error
+    for name in {**terms, **known}:
+        if known.get(name) != terms.get(name):
+            raise UsageError(
+                f"{path} was written with another {name.replace('_', ' ')}",
+                seen=_shown(terms.get(name)),
+                allowed=_shown(known.get(name)),
+                hint=_anew(option),
+            )
+    return {name for name, now in circumstances.items() if before.get(name) != now}
+
+
+def _unrecorded(path: str | Path, option: str, seen: object, allowed: object) -> UsageError:
+    what = f"{path} cannot be gone on with: there is no record of how it was written"
+    return UsageError(what, seen=seen, allowed=allowed, hint=_anew(option))
+
+
+def _anew(option: str) -> str:
+    return f"name another {option}, or begin it anew: --force"
+
+
 def _whole_rows(file: IO[bytes], *, quoted: bool) -> Iterator[bytes]:
     """Rows with the newline that ends them; a last one without it is left out.
 
@@ -363,8 +395,8 @@ def _parsed(row: str, format: RowFormat) -> dict[str, Any]:
     return values
 
 
-def _as_written(text: str) -> str:
-    """Text as it stands in a file: what is not UTF-8 has escapes there."""
+def as_written(text: str) -> str:
+    """Give text as it stands in a file: what is not UTF-8 has escapes there."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

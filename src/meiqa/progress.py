@@ -21,7 +21,7 @@ class Progress:
 
     def __init__(self, total: int = 1, done: int = 0) -> None:
         self._total, self._done = total, done
-        self._moments = deque([time.monotonic()], maxlen=33)
+        self._moments = deque([(time.monotonic(), done)], maxlen=33)
         self._drawn = False
 
     def __enter__(self) -> Self:
@@ -35,12 +35,13 @@ class Progress:
         if self._drawn:
             self._put("")
 
-    def advance(self, *_: object) -> None:
-        """Count one more image and draw the bar again."""
-        self._done += 1
-        self._moments.append(time.monotonic())
+    def advance(self, *_: object, images: int = 1) -> None:
+        """Count one more image, or several, and draw the bar again."""
+        self._done += images
+        self._moments.append((time.monotonic(), self._done))
         if self._total > 1:
-            seconds = (self._moments[-1] - self._moments[0]) / (len(self._moments) - 1)
+            (began, first), (now, last) = self._moments[0], self._moments[-1]
+            seconds = (now - began) / max(last - first, 1)
             left = f"{seconds * (self._total - self._done):.0f} s left"
             speed = f"{1 / max(seconds, 1e-3):.3g} images/s  {left}"
             self.show(f"{self._done}/{self._total}  {speed}", self._done / self._total)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from meiqa.engine.asking import Question
 from meiqa.engine.calibration import UNCALIBRATED, Calibration, ScoreHead
 from meiqa.engine.comparing import PrefixCache
 from meiqa.engine.detail import measure_detail
@@ -27,19 +28,23 @@ from meiqa.engine.estimates import quality_word
 from meiqa.engine.images import ImageSource, Pixels, load_pixels, source_name
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.model import (
+    Asked,
     Description,
     Draft,
     Floats,
     GenerationStats,
+    Model,
     Prefix,
     StopRule,
     VisualTokens,
 )
 from meiqa.engine.package import EnginePackage
+from meiqa.engine.prompts import MEIQA
 from meiqa.engine.runtime.decoder import KeyValues
 from meiqa.engine.scoring import ScoreRequest
 from meiqa.errors import ImageError
 from meiqa.types import (
+    Answer,
     Assessment,
     Budget,
     CulledPhoto,
@@ -269,6 +274,19 @@ class FakeEngine(Engine):
             one.path, other.path, preference, *scores, times, _left_out([one, other])
         )
 
+    def options_many(self, image: ImageSource, questions: Sequence[Question]) -> list[Answer]:
+        """Take options for grades from the worst to the best; see `Engine.options_many`."""
+        found = self.score(image, learn=False)
+        answers = []
+        for each in questions:
+            apart = np.abs(np.linspace(1.0, 5.0, len(each.options)) - found.score)
+            weights = np.exp(-apart) / np.exp(-apart).sum()
+            shares = dict(zip(each.options, weights.tolist(), strict=True))
+            second = None if each.second is None else source_name(each.second)
+            logprobs = {option: math.log(share) for option, share in shares.items()}
+            answers.append(Answer(found.path, each.text, shares, logprobs, second))
+        return answers
+
 
 def _left_out(scored: Iterable[Assessment]) -> tuple[str, ...]:
     """What the budget left out of any of them."""
@@ -309,7 +327,7 @@ def mean_brightness(pixels: NDArray[np.uint8]) -> float:
     return 1.0 + 4.0 * float(pixels.mean()) / 255.0
 
 
-class FakeModel:
+class FakeModel(Model):
     """A model that scores by a function of the pixels, in the role of `meiqa.engine.model.Model`.
 
     What it prints and grades is that score; its text follows from it; it prefers the photo of the
@@ -334,6 +352,7 @@ class FakeModel:
     """
 
     digest = hashlib.sha256(b"fake model").hexdigest()
+    family = MEIQA
     image = ImageProcessing(8, 2, 16 * 16, 128 * 128, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     token_pixels = 16
     widths = 2, 5
@@ -392,22 +411,24 @@ class FakeModel:
         key = _key_of(score) if count else None
         return Description(" ".join(words[:count]), key, round(score, 2), stats=stats)
 
-    def grade(self, prefix: Prefix) -> NDArray[np.float64]:
-        """Give probabilities whose expectation is the score."""
-        self._spend("grade")
-        apart = np.abs(np.arange(1.0, 6.0) - score_in(prefix.tokens))
-        return np.maximum(1.0 - apart, 0.0)
-
-    def prefer_first(
-        self, firsts: Sequence[Prefix], seconds: Sequence[VisualTokens]
-    ) -> NDArray[np.float64]:
-        """Give logits that grow with the difference of the scores."""
-        self._spend("pair", len(seconds))
-        each = list(firsts) * len(seconds) if len(firsts) == 1 else firsts
-        gaps = [
-            score_in(one.tokens) - score_in(other) for one, other in zip(each, seconds, strict=True)
-        ]
-        return 2.0 * np.array(gaps, np.float64)
+    def log_probabilities(
+        self, firsts: Sequence[Prefix], questions: Sequence[Asked]
+    ) -> list[NDArray[np.float64]]:
+        """Take options for grades from bad to excellent; of a pair, for verdicts by the scores."""
+        each = list(firsts) * len(questions) if len(firsts) == 1 else firsts
+        found = []
+        for first, question in zip(each, questions, strict=True):
+            score, count = score_in(first.tokens), len(question.options)
+            if question.second is None:
+                self._spend("grade")
+                apart = np.abs(np.linspace(1.0, 5.0, count) - score) * max(count - 1, 1) / 4.0
+                weights = np.maximum(1.0 - apart, 1e-12)
+            else:
+                self._spend("pair")
+                gap = score - score_in(question.second)
+                weights = np.exp(np.linspace(gap, -gap, count))
+            found.append(np.log(weights / weights.sum()))
+        return found
 
     def reflect(self, prefix: Prefix, summary: str, initial: float, score: float) -> Description:
         """Write the same text of another score."""

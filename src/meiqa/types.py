@@ -89,7 +89,8 @@ def _plain(name: str, value: Any) -> Any:
 class Neighbour(Result):
     """A remembered photo that the query was, or could have been, compared with.
 
-    `preference` is the probability that the query looks better, None if it was not asked.
+    `preference` is the probability that the query looks better, None if it was not asked; `device`
+    is which one it was learned or added on, None for this one.
     """
 
     id: str
@@ -97,6 +98,7 @@ class Neighbour(Result):
     score: float
     std: float = field(metadata=_TEXT_ONLY)
     preference: float | None
+    device: str | None = None
 
 
 SEVERITIES = ("Barely visible", "Slight", "Visible", "Strong", "Severe")
@@ -343,6 +345,27 @@ class PairComparison(Result):
     second_score: float
     timings_ms: dict[str, float] = field(default_factory=dict)
     degraded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer(Result):
+    """How probable each option is as the reply to a question about a photo.
+
+    `probabilities` are those among the options, and sum to 1. `logprobs` are natural logarithms of
+    the probability that the model's reply goes on so, whatever else it might say: where all are far
+    below 0, the model would have said something else. `second` is the photo that was shown second.
+    """
+
+    path: str
+    question: str
+    probabilities: dict[str, float]
+    logprobs: dict[str, float]
+    second: str | None = None
+
+    @property
+    def best(self) -> str:
+        """The likeliest option."""
+        return max(self.probabilities, key=self.probabilities.__getitem__)
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,7 @@ class ChatModel:
             for piece in pieces
         ]
         row = Row(np.concatenate(embeds), positions_of(extents, prefix.next_position)[0])
-        every = range(model.package.manifest.decoder.vocab_size)
-        logits = model.decoder.last_logits([row], [prefix.opening], every)[0].astype(np.float64)
+        logits = model.decoder.last_logits([row], [prefix.opening])[0].astype(np.float64)
         logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
         best = np.argsort(-logprobs)[: body["top_logprobs"]]
         named = [
@@ -111,11 +110,10 @@ class ChatModel:
 
     def _written(self, prefix: Prefix, question: np.ndarray, limit: int) -> dict[str, Any]:
         writing = Writing(self.model, prefix, question, limit)
-        while writing.next_token != self.model.prompts.stop and len(writing.tokens) < limit:
+        while not writing.stopped and len(writing.tokens) < limit:
             writing.accept()
-        stopped = writing.next_token == self.model.prompts.stop
         text = self.model.prompts.text(writing.tokens)
-        return answer(text, "stop" if stopped else "length", len(writing.tokens), None)
+        return answer(text, "stop" if writing.stopped else "length", len(writing.tokens), None)
 
 
 def answer(text: str, reason: str, tokens: int, logprobs: Any) -> dict[str, Any]:

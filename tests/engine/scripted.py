@@ -70,7 +70,10 @@ class ScriptedDecoder:
     Where a draft has left the text, there is no answer that is a number.
     """
 
-    def __init__(self, free: Sequence[int], forced: Sequence[int]) -> None:
+    def __init__(
+        self, free: Sequence[int], forced: Sequence[int], tokenizer: Tokenizer | None = None
+    ) -> None:
+        self._vocabulary = (tokenizer or QWEN).get_vocab_size()
         self.scripts = [list(free), list(forced)]
         self.read: list[int] = []
         self.forced: list[int] = []
@@ -81,9 +84,7 @@ class ScriptedDecoder:
     def prefill(self, rows: Sequence[Row], ahead: Floats | None = None) -> list[KeyValues]:
         raise AssertionError("there is nothing to be read")
 
-    def last_logits(
-        self, rows: Sequence[Row], prefixes: Sequence[KeyValues], wanted: Sequence[int]
-    ) -> Floats:
+    def last_logits(self, rows: Sequence[Row], prefixes: Sequence[KeyValues]) -> Floats:
         raise AssertionError("there is nothing to be graded")
 
     def step(self, prefix: KeyValues, past: KeyValues, row: Row, wanted: int = 1) -> Step:
@@ -108,7 +109,7 @@ class ScriptedDecoder:
             self._begins = past.length + len(read)
         self.read += fed
         self.calls += 1
-        logits = np.zeros((wanted, QWEN.get_vocab_size()), np.float32)
+        logits = np.zeros((wanted, self._vocabulary), np.float32)
         script = self.scripts[0][past.length + len(read) - self._begins :]
         for place in range(wanted):
             if drafted[:place] == script[:place] and place < len(script):
@@ -119,15 +120,22 @@ class ScriptedDecoder:
         return Step(logits, row.embeds, key_values)
 
 
-def ids_of(text: str | Sequence[str]) -> list[int]:
+def ids_of(text: str | Sequence[str], tokenizer: Tokenizer | None = None) -> list[int]:
     """Tokens of a text, or of parts that are each encoded on their own."""
     parts = [text] if isinstance(text, str) else text
-    return [i for part in parts for i in QWEN.encode(part, add_special_tokens=False).ids]
+    encode = (tokenizer or QWEN).encode
+    return [i for part in parts for i in encode(part, add_special_tokens=False).ids]
 
 
-def scripted(decoder: ScriptedDecoder, family: PromptFamily = RATED) -> LocalModel:
+def scripted(
+    decoder: ScriptedDecoder,
+    family: PromptFamily = RATED,
+    tokenizer: Tokenizer | None = None,
+    ends: Sequence[str] = (),
+) -> LocalModel:
     """A model of one layer that writes what its decoder is told to."""
-    vocabulary = QWEN.get_vocab_size()
+    tokenizer = tokenizer or QWEN
+    vocabulary = tokenizer.get_vocab_size()
     manifest = SimpleNamespace(
         image=SimpleNamespace(cell_pixels=1),
         calibration=UNCALIBRATED,
@@ -141,7 +149,7 @@ def scripted(decoder: ScriptedDecoder, family: PromptFamily = RATED) -> LocalMod
         manifest=manifest,
         digest="scripted",
         widths=(WIDTH, WIDTH),
-        prompts=Prompts(family, QWEN),
+        prompts=Prompts(family, tokenizer, ends),
         embedding=np.repeat(np.arange(vocabulary, dtype=np.float32)[:, None], WIDTH, axis=1),
         array=lambda name: np.zeros((WIDTH + 1, WIDTH), np.float32),
     )

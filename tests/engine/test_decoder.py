@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -68,10 +68,10 @@ def joined(*rows: Row) -> Row:
     )
 
 
-def alone(decoder: Decoder, row: Row, wanted: Sequence[int]) -> Floats:
+def alone(decoder: Decoder, row: Row) -> Floats:
     """Logits behind a row that continues nothing."""
     (read,) = decoder.prefill([row.behind(0)])
-    return decoder.last_logits([row], [read.first(0)], wanted)[0]
+    return decoder.last_logits([row], [read.first(0)])[0]
 
 
 @pytest.fixture
@@ -88,19 +88,20 @@ def seconds(package: EnginePackage, firsts: list[Row]) -> list[Row]:
 
 
 def test_rows_over_a_prefix_each_are_the_whole_rows(
-    decoder: GraphDecoder, firsts: list[Row], seconds: list[Row], session: Overheard
+    package: EnginePackage,
+    decoder: GraphDecoder,
+    firsts: list[Row],
+    seconds: list[Row],
+    session: Overheard,
 ) -> None:
     prefixes = decoder.prefill(firsts)
     assert [prefix.length for prefix in prefixes] == list(LENGTHS)
-    wanted = [7, 0, 3]
     session.calls.clear()
-    found = decoder.last_logits(seconds, prefixes, wanted)
-    assert found.shape == (len(LENGTHS), 3)
+    found = decoder.last_logits(seconds, prefixes)
+    assert found.shape == (len(LENGTHS), len(package.embedding))
     assert [len(call["embeds"]) for call in session.calls] == [ROWS_PER_CALL, 3]
     for logits, first, second in zip(found, firsts, seconds, strict=True):
-        np.testing.assert_allclose(
-            logits, alone(decoder, joined(first, second), wanted), atol=TOLERANCE
-        )
+        np.testing.assert_allclose(logits, alone(decoder, joined(first, second)), atol=TOLERANCE)
 
 
 def test_rows_over_one_prefix_read_it_where_it_lies(
@@ -109,12 +110,10 @@ def test_rows_over_one_prefix_read_it_where_it_lies(
     (prefix,) = decoder.prefill(firsts[:1])
     rows = [some_row(package, seed, length, LENGTHS[0]) for seed, length in enumerate(LENGTHS)]
     session.calls.clear()
-    found = decoder.last_logits(rows, [prefix], [1, 2])
+    found = decoder.last_logits(rows, [prefix])
     assert all(np.shares_memory(call["prefix"], prefix.array) for call in session.calls)
     for logits, row in zip(found, rows, strict=True):
-        np.testing.assert_allclose(
-            logits, alone(decoder, joined(firsts[0], row), [1, 2]), atol=TOLERANCE
-        )
+        np.testing.assert_allclose(logits, alone(decoder, joined(firsts[0], row)), atol=TOLERANCE)
 
 
 def test_what_lies_behind_a_prefixs_length_is_masked(
@@ -126,10 +125,10 @@ def test_what_lies_behind_a_prefixs_length_is_masked(
     (long,) = decoder.prefill([row.followed_by(ahead)])
     np.testing.assert_allclose(long.array[..., : short.length, :], short.array, atol=TOLERANCE)
     question = some_row(package, 5, 4, short.length)
-    wanted = decoder.last_logits([question], [short], [1, 5])
-    found = decoder.last_logits([question], [long.first(short.length)], [1, 5])
+    wanted = decoder.last_logits([question], [short])
+    found = decoder.last_logits([question], [long.first(short.length)])
     np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
-    paired = decoder.last_logits([question] * 2, [long.first(short.length), short], [1, 5])
+    paired = decoder.last_logits([question] * 2, [long.first(short.length), short])
     np.testing.assert_allclose(paired, np.repeat(wanted, 2, axis=0), atol=TOLERANCE)
 
 
@@ -150,11 +149,9 @@ def test_reading_ahead_or_not_gives_the_same_answers(
         row.behind(prefix.length - len(first.embeds))
         for row, prefix, first in zip(whole, kept, firsts, strict=True)
     ]
-    found = decoder.last_logits(rest, kept, [0, 1])
+    found = decoder.last_logits(rest, kept)
     for logits, first, row in zip(found, firsts, whole, strict=True):
-        np.testing.assert_allclose(
-            logits, alone(decoder, joined(first, row), [0, 1]), atol=TOLERANCE
-        )
+        np.testing.assert_allclose(logits, alone(decoder, joined(first, row)), atol=TOLERANCE)
 
 
 def _running(start: int, count: int) -> Floats:
@@ -163,7 +160,7 @@ def _running(start: int, count: int) -> Floats:
 
 def test_no_rows_no_answers(decoder: GraphDecoder, session: Overheard) -> None:
     assert decoder.prefill([]) == []
-    assert decoder.last_logits([], [], [1, 2]).shape == (0, 2)
+    assert decoder.last_logits([], []).shape[0] == 0
     assert session.calls == []
 
 
@@ -221,13 +218,12 @@ def test_the_kernel_answers_as_the_graph_does(
     scale = max(float(np.abs(kept.array).max()) for kept in wanted)
     for one, other in zip(wanted, found, strict=True):
         assert float(np.abs(one.array - other.array).mean()) < 5e-3 * scale
-    ids = [5, 3, 8]
     for prefixes in (wanted, wanted[:1]):
-        expected, made = (d.last_logits(seconds, prefixes, ids) for d in (graph, native))
-        assert made.shape == (len(rows), 3)
+        expected, made = (d.last_logits(seconds, prefixes) for d in (graph, native))
+        assert made.shape == (len(rows), len(package.embedding))
         assert float(np.abs(made - expected).mean()) < 5e-3 * float(np.abs(expected).max())
     assert native.prefill([]) == []
-    assert native.last_logits([], [], [1, 2]).shape == (0, 2)
+    assert native.last_logits([], []).shape[0] == 0
 
 
 def test_the_kernel_reads_ahead_what_it_would_read_later(
@@ -241,9 +237,9 @@ def test_the_kernel_reads_ahead_what_it_would_read_later(
     assert not long.array.flags.writeable
     np.testing.assert_array_equal(long.array[..., : short.length, :], short.array)
     whole = Row(np.concatenate([ahead, question.embeds]), _running(9, 7))
-    wanted = native.last_logits([whole], [short], [1, 5])
-    np.testing.assert_array_equal(native.last_logits([whole.behind(3)], [long], [1, 5]), wanted)
-    np.testing.assert_array_equal(native.last_logits([whole], [long.first(9)], [1, 5]), wanted)
+    wanted = native.last_logits([whole], [short])
+    np.testing.assert_array_equal(native.last_logits([whole.behind(3)], [long]), wanted)
+    np.testing.assert_array_equal(native.last_logits([whole], [long.first(9)]), wanted)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -263,4 +259,4 @@ def test_what_overflows_is_refused(
     with pytest.raises(AnswerNotFinite):
         decoder.prefill(firsts)
     with pytest.raises(AnswerNotFinite):
-        alone(GraphDecoder(Overflowing(), package.manifest.decoder), firsts[0], [0])
+        alone(GraphDecoder(Overflowing(), package.manifest.decoder), firsts[0])

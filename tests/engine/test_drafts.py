@@ -125,15 +125,16 @@ def test_drafts_change_nothing_but_the_calls(drafts: Sequence[Draft], limit: int
     assert (plain.description.stats.drafted, plain.description.stats.accepted) == (0, 0)
 
 
-def test_a_right_draft_is_checked_in_one_call() -> None:
-    text = "It is soft and dark</think><answer>3.45</answer>"
+@pytest.mark.parametrize(("between", "calls"), [("\n", 1), ("", 2)])
+def test_a_right_draft_is_checked_in_one_call(between: str, calls: int) -> None:
+    text = f"It is soft and dark</think>{between}<answer>3.45</answer>"
     made = told(text, drafts=[Draft("It is soft and dark", 3.45)])
-    assert made.description.stats.calls == 1
+    assert made.description.stats.calls == calls
     assert made.description.rating == 3.45
 
 
 def test_after_a_disagreement_writing_finds_back_into_a_draft() -> None:
-    text = "It is soft and dark</think><answer>3.45</answer>"
+    text = "It is soft and dark</think>\n<answer>3.45</answer>"
     made = told(text, drafts=[Draft("It is good and dark", 3.45)])
     assert made.description.stats.calls == 3  # the question, " soft", " and"
 

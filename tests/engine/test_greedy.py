@@ -44,7 +44,7 @@ def naive_greedy(model: LocalModel, picture: VisualTokens, count: int) -> Twin:
         text = np.concatenate([p.closing, p.score, np.array(tokens, np.int64)])
         made = read_anew(model, [p.opening, picture, text])
         token = int(made.logits[0].argmax())
-        if token == p.stop or len(tokens) == count:
+        if token in p.stops or len(tokens) == count:
             return Twin(tokens, made.hidden[len(made.hidden) - len(tokens) :])
         tokens.append(token)
 

@@ -45,7 +45,7 @@ def test_a_suffix_goes_on_where_its_prefix_ended() -> None:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_every_answer_is_one_token_of_its_own(package: EnginePackage, family: PromptFamily) -> None:
     prompts = Prompts(family, package.prompts.tokenizer)
-    ids = [*prompts.level_ids, *prompts.verdict_ids, prompts.stop]
+    ids = [*prompts.level_ids, *prompts.verdict_ids, *prompts.stops]
     assert len(set(ids)) == len(ids)
     words = [prompts.tokenizer.decode([int(token)]).strip() for token in prompts.level_ids]
     assert words == ["bad", "poor", "fair", "good", "excellent"]
@@ -252,6 +252,37 @@ RATED, GRADED = FAMILIES["visualquality-r1"], FAMILIES["levels"]
 )
 def test_a_reply_is_taken_apart(text: str, cut: bool, wanted: Reply) -> None:
     assert parse_reply(text, RATED, cut=cut) == wanted
+
+
+@pytest.mark.parametrize(
+    ("answer", "rating"),
+    [
+        ("3,25", 3.25),
+        ("+3.5", 3.5),
+        ("-2", None),
+        ("\u22122.5", None),
+        ("Picture 1: 3.25", 3.25),
+        ("Picture 1 has 3.25.", 3.25),
+        ("1. 4,5", 4.5),
+        ("On a scale from 1 to 5: 4", 4.0),
+        ("4/5", 4.0),
+        ("3.5 out of 5", 3.5),
+        ("**Rating:** 2", 2.0),
+        ('{"rating": "3,75", "confidence": 0.5}', 3.75),
+        ("3.25 (3.25)", 3.25),
+        ("Picture 1 is good, picture 2 too", None),
+        ("12", None),
+        ("3x", None),
+    ],
+)
+def test_the_number_that_is_meant_is_the_rating(answer: str, rating: float | None) -> None:
+    reply = parse_reply(f"Soft.</think><answer>{answer}</answer>", RATED, cut=False)
+    assert reply.rating == rating
+
+
+def test_a_comma_at_a_cut_ends_no_rating() -> None:
+    assert parse_reply("Soft.</think><answer>3,", RATED, cut=True).rating is None
+    assert parse_reply("Soft.</think><answer>3,2", RATED, cut=True).rating is None
 
 
 @pytest.mark.parametrize("cut", [True, False])

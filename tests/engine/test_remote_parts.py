@@ -88,7 +88,7 @@ def test_a_server_puts_together_what_the_model_reads_at_hand(name: str) -> None:
         text, pictures = rendered(chat(about_one(family, question), [uri]))
         assert text == f"{family.opening}\0{family.closing}{question}"
         assert len(pictures) == 1
-    text, pictures = rendered(chat(about_two(family), [uri, uri]))
+    text, pictures = rendered(chat(about_two(family, family.compare), [uri, uri]))
     second = f"{family.second_opening}\0{family.closing}"
     assert text == f"{family.opening}\0{family.closing}{second}{family.compare}"
     assert len(pictures) == 2

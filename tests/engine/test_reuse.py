@@ -29,10 +29,8 @@ class Overheard:
     def prefill(self, rows: Sequence[Row], ahead: Floats | None = None) -> list[KeyValues]:
         return self.decoder.prefill(rows, ahead)
 
-    def last_logits(
-        self, rows: Sequence[Row], prefixes: Sequence[KeyValues], wanted: Sequence[int]
-    ) -> Floats:
-        self.logits.append(self.decoder.last_logits(rows, prefixes, wanted))
+    def last_logits(self, rows: Sequence[Row], prefixes: Sequence[KeyValues]) -> Floats:
+        self.logits.append(self.decoder.last_logits(rows, prefixes))
         return self.logits[-1]
 
     def step(self, prefix: KeyValues, past: KeyValues, row: Row, wanted: int = 1) -> Step:
@@ -81,7 +79,7 @@ def test_one_prefix_against_seven_pictures(
     model: LocalModel, decoder: Overheard, pictures: list[VisualTokens], prefixes: list[Prefix]
 ) -> None:
     preferences = model.prefer_first([prefixes[0]], pictures)
-    (made,) = decoder.logits
+    made = decoder.logits[0][:, model.prompts.verdict_ids]
     for index, other in enumerate(pictures):
         wanted = verdicts(model, pictures[0], other)
         np.testing.assert_allclose(made[index], wanted, atol=TOLERANCE, rtol=0)
@@ -93,7 +91,7 @@ def test_seven_prefixes_against_one_picture(
     model: LocalModel, decoder: Overheard, pictures: list[VisualTokens], prefixes: list[Prefix]
 ) -> None:
     preferences = model.prefer_first(prefixes, [pictures[3]] * 7)
-    (made,) = decoder.logits
+    made = decoder.logits[0][:, model.prompts.verdict_ids]
     for index, other in enumerate(pictures):
         wanted = verdicts(model, other, pictures[3])
         np.testing.assert_allclose(made[index], wanted, atol=TOLERANCE, rtol=0)

@@ -64,7 +64,7 @@ def test_numbers_outside_the_answer_do_not_count() -> None:
     assert made.forced == "<answer>"
     unmarked = told("Soft.<answer>good</answer> 5", forced="1.50</answer>")
     assert (unmarked.description.text, unmarked.description.rating) == ("Soft.", 1.5)
-    assert unmarked.forced == "</think><answer>"
+    assert unmarked.forced == "</think>\n<answer>"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_without_a_number_twice_there_is_no_rating(forced: str) -> None:
 
 def test_a_turn_that_ends_without_the_marker() -> None:
     made = told("It is soft.", forced="2.25</answer>")
-    assert made.forced == "</think><answer>"
+    assert made.forced == "</think>\n<answer>"
     assert (made.description.text, made.description.rating) == ("It is soft.", 2.25)
     assert made.description.stats.complete
 
@@ -115,7 +115,7 @@ def test_the_limit_cuts_a_description_and_opens_the_answer() -> None:
     words = ["It", " is", " soft", " and", " dark", " and", " more"]
     made = told(words, forced="2.25</answer>", limit=len(ids_of(words[:4])))
     assert made.description.text == "It is soft and"
-    assert made.forced == "</think><answer>"
+    assert made.forced == "</think>\n<answer>"
     assert (made.description.rating, made.description.stats.complete) == (2.25, False)
     np.testing.assert_allclose(made.description.key, key_of(words[:4]), rtol=1e-6)
 
@@ -203,7 +203,7 @@ def test_a_description_ends_where_the_rule_says_so() -> None:
     decoder = ScriptedDecoder(ids_of(words) + after, ids_of("2.25</answer>") + after)
     made = scripted(decoder).describe(PREFIX, 40, stop=After(len(ids_of(words[:4]))))
     assert (made.text, made.rating, made.stats.complete) == ("It is soft and", 2.25, False)
-    assert QWEN.decode(decoder.forced) == "</think><answer>"
+    assert QWEN.decode(decoder.forced) == "</think>\n<answer>"
 
 
 MEASURED = "The picture is dark, with some noise."
@@ -232,7 +232,7 @@ def test_what_is_told_does_not_count_against_the_limit() -> None:
 
 def test_a_limit_before_what_was_measured_cuts_the_text() -> None:
     made = told("It is soft. The picture is", "2.25</answer>", limit=3, measured=MEASURED)
-    assert made.forced == "</think><answer>"
+    assert made.forced == "</think>\n<answer>"
     assert MEASURED not in made.description.text
     assert not made.description.stats.complete
 

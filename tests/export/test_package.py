@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import resource
 import shutil
 import signal
@@ -302,16 +303,38 @@ def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
         pictures_in(tmp_path / "nowhere", 3)
 
 
-@pytest.mark.parametrize("head", ["text", "levels", "grm"])
-def test_the_manifest_names_the_score_head(head: str, checkpoint: Path, tmp_path: Path) -> None:
-    export = Export(Checkpoint.open(checkpoint), tmp_path, ExportOptions("fp32", score_head=head))
+def sealed(checkpoint: Path, folder: Path, options: ExportOptions) -> EnginePackage:
+    """Give a package of that checkpoint and these settings, with files that are empty."""
+    folder.mkdir(exist_ok=True)
+    export = Export(Checkpoint.open(checkpoint), folder, options)
     used = [file for graph in export.graphs.values() for file in graph.files]
     for name in (*used, "embedding.npy", "key_projection.npy", "tokenizer.json"):
-        (tmp_path / name).touch()
+        (folder / name).touch()
     export.seal()
-    manifest = EnginePackage.open(tmp_path).manifest
+    return EnginePackage.open(folder)
+
+
+@pytest.mark.parametrize("head", ["text", "levels", "grm"])
+def test_the_manifest_names_the_score_head(head: str, checkpoint: Path, tmp_path: Path) -> None:
+    manifest = sealed(checkpoint, tmp_path, ExportOptions("fp32", score_head=head)).manifest
     assert manifest.score_head == head
     assert manifest.calibration.graded == (NEUTRAL_GRADED if head == "grm" else None)
+
+
+def test_the_manifest_names_every_token_that_ends_a_turn(checkpoint: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    tokenizer = Checkpoint.open(copy).tokenizer
+    plain = sealed(copy, tmp_path / "plain", ExportOptions("fp32"))
+    ids = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|vision_end|>")]
+    config = copy / "generation_config.json"
+    for listed, ends in ((ids, ("<|vision_end|>",)), (ids[0], ()), (None, ())):
+        config.write_text(json.dumps({"eos_token_id": listed}))
+        package = sealed(copy, tmp_path / "sealed", ExportOptions("fp32"))
+        assert package.manifest.ends == ends
+        assert (package.digest == plain.digest) == (not ends)
+    config.write_text('{"eos_token_id": [99999999]}')
+    with pytest.raises(PackageCorrupted, match=r"a token that there is not; got \[99999999\]"):
+        Export(Checkpoint.open(copy), tmp_path, ExportOptions("fp32"))
 
 
 def test_another_score_head_is_refused() -> None:

@@ -296,6 +296,31 @@ def test_compare(engine: Any, grey: Grey, capsys: Output) -> None:
     assert json_of(capsys)["preference"] == pytest.approx(0.056, abs=1e-3)
 
 
+def test_ask(engine: Any, grey: Grey, capsys: Output) -> None:
+    dark, bright = str(grey("dark.png", 20)), str(grey("bright.png", 200))
+    command = ["ask", dark, "Is it well exposed?", "--options", "no, yes"]
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"{dark}: Is it well exposed?"
+    assert [line.split()[1] for line in told[1:]] == ["no", "yes"]
+    assert cli.main([*command, "Is it dark?", "--second", bright, "--format", "json"]) == 0
+    first, second = json_of(capsys)
+    assert (first["question"], second["question"]) == ("Is it well exposed?", "Is it dark?")
+    assert first["second"] == second["second"] == bright
+    assert first["probabilities"]["no"] > 0.9
+    assert cli.main([*command, "--format", "csv"]) == 0
+    header, row, _ = capsys.readouterr().out.splitlines()
+    assert header == "path,question,second,option,probability,logprob"
+    assert row.startswith(f"{dark},Is it well exposed?,,no,0.9")
+
+
+@pytest.mark.parametrize("given", ["yes,", "yes,yes", ","])
+def test_options_that_are_none_are_refused(given: str, grey: Grey, capsys: Output) -> None:
+    assert cli.main(["ask", str(grey("a.png")), "Why?", "--options", given]) == 2
+    (line,) = errors_of(capsys)
+    assert f"{given!r} holds an empty option, or one twice" in line
+
+
 @pytest.fixture
 def labels(grey: Grey, tmp_path: Path) -> Path:
     path = tmp_path / "labels.csv"

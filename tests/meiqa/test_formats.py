@@ -119,7 +119,7 @@ def test_every_format_rounds_alike(assessment: Assessment) -> None:
     assert values["timings_ms"] == {"total": 12.3}
     assert values["neighbours"][0] == {
         **{"id": "a", "origin": "anchor"},
-        **{"score": 2.3457, "preference": 0.1235},
+        **{"score": 2.3457, "preference": 0.1235, "device": None},
     }
     assert values["grades"] == {"good": 0.1235}
     assert json.loads(written("jsonl", long)) == values

@@ -19,7 +19,8 @@ from meiqa.engine.anchoring import AnchorOptions, build_anchors
 from meiqa.engine.local import LocalModel
 from meiqa.engine.package import EnginePackage
 from meiqa.labels import LabelTable
-from meiqa.memory import MemoryBank, RetrievalPolicy
+from meiqa.locations import embedded_assets
+from meiqa.memory import MemoryBank, RetrievalPolicy, package_digest_of
 from tests.engine.samples import picture
 
 Output = pytest.CaptureFixture[str]
@@ -274,3 +275,12 @@ def test_what_makes_no_sense_is_refused_in_one_line(
     assert cli.main(["memory", *(part.format(built=built) for part in command)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def test_an_anchor_is_added_beside_the_embedded_ones(images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "created"
+    assert cli.main(["memory", "create", str(path)]) == 0
+    assert cli.main(["memory", "add", str(path), str(images / "1.png"), "--score", "4.2"]) == 0
+    anchors, digest = embedded_assets() / "memory", package_digest_of(embedded_assets() / "memory")
+    with MemoryBank(anchors, path, package_digest=digest) as bank:
+        assert [each.record.score for each in bank.snapshot().anchors.recent] == [4.2]

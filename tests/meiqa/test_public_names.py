@@ -16,6 +16,7 @@ from meiqa import errors, types
 def test_public_names_are_pinned() -> None:
     assert meiqa.__all__ == [
         "AccessDenied",
+        "Answer",
         "AnswerNotFinite",
         "AnswerUnreadable",
         "Assessment",
@@ -43,6 +44,7 @@ def test_public_names_are_pinned() -> None:
         "PackageNotFound",
         "PackageUnwritable",
         "PairComparison",
+        "Question",
         "RankedPhoto",
         "Ranking",
         "Reference",
@@ -59,6 +61,7 @@ def test_public_names_are_pinned() -> None:
         "UsageError",
         "__version__",
         "quality_word",
+        "scorer",
     ]
 
 

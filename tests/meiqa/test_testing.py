@@ -22,7 +22,7 @@ def test_its_examples_run() -> None:
     assert doctest.testmod(testing).failed == 0
 
 
-@pytest.mark.parametrize("name", ["score", "score_many", "rank", "cull", "compare"])
+@pytest.mark.parametrize("name", ["score", "score_many", "rank", "cull", "compare", "options_many"])
 def test_its_methods_take_what_the_engines_take(name: str) -> None:
     real, fake = (inspect.signature(getattr(kind, name)) for kind in (Engine, FakeEngine))
     assert list(real.parameters) == list(fake.parameters)

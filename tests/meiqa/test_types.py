@@ -55,11 +55,12 @@ def test_json_of_an_assessment_keeps_its_names() -> None:
         "distortions",
         "reference",
         "detail",
+        "embedding",
         "timings_ms",
         "counters",
     ]
     assert values["neighbours"] == [
-        {"id": "a7", "origin": "anchor", "score": 3.2, "preference": None}
+        {"id": "a7", "origin": "anchor", "score": 3.2, "preference": None, "device": None}
     ]
     assert json.loads(json.dumps(values)) == values
 

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import threading
 import time
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,7 +25,14 @@ from meiqa.errors import (
     StoreNotFound,
     UsageError,
 )
-from meiqa.memory import AnchorWriter, Case, MemoryBank, RetrievalPolicy, Snapshot
+from meiqa.memory import (
+    AnchorWriter,
+    Case,
+    MemoryBank,
+    RetrievalPolicy,
+    Snapshot,
+    verify_memory,
+)
 from meiqa.memory.wal import Mode
 from tests.memory.samples import (
     DIGEST,
@@ -332,9 +340,9 @@ def test_a_store_refused_once_is_refused_again(path: Path, tmp_path: Path) -> No
 def test_another_schema_is_not_called_damage(path: Path) -> None:
     fill(path, 1)
     database = sqlite3.connect(path / "cases.sqlite3")
-    database.execute("PRAGMA user_version = 3")
+    database.execute("PRAGMA user_version = 4")
     database.close()
-    with pytest.raises(StoreMismatch, match="version 3"):
+    with pytest.raises(StoreMismatch, match="version 4"):
         open_bank(path)
 
 
@@ -419,3 +427,22 @@ def test_a_directory_of_other_files_is_no_memory(
     with pytest.raises(StoreNotFound, match="holds no memory, but something else; got photo"):
         MemoryBank(three_anchors, tmp_path, mode, package_digest=DIGEST)
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_what_was_stored_before_there_were_devices_is_read_and_added_to(path: Path) -> None:
+    fill(path, 3)
+    with closing(sqlite3.connect(path / "cases.sqlite3")) as database:
+        database.executescript(
+            "ALTER TABLE records DROP COLUMN device; DROP TABLE outbox; PRAGMA user_version = 2"
+        )
+    with open_bank(path, "r") as reader:
+        before = contrast_of(reader.snapshot())
+        assert len(before) == 3
+        with open_bank(path) as writer:
+            writer.remember(make_case("later"), provenance="a test")
+        after = contrast_of(reader.snapshot())
+    assert after.keys() == before.keys() | {"later"}
+    assert {case.device for case in after.values()} == {""}
+    with open_bank(path) as bank:
+        assert bank.compact()
+    assert verify_memory(path) == []

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from meiqa.engine.asking import Question
 from meiqa.engine.engine import Engine
 from meiqa.engine.images import NamedBytes
 from meiqa.engine.package import EnginePackage
@@ -73,6 +74,27 @@ def test_two_photos_are_compared(api: TestClient, engine: Engine) -> None:
     assert (found["first"], found["second"]) == ("a.jpg", "b.jpg")
     assert found["preference"] == pytest.approx(alone.preference, abs=1e-4)
     assert found["first_score"] == pytest.approx(alone.first_score, abs=1e-3)
+
+
+def test_options_are_as_probable_as_for_the_engine(api: TestClient, engine: Engine) -> None:
+    asked = {"question": ["Is it blurred?", "Is it dark?"], "option": ["yes", "no, not at all"]}
+    answer = api.post("/v1/options", params=asked, content=jpeg(1)).json()["answers"]
+    for found, question in zip(answer, asked["question"], strict=True):
+        alone = engine.options(jpeg(1), question, asked["option"])
+        assert found["question"] == question
+        assert found["probabilities"] == pytest.approx(alone.probabilities, abs=1e-4)
+        assert found["logprobs"] == pytest.approx(alone.logprobs, abs=1e-3)
+        assert found["second"] is None
+
+
+def test_questions_of_pairs(api: TestClient, engine: Engine) -> None:
+    files = [("image", ("a.jpg", jpeg(1))), *(("second", ("b.jpg", jpeg(n))) for n in (2, 3))]
+    asked = "/v1/options?question=Which is darker?&option=1&option=2&reply=Picture "
+    answers = api.post(asked, files=files).json()["answers"]
+    assert [each["second"] for each in answers] == ["b.jpg", "b.jpg (2)"]
+    pair = Question("Which is darker?", ["1", "2"], second=jpeg(3), reply="Picture ")
+    (alone,) = engine.options_many(jpeg(1), [pair])
+    assert answers[1]["probabilities"] == pytest.approx(alone.probabilities, abs=1e-4)
 
 
 def test_several_photos_are_ranked_and_told_apart(api: TestClient) -> None:
@@ -167,6 +189,9 @@ def test_errors_are_problem_details(api: TestClient) -> None:
         ("POST", "/v1/score?k=-1", 422),
         ("POST", "/v1/score?k=many", 422),
         ("POST", "/v1/compare", 422),
+        ("POST", "/v1/options?question=Why", 422),
+        ("POST", "/v1/options?question=Why&option=yes&option=yes", 422),
+        ("POST", "/v1/options?question=W" + "&option=yes" * 1025, 422),
         ("GET", "/v1/memory/cases?limit=0", 422),
         ("GET", "/v1/memory/cases?origin=moon", 422),
         ("GET", "/docs", 404),

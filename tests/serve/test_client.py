@@ -137,6 +137,9 @@ def test_everything_else_comes_back_typed(ask: Ask, service: Answer) -> None:
     (failure,) = ranking.failures
     assert isinstance(failure, Failure)
     assert str(failure.error).startswith("image (3) is not an image")
+    (answer,) = ask(service, "options", jpeg(1), ["Is it dark?"], ["yes", "no"], seconds=[jpeg(2)])
+    assert answer.best in ("yes", "no")
+    assert sum(answer.probabilities.values()) == pytest.approx(1, abs=1e-3)
     assert len(ask(service, "cases")) == 24
     assert ask(service, "cases", "anchor")[0].id == "anchor-00"
     assert ask(service, "model")["memory"]["anchors"] == 24

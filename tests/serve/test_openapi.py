@@ -22,7 +22,7 @@ CHECKS = [
     status_code_conformance,
 ]
 BUSY = 503
-OPERATIONS = 10
+OPERATIONS = 11
 
 
 def test_requests_made_from_the_document_are_answered_as_it_says(started: Started) -> None:
@@ -56,7 +56,9 @@ def test_requests_made_from_the_document_are_answered_as_it_says(started: Starte
 
 def test_the_document_has_examples_and_problems(api: TestClient) -> None:
     document = api.get("/openapi.json").json()
-    assert {"/v1/score", "/v1/compare", "/v1/rank", "/v1/memory/cases"} <= document["paths"].keys()
+    assert {"/v1/score", "/v1/compare", "/v1/options", "/v1/rank", "/v1/memory/cases"} <= document[
+        "paths"
+    ].keys()
     score = document["paths"]["/v1/score"]["post"]
     assert {"image/*", "multipart/form-data"} <= score["requestBody"]["content"].keys()
     assert "application/problem+json" in score["responses"]["503"]["content"]

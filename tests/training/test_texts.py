@@ -45,7 +45,7 @@ def test_answers_are_single_tokens(tokenizer: Tokenizer) -> None:
     singles = [
         *prompts.level_ids.tolist(),
         *prompts.verdict_ids,
-        prompts.stop,
+        *prompts.stops,
         prompts.single(family.description_end),
         prompts.single(family.answer_open),
         prompts.single(family.answer_close),

@@ -25,9 +25,11 @@ from meiqa.errors import ImageError, MeiqaError, UsageError, one_line
 
 COMMANDS = {
     "score": ("score", "score photos"),
+    "bulk": ("bulk", "score many photos into tables, on all cores or on a cluster"),
     "rank": ("rank", "put photos in order, best first"),
     "cull": ("rank", "group near-identical shots, and mark the best"),
     "compare": ("rank", "tell which of two photos looks better"),
+    "ask": ("score", "tell how probable options are as a reply about a photo"),
     "serve": ("serve", "judge photos over HTTP"),
     "api-key": ("serve", "make a key for `meiqa serve --api-key-file`"),
     "camera": ("camera", "judge a camera while it runs, in a terminal"),
@@ -39,6 +41,7 @@ COMMANDS = {
     "build": ("package", "compile a package's graphs with TensorRT"),
     "inspect": ("package", "print what is inside an engine package"),
     "memory": ("memory", "build and tend a memory"),
+    "hub": ("memory", "let memories learn from each other by a PostgreSQL database"),
     "doctor": ("doctor", "say what is installed and what is missing"),
 }
 """The module of each command, and the line that lists it."""

@@ -46,6 +46,7 @@ _BAR = 24
 @cli.force_option(needs="--log --best")
 @cli.option("--seconds N", "stop after so long", cli.AMOUNT)
 @cli.option("--budget-ms N", "for a picture that is held still", cli.AMOUNT, default=2000.0)
+@cli.HUB
 @cli.engine_options(
     device=cli.option(
         "--engine-device",
@@ -70,7 +71,11 @@ def camera_command(options: Options) -> int:
     format = options.best and _picture_format(options.best)
     if options.best and options.best not in STDOUT:
         output_target(options.best, PHOTO, **outputs)
-    with _log(options.log, outputs) as write, cli.engine_of(options) as engine:
+    with (
+        _log(options.log, outputs) as write,
+        cli.engine_of(options, learn=options.hub is not None) as engine,
+        cli.syncing(engine, options),
+    ):
         watch = _Watch(engine, options.budget_ms, write, capture.rate_hz)
         with suppress(KeyboardInterrupt):
             watch.warm_up()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from meiqa.outputs import PICTURE, STDOUT, Kind, marked_png, open_output
 from meiqa.progress import Progress
 
 if TYPE_CHECKING:
-    from meiqa.evaluation.accuracy import Judged
+    from meiqa.evaluation.accuracy import Judged, ManyScorer
 
 _METRICS = ("srcc", "plcc", "krcc", "rmse", "js", "effective_bins", "distinct", "tie_rate")
 ROW_COLUMNS = ("path", "human", "score", "std", "ci95_low", "ci95_high", "initial_score")
@@ -30,7 +30,14 @@ ROWS = Kind("table of photos", ",".join(ROW_COLUMNS).encode())
 
 @cli.command()
 @cli.LABELS
-@cli.option("--budgets MS...", "judge under time limits, too", cli.AMOUNT, several=True)
+@cli.option(
+    "--budgets MS...",
+    "judge under time limits, too",
+    cli.AMOUNT,
+    several=True,
+    excludes="--ray",
+)
+@cli.RAY
 @cli.option("--output FILE", "write a row for each photo judged, as CSV", cli.path)
 @cli.option("--plots DIR", "draw the results into DIR", cli.path)
 @cli.force_option(needs="--output --plots")
@@ -43,12 +50,14 @@ def eval_command(options: Options) -> int:
     """Measure the agreement with human scores."""
     _embedded_anchors(options)  # what this user's photos taught would change the figures
     with cli.optional_packages("eval"):
+        from meiqa.engine.engine import Engine
         from meiqa.evaluation.accuracy import judge, sweep_budgets
     if options.plots is not None:
         with cli.optional_packages("plots"):
             import meiqa.evaluation.plots  # noqa: F401
     labels = cli.table_of(options)
-    with cli.engine_of(options) as engine:
+    with ExitStack() as stack:
+        engine = _engine(options, stack)
         with _rows_file(options, labels) as file, Progress(len(labels)) as progress:
             judged = judge(
                 engine,
@@ -62,6 +71,7 @@ def eval_command(options: Options) -> int:
                 file.write(_rows(judged).encode())
         report = judged.report()
         if limits := options.budgets:
+            assert isinstance(engine, Engine)  # Ray is excluded
             with Progress((1 + len(limits)) * len(labels)) as progress:
                 report["budgets"] = sweep_budgets(
                     engine, labels, options.images, limits, on_result=progress.advance
@@ -70,6 +80,16 @@ def eval_command(options: Options) -> int:
         report["plots"] = _plots(options, judged, report)
     cli.print_report(report, options.format, _text)
     return cli.report_failures(report["failures"], len(labels))
+
+
+def _engine(options: Options, stack: ExitStack) -> ManyScorer:
+    """Open the engine that judges, or several of one core each on Ray."""
+    if options.ray is None:
+        return stack.enter_context(cli.engine_of(options))
+    stack.enter_context(cli.cluster(options))
+    from meiqa.ray import ClusterEngine
+
+    return ClusterEngine(partial(cli.engine_of, options))
 
 
 def _rows_file(options: Options, labels: LabelTable) -> AbstractContextManager[IO[bytes] | None]:

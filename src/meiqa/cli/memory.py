@@ -1,14 +1,15 @@
-"""`meiqa memory …`: what photographs are compared with."""
+"""`meiqa memory …`: what photographs are compared with; `meiqa hub …`: by what it is shared."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -29,6 +30,11 @@ KEYS = ("summary", "image", "both")
 EXPORT = Kind("export")
 
 memory_command = cli.Group("memory", help="Build and tend a memory.", no_args_is_help=False)
+hub_command = cli.Group(
+    "hub",
+    help="Let memories learn from each other by a PostgreSQL database; see docs/hub.md.",
+    no_args_is_help=False,
+)
 
 
 def moment(text: str) -> datetime:
@@ -41,6 +47,7 @@ def moment(text: str) -> datetime:
 
 
 MEMORY = cli.argument("memory", "MEM")
+URL = cli.argument("url", "URL")
 WHICH = cli.together(
     cli.option("--origin", type=("anchor", "contrast")),
     cli.option("--since TIME", "stored then or later, as 2026-05-31T12:00", moment),
@@ -99,9 +106,10 @@ def create(options: Options) -> int:
     needs="--remote",
 )
 @cli.option("--max-pixels N", "largest area of a picture", cli.POSITIVE, needs="--remote")
+@cli.RAY
 def build(options: Options) -> int:
     """Make a memory of photographs with human scores."""
-    from meiqa.engine.anchoring import AnchorOptions, build_anchors
+    from meiqa.engine.anchoring import AnchorMaker, AnchorOptions, build_anchors
     from meiqa.engine.remote import RemoteModel
 
     labels, out = cli.table_of(options), Path(options.out)
@@ -111,7 +119,15 @@ def build(options: Options) -> int:
         key_kind=options.key,
         keep_thumbnails=options.keep_thumbnails,
     )
-    with _describer(options) as model, Progress(len(labels)) as progress:
+    with ExitStack() as stack:
+        model, make = stack.enter_context(_describer(options)), None
+        if options.ray is not None:
+            stack.enter_context(cli.cluster(options))
+            from meiqa.ray import mapped
+
+            opened = partial(_local_model, options)
+            make = partial(mapped, AnchorMaker(opened, Path(options.images), kept))
+        progress = stack.enter_context(Progress(len(labels)))
         failures = build_anchors(
             model,
             labels,
@@ -119,6 +135,7 @@ def build(options: Options) -> int:
             out,
             kept,
             on_photo=progress.advance,
+            make=make,
         )
         if isinstance(model, RemoteModel):  # lay beside the memory how its model was asked
             model.settings.write(out)
@@ -137,11 +154,10 @@ def add(options: Options) -> int:
     """Add one photograph with its human score."""
     from meiqa.engine.anchoring import AnchorOptions, anchor_case, thumbnail_of
     from meiqa.engine.images import load_pixels
-    from meiqa.memory import package_digest_of
 
     memory = options.memory
     with _describer(options, memory) as model, _bank(memory, "rw") as bank:
-        if package_digest_of(memory) != model.digest:
+        if bank.identity.package_digest != model.digest:
             raise StoreMismatch(
                 "the memory was built with another package",
                 seen=options.package or options.remote or "the embedded package",
@@ -176,6 +192,7 @@ def list_cases(options: Options) -> int:
             stored = datetime.fromtimestamp(record.created, UTC).isoformat(" ", "seconds")
             line = f"{record.origin:<9}{record.score:.2f} ± {record.std:.2f}  {stored}  {record.id}"
             line += f"  (thumbnail, {kept} bytes)" if kept else ""
+            line += f"  (by {record.device})" if record.device else ""
             sys.stdout.write(one_line(line) + "\n")
     return 0
 
@@ -272,15 +289,89 @@ def rekey(options: Options) -> int:
     return 0
 
 
+@memory_command.command("sync")
+@MEMORY
+@cli.option("--hub URL", "postgresql://USER@HOST/DATABASE", required=True)
+@cli.HUB_DEVICE
+@cli.flag("--anew", "from the beginning: the hub was set back, or is another one than before")
+def sync(options: Options) -> int:
+    """Tell a hub what was learned here, and learn what others did."""
+    with cli.optional_packages("hub"):
+        from meiqa.memory.replica import Replica
+    from meiqa.engine.remote import SETTINGS
+
+    if (Path(options.memory) / SETTINGS).exists():
+        what = "a remote model's memory holds pictures, which are not shared"
+        raise UsageError(what, seen=options.memory)
+    with _bank(options.memory, "rw") as bank:
+        done = Replica(bank, options.hub, cli.hub_device(options)).sync(anew=options.anew)
+    for each in done.refused:
+        say(one_line(f"refused: {each.name}: {each.reason}"))
+    say(f"{options.memory}: {done}")
+    return cli.EXIT_FAILURES if done.refused else 0
+
+
+@hub_command.command("init")
+@URL
+def init(options: Options) -> int:
+    """Make a hub of a database, or bring one up to date."""
+    with cli.optional_packages("hub"):
+        from meiqa.memory.hub import ROLES, initialise
+    before, now = initialise(options.url)
+    say(f"the hub has schema version {now}" + (f", it had {before}" if before else ""))
+    say(f"roles: {', '.join(ROLES)}; a camera: CREATE ROLE name LOGIN IN ROLE {ROLES[1]}")
+    return 0
+
+
+@hub_command.command("status")
+@URL
+@cli.format_option("text", "json")
+def status(options: Options) -> int:
+    """Count what it holds, by package, origin and device."""
+    with cli.optional_packages("hub"):
+        from meiqa.memory.hub import connected
+    with connected(options.url) as hub:
+        cli.print_report(hub.status(), options.format, tree_text)
+    return 0
+
+
+@hub_command.command("export")
+@URL
+@cli.option("--out FILE", "- for standard output", cli.path, required=True)
+@cli.option("--format", type=("jsonl", "parquet"), default="jsonl")
+@cli.flag("--force", "replace what is there, whatever it is")
+def export_hub(options: Options) -> int:
+    """Write the records and keys of all its cases to a file."""
+    with cli.optional_packages("hub"):
+        from meiqa.memory.hub import Refused, connected
+    from meiqa.memory.maintenance import exported, write_rows
+
+    refused: list[Refused] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for entry, key_kind in hub.everything():
+            if isinstance(entry, Refused):
+                refused.append(entry)
+            else:
+                yield exported(entry, 0, key_kind)
+
+    with (
+        cli.optional_packages("parquet"),
+        connected(options.url) as hub,
+        open_output(options.out, EXPORT, force=options.force) as file,
+    ):
+        written = write_rows(Path(file.name), rows(), options.format)
+    for each in refused:
+        say(one_line(f"refused: {each.name}: {each.reason}"))
+    say(f"{options.out}: {written} cases")
+    return cli.EXIT_FAILURES if refused else 0
+
+
 @contextmanager
 def _describer(options: Options, memory: str | None = None) -> Iterator[Model]:
     """The model that describes anchors; for a remote one of a `memory` there, as that says."""
     if options.remote is None:
-        from meiqa.engine.local import LocalModel
-        from meiqa.engine.package import EnginePackage
-
-        package = EnginePackage.open(options.package or embedded_assets() / "package")
-        yield LocalModel.open(package, options.device)
+        yield _local_model(options)
         return
     from meiqa.engine.remote import RemoteModel
 
@@ -295,6 +386,15 @@ def _describer(options: Options, memory: str | None = None) -> Iterator[Model]:
         yield model
     finally:
         model.close()
+
+
+def _local_model(options: Options) -> Model:
+    """The model of a package; on Ray there is one for each core, with a thread."""
+    from meiqa.engine.local import LocalModel
+    from meiqa.engine.package import EnginePackage
+
+    package = EnginePackage.open(options.package or embedded_assets() / "package")
+    return LocalModel.open(package, options.device, vars(options).get("threads"))
 
 
 def _remote_settings(options: Options, memory: str | None) -> RemoteSettings:

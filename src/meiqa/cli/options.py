@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from meiqa.engine.calibration import Calibration
     from meiqa.engine.engine import Engine
     from meiqa.engine.images import NamedBytes
+    from meiqa.folders import Selection
     from meiqa.journal import Journal
     from meiqa.labels import LabelTable
     from meiqa.memory import RetrievalPolicy
@@ -148,6 +150,15 @@ def folder(text: str) -> str:
     return text
 
 
+def shard(text: str) -> tuple[int, int]:
+    """Read which share of how many, as 3/10."""
+    with suppress(ValueError):
+        number, count = map(int, text.split("/"))
+        if 1 <= number <= count:
+            return number, count
+    raise click.BadParameter(f"{text!r} is not a share such as 3/10, from 1/10 to 10/10")
+
+
 COUNT, POSITIVE = click.IntRange(min=0), click.IntRange(min=1)
 AMOUNT = number(0, above=True)
 
@@ -257,6 +268,11 @@ PATHS = together(
     flag("--hidden", "look into hidden folders, thumbnails and bins, too"),
     RAW,
 )
+SELECTION = together(
+    option("--shard I/N", "one of N shares of the photos, for N processes or machines", shard),
+    option("--sample N", "N photos as if drawn by lot, the same ones each time", POSITIVE),
+    option("--limit N", "the first N photos", POSITIVE),
+)
 BUDGET = option("--budget-ms N", "time for each photo (default: no limit)", AMOUNT)
 NEIGHBOURS = option(
     "--k N", "how many neighbours to compare with (default: the package's number)", COUNT
@@ -287,6 +303,11 @@ HEAD = option(
     "these words, or their graded response (default: the package's)",
     ("text", "levels", "grm"),
 )
+RAY = option(
+    "--ray A",
+    "see photos on all cores of a Ray: auto, local or ray://HOST:PORT (docs/bulk.md)",
+    excludes="--remote",
+)
 MOS_RANGE = option(
     "--mos-range LO HI",
     "ends of the human scale (default: 0-1, 1-5 or 0-100, if the scores leave no doubt)",
@@ -302,11 +323,30 @@ LABELS = together(
 )
 
 
+HUB_DEVICE = option(
+    "--hub-device NAME", "what this device is called there (default: its host name)"
+)
+HUB = together(
+    option(
+        "--hub URL",
+        "learn from other devices, and they from this one, by a PostgreSQL database: what is "
+        "remembered of photos is sent there (docs/hub.md)",
+    ),
+    option("--sync-every S", "seconds between syncs", AMOUNT, default=30.0, needs="--hub"),
+    HUB_DEVICE,
+)
+
+
+def memory_option(default: str) -> Decorator:
+    """Add --memory, of a directory that is there; `default` says what is opened without."""
+    return option("--memory DIR", f"memory (default: {default})", folder)
+
+
 def engine_options(memory: str = "the user's own", device: Decorator = DEVICE) -> Decorator:
     """Add the options of an engine; `memory` is what is opened by default."""
     return together(
         PACKAGE,
-        option("--memory DIR", f"memory (default: {memory})", folder),
+        memory_option(memory),
         device,
         option("--threads N", "of the runtime (default, and at most: one for each core)", POSITIVE),
         NO_VERIFY,
@@ -372,6 +412,40 @@ def engine_of(options: Options, *, learn: bool = False) -> Engine:
     return engine
 
 
+@contextmanager
+def cluster(options: Options) -> Iterator[None]:
+    """Connect to the Ray of --ray; the options' paths become whole, since workers stand elsewhere.
+
+    Engines there have one thread, since there is one for each core.
+    """
+    with optional_packages("ray"):
+        from meiqa.ray import connected
+
+    for name in {"images", "package", "memory"} & vars(options).keys():
+        if (given := getattr(options, name)) is not None:
+            setattr(options, name, os.path.abspath(given))
+    options.threads = vars(options).get("threads") or 1
+    with connected(options.ray):
+        yield
+
+
+@contextmanager
+def syncing(engine: Engine, options: Options) -> Iterator[None]:
+    """Sync the engine's memory with the hub that is named, if one is, while this lasts."""
+    if options.hub is None:
+        yield
+        return
+    with optional_packages("hub"):
+        from meiqa.memory.replica import syncing as synced
+    with synced(engine.memory, options.hub, hub_device(options), options.sync_every):
+        yield
+
+
+def hub_device(options: Options) -> str:
+    """Give what this device is called at a hub."""
+    return options.hub_device or socket.gethostname()
+
+
 def model_terms(digest: str, calibration: Calibration) -> dict[str, str]:
     """Give what a score depends on in the model, by the digests of a package and calibration."""
     text = json.dumps(asdict(calibration), sort_keys=True)
@@ -380,7 +454,7 @@ def model_terms(digest: str, calibration: Calibration) -> dict[str, str]:
 
 def terms_unopened(options: Options) -> dict[str, str]:
     """Give the `model_terms` of the engine that the options name, which takes no opening."""
-    if options.remote is not None and options.memory is not None:
+    if vars(options).get("remote") is not None and options.memory is not None:
         from meiqa.engine.remote import RemoteSettings
 
         settings = RemoteSettings.of_memory(options.memory)
@@ -425,7 +499,16 @@ def photos_of(options: Options) -> tuple[list[str], list[Failure]]:
     found = gather(options.paths, hidden=options.hidden, develop=options.raw == "develop")
     if found.passed_over:
         say(str(found))
-    return as_asked(found.photos, options), found.failures
+    photos = list(selection_of(options).of(found.photos, os.path.abspath))
+    return as_asked(photos, options), found.failures
+
+
+def selection_of(options: Options) -> Selection:
+    """Give which photos are taken; all of them where a command has no such options."""
+    from meiqa.folders import Selection
+
+    asked = vars(options)
+    return Selection(asked.get("shard"), asked.get("sample"), asked.get("limit"))
 
 
 def as_asked(paths: Sequence[str], options: Options) -> list[str]:

@@ -1,4 +1,4 @@
-"""`meiqa score` and `demo`: photos are judged one by one."""
+"""`meiqa score`, `ask` and `demo`: photos are judged one by one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from meiqa.cli import options as cli
 from meiqa.cli.options import Options, say
 from meiqa.errors import UsageError, install_hint
-from meiqa.formats import ResultWriter
+from meiqa.formats import ResultWriter, write_answers
 from meiqa.outputs import (
     PICTURE,
     ROWS,
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     "write the photo with a heat map of its distortions over it, as PNG; of one photo",
     cli.path,
 )
+@cli.SELECTION
 @cli.sidecar_options()
 @cli.force_option(needs="--output --map --xmp", also="; ratings given by hand, too")
 @cli.EFFORT
@@ -260,6 +263,43 @@ def _terms(engine: Engine, options: Options) -> dict[str, Any]:
 
 # These lie in scikit-image's wheel; its others are fetched from the network on first use.
 _FILES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
+
+
+def texts(given: str) -> tuple[str, ...]:
+    """Read options between commas; spaces around them are dropped."""
+    options = tuple(map(str.strip, given.split(",")))
+    if not all(options) or len({*options}) < len(options):
+        raise click.BadParameter(f"{given!r} holds an empty option, or one twice")
+    return options
+
+
+@cli.command()
+@cli.argument("image", "IMAGE")
+@cli.argument("questions", "QUESTION...", nargs=-1, required=True)
+@cli.option("--options A,B,C", "how the reply may begin", texts, required=True)
+@cli.option(
+    "--second PHOTO",
+    "shown behind IMAGE, for questions about two; may be given again",
+    cli.path,
+    multiple=True,
+)
+@cli.format_option("text", "json", "jsonl", "csv")
+@cli.RAW
+@cli.engine_options()
+def ask_command(options: Options) -> int:
+    """Ask a model about a photo: how probable is each option as the reply?
+
+    The default model knows its own questions only; others need the package of a general model
+    (docs/options.md).
+    """
+    image, *seconds = cli.sources(cli.as_asked([options.image, *options.second], options))
+    with cli.engine_of(options) as engine:
+        from meiqa.engine.asking import Question
+
+        pairs: Sequence[ImageSource | None] = seconds or [None]
+        asked = [Question(text, options.options, p) for text in options.questions for p in pairs]
+        write_answers(engine.options_many(image, asked), options.format, sys.stdout)
+    return 0
 
 
 @cli.command()

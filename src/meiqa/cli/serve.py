@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 @cli.option("--max-upload-mb N", "of a request", cli.POSITIVE, default=32)
 @cli.option("--workers N", "engines side by side on one memory", cli.POSITIVE, default=1)
 @cli.option("--log-format", type=("text", "json"), default="text")
+@cli.HUB
 @cli.engine_options()
 def serve_command(options: Options) -> int:
     """Judge photos over HTTP, with a page for cameras; see docs/http-api.md."""
@@ -53,12 +54,17 @@ def serve_command(options: Options) -> int:
     learn = keys is not None and keys.allow("memory:write")
 
     def first(threads: int | None) -> Engine:
-        return cli.engine_of(Options(**{**vars(options), "threads": threads}), learn=learn)
+        # A hub writes to the memory as well.
+        changed = learn or options.hub is not None
+        return cli.engine_of(Options(**{**vars(options), "threads": threads}), learn=changed)
 
     with listen(options.host, options.port, settings) as opened:
         log_to(form=options.log_format)
         workers, threads = options.workers, options.threads
-        with engines_sharing(first, workers, options.device, threads) as engines:
+        with (
+            engines_sharing(first, workers, options.device, threads) as engines,
+            cli.syncing(engines[0], options),
+        ):
             say(f"serving on {_address(opened.getsockname())}{_who(keys is None, learn)}")
             run(engines, settings, opened)
     return 0

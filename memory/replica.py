@@ -1,0 +1,291 @@
+"""A memory as a replica of a hub: what it learns is pushed, what others learned is pulled.
+
+A sync pushes first, then pulls, and each part is acknowledged in the transaction that does it. So a
+kill at any moment leaves what was not acknowledged to the next sync, and what is told twice changes
+nothing (docs/hub.md).
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+import psycopg
+
+from meiqa.errors import MeiqaError, StoreMismatch, UsageError
+from meiqa.memory.bank import ContrastPolicy, MemoryBank, Pulled
+from meiqa.memory.cases import ORIGINS, Entry
+from meiqa.memory.hub import ID_DIGITS, Hub, Refused, Told, address, connected, rank_of
+from meiqa.memory.retrieval import View
+from meiqa.memory.wal import Image, Waiting
+from meiqa.types import Origin
+
+LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_AT_ONCE = 64
+_REST = 9.0  # times as long as it works, a sync beside scoring rests
+_WORK_S = 0.002
+_NAMED = 8
+_PATIENCE_S = 30.0  # with a sync that is under way when its process ends
+
+
+@dataclass
+class Synced:
+    """What a sync did.
+
+    Attributes:
+        pushed: Cases and removals that the hub took.
+        pulled, removed: Cases of others stored, and removed here since others did.
+        refused: What the hub refused of ours, and what we refused of the hub's, with the reasons.
+    """
+
+    pushed: int = 0
+    pulled: int = 0
+    removed: int = 0
+    refused: list[Refused] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        told = f"{self.pushed} pushed, {self.pulled} pulled, {self.removed} removed"
+        return told + (f", {len(self.refused)} refused" if self.refused else "")
+
+
+class Replica:
+    """A memory that is shared through a hub.
+
+    Args:
+        bank: Opened to be changed; everything it learns is shared from the first sync on.
+        url: Of the hub.
+        device: What this device is called there.
+        gently: Work in small steps and rest between them, so that scoring goes on meanwhile.
+    """
+
+    def __init__(self, bank: MemoryBank, url: str, device: str, *, gently: bool = False) -> None:
+        address(url)
+        if not (device.isprintable() and 0 < len(device) <= 64):
+            allowed = "1 to 64 printable characters"
+            raise UsageError("a device needs a name", seen=repr(device), allowed=allowed)
+        self._bank, self._url, self._device, self._gently = bank, url, device, gently
+
+    def sync(self, *, anew: bool = False) -> Synced:
+        """Push, then pull; `anew` from the beginning, with a hub that was set back or is another.
+
+        Raises:
+            ServiceUnreachable: the hub can't be reached; nothing is lost.
+            StoreMismatch: the hub was set back, as by a restored copy.
+            MeiqaError: see `connected` and `MemoryBank.follow`.
+        """
+        done = Synced()
+        with connected(self._url) as hub:
+            pulled = self._bank.follow(hub.id, anew=anew)
+            if pulled > hub.reached:
+                what, hint = "the hub was set back to an earlier state", "tell it all again: --anew"
+                raise StoreMismatch(what, seen=f"{hub.reached} of {pulled}", hint=hint)
+            self._push(hub, done)
+            self._pull(hub, pulled, done)
+        return done
+
+    def _push(self, hub: Hub, done: Synced) -> None:
+        waiting = self._bank.outbox()
+        for origin in ORIGINS:
+            left = [each for each in waiting if each.origin == origin]
+            # The first goes alone: if it is refused, the others need not be sent.
+            starts = [0, *range(1, len(left), _AT_ONCE)] if left else []
+            for start in self._rested(starts):
+                batch = self._with_entries(left[start : start + (_AT_ONCE if start else 1)])
+                try:
+                    self._push_batch(hub, batch, done)
+                except psycopg.errors.InsufficientPrivilege:
+                    reason = f"{len(left) - start} wait: this role may not write them"
+                    done.refused.append(Refused(f"{origin} cases", reason))
+                    break
+                except (psycopg.DataError, psycopg.IntegrityError):
+                    for one in batch:
+                        self._push_alone(hub, one, done)
+
+    def _push_alone(self, hub: Hub, one: tuple[Waiting, Entry | None], done: Synced) -> None:
+        try:
+            self._push_batch(hub, [one], done)
+        except (psycopg.DataError, psycopg.IntegrityError) as error:
+            name = f"{one[0].origin} {one[0].image[:16]}"
+            done.refused.append(Refused(name, error.diag.message_primary or type(error).__name__))
+
+    def _push_batch(
+        self, hub: Hub, batch: Sequence[tuple[Waiting, Entry | None]], done: Synced
+    ) -> None:
+        changed = hub.push(batch, self._device, self._bank.identity)
+        # The rest is taken out by the pull, which tells what the hub has in its place.
+        self._bank.told([each for (each, _), took in zip(batch, changed, strict=True) if took])
+        done.pushed += sum(changed)
+
+    def _with_entries(self, waiting: Sequence[Waiting]) -> list[tuple[Waiting, Entry | None]]:
+        """Find the cases that are told of; what was evicted is told no more."""
+        views, found = self._bank.snapshot().views, []
+        evicted = []
+        for each in waiting:
+            view = views[each.origin]
+            entry = next(iter(view.entries_in(view.rows_of_image(each.image)[:1])), None)
+            if each.removal is None and entry is None:
+                evicted.append(each)
+            else:
+                found.append((each, entry if each.removal is None else None))
+        self._bank.told(evicted)
+        return found
+
+    def _pull(self, hub: Hub, since: int, done: Synced) -> None:
+        bank, waiting = self._bank, self._bank.outbox()
+        with hub.reading():
+            named = [(each.origin, each.image) for each in waiting]
+            news = hub.news(since, named, bank.identity)
+            if not news:
+                return
+            views = bank.snapshot().views
+            decided = decide(self._rested(news), views, waiting, since)
+            fetched: dict[Image, Entry] = {}
+            absorbed: set[Image] = set()
+            for origin in ORIGINS:
+                wanted = [each for each in decided.wanted if each.origin == origin]
+                if origin == "contrast":
+                    wanted = _worthiest(wanted, bank.policy)
+                entries = self._entries(hub, origin, wanted, done)
+                if len(wanted) > bank.policy.compact_after and bank.writes(origin):
+                    bank.absorb(origin, entries, _replaced(wanted, views[origin]))
+                    absorbed.update(each.name for each in wanted)
+                else:
+                    fetched |= {(origin, each.record.image_digest): each for each in entries}
+        absorbed.difference_update(named)
+        left = [each for each in news if each.name not in absorbed]
+        upto = max([since, *(each.seq for each in news)])
+
+        def change(views: Mapping[Origin, View], waiting: Sequence[Waiting]) -> Pulled:
+            # Anew, since photos may have been learned or removed meanwhile.
+            now = decide(left, views, waiting, since)
+            stored = [fetched[each.name] for each in now.wanted if each.name in fetched]
+            return Pulled(stored, [each.name for each in now.removed], now.told, upto)
+
+        done.removed += len(bank.pull(change).removed)
+
+    def _entries(
+        self, hub: Hub, origin: Origin, wanted: Sequence[Told], done: Synced
+    ) -> Iterator[Entry]:
+        """Read cases by id, which is how their images' digests begin; name those refused."""
+        images, last = [each.image for each in wanted], ""
+        read = hub.entries(origin, images, self._bank.identity) if images else ()
+        for each in self._rested(read):
+            if isinstance(each, Entry) and each.record.id == last:
+                each = Refused(f"{origin} {last}", "another image's digest begins like its own")
+            if isinstance(each, Refused):
+                done.refused.append(each)
+                continue
+            last = each.record.id
+            done.pulled += 1
+            yield each
+
+    def _rested(self, work: Iterable[T]) -> Iterator[T]:
+        """Go through work, and rest in between if this is to be gentle."""
+        begun_s = time.perf_counter()
+        for each in work:
+            yield each
+            worked_s = time.perf_counter() - begun_s
+            if self._gently and worked_s > _WORK_S:
+                time.sleep(_REST * worked_s)
+                begun_s = time.perf_counter()
+
+
+class Decided(NamedTuple):
+    """What news mean for a memory: what to store and to remove, and what the hub knows already."""
+
+    wanted: list[Told]
+    removed: list[Told]
+    told: list[Waiting]
+
+
+def decide(
+    news: Iterable[Told],
+    views: Mapping[Origin, View],
+    waiting: Sequence[Waiting],
+    since: int,
+) -> Decided:
+    """Compare news, from after `since`, with what is stored and what waits to be told.
+
+    The rules are the hub's own (`meiqa.memory.hub`): a removal beats whatever was learned without
+    knowing of it; of two cases the one of higher rank stays.
+    """
+    decided, pending = Decided([], [], []), {(each.origin, each.image): each for each in waiting}
+    for each in news:
+        own, held = pending.get(each.name), views[each.origin].record_of_image(each.image)
+        if own is not None and own.removal not in (None, each.removal):
+            continue  # the hub is still to be told of a removal
+        if each.removed and own is not None and own.removal is None and own.base >= each.removed_at:
+            continue  # learned again, knowing of the removal
+        if each.removed:
+            if held is not None:
+                decided.removed.append(each)
+        elif held is None or each.removed_at > since:
+            if each.seq > since:
+                decided.wanted.append(each)
+        elif rank_of(held) > each.rank:
+            continue  # the hub is still to be told of a later one
+        elif rank_of(held) < each.rank:
+            decided.wanted.append(each)
+        if own is not None:
+            decided.told.append(own)
+    return decided
+
+
+def _worthiest(wanted: list[Told], policy: ContrastPolicy) -> list[Told]:
+    """Leave out what would be evicted at once."""
+    if len(wanted) <= policy.capacity:
+        return wanted
+    now = time.time()
+
+    def worth(told: Told) -> float:
+        return policy.worth(0, now - told.created, told.std or 0.0)
+
+    return heapq.nlargest(policy.capacity, wanted, key=worth)
+
+
+def _replaced(wanted: Iterable[Told], view: View) -> set[str]:
+    """Name what is stored that these take the place of."""
+    ids = set()
+    for each in wanted:
+        ids.add(each.image[:ID_DIGITS])
+        if (held := view.record_of_image(each.image)) is not None:
+            ids.add(held.id)
+    return ids
+
+
+@contextmanager
+def syncing(bank: MemoryBank, url: str, device: str, every_s: float) -> Iterator[None]:
+    """Sync a memory every so often while this lasts; what goes wrong is logged, and tried again."""
+    replica, ended = Replica(bank, url, device, gently=True), threading.Event()
+
+    def work() -> None:
+        said = ""
+        while not ended.is_set():
+            try:
+                done = replica.sync()
+                told = "; ".join(f"refused {name}: {why}" for name, why in done.refused[:_NAMED])
+            except MeiqaError as error:
+                told = str(error)
+            except Exception as error:  # or this thread would end without a word
+                LOG.exception("the memory is not synced")
+                told = repr(error)
+            if told not in ("", said):
+                LOG.warning("the memory is not synced: %s", told)
+            said = told
+            ended.wait(every_s)
+
+    thread = threading.Thread(target=work, name="hub", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(_PATIENCE_S)
