@@ -216,16 +216,20 @@ def _listed(source: Source, tell: Callable[[str], None]) -> Iterator[Picture]:
     for path, stamp in files:
         stamp = stamp or _stamp_of(path)
         try:
-            if path.endswith(".parquet"):
-                yield from _in_table(path, source, stamp)
-                continue
-            if path.endswith(".tar"):
-                yield from _in_tar(path, source, stamp)
-                continue
+            yield from _in_file(path, source, stamp)
         except PhotoUnreachable as error:  # another run may list it
             raise UsageError(str(error)) from error
         except DecodeError as error:
             tell(f"warning: {error}")
+            yield _picture(path, stamp, source)
+
+
+def _in_file(path: str, source: Source, stamp: str) -> Iterator[Picture]:
+    if path.endswith(".parquet"):
+        yield from _in_table(path, source, stamp)
+    elif path.endswith(".tar"):
+        yield from _in_tar(path, source, stamp)
+    else:
         yield _picture(path, stamp, source)
 
 
@@ -236,6 +240,8 @@ def _picture(path: str, stamp: str, source: Source) -> Picture:
     if source.by_content:
         try:
             content = StoredPhoto(picture).read()
+        except PhotoUnreachable:
+            raise  # or it would have another id once it is reached
         except DecodeError:
             return picture._replace(id=_digest(path, "unreadable"))
         return picture._replace(id=hashlib.sha256(content).hexdigest()[:32])

@@ -298,6 +298,7 @@ def test_photos_whose_storage_was_away_are_looked_at_again(
     told = capsys.readouterr()
     assert "1 failed (PhotoUnreachable 1)" in told.out
     assert told.err.count("named twice") == 1
+    assert bulk(names, "other", "--by-content") == 2
     monkeypatch.setattr(sources, "_file_system", lambda uri: (fs.LocalFileSystem(), str(folder)))
     assert bulk(names, "out", "--filter", "score > 5", "--resume") == 0
     assert "1 scored; 0 of them written" in capsys.readouterr().out
