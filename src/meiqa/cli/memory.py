@@ -298,11 +298,6 @@ def sync(options: Options) -> int:
     """Tell a hub what was learned here, and learn what others did."""
     with cli.optional_packages("hub"):
         from meiqa.memory.replica import Replica
-    from meiqa.engine.remote import SETTINGS
-
-    if (Path(options.memory) / SETTINGS).exists():
-        what = "a remote model's memory holds pictures, which are not shared"
-        raise UsageError(what, seen=options.memory)
     with _bank(options.memory, "rw") as bank:
         done = Replica(bank, options.hub, cli.hub_device(options)).sync(anew=options.anew)
     for each in done.refused:
