@@ -6,7 +6,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check
 SITE   := $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 ROOMS  := engine evaluation export kernels memory serve
 LAB    := benchmarks training
-BUILD  := pyproject.toml CMakeLists.txt $(wildcard kernels/*.cpp)
+BUILD  := pyproject.toml CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.hpp) kernels/CMakeLists.txt
 
 DEMO_INSTALLED := $(VENV)/.installed-demo
 TEST_INSTALLED := $(VENV)/.installed-test

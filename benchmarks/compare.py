@@ -59,7 +59,7 @@ from meiqa.engine.runtime.decoder import (
 from meiqa.errors import MeiqaError, UsageError
 from meiqa.evaluation.measuring import quantiles_ms, run_on
 from meiqa.kernels.cores import usable_cores
-from meiqa.kernels.decoder import FASTEST, KERNELS
+from meiqa.kernels.decoder import FASTEST, KERNELS, FusedShape
 from meiqa.locations import embedded_assets
 
 __all__ = ["bench_compare", "main", "table_text"]
@@ -367,22 +367,26 @@ def agreement(ways: Mapping[str, Callable[[], Answers]]) -> dict[str, float]:
 def multiplications(text: Any, asked: Asked, *, last_layer_whole: bool) -> int:
     """Multiplications that the engine does for all answers, from the shapes.
 
-    Of the last layer, the fused kernel needs the keys and values of all tokens and the rest of the
-    last one, and it has read what opens the second picture with the first; each token attends to
-    the prefix, to those before it and to itself.
+    The fused kernel has read what opens the second picture with the first, and does not finish the
+    last layer; a graph does all of it.
     """
-    d, heads, keys = text.head_dim, text.num_attention_heads, 2 * text.num_key_value_heads
-    width, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    other = 2 * width * heads * d + 3 * width * inner
-    total = 0
+    shape = FusedShape(
+        text.hidden_size,
+        text.intermediate_size,
+        text.num_attention_heads,
+        text.num_key_value_heads,
+        text.head_dim,
+        text.rms_norm_eps,
+    )
+    layers, total = text.num_hidden_layers, 0
     for row, (first, _) in zip(asked.prompts(), asked.pairs(), strict=True):
         prefix = first.opening.length if last_layer_whole else asked.shared(first)
         steps = len(row.embeds) - prefix
-        seen = steps * prefix + steps * (steps + 1) // 2
-        layer = steps * (width * keys * d + other) + 2 * heads * d * seen
-        last = steps * width * keys * d + other + 2 * heads * d * (prefix + steps)
-        total += layers * layer if last_layer_whole else (layers - 1) * layer + last
-        total += width * text.vocab_size
+        whole = layers + 1 if last_layer_whole else layers
+        total += sum(shape.multiplications(whole, steps, prefix))
+        if last_layer_whole:
+            total -= sum(shape.multiplications(1, steps, prefix))
+        total += text.hidden_size * text.vocab_size
     return total
 
 

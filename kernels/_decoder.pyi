@@ -1,27 +1,18 @@
 from collections.abc import Sequence
-from typing import overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-def kernels() -> list[tuple[str, bool]]: ...
+def kernels() -> list[tuple[str, int, int]]: ...
 
 class StoredLinear:
-    @overload
     def __init__(
         self,
-        panels: NDArray[np.float32],
-        bias: NDArray[np.float32],
-        steps: float,
-        zero: float,
-    ) -> None: ...
-    @overload
-    def __init__(
-        self,
-        panels: NDArray[np.int8],
+        panels: NDArray[Any],
         bias: NDArray[np.float32],
         scale: NDArray[np.float32],
-        centre: NDArray[np.int32],
+        start: NDArray[np.int32],
         steps: float,
         zero: float,
     ) -> None: ...

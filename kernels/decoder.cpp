@@ -5,18 +5,19 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 namespace nb = nanobind;
@@ -60,28 +61,19 @@ Aligned<T> copied(const Source& source) {
 // A linear layer whose weight was cut into panels: see `kernels/decoder.py`.
 class StoredLinear {
   public:
-    StoredLinear(const Array<float, 3>& panels, const Array<float, 1>& bias, float steps,
-                 float zero)
-        : floats_(copied<float>(panels)), bias_(copied<float>(bias)) {
-        linear_.panels = panels.shape(0);
-        linear_.inputs = panels.shape(1);
-        linear_.floats = floats_.get();
-        linear_.bias = bias_.get();
-        linear_.steps = steps;
-        linear_.zero = zero;
-    }
+    using Weights = nb::ndarray<nb::ro, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
-    StoredLinear(const Array<std::int8_t, 4>& panels, const Array<float, 1>& bias,
-                 const Array<float, 1>& scale, const Array<std::int32_t, 1>& centre, float steps,
-                 float zero)
-        : bytes_(copied<std::int8_t>(panels)), bias_(copied<float>(bias)),
-          scale_(copied<float>(scale)), centre_(copied<std::int32_t>(centre)) {
+    StoredLinear(const Weights& panels, const Array<float, 1>& bias, const Array<float, 1>& scale,
+                 const Array<std::int32_t, 1>& start, float steps, float zero)
+        : weights_(aligned<std::byte>(panels.nbytes())), bias_(copied<float>(bias)),
+          scale_(copied<float>(scale)), start_(copied<std::int32_t>(start)) {
+        std::memcpy(weights_.get(), panels.data(), panels.nbytes());
         linear_.panels = panels.shape(0);
         linear_.inputs = panels.shape(1) * panels.shape(3);
-        linear_.bytes = bytes_.get();
+        linear_.weights = weights_.get();
         linear_.bias = bias_.get();
         linear_.scale = scale_.get();
-        linear_.centre = centre_.get();
+        linear_.start = start_.get();
         linear_.steps = steps;
         linear_.zero = zero;
     }
@@ -90,23 +82,16 @@ class StoredLinear {
 
   private:
     Linear linear_;
-    Aligned<float> floats_;
-    Aligned<std::int8_t> bytes_;
+    Aligned<std::byte> weights_;
     Aligned<float> bias_, scale_;
-    Aligned<std::int32_t> centre_;
+    Aligned<std::int32_t> start_;
 };
 
-// Kernels of this architecture, the fastest first.
-constexpr const Kernel* kKernels[] = {
-#ifdef MEIQA_X86
-    &kAvx512, &kAvx2,
-#endif
-    &kPortable};
-
-std::vector<std::pair<std::string, bool>> kernels() {
-    std::vector<std::pair<std::string, bool>> found;
+std::vector<std::tuple<std::string, std::size_t, int>> kernels() {
+    std::vector<std::tuple<std::string, std::size_t, int>> found;
     for (const Kernel* const kernel : kKernels)
-        if (kernel->runs_here()) found.emplace_back(kernel->name, kernel->bytes);
+        if (kernel->runs_here())
+            found.emplace_back(kernel->name, kernel->together, kernel->lowest);
     return found;
 }
 
@@ -207,13 +192,10 @@ NB_MODULE(_decoder, module) {
     nb::set_leak_warnings(false);
     module.def("kernels", &kernels);
     nb::class_<StoredLinear>(module, "StoredLinear")
-        .def(nb::init<const Array<float, 3>&, const Array<float, 1>&, float, float>(),
-             nb::arg("panels").noconvert(), nb::arg("bias").noconvert(), nb::arg("steps"),
-             nb::arg("zero"))
-        .def(nb::init<const Array<std::int8_t, 4>&, const Array<float, 1>&,
+        .def(nb::init<const StoredLinear::Weights&, const Array<float, 1>&,
                       const Array<float, 1>&, const Array<std::int32_t, 1>&, float, float>(),
              nb::arg("panels").noconvert(), nb::arg("bias").noconvert(),
-             nb::arg("scale").noconvert(), nb::arg("centre").noconvert(), nb::arg("steps"),
+             nb::arg("scale").noconvert(), nb::arg("start").noconvert(), nb::arg("steps"),
              nb::arg("zero"));
     nb::class_<Decoder>(module, "Decoder")
         .def(nb::init<const std::string&, std::size_t, std::size_t, std::size_t, std::size_t,

@@ -9,22 +9,24 @@
 #include <cstddef>
 #include <cstdint>
 
+// Of what takes and gives registers: a call would pass them through memory.
+#define MEIQA_INLINE inline __attribute__((always_inline))
+
 namespace meiqa {
 
 constexpr std::size_t kLanes = 16, kPanel = 2 * kLanes;
 
-// A product with a stored matrix of `inputs` rows. A panel holds its columns row after row in
-// floats, or in bytes four rows at a time, as the byte instructions want them. Its input may be
-// rounded first.
+// A product with a stored matrix of `inputs` rows. A panel holds its columns row after row. Where the
+// input is rounded to codes first, the matrix is one of bytes, of which a kernel wants some rows at
+// a time (`Kernel::together`).
 struct Linear {
     std::size_t inputs = 0, panels = 0;
-    const float* floats = nullptr;
-    const std::int8_t* bytes = nullptr;
-    const float* bias = nullptr;           // panels * 32
-    const float* scale = nullptr;          // of bytes: float value of one step of a sum
-    const std::int32_t* centre = nullptr;  // of bytes: sum that an input of zero gives
-    float steps = 0;                       // of a rounded input: its steps to one
-    float zero = 0;                        // of a rounded input: its zero point
+    const void* weights = nullptr;
+    const float* bias = nullptr;          // panels * 32
+    const float* scale = nullptr;         // of codes: float value of one step of a sum
+    const std::int32_t* start = nullptr;  // of codes: what a sum begins with, so that zero gives 0
+    float steps = 0;                      // of codes: their steps to one
+    float zero = 0;                       // of codes: the zero point, of 0 to 255
 };
 
 struct Layer {
@@ -72,7 +74,8 @@ struct Rotary {
 // The decoder compiled for some processors.
 struct Kernel {
     const char* name;
-    bool bytes;  // whether it multiplies bytes
+    std::size_t together;  // bytes of a column side by side in a panel; 0: floats that hold them
+    int lowest;            // the code that stands for 0 of 0 to 255
     bool (*runs_here)();
 
     // Floats that a row of so many steps on such a prefix works in.
@@ -90,6 +93,15 @@ struct Kernel {
                         float* scratch, float* hidden);
 };
 
-extern const Kernel kAvx512, kAvx2, kPortable;
+extern const Kernel kAvx512, kAvxVnni, kAvx2, kI8mm, kDotprod, kPortable;
+
+// Those of this architecture, the fastest first.
+constexpr const Kernel* kKernels[] = {
+#if defined(__x86_64__)
+    &kAvx512, &kAvxVnni, &kAvx2,
+#elif defined(__aarch64__) && defined(__linux__)
+    &kI8mm, &kDotprod,
+#endif
+    &kPortable};
 
 }  // namespace meiqa

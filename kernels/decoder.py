@@ -8,14 +8,14 @@ the call and however many threads run.
 
 Weights are floats, or signed bytes with a scale for each output channel, whose input is rounded to
 unsigned bytes by one range: the arithmetic of a QuantizeLinear and DequantizeLinear pair.
-Processors with byte products (AVX-512 with VNNI) sum whole numbers; others do the same in floats.
+Sums of rounded inputs are whole numbers, and all kernels have the same ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,24 @@ from meiqa.kernels import _decoder
 
 Floats = NDArray[np.float32]
 Number = TypeVar("Number", bound=np.generic)
-PANEL, LANES, FOUR = 32, 16, 4
+PANEL, LANES = 32, 16
 FIRST_POSITIONS = 512
-KERNELS: dict[str, bool] = dict(_decoder.kernels())
-"""Kernels that run on this processor, the fastest first, and whether they multiply bytes."""
+
+
+class Packing(NamedTuple):
+    """How a kernel wants linear layers of bytes.
+
+    Attributes:
+        together: inputs of an output that lie side by side; 0 for floats that hold the bytes.
+        lowest: the code that stands for 0 of a rounded input's 0 to 255.
+    """
+
+    together: int
+    lowest: int
+
+
+KERNELS = {name: Packing(together, lowest) for name, together, lowest in _decoder.kernels()}
+"""Kernels that run on this processor, the fastest first."""
 FASTEST = next(iter(KERNELS))
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -58,6 +72,18 @@ class FusedShape:
             and self.width % PANEL == 0
             and self.inner % LANES == 0
         )
+
+    def multiplications(self, layers: int, steps: int, prefix_steps: int) -> tuple[int, int]:
+        """Count those of a row of `steps` tokens: of linear layers, and of attention.
+
+        A token attends to the prefix, to those before it and to itself. Of the last layer all that
+        is done for each token is its keys and values.
+        """
+        queries, keys = self.heads * self.head_width, self.kv_heads * self.head_width
+        other = 2 * self.width * queries + 3 * self.width * self.inner
+        linear = 2 * layers * steps * self.width * keys + ((layers - 1) * steps + 1) * other
+        seen = steps * prefix_steps + steps * (steps + 1) // 2
+        return linear, 2 * queries * ((layers - 1) * seen + prefix_steps + steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,36 +122,51 @@ class Linear:
             self.input_zero,
         )
 
-    def stored(self, in_bytes: bool) -> _decoder.StoredLinear:
-        """The layer cut into panels of `PANEL` outputs, as a kernel with byte products or without
-        reads it.
-        """
-        outputs = self.weight.shape[1]
-        bias = np.pad(self.bias, (0, -outputs % PANEL))
+    def packed(self, packing: Packing) -> Packed:
+        """Cut the layer into panels of `PANEL` outputs, as a kernel wants it."""
+        spare = (0, -self.weight.shape[1] % PANEL)
+        bias = np.pad(self.bias, spare)
         if self.scale is None:
-            return _decoder.StoredLinear(in_panels(self.weight), bias, 0.0, 0.0)
-        steps, zero = float(np.float32(1.0) / np.float32(self.input_scale)), float(self.input_zero)
-        scale = self.scale * np.float32(self.input_scale)
-        if not in_bytes:
-            weight = (self.weight * scale).astype(np.float32)
-            return _decoder.StoredLinear(in_panels(weight), bias, steps, zero)
-        weight = np.pad(self.weight, ((0, 0), (0, -outputs % PANEL)))
-        in_fours = weight.reshape(-1, FOUR, weight.shape[1] // PANEL, PANEL).transpose(2, 0, 3, 1)
-        return _decoder.StoredLinear(
-            np.ascontiguousarray(in_fours),
+            none = np.zeros(0, np.int32)
+            return Packed(in_panels(self.weight, 1), bias, none.astype(np.float32), none, 0.0, 0.0)
+        steps = float(np.float32(1.0) / np.float32(self.input_scale))
+        code = np.int32(self.input_zero + packing.lowest)
+        weight = self.weight if packing.together else self.weight.astype(np.float32)
+        return Packed(
+            in_panels(weight, max(1, packing.together)),
             bias,
-            np.pad(scale, (0, -outputs % PANEL)),
-            weight.sum(axis=0, dtype=np.int32) * np.int32(self.input_zero),
+            np.pad(self.scale * np.float32(self.input_scale), spare),
+            np.pad(-code * self.weight.sum(axis=0, dtype=np.int32), spare),
             steps,
-            zero,
+            float(self.input_zero),
         )
 
 
-def in_panels(weight: Floats) -> Floats:
-    """A weight (inputs, outputs) as (panels, inputs, `PANEL`); the last panel is filled with 0."""
+class Packed(NamedTuple):
+    """A linear layer as a kernel reads it.
+
+    Attributes:
+        panels: (panels, inputs / together, `PANEL`, together), float32 or int8, filled with 0.
+        bias: (outputs,), padded to whole panels, as are the next two.
+        scale: of a sum of codes; start: what it begins with, so that an input of zero gives 0.
+            Both are empty for an input that is not rounded.
+        steps: to one of a rounded input, else 0; zero: its zero point.
+    """
+
+    panels: NDArray[Any]
+    bias: Floats
+    scale: Floats
+    start: NDArray[np.int32]
+    steps: float
+    zero: float
+
+
+def in_panels(weight: NDArray[Number], together: int) -> NDArray[Number]:
+    """A weight (inputs, outputs) as the panels of `Packed`."""
     inputs, outputs = weight.shape
     padded = np.pad(weight, ((0, 0), (0, -outputs % PANEL)))
-    return np.ascontiguousarray(padded.reshape(inputs, -1, PANEL).transpose(1, 0, 2))
+    split = padded.reshape(inputs // together, together, -1, PANEL)
+    return np.ascontiguousarray(split.transpose(2, 0, 3, 1))
 
 
 def in_turns(one: NDArray[Number], two: NDArray[Number]) -> NDArray[Number]:
@@ -178,7 +219,7 @@ class FusedDecoder:
             self.frequencies.argmax(axis=0).astype(np.int32),
             checked(self.last_norm, (s.width,)),
         )
-        in_bytes = KERNELS[self.kernel]
+        packing = KERNELS[self.kernel]
         for norms, linears in zip(self.norms, self.layers, strict=True):
             for name, linear in linears.items():
                 inputs, outputs = self._extents(name)
@@ -188,19 +229,12 @@ class FusedDecoder:
                     checked(linear.scale, (outputs,))
             for readers in (LAYER_LINEARS[:3], LAYER_LINEARS[4:6]):
                 require_one_range([linears[name] for name in readers])
-            gate_up = linears["gate_proj"].beside(linears["up_proj"])
-            query, key, value, mix = (linears[n].stored(in_bytes) for n in LAYER_LINEARS[:4])
             self._native.add_layer(
                 checked(norms[0], (s.width,)),
                 checked(norms[1], (s.width,)),
-                query,
-                key,
-                value,
-                mix,
-                gate_up.stored(in_bytes),
-                linears["down_proj"].stored(in_bytes),
+                *(_decoder.StoredLinear(*each.packed(packing)) for each in as_read(linears)),
             )
-        self._angles = self._turned(FIRST_POSITIONS)
+        self._angles = self.turned(FIRST_POSITIONS)
 
     def _extents(self, name: str) -> tuple[int, int]:
         """Inputs and outputs of a linear layer."""
@@ -216,7 +250,7 @@ class FusedDecoder:
             "down_proj": (s.inner, s.width),
         }[name]
 
-    def _turned(self, positions: int) -> tuple[Floats, Floats]:
+    def turned(self, positions: int) -> tuple[Floats, Floats]:
         """Cosines and sines of the first positions, (positions, d / 2) each."""
         place = np.arange(positions, dtype=np.float32)[:, None]
         angles = place * self.frequencies.sum(axis=0)
@@ -312,8 +346,14 @@ class FusedDecoder:
             raise ValueError("positions begin at 0")
         angles = self._angles
         if (farthest := int(places.max(initial=0))) >= len(angles[0]):
-            self._angles = angles = self._turned(2 * farthest)
+            self._angles = angles = self.turned(2 * farthest)
         return places, angles
+
+
+def as_read(linears: Mapping[str, Linear]) -> list[Linear]:
+    """A layer's linears as the kernel reads them: gate and up are one, in turns."""
+    gate_up = linears["gate_proj"].beside(linears["up_proj"])
+    return [*(linears[name] for name in LAYER_LINEARS[:4]), gate_up, linears["down_proj"]]
 
 
 def require_one_range(readers: Sequence[Linear]) -> None:

@@ -1,5 +1,5 @@
-// A row of the decoder, written in the sixteen lanes of lanes_avx512.hpp or lanes_vector.hpp, one of
-// which is included before.
+// A row of the decoder, written in the sixteen lanes of lanes_avx512.hpp, or in those of
+// lanes_vector.hpp with a kernel's own products of codes. Who includes this has included them.
 //
 // Everything between two products happens on the way: a product's tile is turned to floats, biased,
 // gated and rounded before it leaves the registers. All sums run over their inputs in order, however
@@ -22,6 +22,36 @@ std::size_t rounded_up(std::size_t count, std::size_t step) {
 std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
 // ---- products ----------------------------------------------------------------------------------
+
+// What a panel of a linear layer makes of rows.
+template <std::size_t ROWS>
+void layer_of(const Linear& w, const float* a, std::size_t stride, std::size_t panel,
+              Pair (&made)[ROWS]) {
+    const std::size_t at = panel * kPanel;
+    const float* const weights = static_cast<const float*>(w.weights) + at * w.inputs;
+    multiply<ROWS>(a, stride, weights, w.inputs, made);
+    const Lanes low = load(w.bias + at), high = load(w.bias + at + kLanes);
+    for (std::size_t r = 0; r < ROWS; ++r) made[r] = {made[r].low + low, made[r].high + high};
+}
+
+template <std::size_t ROWS>
+void layer_of(const Linear& w, const Code* a, std::size_t stride, std::size_t panel,
+              Pair (&made)[ROWS]) {
+    const Weight* const weights =
+        static_cast<const Weight*>(w.weights) + panel * kPanel * w.inputs;
+    for (std::size_t half = 0; half < kPanel / kLanes; half += kHalves) {
+        Ints sums[ROWS][kHalves];
+        multiply_codes<ROWS>(a, stride, weights + half * kLanes * kTogether, w.inputs, sums);
+        for (std::size_t h = half; h < half + kHalves; ++h) {
+            const std::size_t at = panel * kPanel + h * kLanes;
+            const Lanes scale = load(w.scale + at), bias = load(w.bias + at);
+            for (std::size_t r = 0; r < ROWS; ++r) {
+                const Lanes sum = floats_of(sums[r][h - half], w.start + at);
+                (h == 0 ? made[r].low : made[r].high) = fused(sum, scale, bias);
+            }
+        }
+    }
+}
 
 // Calls run.operator()<ROWS>() with a number of rows that is only known now.
 template <class Run, std::size_t ROWS = kTile>
@@ -90,7 +120,7 @@ void added(const Linear& w, const Input& input, std::size_t rows, float* out, st
 // ---- between products --------------------------------------------------------------------------
 
 // Cephes' expf: the remainder of a division by ln 2 in a polynomial, the quotient as exponent.
-Lanes exponential(Lanes x) {
+MEIQA_INLINE Lanes exponential(Lanes x) {
     x = smaller(larger(x, all(-87.0f)), all(88.0f));
     const Lanes n = nearest_whole(x * all(1.44269504f));
     Lanes r = fused(n, all(-0.693359375f), x);
@@ -104,13 +134,15 @@ Lanes exponential(Lanes x) {
     return scaled(fused(p * r, r, r + all(1.0f)), n);
 }
 
-Lanes silu(Lanes x) {
+MEIQA_INLINE Lanes silu(Lanes x) {
     return x / (all(1.0f) + exponential(all(0.0f) - x));
 }
 
-void round_to_codes(const float* x, Code* out, std::size_t count, const Linear& reader) {
-    for (std::size_t i = 0; i < count; i += kLanes)
-        store_codes(out + i, load(x + i), reader);
+// Rounds to the codes that a linear layer reads.
+MEIQA_INLINE void round_to_codes(Lanes x, Code* out, const Linear& reader) {
+    const Lanes least = all(-reader.zero), most = all(255.0f - reader.zero);
+    const Lanes steps = nearest_whole(smaller(larger(x * all(reader.steps), least), most));
+    store_codes(out, steps + all(reader.zero + kLowest));
 }
 
 void normalise(const Model& model, const float* x, const float* weight, std::size_t rows,
@@ -138,8 +170,8 @@ void rotate(const Model& model, const float* cosines, const float* sines, std::s
                 const Lanes low = load(x + i), high = load(x + half + i);
                 const Lanes c = load(cosines + i) * scale;
                 const Lanes s = load(sines + i) * scale;
-                store(x + i, low * c - high * s);
-                store(x + half + i, high * c + low * s);
+                store(x + i, fused(low, c, all(0.0f) - high * s));
+                store(x + half + i, fused(high, c, low * s));
             }
 }
 
@@ -295,7 +327,9 @@ struct Work {
 
 // Gives a linear layer its input rounded, where it wants that.
 void prepare(const Linear& reader, const Input& input, std::size_t rows) {
-    if (rounds(reader)) round_to_codes(input.floats, input.codes, rows * input.width, reader);
+    if (!rounds(reader)) return;
+    for (std::size_t i = 0; i < rows * input.width; i += kLanes)
+        round_to_codes(load(input.floats + i), input.codes + i, reader);
 }
 
 void mlp(const Model& model, const Layer& layer, std::size_t rows, const Work& work,
@@ -308,7 +342,7 @@ void mlp(const Model& model, const Layer& layer, std::size_t rows, const Work& w
             [&](std::size_t row, std::size_t panel, const Pair& made) {
                 const Lanes value = silu(made.low) * made.high;
                 const std::size_t at = row * gated.width + panel * kLanes;
-                if (rounds(down)) store_codes(gated.codes + at, value, down);
+                if (rounds(down)) round_to_codes(value, gated.codes + at, down);
                 else store(gated.floats + at, value);
             });
     added(down, gated, rows, hidden, model.width);

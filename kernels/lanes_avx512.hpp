@@ -14,7 +14,12 @@ namespace meiqa {
 namespace {
 
 using Lanes = __m512;
-using Code = std::uint8_t;  // an input, rounded
+using Ints = __m512i;
+using Code = std::uint8_t;
+using Weight = std::int8_t;
+constexpr std::size_t kTogether = 4;
+constexpr int kLowest = 0;
+constexpr std::size_t kHalves = 2;  // of a panel, that products of codes take at once
 constexpr std::size_t kTile = 14;  // rows whose sums stay in the registers
 constexpr std::size_t kAhead = 48 * kPanel;  // floats of a panel that are fetched early
 
@@ -50,11 +55,12 @@ inline Lanes only_first(Lanes x, std::size_t count) {
     return _mm512_maskz_mov_ps(first_of(count), x);
 }
 
-inline void store_codes(Code* out, Lanes x, const Linear& reader) {
-    const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(x, all(reader.steps)));
-    const __m512i zero = _mm512_set1_epi32(static_cast<int>(reader.zero));
-    const __m512i above = _mm512_max_epi32(_mm512_add_epi32(code, zero), _mm512_setzero_si512());
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtusepi32_epi8(above));
+inline Lanes floats_of(Ints x, const std::int32_t* more) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(x, _mm512_loadu_si512(more)));
+}
+
+inline void store_codes(Code* out, Lanes whole) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole)));
 }
 
 // Sums of products of rows with one panel.
@@ -80,13 +86,11 @@ inline void multiply(const float* a, std::size_t stride, const float* panel, std
     for (std::size_t r = 0; r < ROWS; ++r) sums[r] = {lows[r], highs[r]};
 }
 
-struct Sums {
-    __m512i low, high;
-};
-
+// Sums of products of rows of codes with one panel. Inlined, GCC would keep them in memory.
 template <std::size_t ROWS>
-inline void multiply(const std::uint8_t* a, std::size_t stride, const std::int8_t* panel,
-                     std::size_t inputs, Sums (&sums)[ROWS]) {
+__attribute__((noinline)) void multiply_codes(const Code* a, std::size_t stride,
+                                              const Weight* panel, std::size_t inputs,
+                                              Ints (&sums)[ROWS][kHalves]) {
     __m512i lows[ROWS], highs[ROWS];
 #pragma GCC unroll 16
     for (std::size_t r = 0; r < ROWS; ++r) lows[r] = highs[r] = _mm512_setzero_si512();
@@ -102,32 +106,7 @@ inline void multiply(const std::uint8_t* a, std::size_t stride, const std::int8_
         }
     }
 #pragma GCC unroll 16
-    for (std::size_t r = 0; r < ROWS; ++r) sums[r] = {lows[r], highs[r]};
-}
-
-// What a panel of a linear layer makes of rows.
-template <std::size_t ROWS>
-inline void layer_of(const Linear& w, const float* a, std::size_t stride, std::size_t panel,
-                     Pair (&made)[ROWS]) {
-    const std::size_t at = panel * kPanel;
-    multiply<ROWS>(a, stride, w.floats + at * w.inputs, w.inputs, made);
-    const Lanes low = load(w.bias + at), high = load(w.bias + at + kLanes);
-#pragma GCC unroll 16
-    for (std::size_t r = 0; r < ROWS; ++r) made[r] = {made[r].low + low, made[r].high + high};
-}
-
-template <std::size_t ROWS>
-inline void layer_of(const Linear& w, const Code* a, std::size_t stride, std::size_t panel,
-                     Pair (&made)[ROWS]) {
-    const std::size_t at = panel * kPanel;
-    Sums sums[ROWS];
-    multiply<ROWS>(a, stride, w.bytes + at * w.inputs, w.inputs, sums);
-    const auto dequantised = [&](__m512i sum, std::size_t from) {
-        const __m512i centred = _mm512_sub_epi32(sum, _mm512_loadu_si512(w.centre + from));
-        return fused(_mm512_cvtepi32_ps(centred), load(w.scale + from), load(w.bias + from));
-    };
-    for (std::size_t r = 0; r < ROWS; ++r)
-        made[r] = {dequantised(sums[r].low, at), dequantised(sums[r].high, at + kLanes)};
+    for (std::size_t r = 0; r < ROWS; ++r) sums[r][0] = lows[r], sums[r][1] = highs[r];
 }
 
 // The columns of 16 rows of 16 floats become rows.

@@ -1,13 +1,22 @@
 // Sixteen floats side by side as vectors of the compiler's, as wide as the processor's registers.
 //
-// The names are those of lanes_avx512.hpp. There are no byte products: rounded inputs stay floats
-// that hold whole numbers, and a byte weight is multiplied as the float it stands for.
+// The names are those of lanes_avx512.hpp. What is rounded, and its products, are each kernel's own:
+//     Code            a whole number from kLowest to kLowest + 255
+//     Weight          of a panel, kTogether of a column side by side
+//     store_codes     of sixteen whole numbers in floats
+//     multiply_codes  sums of products of rows with half a panel
 
 #pragma once
 
 #include "decoder.hpp"
 
 #include <cstring>
+
+#if defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace meiqa {
 namespace {
@@ -21,18 +30,22 @@ constexpr std::size_t kParts = kLanes / kNative;
 typedef float Native __attribute__((vector_size(4 * kNative)));
 typedef std::int32_t NativeInts __attribute__((vector_size(4 * kNative)));
 
-using Code = float;  // an input, rounded, above the zero point
+constexpr std::size_t kHalves = 1;
 constexpr std::size_t kTile = 6;  // rows whose sums over half a panel stay in the registers
 
 struct Lanes {
     Native part[kParts];
 };
 
+struct Ints {
+    NativeInts part[kParts];
+};
+
 struct Pair {
     Lanes low, high;
 };
 
-inline Native native(const float* at) {
+MEIQA_INLINE Native native(const float* at) {
     Native made;
     std::memcpy(&made, at, sizeof made);
     return made;
@@ -40,76 +53,95 @@ inline Native native(const float* at) {
 
 // What `make` gives for each part's index.
 template <class Make>
-inline Lanes each(const Make& make) {
+MEIQA_INLINE Lanes each(const Make& make) {
     Lanes made;
 #pragma GCC unroll 4
     for (std::size_t i = 0; i < kParts; ++i) made.part[i] = make(i);
     return made;
 }
 
-inline Lanes load(const float* at) {
+MEIQA_INLINE Lanes load(const float* at) {
     return each([=](std::size_t i) { return native(at + i * kNative); });
 }
 
-inline void store(float* at, const Lanes& x) { std::memcpy(at, x.part, sizeof x.part); }
+MEIQA_INLINE void store(float* at, const Lanes& x) { std::memcpy(at, x.part, sizeof x.part); }
 
-inline Lanes all(float x) {
+MEIQA_INLINE Lanes all(float x) {
     return each([=](std::size_t) { return x - Native{}; });
 }
 
-inline Lanes operator+(const Lanes& a, const Lanes& b) {
+MEIQA_INLINE Lanes operator+(const Lanes& a, const Lanes& b) {
     return each([&](std::size_t i) { return a.part[i] + b.part[i]; });
 }
 
-inline Lanes operator-(const Lanes& a, const Lanes& b) {
+MEIQA_INLINE Lanes operator-(const Lanes& a, const Lanes& b) {
     return each([&](std::size_t i) { return a.part[i] - b.part[i]; });
 }
 
-inline Lanes operator*(const Lanes& a, const Lanes& b) {
+MEIQA_INLINE Lanes operator*(const Lanes& a, const Lanes& b) {
     return each([&](std::size_t i) { return a.part[i] * b.part[i]; });
 }
 
-inline Lanes operator/(const Lanes& a, const Lanes& b) {
+MEIQA_INLINE Lanes operator/(const Lanes& a, const Lanes& b) {
     return each([&](std::size_t i) { return a.part[i] / b.part[i]; });
 }
 
-// a b + c: one operation where the processor has it.
-inline Lanes fused(const Lanes& a, const Lanes& b, const Lanes& c) {
-    return each([&](std::size_t i) { return a.part[i] * b.part[i] + c.part[i]; });
+// What processors have one operation for. a b + c is fused where they can and the compiler fuses none
+// by itself, so that every kernel that fuses rounds alike. Of a maximum, or a minimum, with what is
+// not a number the second is taken. The nearest whole number is of two the even one, of |x| < 2^22:
+// behind so large a number a float has no fraction.
+#if defined(__FMA__)
+MEIQA_INLINE Native fused(Native a, Native b, Native c) { return _mm256_fmadd_ps(a, b, c); }
+MEIQA_INLINE Native larger(Native a, Native b) { return _mm256_max_ps(a, b); }
+MEIQA_INLINE Native smaller(Native a, Native b) { return _mm256_min_ps(a, b); }
+MEIQA_INLINE Native nearest_whole(Native x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__aarch64__)
+MEIQA_INLINE Native fused(Native a, Native b, Native c) { return vfmaq_f32(c, a, b); }
+MEIQA_INLINE Native larger(Native a, Native b) { return vmaxnmq_f32(a, b); }
+MEIQA_INLINE Native smaller(Native a, Native b) { return vminnmq_f32(a, b); }
+MEIQA_INLINE Native nearest_whole(Native x) { return vrndnq_f32(x); }
+#else
+MEIQA_INLINE Native fused(Native a, Native b, Native c) { return a * b + c; }
+MEIQA_INLINE Native larger(Native a, Native b) { return a > b ? a : b; }
+MEIQA_INLINE Native smaller(Native a, Native b) { return a < b ? a : b; }
+MEIQA_INLINE Native nearest_whole(Native x) { return x + 12582912.0f - 12582912.0f; }
+#endif
+
+MEIQA_INLINE Lanes fused(const Lanes& a, const Lanes& b, const Lanes& c) {
+    return each([&](std::size_t i) { return fused(a.part[i], b.part[i], c.part[i]); });
 }
 
-inline Lanes larger(const Lanes& a, const Lanes& b) {
-    return each([&](std::size_t i) { return a.part[i] > b.part[i] ? a.part[i] : b.part[i]; });
+MEIQA_INLINE Lanes larger(const Lanes& a, const Lanes& b) {
+    return each([&](std::size_t i) { return larger(a.part[i], b.part[i]); });
 }
 
-inline Lanes smaller(const Lanes& a, const Lanes& b) {
-    return each([&](std::size_t i) { return a.part[i] < b.part[i] ? a.part[i] : b.part[i]; });
+MEIQA_INLINE Lanes smaller(const Lanes& a, const Lanes& b) {
+    return each([&](std::size_t i) { return smaller(a.part[i], b.part[i]); });
 }
 
-inline float sum_of(const Lanes& x) {
+MEIQA_INLINE Lanes nearest_whole(const Lanes& x) {
+    return each([&](std::size_t i) { return nearest_whole(x.part[i]); });
+}
+
+// Halves are added until one is left, as AVX-512's own reduction does: sums have one order everywhere.
+MEIQA_INLINE float sum_of(Lanes x) {
+    for (std::size_t half = kParts / 2; half > 0; half /= 2)
+        for (std::size_t i = 0; i < half; ++i) x.part[i] += x.part[i + half];
     Native sum = x.part[0];
-    for (std::size_t i = 1; i < kParts; ++i) sum += x.part[i];
-    float whole = 0;
-    for (std::size_t i = 0; i < kNative; ++i) whole += sum[i];
-    return whole;
+    for (std::size_t half = kNative / 2; half > 0; half /= 2)
+        for (std::size_t i = 0; i < half; ++i) sum[i] += sum[i + half];
+    return sum[0];
 }
 
-inline float largest_of(const Lanes& x) {
+MEIQA_INLINE float largest_of(const Lanes& x) {
     float largest = x.part[0][0];
     for (const Native& part : x.part)
         for (std::size_t i = 0; i < kNative; ++i) largest = part[i] > largest ? part[i] : largest;
     return largest;
 }
 
-// The nearest whole number, of two the even one, of |x| < 2^22: behind so large a number a float
-// has no fraction.
-inline Lanes nearest_whole(const Lanes& x) {
-    const Lanes large = all(12582912.0f);
-    return x + large - large;
-}
-
 // x times 2 to the power of a whole n from -126 on.
-inline Lanes scaled(const Lanes& x, const Lanes& n) {
+MEIQA_INLINE Lanes scaled(const Lanes& x, const Lanes& n) {
     return each([&](std::size_t i) {
         const NativeInts exponent = (__builtin_convertvector(n.part[i], NativeInts) + 127) << 23;
         Native power;
@@ -119,42 +151,76 @@ inline Lanes scaled(const Lanes& x, const Lanes& n) {
 }
 
 // The first `count` (< 16) floats; `other` in the lanes behind.
-inline Lanes load_some(const float* at, std::size_t count, float other) {
+MEIQA_INLINE Lanes load_some(const float* at, std::size_t count, float other) {
     Lanes made = all(other);
     std::memcpy(&made, at, count * sizeof(float));
     return made;
 }
 
 // Zero in all lanes but the first `count` (< 16).
-inline Lanes only_first(const Lanes& x, std::size_t count) {
+MEIQA_INLINE Lanes only_first(const Lanes& x, std::size_t count) {
     Lanes made = all(0.0f);
     std::memcpy(&made, &x, count * sizeof(float));
     return made;
 }
 
-inline void store_codes(Code* out, const Lanes& x, const Linear& reader) {
-    const Lanes least = all(-reader.zero), most = all(255.0f - reader.zero);
-    store(out, nearest_whole(smaller(larger(x * all(reader.steps), least), most)));
+// Floats of whole numbers, to which others are added before.
+MEIQA_INLINE Lanes floats_of(const Ints& x, const std::int32_t* more) {
+    return each([&](std::size_t i) {
+        NativeInts part;
+        std::memcpy(&part, more + i * kNative, sizeof part);
+        return __builtin_convertvector(x.part[i] + part, Native);
+    });
 }
+
+#ifdef __aarch64__
+// Adds the products of a line of 16 columns with one lane of each row's values.
+template <int LANE, std::size_t ROWS>
+MEIQA_INLINE void add_line(const float* line, const float32x4_t (&values)[ROWS],
+                     Native (&made)[ROWS][kParts]) {
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < kParts; ++i) {
+        const float32x4_t columns = vld1q_f32(line + i * kNative);
+#pragma GCC unroll 8
+        for (std::size_t r = 0; r < ROWS; ++r)
+            made[r][i] =
+                (Native)vfmaq_laneq_f32((float32x4_t)made[r][i], columns, values[r], LANE);
+    }
+}
+#endif
 
 // Sums of products of rows with 16 columns of a panel. They are an array of this function alone:
 // only then does GCC keep them in registers.
 template <std::size_t ROWS>
-inline void multiply_half(const float* a, std::size_t stride, const float* panel,
+MEIQA_INLINE void multiply_half(const float* a, std::size_t stride, const float* panel,
                           std::size_t inputs, Lanes (&sums)[ROWS]) {
     Native made[ROWS][kParts];
 #pragma GCC unroll 8
     for (std::size_t r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
         for (std::size_t i = 0; i < kParts; ++i) made[r][i] = Native{};
-    for (std::size_t k = 0; k < inputs; ++k, panel += kPanel) {
+    std::size_t k = 0;
+#ifdef __aarch64__
+    // Here a product takes its factor from any lane: one load brings four.
+    for (; k + 4 <= inputs; k += 4, panel += 4 * kPanel) {
+        float32x4_t values[ROWS];
+#pragma GCC unroll 8
+        for (std::size_t r = 0; r < ROWS; ++r) values[r] = vld1q_f32(a + r * stride + k);
+        add_line<0>(panel, values, made);
+        add_line<1>(panel + kPanel, values, made);
+        add_line<2>(panel + 2 * kPanel, values, made);
+        add_line<3>(panel + 3 * kPanel, values, made);
+    }
+#endif
+    for (; k < inputs; ++k, panel += kPanel) {
         Native columns[kParts];
 #pragma GCC unroll 4
         for (std::size_t i = 0; i < kParts; ++i) columns[i] = native(panel + i * kNative);
 #pragma GCC unroll 8
         for (std::size_t r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-            for (std::size_t i = 0; i < kParts; ++i) made[r][i] += a[r * stride + k] * columns[i];
+            for (std::size_t i = 0; i < kParts; ++i)
+                made[r][i] = fused(a[r * stride + k] - Native{}, columns[i], made[r][i]);
     }
 #pragma GCC unroll 8
     for (std::size_t r = 0; r < ROWS; ++r)
@@ -164,22 +230,12 @@ inline void multiply_half(const float* a, std::size_t stride, const float* panel
 
 // Sums of products of rows with one panel.
 template <std::size_t ROWS>
-inline void multiply(const float* a, std::size_t stride, const float* panel, std::size_t inputs,
+MEIQA_INLINE void multiply(const float* a, std::size_t stride, const float* panel, std::size_t inputs,
                      Pair (&sums)[ROWS]) {
     Lanes lows[ROWS], highs[ROWS];
     multiply_half<ROWS>(a, stride, panel, inputs, lows);
     multiply_half<ROWS>(a, stride, panel + kLanes, inputs, highs);
     for (std::size_t r = 0; r < ROWS; ++r) sums[r] = {lows[r], highs[r]};
-}
-
-// What a panel of a linear layer makes of rows.
-template <std::size_t ROWS>
-inline void layer_of(const Linear& w, const float* a, std::size_t stride, std::size_t panel,
-                     Pair (&made)[ROWS]) {
-    const std::size_t at = panel * kPanel;
-    multiply<ROWS>(a, stride, w.floats + at * w.inputs, w.inputs, made);
-    const Lanes low = load(w.bias + at), high = load(w.bias + at + kLanes);
-    for (std::size_t r = 0; r < ROWS; ++r) made[r] = {made[r].low + low, made[r].high + high};
 }
 
 // The columns of 16 rows of 16 floats become rows.

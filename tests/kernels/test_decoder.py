@@ -162,6 +162,40 @@ def test_bytes_agree_with_the_naive_twin(shape: FusedShape, precision: str, draw
     assert np.median(np.abs(wanted - exact)) > 10 * np.median(difference)
 
 
+@pytest.mark.parametrize("zero", [0, 77, 255])
+def test_sums_of_bytes_are_those_of_whole_numbers(zero: int, drawn: Drawn) -> None:
+    """Also where sixteen bits, or a float's twenty-four, could not hold them."""
+    shape = FusedShape(width=640, inner=16, heads=1, kv_heads=1, head_width=32, epsilon=0)
+    rng = np.random.default_rng(zero)
+    weight = rng.integers(-128, 128, (shape.width, 32)).astype(np.int8)
+    weight[:, :2] = 127, -128
+    by = np.full(32, 0.25, np.float32)
+    value = Linear(weight, np.zeros(32, np.float32), by, 0.5, zero)
+    decoder = drawn(shape, "fp32")
+    # Inputs of ones have norm one: what is rounded is the norm's weight, with the input's sign.
+    gains = rng.integers(-300, 300, shape.width).astype(np.float32)
+    gains[: shape.width // 2] = 300
+    readers = {**decoder.layers[0], "v_proj": value}
+    alone = replace(decoder, layers=[readers], norms=[(gains, gains)])
+    rows = drawn_rows(shape, [7, 1], [0, 0])
+    signs = np.where(rows.embeds < 0, np.float32(-1), np.float32(1))
+    signs[0, 0] = 1
+    made = alone.keys_and_values(signs, rows.positions, rows.steps, 1)
+    for row, count in enumerate(rows.steps):
+        codes = np.clip(2 * signs[row, :count] * gains + zero, 0, 255).astype(np.int64) - zero
+        wanted = (codes @ weight.astype(np.int64)).astype(np.float32) * np.float32(0.125)
+        np.testing.assert_array_equal(made[row][0, 1, 0], wanted)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "mixed"])
+def test_kernels_that_fuse_products_with_sums_give_the_same_bits(precision: str) -> None:
+    rows = drawn_rows(WIDE, [9, 20, 1, 14], [33])
+    fuse = [kernel for kernel in KERNELS if kernel != "portable"]
+    found = [rows.run(drawn_decoder(kernel, WIDE, precision)) for kernel in fuse]
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("lengths", [[21], [21, 0, 40, 5, 5, 33, 8]])
 def test_a_row_is_the_same_alone_and_in_any_company(

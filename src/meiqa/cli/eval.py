@@ -299,6 +299,22 @@ def bench_cold(options: Options) -> int:
     return 0
 
 
+@bench_command.command("device")
+@cli.option("--rounds N", "of each kernel; the fastest counts", cli.POSITIVE, default=20)
+@cli.PACKAGE
+@cli.format_option("text", "json")
+def bench_device(options: Options) -> int:
+    """Measure comparisons by every kernel that this processor runs."""
+    from meiqa.engine.package import EnginePackage
+    from meiqa.evaluation import device
+
+    package = EnginePackage.open(options.package or embedded_assets() / "package")
+    cli.print_report(
+        device.bench_device(package, options.rounds), options.format, device.device_text
+    )
+    return 0
+
+
 SCENARIOS = ("SingleStream", "MultiStream", "Server", "Offline")
 
 
