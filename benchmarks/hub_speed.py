@@ -217,9 +217,7 @@ def retrieval(server: Server, base: Path, cases: int) -> dict[str, Any]:
         Replica(mirrored, hub, "here").sync()
         mirrored.compact()
         entries = mirrored.snapshot().contrast.all_entries()
-        own.absorb(
-            "contrast", (replace(e, record=replace(e.record, device="")) for e in entries), ()
-        )
+        own.absorb("contrast", (replace(e, record=replace(e.record, device="")) for e in entries))
         own.compact()
         for query in queries:
             for name, bank in (("mirrored", mirrored), ("own", own)):

@@ -60,8 +60,8 @@ from meiqa.engine.prompts import (
 )
 from meiqa.engine.runtime.decoder import KeyValues
 from meiqa.errors import AnswerUnreadable, MeiqaError, StoreNotFound, UsageError
+from meiqa.memory.bank import REMOTE_SETTINGS
 
-SETTINGS = "remote.json"
 SCHEMA = 1
 CELL_PIXELS = 28
 """Of Qwen2.5-VL; Qwen3-VL's are 32. Pictures of whole cells are not resized again by the server."""
@@ -104,15 +104,15 @@ class RemoteSettings:
 
     def write(self, memory: Path) -> None:
         """Lay them into a memory's directory, whole."""
-        unfinished = memory / f".{SETTINGS}.tmp"
+        unfinished = memory / f".{REMOTE_SETTINGS}.tmp"
         text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n"
         unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(memory / SETTINGS)
+        unfinished.replace(memory / REMOTE_SETTINGS)
 
     @classmethod
     def of_memory(cls, memory: str | Path) -> RemoteSettings:
         """Read those of a memory; StoreNotFound or UsageError where there are none of this form."""
-        file = Path(memory, SETTINGS)
+        file = Path(memory, REMOTE_SETTINGS)
         if not file.parent.is_dir():
             raise StoreNotFound(f"there is no memory directory {memory}", hint="check the path")
         try:

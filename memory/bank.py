@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -41,6 +42,9 @@ from meiqa.memory.wal import LOCK_NAME, WAL_NAME, Image, Mode, Uses, Waiting, Wa
 from meiqa.types import KeyKind, Origin
 
 LOG = logging.getLogger(__name__)
+
+REMOTE_SETTINGS = "remote.json"
+"""How a remote model is asked, beside the memory that was made with it."""
 
 Admission = Literal["gated", "all"]
 
@@ -279,6 +283,16 @@ class MemoryBank:
     def identity(self) -> Identity:
         """The package, the widths and the kind of key of everything in it."""
         return self._identity
+
+    @property
+    def path(self) -> Path:
+        """The directory of what is learned and added."""
+        return self._path
+
+    @property
+    def holds_pictures(self) -> bool:
+        """Whether it was made with a remote model, so that its tokens are pictures."""
+        return any((each / REMOTE_SETTINGS).exists() for each in self._directories.values())
 
     @property
     def policy(self) -> ContrastPolicy:
@@ -527,20 +541,27 @@ class MemoryBank:
         with self._mutex:
             return self._written().outbox()
 
-    def told(self, waiting: Sequence[Waiting]) -> None:
-        """Take out of the outbox what the hub has acknowledged."""
+    def told(
+        self, waiting: Sequence[Waiting], removals: Sequence[tuple[Waiting, int]] = ()
+    ) -> None:
+        """Take out of the outbox what the hub has acknowledged.
+
+        The sequence numbers that it gave to `removals` are noted until the next pull: a photo that
+        is learned again before then is learned by a device that knows of its removal.
+        """
         with self._mutex:
             wal = self._written()
             with wal.writing():
                 wal.told(waiting)
+                wal.know_removed(removals)
 
-    def absorb(self, origin: Origin, entries: Iterable[Entry], replaced: Collection[str]) -> None:
+    def absorb(self, origin: Origin, entries: Iterable[Entry]) -> None:
         """Write many cases of other devices, by id, straight into the next version.
 
-        What is stored under the ids `replaced` is left out of it, and an index is left to the next
+        Those whose image or id is stored already are left out, and an index is left to the next
         compaction. A kill before it is swapped in leaves everything as it was.
         """
-        self._compact(origin, entries, replaced)
+        self._compact(origin, entries)
 
     def pull(self, decide: Callable[[Mapping[Origin, View], Sequence[Waiting]], Pulled]) -> Pulled:
         """Do as one what a hub tells; `decide` says what, of what is stored and waits just then.
@@ -603,12 +624,7 @@ class MemoryBank:
         self._written()
         return any([self._compact(origin) for origin in ORIGINS if self.writes(origin)])
 
-    def _compact(
-        self,
-        origin: Origin,
-        incoming: Iterable[Entry] | None = None,
-        replaced: Collection[str] = (),
-    ) -> bool:
+    def _compact(self, origin: Origin, incoming: Iterable[Entry] | None = None) -> bool:
         """Write the next version of what is stored, and of what comes in beside it."""
         with self._one_compaction:
             with self._mutex:
@@ -623,8 +639,7 @@ class MemoryBank:
                 directory, number = self._directories[origin], view.version.number + 1
                 entries, threads = view.all_entries(), 1
                 if incoming is not None:
-                    kept = (each for each in entries if each.record.id not in replaced)
-                    entries, threads = heapq.merge(kept, incoming, key=_id_of), 0
+                    entries, threads = _with_new(view, incoming), 0
                 written = versions.write_version(
                     directory, origin, self._identity, number, entries, threads=threads
                 )
@@ -706,6 +721,13 @@ class MemoryBank:
             what = f"{self._path} was opened by process {self._pid}"
             raise StoreError(what, hint="open the memory after the fork")
         return self._wal
+
+
+def _with_new(view: View, incoming: Iterable[Entry]) -> Iterator[Entry]:
+    """Give what is stored and what comes in, by id; what is stored stays as it is."""
+    new = (each for each in incoming if view.record_of_image(each.record.image_digest) is None)
+    merged = heapq.merge(view.all_entries(), new, key=_id_of)  # what is stored comes first
+    return (next(alike) for _, alike in groupby(merged, _id_of))
 
 
 def _id_of(entry: Entry) -> str:

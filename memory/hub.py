@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -195,26 +196,39 @@ def address(url: str) -> str:
     """Give a hub's address with all that connecting needs; UsageError for one that can't be used.
 
     Passwords in it are refused: every process of the machine can read a command line. A hub on
-    another machine is asked for TLS, unless the address says otherwise by `sslmode`.
+    another machine is asked for TLS, unless the address or PGSSLMODE says otherwise; what a service
+    file says is known only once it is connected (see `_connected`).
     """
     try:
         named = conninfo_to_dict(url)
     except psycopg.Error:  # whose text may repeat a password
         allowed = "postgresql://USER@HOST/DATABASE, or a line of libpq's parameters"
         raise UsageError("the hub's address can't be read", allowed=allowed) from None
-    if named.get("password"):
+    if named.get("password") or named.get("sslpassword"):
         hint = "use ~/.pgpass, PGPASSWORD or a service file"
         raise UsageError("the hub's address has a password in it", hint=hint)
-    host = str(named.get("host") or "")
-    tls = {} if host in _HERE or host.startswith("/") else {"sslmode": "require"}
+    service = named.get("service") or os.environ.get("PGSERVICE")
+    unsaid = not (service or os.environ.get("PGSSLMODE") or _is_here(_host(named)))
+    tls = {"sslmode": "require"} if unsaid else {}
     parameters: dict[str, Any] = {**tls, **_DEFAULTS, **named}
     return make_conninfo(**parameters)
+
+
+def _host(named: Mapping[str, Any]) -> str:
+    """Give the machines that libpq turns to, but for those that a service file names."""
+    address = named.get("hostaddr") or os.environ.get("PGHOSTADDR")
+    return str(address or named.get("host") or os.environ.get("PGHOST") or "")
+
+
+def _is_here(hosts: str) -> bool:
+    return all(host in _HERE or host.startswith(("/", "@")) for host in hosts.split(","))
 
 
 def shown(url: str) -> str:
     """Give an address as it may stand in a message."""
     named = conninfo_to_dict(url)
-    return one_line(f"{named.get('host') or 'this machine'}/{named.get('dbname') or ''}")
+    where = _host(named) or named.get("service") or os.environ.get("PGSERVICE") or "this machine"
+    return one_line(f"{where}/{named.get('dbname') or ''}")
 
 
 @contextmanager
@@ -247,8 +261,7 @@ def initialise(url: str) -> tuple[int, int]:
         AccessDenied: the role may not create schemas, roles or the extension `vector`.
         ServiceError: pgvector is not installed there, or a newer meiqa has made the schema.
     """
-    conninfo = address(url)
-    with hub_errors(conninfo), psycopg.connect(conninfo) as connection:
+    with _connected(url) as connection:
         connection.execute("SELECT pg_advisory_xact_lock(hashtext('meiqa.hub'))")
         connection.execute(_BEGINNING)
         before = _version(connection)[1]
@@ -292,26 +305,29 @@ class Hub:
 
     def push(
         self, told: Sequence[tuple[Waiting, Entry | None]], device: str, identity: Identity
-    ) -> list[bool]:
-        """Tell of cases, and of removals, as one; give which of them changed something.
+    ) -> list[int | None]:
+        """Tell of cases, and of removals, as one; give the sequence numbers they were given.
 
         When it returns they are durable at the hub. What it has already, or has something newer
-        of, changes nothing.
+        of, changes nothing and has no number.
         """
         rows = [_pushed(waiting, entry, device, identity) for waiting, entry in told]
-        changed = []
+        numbers: list[int | None] = []
         with self._connection.transaction(), self._connection.cursor() as cursor:
             cursor.executemany(_PUSH, rows, returning=True)
             for _ in rows:
-                changed.append(cursor.fetchone() is not None)
+                changed = cursor.fetchone()
+                numbers.append(changed and changed[0])
                 cursor.nextset()
-        return changed
+        return numbers
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Read everything inside as it is at one moment."""
         with self._connection.transaction():
             self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            # It holds nobody up, and a gentle pull rests for longer.
+            self._connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
             yield
 
     def news(self, since: int, also: Sequence[Image], identity: Identity) -> list[Told]:
@@ -363,9 +379,22 @@ def connected(url: str) -> Iterator[Hub]:
         ServiceUnreachable: nobody answers there, or no longer.
         AccessDenied, ServiceError, StoreMismatch: there is no hub, or none for this role or meiqa.
     """
+    with _connected(url) as connection:
+        yield Hub(connection)
+
+
+@contextmanager
+def _connected(url: str) -> Iterator[psycopg.Connection[Any]]:
     conninfo = address(url)
     with hub_errors(conninfo), psycopg.connect(conninfo) as connection:
-        yield Hub(connection)
+        asked = "sslmode" in conninfo_to_dict(conninfo) or os.environ.get("PGSSLMODE")
+        modes = [each.val for each in connection.pgconn.info if each.keyword == b"sslmode"]
+        plain = not (connection.pgconn.ssl_in_use or _is_here(connection.info.hostaddr))
+        if plain and not asked and modes == [b"prefer"]:  # as it is where a service says nothing
+            what = "the hub is on another machine and has no TLS"
+            hint = "set TLS up there, or say sslmode=disable in the address or the service file"
+            raise UsageError(what, seen=shown(conninfo), hint=hint)
+        yield connection
 
 
 def _pushed(

@@ -21,7 +21,7 @@ import psycopg
 from meiqa.errors import MeiqaError, StoreMismatch, UsageError
 from meiqa.memory.bank import ContrastPolicy, MemoryBank, Pulled
 from meiqa.memory.cases import ORIGINS, Entry
-from meiqa.memory.hub import ID_DIGITS, Hub, Refused, Told, address, connected, rank_of
+from meiqa.memory.hub import Hub, Refused, Told, address, connected, rank_of
 from meiqa.memory.retrieval import View
 from meiqa.memory.wal import Image, Waiting
 from meiqa.types import Origin
@@ -68,6 +68,9 @@ class Replica:
 
     def __init__(self, bank: MemoryBank, url: str, device: str, *, gently: bool = False) -> None:
         address(url)
+        if bank.holds_pictures:
+            what = "a remote model's memory holds pictures, which are not shared"
+            raise UsageError(what, seen=bank.path)
         if not (device.isprintable() and 0 < len(device) <= 64):
             allowed = "1 to 64 printable characters"
             raise UsageError("a device needs a name", seen=repr(device), allowed=allowed)
@@ -119,10 +122,14 @@ class Replica:
     def _push_batch(
         self, hub: Hub, batch: Sequence[tuple[Waiting, Entry | None]], done: Synced
     ) -> None:
-        changed = hub.push(batch, self._device, self._bank.identity)
+        numbers = hub.push(batch, self._device, self._bank.identity)
+        took = [
+            (each, seq) for (each, _), seq in zip(batch, numbers, strict=True) if seq is not None
+        ]
         # The rest is taken out by the pull, which tells what the hub has in its place.
-        self._bank.told([each for (each, _), took in zip(batch, changed, strict=True) if took])
-        done.pushed += sum(changed)
+        removals = [(each, seq) for each, seq in took if each.removal is not None]
+        self._bank.told([each for each, _ in took], removals)
+        done.pushed += len(took)
 
     def _with_entries(self, waiting: Sequence[Waiting]) -> list[tuple[Waiting, Entry | None]]:
         """Find the cases that are told of; what was evicted is told no more."""
@@ -153,12 +160,15 @@ class Replica:
                 wanted = [each for each in decided.wanted if each.origin == origin]
                 if origin == "contrast":
                     wanted = _worthiest(wanted, bank.policy)
+                held = views[origin].record_of_image
+                new = [each for each in wanted if held(each.image) is None]
+                if len(new) > bank.policy.compact_after and bank.writes(origin):
+                    bank.absorb(origin, self._entries(hub, origin, new, done))
+                    absorbed.update(each.name for each in new)
+                    # What is held stays until the row that takes its place has been read.
+                    wanted = [each for each in wanted if each.name not in absorbed]
                 entries = self._entries(hub, origin, wanted, done)
-                if len(wanted) > bank.policy.compact_after and bank.writes(origin):
-                    bank.absorb(origin, entries, _replaced(wanted, views[origin]))
-                    absorbed.update(each.name for each in wanted)
-                else:
-                    fetched |= {(origin, each.record.image_digest): each for each in entries}
+                fetched |= {(origin, each.record.image_digest): each for each in entries}
         absorbed.difference_update(named)
         left = [each for each in news if each.name not in absorbed]
         upto = max([since, *(each.seq for each in news)])
@@ -249,16 +259,6 @@ def _worthiest(wanted: list[Told], policy: ContrastPolicy) -> list[Told]:
         return policy.worth(0, now - told.created, told.std or 0.0)
 
     return heapq.nlargest(policy.capacity, wanted, key=worth)
-
-
-def _replaced(wanted: Iterable[Told], view: View) -> set[str]:
-    """Name what is stored that these take the place of."""
-    ids = set()
-    for each in wanted:
-        ids.add(each.image[:ID_DIGITS])
-        if (held := view.record_of_image(each.image)) is not None:
-            ids.add(held.id)
-    return ids
 
 
 @contextmanager

@@ -56,7 +56,8 @@ class Waiting(NamedTuple):
     Attributes:
         stamp: Grows with every change; names this one.
         origin, image: Whose case.
-        base: What had been pulled from the hub when this was done.
+        base: Up to which sequence number the hub's removals of the image were known when this was
+            done: what had been pulled, or the number that a removal of this device's was given.
         removal: A name of its own for each removal; None where a case was stored.
     """
 
@@ -126,6 +127,10 @@ def _features_of(stored: list[Any], widths: Widths) -> Features:
     if stored_key.shape != (widths.key,) or len(scales) != len(levels):
         raise ValueError("vectors of the wrong length")
     return Features(stored_key, levels, scales, (rows, columns))
+
+
+def _removal_of(origin: str, image: str) -> str:
+    return f"removal of {origin} {image}"
 
 
 class Wal:
@@ -213,15 +218,22 @@ class Wal:
         """Note which hub this is a replica of, and up to where it has been pulled."""
         said = {"hub": hub, "pulled": str(pulled)}.items()
         self._database.executemany("INSERT OR REPLACE INTO store VALUES (?, ?)", said)
+        self._database.execute("DELETE FROM store WHERE name LIKE ?", (_removal_of("%", "%"),))
         self.mirrored = Mirrored(hub, pulled)
 
     def tell_hub(self, origin: Origin, images: Iterable[str], *, removed: bool = False) -> None:
         """Let the hub be told, with the next push, of cases stored or removed, if there is one."""
         if self.mirrored is None:
             return
-        query = "INSERT OR REPLACE INTO outbox (origin, image, base, removal) VALUES (?, ?, ?, ?)"
+        query = (
+            "INSERT OR REPLACE INTO outbox (origin, image, base, removal) VALUES (?, ?, max(?,"
+            " ifnull((SELECT CAST(value AS INTEGER) FROM store WHERE name = ?), 0)), ?)"
+        )
         base = self.mirrored.pulled
-        rows = [(origin, image, base, uuid.uuid4().hex if removed else None) for image in images]
+        rows = [
+            (origin, image, base, _removal_of(origin, image), uuid.uuid4().hex if removed else None)
+            for image in images
+        ]
         self._database.executemany(query, rows)
 
     def outbox(self) -> list[Waiting]:
@@ -234,6 +246,17 @@ class Wal:
         """Take out of the outbox what the hub knows now, unless it has changed since."""
         query = "DELETE FROM outbox WHERE stamp = ?"
         self._database.executemany(query, [(each.stamp,) for each in waiting])
+
+    def know_removed(self, removals: Iterable[tuple[Waiting, int]]) -> None:
+        """Note until the pull what numbers the hub gave to removals of this device's.
+
+        A photo that is learned again, already or before the pull, is so with knowledge of them.
+        """
+        for each, seq in removals:
+            update = "UPDATE outbox SET base = max(base, ?) WHERE origin = ? AND image = ?"
+            self._database.execute(update, (seq, each.origin, each.image))
+            said = _removal_of(each.origin, each.image), str(seq)
+            self._database.execute("INSERT OR REPLACE INTO store VALUES (?, ?)", said)
 
     def uses(self) -> dict[str, Uses]:
         """Give how often contrast cases were retrieved, and when last, as far as it is written."""

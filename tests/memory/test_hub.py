@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -138,6 +140,29 @@ def test_a_removal_reaches_everybody_and_no_late_push_undoes_it(devices: Three) 
     assert {image for _, image in in_step(*devices)} == {digest_of("cat"), digest_of("dog")}
 
 
+@pytest.mark.parametrize("moment", ["push", "reading"])
+def test_what_is_learned_again_while_its_removal_is_told_stays(
+    devices: Three, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    attic, barn, _ = devices
+    attic.learn("cat")
+    in_step(attic, barn)
+    attic.forget("cat")
+    done = getattr(Hub, moment)
+
+    def learn_again(*arguments: Any) -> Any:
+        monkeypatch.setattr(Hub, moment, done)
+        result = done(*arguments)
+        attic.learn("cat", score=4.5)
+        return result
+
+    monkeypatch.setattr(Hub, moment, learn_again)
+    attic.sync()
+    assert [score for score, _, _ in in_step(attic, barn).values()] == [4.5]
+    attic.forget("cat")
+    assert not in_step(attic, barn)
+
+
 def test_who_was_away_hears_that_a_photo_was_removed_and_learned_again(devices: Three) -> None:
     """However clocks go: what is learned again on a device that lags is no older case."""
     attic, barn, cellar = devices
@@ -175,12 +200,12 @@ def test_what_is_told_twice_changes_nothing(devices: Three) -> None:
     waiting = attic.bank.outbox()
     with connected(attic.hub) as hub:
         pushed = [(waiting[0], None)]
-        assert hub.push(pushed, "attic", attic.bank.identity) == [True]
+        assert hub.push(pushed, "attic", attic.bank.identity) != [None]
         barn.sync()
         barn.learn("dog")
         barn.sync()
         # The acknowledgement was lost, and the removal is told again after all that.
-        assert hub.push(pushed, "attic", attic.bank.identity) == [False]
+        assert hub.push(pushed, "attic", attic.bank.identity) == [None]
     assert {image for _, image in in_step(*devices)} == {digest_of("cat"), digest_of("dog")}
 
 
@@ -332,6 +357,42 @@ def test_a_malformed_row_is_refused_by_name_and_the_rest_goes_on(devices: Three,
     assert barn.sync() == Synced()
 
 
+def test_a_malformed_row_among_many_takes_no_place(devices: Three) -> None:
+    """What is held stays, if the later case that should take its place can't be read."""
+    attic, barn, _ = devices
+    barn.learn("7", score=2.5)
+    attic.learn(*map(str, range(300)), score=4.0)
+    attic.sync()
+    with psycopg.connect(attic.hub) as connection:
+        connection.execute("ALTER TABLE meiqa.cases DISABLE TRIGGER settle")
+        spoil = "UPDATE meiqa.cases SET grid_rows = 7 WHERE image = %s"
+        connection.execute(spoil, [digest_of("7")])
+        connection.execute("ALTER TABLE meiqa.cases ENABLE TRIGGER settle")
+    done = barn.sync()
+    assert (done.pulled, len(done.refused)) == (299, 1)
+    held = barn.holds()
+    assert len(held) == 300
+    assert held["contrast", digest_of("7")][0] == 2.5
+
+
+def test_a_pull_may_rest_for_longer_than_a_transaction_may_idle(devices: Three) -> None:
+    attic, *_ = devices
+    with psycopg.connect(attic.hub) as connection:
+        hub = Hub(connection)
+        connection.execute("SET idle_in_transaction_session_timeout = '50ms'")
+        connection.commit()
+        with hub.reading():
+            time.sleep(0.3)
+            assert hub.news(0, [], attic.bank.identity) == []
+
+
+def test_pictures_of_a_remote_model_are_not_shared(devices: Three) -> None:
+    attic, *_ = devices
+    (attic.path / "remote.json").write_text("{}")
+    with pytest.raises(UsageError, match="pictures, which are not shared"):
+        attic.sync()
+
+
 def test_what_the_database_refuses_of_ours_is_named_and_the_rest_goes_on(devices: Three) -> None:
     attic, barn, _ = devices
     odd = replace(photo("cat"), summary="no text of PostgreSQL's: \0")
@@ -399,6 +460,7 @@ def test_schemas_have_versions(server: Server, hub: str) -> None:
         "host=hub.example.org password=secret",
         "postgresql://camera:secret@hub.example.org:port:/photos?what",
         "postgresql:/camera:secret",
+        "host=hub.example.org sslpassword=secret",
     ],
 )
 def test_passwords_stand_neither_in_addresses_nor_in_errors(url: str) -> None:
@@ -409,10 +471,36 @@ def test_passwords_stand_neither_in_addresses_nor_in_errors(url: str) -> None:
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
-def test_a_hub_elsewhere_is_asked_for_tls() -> None:
+def test_a_hub_elsewhere_is_asked_for_tls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sslmode=require" in address("postgresql://camera@hub.example.org/photos")
     assert "sslmode=verify-full" in address("postgresql://c@hub.example.org/p?sslmode=verify-full")
     assert "sslmode" not in address("postgresql://camera@localhost/photos")
+    for elsewhere in ("hostaddr=192.0.2.1", "host=localhost hostaddr=192.0.2.1", "host=/tmp,far"):
+        assert "sslmode=require" in address(elsewhere)
+    monkeypatch.setenv("PGHOST", "hub.example.org")
+    assert "sslmode=require" in address("dbname=photos")
+    monkeypatch.setenv("PGSSLMODE", "verify-full")  # which libpq takes
+    assert "sslmode" not in address("dbname=photos")
+
+
+def test_a_service_file_that_says_nothing_of_tls_means_no_hub_without(
+    hub: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    network = Network(hub)
+    named = psycopg.conninfo.conninfo_to_dict(network.address)
+    file = tmp_path / "services"
+    lines = [f"{name}={value}" for name, value in named.items()]
+    file.write_text("\n".join(["[photos]", *lines, ""]))
+    monkeypatch.setenv("PGSERVICEFILE", str(file))
+    with connected("service=photos"):
+        pass
+    monkeypatch.setattr("meiqa.memory.hub._HERE", ("",))  # so that it counts as another machine
+    with pytest.raises(UsageError, match="no TLS"), connected("service=photos"):
+        pass
+    file.write_text("\n".join(["[photos]", *lines, "sslmode=disable", ""]))
+    with connected("service=photos"):
+        pass
+    network.close()
 
 
 def test_a_password_does_not_come_back_from_a_server_that_refuses_it(

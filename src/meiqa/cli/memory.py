@@ -303,11 +303,6 @@ def sync_once(options: Options, *, anew: bool = False) -> int:
     """Sync --memory with --hub, and say what came of it; give the exit code."""
     with cli.optional_packages("hub"):
         from meiqa.memory.replica import Replica
-    from meiqa.engine.remote import SETTINGS
-
-    if (Path(options.memory) / SETTINGS).exists():
-        what = "a remote model's memory holds pictures, which are not shared"
-        raise UsageError(what, seen=options.memory)
     with _bank(options.memory, "rw") as bank:
         done = Replica(bank, options.hub, cli.hub_device(options)).sync(anew=anew)
     for each in done.refused:

@@ -327,8 +327,8 @@ HUB_DEVICE = option(
 HUB = together(
     option(
         "--hub URL",
-        "learn from other devices, and they from this one, by a PostgreSQL database: what is "
-        "remembered of photos is sent there (docs/hub.md)",
+        "share the memory with other devices by a PostgreSQL database while this runs: what it "
+        "remembers of photos is sent there, what others learned is fetched (docs/hub.md)",
     ),
     option("--sync-every S", "seconds between syncs", AMOUNT, default=30.0, needs="--hub"),
     HUB_DEVICE,
