@@ -145,6 +145,7 @@ ID_DIGITS = 16
 
 _DEFAULTS = {
     "application_name": "meiqa",
+    "client_encoding": "UTF8",  # the database's own need not be one that texts can be told in
     "connect_timeout": "10",
     "keepalives_idle": "10",
     "keepalives_interval": "5",
@@ -228,7 +229,8 @@ def shown(url: str) -> str:
     """Give an address as it may stand in a message."""
     named = conninfo_to_dict(url)
     where = _host(named) or named.get("service") or os.environ.get("PGSERVICE") or "this machine"
-    return one_line(f"{where}/{named.get('dbname') or ''}")
+    port = f":{named['port']}" if named.get("port") else ""
+    return one_line(f"{where}{port}/{named.get('dbname') or ''}")
 
 
 @contextmanager

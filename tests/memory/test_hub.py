@@ -511,3 +511,14 @@ def test_a_password_does_not_come_back_from_a_server_that_refuses_it(
     with pytest.raises(MeiqaError) as caught, connected(wrong):
         pass
     assert "secret" not in str(caught.value)
+
+
+def test_a_database_of_any_encoding_holds_a_hub(server: Server) -> None:
+    with psycopg.connect(server.address, autocommit=True) as connection:
+        connection.execute(
+            "CREATE DATABASE ascii ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'"
+        )
+    url = psycopg.conninfo.make_conninfo(server.address, dbname="ascii")
+    initialise(url)
+    with connected(address(url)) as hub:
+        assert isinstance(hub.id, str)

@@ -194,6 +194,7 @@ def _terms(options: Options, scoring: ScoreOptions) -> dict[str, Any]:
     """What rows depend on beside the model: options, and which photos are taken."""
     names = "source id column by_content filter shard sample limit"
     asked = {name: getattr(options, name) for name in names.split()}
+    asked["source"] = options.source.rstrip("/") or "/"  # the same folder, as a shell completes it
     terms = {**asdict(scoring), **asked, "shard": options.shard and list(options.shard)}
     del terms["threads"]  # scores do not depend on it
     del terms["package"]  # its digest does

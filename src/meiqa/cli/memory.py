@@ -434,7 +434,7 @@ def _bank(path: str, mode: Literal["r", "rw"]) -> Iterator[MemoryBank]:
         raise StoreNotFound(
             "there is no memory",
             seen=path,
-            hint="meiqa memory build makes one",
+            hint="meiqa memory create makes one",
         )
     digest = package_digest_of(anchors)
     with MemoryBank(anchors, path, mode, package_digest=digest) as bank:
