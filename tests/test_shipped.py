@@ -153,7 +153,7 @@ def test_json_has_the_names_that_tools_parse(
         "summary",
     } <= set(good)
     assert {"neighbours", "degraded", "timings_ms", "counters"} <= set(good)
-    assert set(good["neighbours"][0]) == {"id", "origin", "score", "preference"}
+    assert set(good["neighbours"][0]) == {"id", "origin", "score", "preference", "device"}
     assert "Traceback" not in printed.err
 
 
