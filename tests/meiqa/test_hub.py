@@ -88,7 +88,7 @@ def test_two_memories_learn_from_each_other_on_the_command_line(
 def test_what_is_wrong_is_said_in_one_line(memory: Path, capsys: Output) -> None:
     nowhere = "postgresql://camera@127.0.0.1:1/photos"
     assert cli.main(["memory", "sync", str(memory), "--hub", nowhere]) == 2
-    assert "127.0.0.1/photos can't be used" in capsys.readouterr().err
+    assert "127.0.0.1:1/photos can't be used" in capsys.readouterr().err
     told = "postgresql://camera:secret@127.0.0.1/photos"
     for command in (["memory", "sync", str(memory)], ["serve"], ["camera", "--video", "v"]):
         assert cli.main([*command, "--hub", told]) == 2
