@@ -16,6 +16,9 @@ namespace meiqa {
 
 constexpr std::size_t kLanes = 16, kPanel = 2 * kLanes;
 
+// In place of steps: 127 of them, on either side of zero, are the largest value of each row.
+constexpr float kOfEachRow = -1.0f;
+
 // A product with a stored matrix of `inputs` rows. A panel holds its columns row after row. Where the
 // input is rounded to codes first, the matrix is one of bytes, of which a kernel wants some rows at
 // a time (`Kernel::together`).
@@ -25,7 +28,7 @@ struct Linear {
     const float* bias = nullptr;          // panels * 32
     const float* scale = nullptr;         // of codes: float value of one step of a sum
     const std::int32_t* start = nullptr;  // of codes: what a sum begins with, so that zero gives 0
-    float steps = 0;                      // of codes: their steps to one
+    float steps = 0;                      // of codes: their steps to one, or kOfEachRow
     float zero = 0;                       // of codes: the zero point, of 0 to 255
 };
 
@@ -46,7 +49,9 @@ struct Model {
 // Of each side its own, as nothing with code may be shared.
 namespace {
 
-inline bool rounds(const Linear& linear) { return linear.steps > 0; }
+inline bool rounds(const Linear& linear) { return linear.steps != 0; }
+
+inline bool each_row_by_itself(const Linear& linear) { return linear.steps == kOfEachRow; }
 
 inline std::size_t query_width(const Model& model) {
     return model.kv_heads * model.group * model.head_width;

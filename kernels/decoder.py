@@ -25,6 +25,9 @@ from meiqa.kernels import _decoder
 Floats = NDArray[np.float32]
 Number = TypeVar("Number", bound=np.generic)
 PANEL, LANES = 32, 16
+OF_EACH_ROW = -1.0
+"""In place of an input's scale: each row of it has its own."""
+MIDDLE = 128
 FIRST_POSITIONS = 512
 
 
@@ -94,7 +97,8 @@ class Linear:
         weight: (inputs, outputs), float32 or int8.
         bias: (outputs,).
         scale: of an int8 weight, (outputs,).
-        input_scale, input_zero: range of its input, rounded to unsigned bytes.
+        input_scale, input_zero: range of its input, rounded to unsigned bytes; a scale of
+            `OF_EACH_ROW` gives each row its own, with which its largest value is 127 steps from 0.
     """
 
     weight: NDArray[Any]
@@ -129,16 +133,19 @@ class Linear:
         if self.scale is None:
             none = np.zeros(0, np.int32)
             return Packed(in_panels(self.weight, 1), bias, none.astype(np.float32), none, 0.0, 0.0)
-        steps = float(np.float32(1.0) / np.float32(self.input_scale))
-        code = np.int32(self.input_zero + packing.lowest)
+        own = self.input_scale == OF_EACH_ROW
+        scale = np.float32(1.0 if own else self.input_scale)
+        steps = OF_EACH_ROW if own else float(np.float32(1.0) / scale)
+        zero = MIDDLE if own else self.input_zero
+        code = np.int32(zero + packing.lowest)
         weight = self.weight if packing.together else self.weight.astype(np.float32)
         return Packed(
             in_panels(weight, max(1, packing.together)),
             bias,
-            np.pad(self.scale * np.float32(self.input_scale), spare),
+            np.pad(self.scale * scale, spare),
             np.pad(-code * self.weight.sum(axis=0, dtype=np.int32), spare),
             steps,
-            float(self.input_zero),
+            float(zero),
         )
 
 
@@ -150,7 +157,7 @@ class Packed(NamedTuple):
         bias: (outputs,), padded to whole panels, as are the next two.
         scale: of a sum of codes; start: what it begins with, so that an input of zero gives 0.
             Both are empty for an input that is not rounded.
-        steps: to one of a rounded input, else 0; zero: its zero point.
+        steps: to one of a rounded input, else 0, or `OF_EACH_ROW`; zero: its zero point.
     """
 
     panels: NDArray[Any]

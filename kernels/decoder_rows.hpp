@@ -11,6 +11,8 @@ namespace meiqa {
 namespace {
 
 constexpr float kUnseen = -1e30f;
+// A row's largest value, and the largest code, where each row is rounded by itself.
+constexpr float kLeastLargest = 1e-30f, kLargestCode = 127.0f;
 
 // No call into a library: what the linker shares must not be of one processor's instructions.
 inline float root(float x) { return __builtin_sqrtf(x); }
@@ -25,7 +27,7 @@ std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
 // What a panel of a linear layer makes of rows.
 template <std::size_t ROWS>
-void layer_of(const Linear& w, const float* a, std::size_t stride, std::size_t panel,
+void layer_of(const Linear& w, const float* a, const float*, std::size_t stride, std::size_t panel,
               Pair (&made)[ROWS]) {
     const std::size_t at = panel * kPanel;
     const float* const weights = static_cast<const float*>(w.weights) + at * w.inputs;
@@ -35,8 +37,9 @@ void layer_of(const Linear& w, const float* a, std::size_t stride, std::size_t p
 }
 
 template <std::size_t ROWS>
-void layer_of(const Linear& w, const Code* a, std::size_t stride, std::size_t panel,
-              Pair (&made)[ROWS]) {
+void layer_of(const Linear& w, const Code* a, const float* step, std::size_t stride,
+              std::size_t panel, Pair (&made)[ROWS]) {
+    const bool own_step = each_row_by_itself(w);
     const Weight* const weights =
         static_cast<const Weight*>(w.weights) + panel * kPanel * w.inputs;
     for (std::size_t half = 0; half < kPanel / kLanes; half += kHalves) {
@@ -47,7 +50,8 @@ void layer_of(const Linear& w, const Code* a, std::size_t stride, std::size_t pa
             const Lanes scale = load(w.scale + at), bias = load(w.bias + at);
             for (std::size_t r = 0; r < ROWS; ++r) {
                 const Lanes sum = floats_of(sums[r][h - half], w.start + at);
-                (h == 0 ? made[r].low : made[r].high) = fused(sum, scale, bias);
+                const Lanes by = own_step ? scale * all(step[r]) : scale;
+                (h == 0 ? made[r].low : made[r].high) = fused(sum, by, bias);
             }
         }
     }
@@ -65,13 +69,14 @@ template <class Value, class Take>
 struct Tile {
     const Linear& w;
     const Value* a;
+    const float* step;  // of each row's codes, where they have their own
     std::size_t stride, first, panel;
     const Take& take;
 
     template <std::size_t ROWS>
     void operator()() const {
         Pair made[ROWS];
-        layer_of<ROWS>(w, a + first * stride, stride, panel, made);
+        layer_of<ROWS>(w, a + first * stride, step + first, stride, panel, made);
         for (std::size_t r = 0; r < ROWS; ++r) take(first + r, panel, made[r]);
     }
 };
@@ -80,25 +85,27 @@ struct Tile {
 struct Input {
     float* floats;
     Code* codes;
+    float* step;  // value of a row's codes, where each has its own
     std::size_t width;
 
     Input from(std::size_t row) const {
-        return {floats + row * width, codes + row * width, width};
+        return {floats + row * width, codes + row * width, step + row, width};
     }
 };
 
 template <class Value, class Take>
-void product_of(const Linear& w, const Value* a, std::size_t stride, std::size_t rows,
+void product_of(const Linear& w, const Value* a, const Input& input, std::size_t rows,
                 const Take& take) {
     for (std::size_t first = 0; first < rows; first += kTile)
         for (std::size_t panel = 0; panel < w.panels; ++panel)
-            with_rows(least(kTile, rows - first), Tile<Value, Take>{w, a, stride, first, panel, take});
+            with_rows(least(kTile, rows - first),
+                      Tile<Value, Take>{w, a, input.step, input.width, first, panel, take});
 }
 
 template <class Take>
 void product(const Linear& w, const Input& input, std::size_t rows, const Take& take) {
-    if (rounds(w)) product_of(w, input.codes, input.width, rows, take);
-    else product_of(w, input.floats, input.width, rows, take);
+    if (rounds(w)) product_of(w, input.codes, input, rows, take);
+    else product_of(w, input.floats, input, rows, take);
 }
 
 void stored(const Linear& w, const Input& input, std::size_t rows, float* out, std::size_t width) {
@@ -321,13 +328,34 @@ struct Work {
     static Input input(Arena& arena, std::size_t rows, std::size_t width) {
         float* const floats = arena.take(rows * width);
         float* const codes = arena.take(rows * width * sizeof(Code) / sizeof(float));
-        return {floats, reinterpret_cast<Code*>(codes), width};
+        return {floats, reinterpret_cast<Code*>(codes), arena.take(rows), width};
     }
 };
+
+// Rounds a row so that its largest value has the largest code; gives the value of a step.
+float round_by_itself(const float* row, std::size_t width, Code* out) {
+    Lanes top = all(kLeastLargest);
+    for (std::size_t i = 0; i < width; i += kLanes) {
+        const Lanes value = load(row + i);
+        top = larger(top, larger(value, all(0.0f) - value));
+    }
+    const float largest = largest_of(top);
+    const Lanes steps = all(kLargestCode / largest), zero = all(128.0f + kLowest);
+    for (std::size_t i = 0; i < width; i += kLanes)
+        store_codes(out + i, nearest_whole(load(row + i) * steps) + zero);
+    return largest / kLargestCode;
+}
 
 // Gives a linear layer its input rounded, where it wants that.
 void prepare(const Linear& reader, const Input& input, std::size_t rows) {
     if (!rounds(reader)) return;
+    if (each_row_by_itself(reader)) {
+        for (std::size_t row = 0; row < rows; ++row) {
+            const Input own = input.from(row);
+            *own.step = round_by_itself(own.floats, own.width, own.codes);
+        }
+        return;
+    }
     for (std::size_t i = 0; i < rows * input.width; i += kLanes)
         round_to_codes(load(input.floats + i), input.codes + i, reader);
 }
@@ -338,13 +366,15 @@ void mlp(const Model& model, const Layer& layer, std::size_t rows, const Work& w
     prepare(layer.gate_up, work.normed, rows);
     const Input gated = work.gated;
     const Linear& down = layer.down;
+    const bool at_once = rounds(down) && !each_row_by_itself(down);
     product(layer.gate_up, work.normed, rows,
             [&](std::size_t row, std::size_t panel, const Pair& made) {
                 const Lanes value = silu(made.low) * made.high;
                 const std::size_t at = row * gated.width + panel * kLanes;
-                if (rounds(down)) round_to_codes(value, gated.codes + at, down);
+                if (at_once) round_to_codes(value, gated.codes + at, down);
                 else store(gated.floats + at, value);
             });
+    if (!at_once) prepare(down, gated, rows);
     added(down, gated, rows, hidden, model.width);
 }
 

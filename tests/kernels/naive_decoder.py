@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.kernels.decoder import FusedDecoder, Linear
+from meiqa.kernels.decoder import OF_EACH_ROW, FusedDecoder, Linear
 
 Doubles = NDArray[np.float64]
 
@@ -53,6 +53,10 @@ def applied(linear: Linear, x: Doubles) -> Doubles:
     """A linear layer; one of bytes rounds its input as QuantizeLinear does."""
     if linear.scale is None:
         return x @ linear.weight.astype(np.float64) + linear.bias
+    if linear.input_scale == OF_EACH_ROW:
+        step = np.abs(x).max(axis=-1, keepdims=True) / 127
+        rounded = np.rint(x / np.where(step > 0, step, 1)) * step
+        return rounded @ (linear.weight * linear.scale.astype(np.float64)) + linear.bias
     codes = np.clip(np.rint(x / linear.input_scale) + linear.input_zero, 0, 255)
     rounded = (codes - linear.input_zero) * linear.input_scale
     return rounded @ (linear.weight * linear.scale.astype(np.float64)) + linear.bias

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from meiqa.kernels.decoder import KERNELS, LAYER_LINEARS, FusedDecoder, FusedShape, Linear
+from meiqa.kernels.decoder import (
+    KERNELS,
+    LAYER_LINEARS,
+    OF_EACH_ROW,
+    FusedDecoder,
+    FusedShape,
+    Linear,
+)
 from tests.kernels import naive_decoder
 
 Floats = NDArray[np.float32]
@@ -87,7 +94,8 @@ def drawn_decoder(kernel: str, shape: FusedShape, precision: str, seed: int = 0)
         weight = normal(*extents[name]) / np.float32(extents[name][0] ** 0.5)
         exact = Linear(weight, 0.3 * normal(weight.shape[1]))
         in_floats = precision == "fp32" or (precision == "mixed" and name in ("k_proj", "up_proj"))
-        return exact if in_floats else rounded(exact, 0.06, 77)
+        own = precision == "rows" or (precision == "down by rows" and name == "down_proj")
+        return exact if in_floats else rounded(exact, OF_EACH_ROW if own else 0.06, 77)
 
     return FusedDecoder(
         shape,
@@ -142,7 +150,7 @@ def test_agrees_with_the_naive_twin(
     np.testing.assert_allclose(rows.run(decoder), rows.twins(decoder), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("precision", ["int8", "mixed"])
+@pytest.mark.parametrize("precision", ["int8", "mixed", "rows", "down by rows"])
 @pytest.mark.parametrize("shape", [SHAPE, WIDE])
 def test_bytes_agree_with_the_naive_twin(shape: FusedShape, precision: str, drawn: Drawn) -> None:
     decoder = drawn(shape, precision)
@@ -187,7 +195,7 @@ def test_sums_of_bytes_are_those_of_whole_numbers(zero: int, drawn: Drawn) -> No
         np.testing.assert_array_equal(made[row][0, 1, 0], wanted)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "mixed"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "mixed", "rows", "down by rows"])
 def test_kernels_that_fuse_products_with_sums_give_the_same_bits(precision: str) -> None:
     rows = drawn_rows(WIDE, [9, 20, 1, 14], [33])
     fuse = [kernel for kernel in KERNELS if kernel != "portable"]
@@ -196,7 +204,7 @@ def test_kernels_that_fuse_products_with_sums_give_the_same_bits(precision: str)
         np.testing.assert_array_equal(other, found[0])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "rows"])
 @pytest.mark.parametrize("lengths", [[21], [21, 0, 40, 5, 5, 33, 8]])
 def test_a_row_is_the_same_alone_and_in_any_company(
     precision: str, lengths: list[int], drawn: Drawn
@@ -208,6 +216,20 @@ def test_a_row_is_the_same_alone_and_in_any_company(
         np.testing.assert_array_equal(rows.run(decoder, threads), together)
     for row in range(7):
         np.testing.assert_array_equal(rows.only(row).run(decoder)[0], together[row])
+
+
+@pytest.mark.parametrize("loudest", [1e-38, 1.0, 3e4])
+def test_rows_that_are_rounded_by_themselves_lose_nothing_to_loud_ones(
+    loudest: float, drawn: Drawn
+) -> None:
+    """A token whose values are a thousand times as large as another's leaves the other its bits."""
+    decoder = drawn(SHAPE, "rows")
+    rows = drawn_rows(SHAPE, [6, 6], [4])
+    sound = rows.run(decoder)
+    rows.embeds[1] *= np.float32(loudest)
+    found = rows.run(decoder)
+    np.testing.assert_array_equal(found[0], sound[0])
+    np.testing.assert_allclose(found[1], rows.twins(decoder)[1], atol=0.2, rtol=0)
 
 
 def test_positions_beyond_the_first_table(drawn: Drawn) -> None:

@@ -20,7 +20,7 @@ PROCESSORS = {
     "max": {"i8mm", "dotprod", "portable"},
 }
 SHAPES = (native.SHAPE, native.WIDE)
-PRECISIONS = ("fp32", "int8", "mixed")
+PRECISIONS = ("fp32", "int8", "mixed", "down by rows")
 STEPS, LENGTHS = [9, 20, 1, 14], [33, 0, 47, 5]
 
 
