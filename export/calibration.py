@@ -46,6 +46,7 @@ from meiqa.export.rounding import (
     result_of,
     smoothing_scales,
     values_to_observe,
+    want_own_rows,
 )
 from meiqa.export.verify import PiecewiseSession
 
@@ -202,11 +203,13 @@ class Quantisation:
         self.files, self.precision = files, precision
         self._observed = {name: dict(observed.get(name, {})) for name in files}
         self._scales: dict[str, dict[str, Floats]] = {}
+        self._by_rows: dict[str, set[str]] = {}
         for name, seen in self._observed.items():
             smooth = self.ladder(name)[:1] == ["int8"]
             self._scales[name] = smoothing_scales(ir.load(self.files[name]), seen) if smooth else {}
             for value, scales in self._scales[name].items():
                 seen[value] = seen[value].divided(scales)
+            self._by_rows[name] = want_own_rows(ir.load(self.files[name]), seen)
 
     def ladder(self, name: str) -> list[str]:
         """List the precisions that a graph's layers may have below float, the smallest first."""
@@ -245,7 +248,7 @@ class Quantisation:
         def stored_as(precision: str) -> Callable[[Layer], bool]:
             return lambda layer: assignment.get(layer.name) == precision
 
-        quantise_int8(model, ranges, stored_as("int8"))
+        quantise_int8(model, ranges, stored_as("int8"), self._by_rows[name])
         quantise_int4(model, seen, stored_as("int4"))
         store_as_half(model, stored_as("fp16"))
         return model

@@ -25,8 +25,9 @@ from meiqa.engine.runtime.decoder import (
 from meiqa.errors import PackageCorrupted
 from meiqa.export.decoder import DecoderConfig, axis_frequencies
 from meiqa.export.layers import read
+from meiqa.export.rounding import BY_ROWS
 from meiqa.export.verify import PiecewiseSession, random_feeds
-from meiqa.kernels.decoder import LAYER_LINEARS, FusedShape
+from meiqa.kernels.decoder import LAYER_LINEARS, MIDDLE, OF_EACH_ROW, FusedShape
 from meiqa.memory.segment import Segment, write_segment
 
 LARGEST_BYTES = 32 << 20
@@ -132,8 +133,10 @@ def weight_of(model: ir.Model, name: str) -> NDArray[np.generic]:
 
 def input_range(model: ir.Model, codes: str) -> NDArray[np.float32]:
     """Read scale and zero point (2,) of what a weight of bytes is multiplied with."""
-    (dequantised,) = model.graph.initializers[codes].consumers()
-    (product,) = dequantised.outputs[0].consumers()
+    (reader,) = model.graph.initializers[codes].consumers()
+    if reader.op_type == BY_ROWS:
+        return np.array([OF_EACH_ROW, MIDDLE], np.float32)
+    (product,) = reader.outputs[0].consumers()
     given = product.inputs[0]
     producer = None if given is None else given.producer()
     if producer is None or producer.op_type != "DequantizeLinear":

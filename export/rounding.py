@@ -2,9 +2,12 @@
 
 INT8: signed weights with a scale a channel, unsigned activations with one a tensor. The scale of
 an activation is fixed beforehand, from what calibration observed, so a photo's result never depends
-on what else is in the batch. Products of two activations, which are attention's, stay in float:
-ONNX Runtime's quantised kernel leaves its output unset where nothing is summed, as over an empty
-prefix. Runtimes fuse a convolution into integer arithmetic only if its result is quantised as well.
+on what else is in the batch. Where a few tokens are far louder than all others, as in the gated
+products of trained decoders, a fixed scale leaves the others few codes; there each row has its own,
+computed in the graph from nothing but the row. Products of two activations, which are attention's,
+stay in float: ONNX Runtime's quantised kernel leaves its output unset where nothing is summed, as
+over an empty prefix. Runtimes fuse a convolution into integer arithmetic only if its result is
+quantised as well.
 
 Smoothing (after Xiao et al. 2023, "SmoothQuant", equation 4) moves outlier channels from
 activations into weights, where rounding hurts less: a linear layer's input is divided by one number
@@ -17,18 +20,20 @@ activations stay in float.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from meiqa.errors import PackageCorrupted
 from meiqa.export.layers import (
     Change,
     Layer,
+    cast,
     constant,
     derived,
     drop_unread,
@@ -37,11 +42,14 @@ from meiqa.export.layers import (
     read,
     scale,
 )
+from meiqa.kernels.decoder import MIDDLE
 
 Floats = NDArray[np.float32]
 Chosen = Callable[[Layer], bool]
 
 LEVELS, LARGEST_CODE, LARGEST_BIAS = 255, 127, 1 << 30
+BY_ROWS, LEAST_LARGEST = "MatMulInteger", 1e-30
+WORTH_OWN_ROWS = 4.0
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Smoothing exponents tried besides no smoothing at all; 1 moves an outlier whole."""
 COMPARED_ROWS = 256
@@ -127,15 +135,20 @@ def result_of(layer: Layer) -> ir.Value:
     return readers[0].outputs[0] if clipped and not output.is_graph_output() else output
 
 
-def quantise_int8(model: ir.Model, ranges: Mapping[str, Range], chosen: Chosen) -> None:
+def quantise_int8(
+    model: ir.Model, ranges: Mapping[str, Range], chosen: Chosen, by_rows: Collection[str] = ()
+) -> None:
     """Quantise layers of a float graph in place; its weights are only read when it is saved.
 
-    Ranges go by the names of `values_to_observe`.
+    Ranges go by the names of `values_to_observe`; activations `by_rows` need none.
     """
     graph = model.graph
     # All are found first: rewriting one changes what the next one reads.
     wanted = [(la, la.input, result_of(la)) for la in layers_of(model) if chosen(la)]
     for layer, source, result in wanted:
+        if source.name in by_rows:
+            multiply_by_rows(graph, layer)
+            continue
         store_in_bytes(graph, layer, ranges[str(source.name)].scale)
         layer.node.replace_input_with(0, through_bytes(graph, source, ranges[str(source.name)]))
         if layer.is_convolution:
@@ -178,6 +191,83 @@ def store_in_bytes(graph: ir.Graph, layer: Layer, input_scale: np.float32) -> No
     if layer.bias is not None:
         layer.node.replace_input_with(2, stored(layer.bias, "int32", bias_codes, sum_steps))
     layer.node.replace_input_with(1, stored(layer.weight, "int8", codes, steps))
+
+
+def multiply_by_rows(graph: ir.Graph, layer: Layer) -> None:
+    """Multiply a linear layer's input as bytes with a scale for each of its rows, in place."""
+    codes, step = rows_in_bytes(graph, layer.input)
+    shape = layer.shape
+    weight = derived(
+        layer.weight,
+        "int8",
+        ir.DataType.INT8,
+        shape,
+        lambda values: np.rint(values / channel_steps(values, 1)).astype(np.int8),
+    )
+    by = derived(
+        layer.weight,
+        "scale",
+        ir.DataType.FLOAT,
+        shape[1:],
+        lambda values: channel_steps(values, 1),
+    )
+    product = ir.node(BY_ROWS, [codes, weight, middle(graph)], name=layer.node.name)
+    chain = [product, cast(product.outputs[0], "FLOAT")]
+    for factor in (step, by):
+        chain.append(ir.node("Mul", [chain[-1].outputs[0], factor]))
+    ir.convenience.replace_nodes_and_values(
+        graph, layer.node, [layer.node], chain, [layer.node.outputs[0]], [chain[-1].outputs[0]]
+    )
+
+
+def rows_in_bytes(graph: ir.Graph, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Round the rows of an activation around the middle code, and give what a step of each is."""
+
+    def number(name: str, at: float) -> ir.Value:
+        return constant(graph, ir.tensor(np.array(at, np.float32), name=name))
+
+    def then(before: ir.Value, name: str, op: str, *others: ir.Value) -> ir.Value:
+        return followed_by(before, name, lambda v: ir.node(op, [v, *others]))
+
+    most = number("largest_code", LARGEST_CODE)
+    last = constant(graph, ir.tensor(np.array([-1], np.int64), name="last_axis"))
+    largest = then(then(value, "size", "Abs"), "largest", "ReduceMax", last)
+    largest = then(largest, "bounded", "Max", number("least_largest", LEAST_LARGEST))
+    step = then(largest, "step", "Div", most)
+    steps = followed_by(largest, "steps", lambda v: ir.node("Div", [most, v]))
+    scaled = followed_by(steps, "in_steps", lambda v: ir.node("Mul", [value, v]))
+    whole = then(then(scaled, "whole", "Round"), "codes", "Add", number("middle_code", MIDDLE))
+    return followed_by(whole, "uint8", lambda v: cast(v, "UINT8")), step
+
+
+def middle(graph: ir.Graph) -> ir.Value:
+    """Give the code that stands for 0 where rows are rounded by themselves."""
+    return constant(graph, ir.tensor(np.array(MIDDLE, np.uint8), name="middle"))
+
+
+def want_own_rows(model: ir.Model, observed: Mapping[str, Observed]) -> set[str]:
+    """Name the activations whose rows are rounded much better by themselves.
+
+    They are those of which a fixed range makes at least `WORTH_OWN_ROWS` times the squared error.
+    """
+    found = set()
+    for layer in layers_of(model):
+        name = str(layer.input.name)
+        if layer.is_convolution or name not in observed or name in found:
+            continue
+        rows = observed[name].rows
+        fixed, own = Range.of(observed[name]).rounded(rows), rounded_by_rows(rows)
+        errors = [float(np.square(made - rows).sum()) for made in (fixed, own)]
+        if errors[0] > WORTH_OWN_ROWS * errors[1]:
+            found.add(name)
+    return found
+
+
+def rounded_by_rows(rows: Floats) -> Floats:
+    """Round rows as they come back, each by itself."""
+    step = np.maximum(np.abs(rows).max(1, keepdims=True), LEAST_LARGEST) / np.float32(LARGEST_CODE)
+    rounded: Floats = np.rint(rows / step) * step
+    return rounded
 
 
 def channel_steps(weight: Floats, axis: int, least: Floats | float = 0.0) -> Floats:
@@ -399,8 +489,39 @@ def block_errors(weight: Floats, grid: BlockGrid, importance: Floats) -> Floats:
     return weighted
 
 
+def multiply_rows_in_floats(model: ir.Model) -> None:
+    """Undo `multiply_by_rows` in place: rows in floats, weights in bytes made floats."""
+    for node in [node for node in model.graph if node.op_type == BY_ROWS]:
+        codes, weight, _ = node.inputs
+        (single,) = node.outputs[0].consumers()
+        (stepped,) = single.outputs[0].consumers()
+        (made,) = stepped.outputs[0].consumers()
+        rows, by = unrounded(codes), made.inputs[1]
+        assert weight is not None
+        assert by is not None
+        assert by.shape is not None
+        zero = ir.tensor(np.zeros(by.shape.numpy(), np.int8), name=f"{weight.name}.zero")
+        floats = dequantised([weight, by, constant(model.graph, zero)], axis=1)
+        product = ir.node("MatMul", [rows, floats], name=node.name)
+        ir.convenience.replace_nodes_and_values(
+            model.graph, made, [made], [product], made.outputs, product.outputs
+        )
+    RemoveUnusedNodesPass()(model)
+
+
+def unrounded(codes: ir.Value | None) -> ir.Value:
+    """Find the activation that `rows_in_bytes` rounded."""
+    value = codes
+    for _ in ("Cast", "Add", "Round", "Mul"):
+        producer = None if value is None else value.producer()
+        assert producer is not None
+        value = producer.inputs[0]
+    assert value is not None
+    return value
+
+
 def make_activations_signed(model: ir.Model) -> None:
-    """Make a graph's Q/DQ what TensorRT takes, in place: INT8 around zero.
+    """Make a graph's Q/DQ what TensorRT takes, in place: INT8 around zero, rows in floats.
 
     Activations in uint8 with a zero point become int8 with the scale max(|min|, |max|) / 127, so
     nothing that was representable is cut, and steps are at most twice as wide. A bias in int32
@@ -409,6 +530,7 @@ def make_activations_signed(model: ir.Model) -> None:
     Raises:
         PackageCorrupted: some other tensor is quantised around another value than zero.
     """
+    multiply_rows_in_floats(model)
     graph = model.graph
     for node in [node for node in graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]:
         tensor, step, zero = (*node.inputs, None)[:3]

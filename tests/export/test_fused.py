@@ -31,6 +31,7 @@ from meiqa.export.fused import (
 from meiqa.export.graphs import decoder_interface, traced
 from meiqa.export.layers import save_graph
 from meiqa.export.verify import PiecewiseSession, random_feeds
+from meiqa.kernels.decoder import LAYER_LINEARS, OF_EACH_ROW
 from meiqa.memory.segment import Segment, write_segment
 
 TEXT = DecoderConfig(
@@ -98,6 +99,23 @@ def test_the_layers_answer_as_the_graph_does(
     tolerance = 1e-4 if precision == "fp32" else 0.02 * float(np.abs(wanted).max())
     np.testing.assert_allclose(made, wanted, atol=tolerance, rtol=0)
     assert np.ptp(wanted) > 100 * 1e-4
+
+
+def test_rows_that_are_rounded_by_themselves(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"decoder": folder / "decoder.onnx"}
+    sizes = (2, 3, STEPS, PREFIX_STEPS, 0, 1)
+    feeds = random_feeds(SHAPE, sizes, np.random.default_rng(1))
+    observed = observe(files, lambda sessions: sessions["decoder"].run(feeds))
+    monkeypatch.setattr("meiqa.export.rounding.WORTH_OWN_ROWS", 0.0)
+    quantisation = Quantisation(files, "int8", observed)
+    plan = quantisation.default()["decoder"]
+    save_graph(quantisation.graph("decoder", plan), tmp_path / "decoder.onnx")
+    assert write_fused_layers(tmp_path, TEXT, "int8")
+    arrays = Segment.open(tmp_path / LAYERS_FILE).arrays
+    for linear in LAYER_LINEARS:
+        assert arrays[f"layers.0.{linear}.input"][0] == OF_EACH_ROW
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

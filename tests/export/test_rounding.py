@@ -20,10 +20,12 @@ from meiqa.export.rounding import (
     best_block_grid,
     block_errors,
     foldables,
+    make_activations_signed,
     quantise_int4,
     quantise_int8,
     smoothing_scales,
     values_to_observe,
+    want_own_rows,
 )
 from tests.export.small_graphs import (
     Floats,
@@ -119,6 +121,42 @@ def test_a_row_in_int8_gives_the_same_alone_and_among_others(tmp_path: Path) -> 
     quantise_int8(made, {"x": Range.between(-3, 3)}, all_layers)
     alone, among = (result(made, rows, tmp_path) for rows in (x[3:4], x))
     np.testing.assert_array_equal(alone[0], among[3])
+
+
+def test_rows_by_themselves_lose_nothing_to_a_loud_one(tmp_path: Path) -> None:
+    weight, x = normal(0, 64, 24), normal(1, 7, 64)
+    x[0] *= 1e4
+    x[1] = 0.0
+    exact, made = x @ weight, linear(weight)
+    quantise_int8(made, {}, all_layers, by_rows={"x"})
+    rounded = result(made, x, tmp_path)
+    assert "MatMulInteger" in kinds_run(tmp_path / "graph.onnx", tmp_path)
+    np.testing.assert_array_equal(rounded[1], 0.0)
+    np.testing.assert_allclose(rounded[2:], exact[2:], atol=0.5)
+    np.testing.assert_array_equal(result(made, x[3:4], tmp_path)[0], rounded[3])
+    fixed = linear(weight)
+    quantise_int8(fixed, {"x": Range.between(float(x.min()), float(x.max()))}, all_layers)
+    lost = np.abs(result(fixed, x, tmp_path) - exact)[2:]
+    assert lost.mean() > 20 * np.abs(rounded - exact)[2:].mean()
+
+
+def test_activations_with_loud_tokens_want_own_rows() -> None:
+    usual = normal(1, 200, 64)
+    loud = usual.copy()
+    loud[3] *= 100
+    for rows, wanted in ((usual, set()), (loud, {"x"})):
+        seen = Observed(rows.min(0), rows.max(0), np.square(rows).mean(0), rows, len(rows))
+        assert want_own_rows(linear(normal(0, 64, 24)), {"x": seen}) == wanted
+
+
+def test_other_runtimes_multiply_such_rows_in_floats(tmp_path: Path) -> None:
+    weight, x = normal(0, 64, 24), normal(1, 7, 64)
+    made = linear(weight)
+    quantise_int8(made, {}, all_layers, by_rows={"x"})
+    codes, steps = stored_values(made, "w.int8"), stored_values(made, "w.scale")
+    make_activations_signed(made)
+    assert [each.op_type for each in made.graph] == ["DequantizeLinear", "MatMul"]
+    np.testing.assert_allclose(result(made, x, tmp_path), x @ (codes * steps), rtol=1e-5, atol=1e-5)
 
 
 def restored(made: ir.Model, inputs: int) -> Floats:
