@@ -55,6 +55,8 @@ SAMPLED_VALUES, SAMPLED_ROWS = 1 << 20, 1024
 WRITING_EVERY = 16
 """Calls of one token write text; they are many and alike, so one in so many is looked at."""
 LEFT_IN_FLOAT = "fp16"
+LARGEST_HEAD = 0.2
+"""Share of the decoder's weights up to which what makes logits stays in float."""
 BUDGETS = {"int8": 0.1, "int4": 0.2}
 """Move, in grades, of which each group may spend its share."""
 CHAIN_SHARE = 0.1
@@ -210,6 +212,7 @@ class Quantisation:
             for value, scales in self._scales[name].items():
                 seen[value] = seen[value].divided(scales)
             self._by_rows[name] = want_own_rows(ir.load(self.files[name]), seen)
+            self._by_rows[name] |= {str(head.input.name) for head in self._large_heads(name)}
 
     def ladder(self, name: str) -> list[str]:
         """List the precisions that a graph's layers may have below float, the smallest first."""
@@ -225,16 +228,25 @@ class Quantisation:
         return self._observed[name][str(value.name)].seen
 
     def default(self) -> dict[str, Assignment]:
-        """Plan every layer in the smallest precision, but what sees pixels or makes logits."""
+        """Plan every layer in the smallest precision, but what sees pixels or makes logits.
+
+        A head that is a good part of the decoder has 8 bits: reading it takes most of a token.
+        """
         plan = {}
         for name in self.files:
             layers = self.layers(name)
             small = [*self.ladder(name), LEFT_IN_FLOAT][0]
             plan[name] = {layer.name: small for layer in layers}
-            logits = [layer for layer in layers if layer.node.outputs[0].name == "logits"]
-            for layer in layers[:1] if name == "vision" else logits:
+            for layer in layers[:1] if name == "vision" else heads_among(layers):
                 plan[name][layer.name] = LEFT_IN_FLOAT
+            if "int8" in self.ladder(name):
+                plan[name] |= {layer.name: "int8" for layer in self._large_heads(name)}
         return plan
+
+    def _large_heads(self, name: str) -> list[Layer]:
+        layers = self.layers(name)
+        allowed = LARGEST_HEAD * sum(prod(layer.shape) for layer in layers)
+        return [layer for layer in heads_among(layers) if prod(layer.shape) > allowed]
 
     def graph(self, name: str, assignment: Assignment) -> ir.Model:
         """Make a graph with each layer in its precision, "fp32" for those not named."""
@@ -252,6 +264,11 @@ class Quantisation:
         quantise_int4(model, seen, stored_as("int4"))
         store_as_half(model, stored_as("fp16"))
         return model
+
+
+def heads_among(layers: Sequence[Layer]) -> list[Layer]:
+    """Find what makes logits."""
+    return [layer for layer in layers if layer.node.outputs[0].name == "logits"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -101,7 +101,7 @@ def fused_arrays(model: ir.Model, text: DecoderConfig) -> Arrays:
     arrays: Arrays = {
         "frequencies": axis_frequencies(text).numpy(),
         "norm": stored(model, "norm.weight"),
-        "lm_head": weight_of(model, "lm_head.weight"),
+        "lm_head": head_of(model),
     }
     for index in range(text.num_hidden_layers):
         layer = f"layers.{index}"
@@ -120,6 +120,14 @@ def fused_arrays(model: ir.Model, text: DecoderConfig) -> Arrays:
                 arrays[f"{name}.scale"] = stored(model, f"{source}.weight.scale")
                 arrays[f"{name}.input"] = input_range(model, f"{source}.weight.int8")
     return arrays
+
+
+def head_of(model: ir.Model) -> NDArray[np.float32]:
+    """Read what makes logits (inputs, vocabulary), in floats."""
+    weight = weight_of(model, "lm_head.weight")
+    if weight.dtype == np.int8:
+        weight = weight * stored(model, "lm_head.weight.scale")
+    return weight.astype(np.float32)
 
 
 def weight_of(model: ir.Model, name: str) -> NDArray[np.generic]:

@@ -224,13 +224,23 @@ def test_weights_take_their_share_of_the_bytes(
     assert share * 0.7 < sizes[1] / sizes[0] <= share
 
 
-def test_by_rule_pixels_and_logits_stay_in_float(quantisations: dict[str, Quantisation]) -> None:
+def test_by_rule_pixels_and_logits_stay_in_float(
+    quantisations: dict[str, Quantisation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meiqa.export.calibration.LARGEST_HEAD", 1.0)
     for precision, quantisation in quantisations.items():
         plan = quantisation.default()
         kept = {name: [la for la, p in plan[name].items() if p == "fp16"] for name in plan}
         assert kept == {"vision": ["stem.conv.weight"], "decoder": ["lm_head.weight"]}
         assert set(plan["decoder"].values()) == {precision, "fp16"}
         assert set(plan["vision"].values()) == {"int8", "fp16"}
+
+
+def test_a_large_head_has_8_bits(quantisations: dict[str, Quantisation]) -> None:
+    for quantisation in quantisations.values():
+        assert quantisation.default()["decoder"]["lm_head.weight"] == "int8"
+        kinds = [node.op_type for node in quantisation.graph("decoder", {"lm_head.weight": "int8"})]
+        assert kinds.count("MatMulInteger") == 1
 
 
 def test_without_pictures_4_bits_leave_the_tower_in_half(

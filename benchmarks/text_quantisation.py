@@ -1,0 +1,258 @@
+"""What few bits do to a real decoder's text, beside other quantisers of the same weights.
+
+    python -m benchmarks.text_quantisation CHECKPOINT [--output FILE]
+
+The decoder of a checkpoint (such as `benchmarks.real_checkpoint` makes) reads pages of this
+project's documentation: on some of them activations are observed, on others every variant is
+compared with the float graph. Given are the mean Kullback-Leibler divergence of the next token's
+distribution, in nats, the share of tokens whose most probable successor is another, the mean loss,
+and the bytes of the graph's weights. `ort` are ONNX Runtime's own quantisers of the same graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+from meiqa.engine.manifest import DecoderShape
+from meiqa.engine.runtime.decoder import GraphSession
+from meiqa.evaluation.measuring import Column, run_on, table_text
+from meiqa.export import calibration, rounding
+from meiqa.export.calibration import Quantisation, observe
+from meiqa.export.checkpoint import Checkpoint
+from meiqa.export.graphs import decoder_interface, traced
+from meiqa.export.layers import save_graph
+from meiqa.export.verify import Feeds, PiecewiseSession
+
+Floats = NDArray[np.float32]
+DOCS = Path(__file__).parents[1] / "docs"
+OBSERVED = ("culling.md", "inputs.md", "camera.md", "memory.md")
+COMPARED = ("decisions.md", "privacy.md", "reference-mode.md")
+TOKENS, FIRST = 192, 8
+"""Tokens of a page that are read, and that are not judged, since little is known of them."""
+DOWN = "down_proj"
+_COLUMNS = (
+    Column("variant", "variant"),
+    Column("kl", "KL", ".4f"),
+    Column("other", "other token", ".3f"),
+    Column("loss", "loss", ".3f"),
+    Column("mb", "MB", ".0f"),
+)
+
+
+class Reader:
+    """Reads pages with a decoder's graph."""
+
+    def __init__(self, checkpoint: Checkpoint, tokens: int) -> None:
+        self._shape: DecoderShape = checkpoint.text.shape
+        self._embedding = checkpoint.decoder_weight("embed_tokens.weight").float().numpy()
+        self._tokenizer, self._count = checkpoint.tokenizer, tokens
+
+    def ids(self, page: str) -> NDArray[np.int64]:
+        """Tokens of a page of the documentation."""
+        encoded = self._tokenizer.encode((DOCS / page).read_text(), add_special_tokens=False)
+        return np.array(encoded.ids[: self._count], np.int64)
+
+    def feeds(self, ids: NDArray[np.int64]) -> Feeds:
+        """Inputs that ask for the successor of every token."""
+        s, count = self._shape, len(ids)
+        return {
+            "embeds": self._embedding[ids][None, None].astype(np.float32),
+            "positions": np.tile(np.arange(count, dtype=np.float32), (3, 1, 1, 1)),
+            "prefix": np.zeros((s.layers, 2, 1, s.kv_heads, 0, s.head_dim), np.float32),
+            "prefix_lengths": np.zeros(1, np.int64),
+            "past": np.zeros((s.layers, 2, 1, s.kv_heads, 1, 0, s.head_dim), np.float32),
+            "past_lengths": np.zeros((1, 1), np.int64),
+            "logit_positions": np.arange(count)[None, None],
+        }
+
+    def log_probabilities(self, session: GraphSession, page: str) -> Floats:
+        """Give those of each token's successor, (tokens, vocabulary)."""
+        logits = session.run(self.feeds(self.ids(page)))["logits"][0, 0, FIRST:]
+        logits = logits - logits.max(-1, keepdims=True)
+        found: Floats = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return found
+
+
+def compared(reader: Reader, exact: Mapping[str, Floats], made: GraphSession) -> dict[str, float]:
+    """Compare a variant's graph with the float one's log-probabilities of all pages."""
+    rows = []
+    for page, wanted in exact.items():
+        found = reader.log_probabilities(made, page)
+        following = reader.ids(page)[FIRST + 1 :]
+        rows.append(
+            (
+                float((np.exp(wanted) * (wanted - found)).sum(-1).mean()),
+                float((wanted.argmax(-1) != found.argmax(-1)).mean()),
+                float(-found[np.arange(len(following)), following].mean()),
+            )
+        )
+    return dict(zip(("kl", "other", "loss"), np.mean(rows, axis=0).tolist(), strict=True))
+
+
+Variant = Callable[[Path, Path], None]
+"""Writes a variant of the first file's graph to the second."""
+
+
+def ours(
+    precision: str,
+    observed: Mapping[str, Any],
+    *,
+    own_rows: float = rounding.WORTH_OWN_ROWS,
+    float_layers: str | None = None,
+    clips: bool = True,
+) -> Variant:
+    """A graph of this project's; without some of what it does."""
+
+    def write(source: Path, out: Path) -> None:
+        kept = rounding.WORTH_OWN_ROWS, rounding.CLIPS
+        rounding.WORTH_OWN_ROWS = own_rows
+        if not clips:
+            rounding.CLIPS = kept[1][:0]
+        try:
+            quantisation = Quantisation({"decoder": source}, precision, observed)
+            plan = quantisation.default()["decoder"]
+            if float_layers is not None:
+                plan = {
+                    n: calibration.LEFT_IN_FLOAT if float_layers in n else p
+                    for n, p in plan.items()
+                }
+            save_graph(quantisation.graph("decoder", plan), out)
+        finally:
+            rounding.WORTH_OWN_ROWS, rounding.CLIPS = kept
+
+    return write
+
+
+def ort_dynamic(source: Path, out: Path) -> None:
+    """ONNX Runtime's dynamic INT8: a scale an output channel, and one for each activation."""
+    quantize_dynamic(
+        source,
+        out,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        use_external_data_format=True,
+        op_types_to_quantize=["MatMul"],
+    )
+
+
+def ort_four_bits(symmetric: bool) -> Variant:
+    """ONNX Runtime's round-to-nearest in blocks of 32."""
+
+    def write(source: Path, out: Path) -> None:
+        quantiser = MatMulNBitsQuantizer(
+            onnx.load(source),
+            bits=4,
+            block_size=32,
+            is_symmetric=symmetric,
+            nodes_to_exclude=heads_of(source),
+        )
+        quantiser.process()
+        quantiser.model.save_model_to_file(str(out), use_external_data_format=True)
+
+    return write
+
+
+def heads_of(source: Path) -> list[str]:
+    """Name what makes logits, which ours leaves in float as well."""
+    graph = ir.load(source).graph
+    made = next(each for each in graph.outputs if each.name == "logits").producer()
+    return [str(made.name)] if made is not None else []
+
+
+def variants(observed: Mapping[str, Any]) -> Iterator[tuple[str, Variant]]:
+    """Name what is compared."""
+    yield "int8", ours("int8", observed)
+    yield "int8, fixed ranges", ours("int8", observed, own_rows=np.inf)
+    yield (
+        "int8, fixed ranges, down_proj in fp16",
+        ours("int8", observed, own_rows=np.inf, float_layers=DOWN),
+    )
+    yield "int8, all rows by themselves", ours("int8", observed, own_rows=0.0)
+    yield "int8, ort dynamic", ort_dynamic
+    yield "int4", ours("int4", observed)
+    yield "int4, no clipping or weighting", ours("int4", {}, clips=False)
+    yield "int4, ort", ort_four_bits(symmetric=False)
+    yield "int4, ort symmetric", ort_four_bits(symmetric=True)
+
+
+def measured(folder: Path, tokens: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Give a row for each variant of a checkpoint's decoder."""
+    checkpoint = Checkpoint.open(folder)
+    reader = Reader(checkpoint, tokens)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+        source = Path(made) / "decoder.onnx"
+        say("tracing")
+        graph = traced(
+            checkpoint.decoder(),
+            decoder_interface(checkpoint.text.shape),
+            checkpoint.decoder_weight,
+        )
+        save_graph(graph, source)
+        whole = PiecewiseSession(source)
+        exact = {page: reader.log_probabilities(whole, page) for page in COMPARED}
+        say("observing")
+
+        def read_all(sessions: Mapping[str, GraphSession]) -> None:
+            for page in OBSERVED:
+                sessions["decoder"].run(reader.feeds(reader.ids(page)))
+
+        observed = observe({"decoder": source}, read_all)
+        rows = [{"variant": "float", **compared(reader, exact, whole), "mb": size_mb(source)}]
+        for name, write in variants(observed):
+            say(name)
+            out = Path(made) / "other" / "decoder.onnx"
+            out.parent.mkdir()
+            write(source, out)
+            rows.append(
+                {
+                    "variant": name,
+                    **compared(reader, exact, PiecewiseSession(out)),
+                    "mb": size_mb(out),
+                }
+            )
+            for file in out.parent.iterdir():
+                file.unlink()
+            out.parent.rmdir()
+    return rows
+
+
+def size_mb(graph: Path) -> float:
+    """Megabytes of a graph and its weights."""
+    return sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*")) / 1e6
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.text_quantisation", description=__doc__
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+
+    def say(step: str) -> None:
+        sys.stderr.write(f"{step}\n")
+
+    rows = measured(given.checkpoint, given.tokens, say)
+    result = {"tokens": given.tokens, "rows": rows, **run_on("onnxruntime")}
+    sys.stdout.write(f"{table_text(rows, _COLUMNS)}\n")
+    if given.output is not None:
+        given.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
