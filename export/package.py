@@ -19,6 +19,7 @@ from meiqa.engine.calibration import NEUTRAL_GRADED, UNCALIBRATED, check_score_h
 from meiqa.engine.images import ImageSource, fit_to_grid, load_pixels
 from meiqa.engine.local import LocalModel
 from meiqa.engine.manifest import PRECISIONS, ImageProcessing, Manifest
+from meiqa.engine.model import Asked
 from meiqa.engine.package import EnginePackage, file_digest, write_manifest
 from meiqa.engine.prompts import PromptFamily, Prompts, prompt_family
 from meiqa.engine.runtime.decoder import LAYERS_FILE, GraphDecoder, GraphSession
@@ -53,6 +54,17 @@ RIDGE = 1e-2
 CALIBRATED, STUDIED, CHECKED = slice(0, 40), slice(40, 80), slice(80, 120)
 """Which of the pictures ranges are observed on, layers' precisions chosen on, grades checked on."""
 KEY_PICTURES = 256
+A_DESCRIPTION = (
+    "The picture shows a street at dusk, with a cyclist in front of a row of shops. The cyclist is"
+    " in focus and the faces are sharp, but the lamps behind them are clipped to white, and dark"
+    " parts of the road show coarse, coloured noise. Motion has softened the wheels a little. The"
+    " white balance is warm, which suits the hour; contrast is strong, and some shadows hold no"
+    " detail any more. Fine texture in the brick wall looks smeared, as if the camera had removed"
+    " noise there, and faint blocks of compression can be seen around the signs. The composition is"
+    " balanced, although the horizon tilts by 2 or 3 degrees. Overall the quality is fair: pleasant"
+    " at a small size, and disappointing when it is seen at full size."
+)
+"""Read in place of descriptions of their own by models that take long to write one."""
 OBSERVED_TOKENS = 96
 """Longest description while activations are observed; what follows looks alike."""
 SYNTHETIC_PICTURES, SYNTHETIC_SIDE = 4, 256
@@ -236,8 +248,8 @@ class Export:
         observed = {}
         if self.pictures:
             calibrated = self.pictures[CALIBRATED]
-            # Where each written token would read all weights again, questions have to do.
-            writes = PiecewiseSession(files["decoder"]).whole
+            # Where writing takes hours, a text that is read has to do.
+            writes = PiecewiseSession(files["decoder"]).writes_quickly
             asked = "described, graded and compared" if writes else "graded and compared"
             self.options.say(f"observing activations: {len(calibrated)} photographs are {asked}")
             observed = observe(
@@ -291,8 +303,8 @@ class Export:
         """Fit the linear map from visual tokens to a summary's key (ridge regression)."""
         wanted = self.options.key_pictures
         if wanted is None:
-            small = PiecewiseSession(self.folder / "decoder.onnx").whole
-            wanted = KEY_PICTURES if small else 0
+            decoder = PiecewiseSession(self.folder / "decoder.onnx")
+            wanted = KEY_PICTURES if decoder.writes_quickly else 0
         pictures = self.pictures[:wanted]
         if not pictures:
             self.options.say(
@@ -356,7 +368,10 @@ def synthetic_pictures(image: ImageProcessing) -> Pictures:
 
 
 def exercise(model: LocalModel, pictures: Pictures, *, writes: bool) -> None:
-    """Ask everything that the engine asks: read, grade, compare and, if told so, write."""
+    """Ask everything that the engine asks: read, grade, compare and write, or read a description.
+
+    A text that is read shows what layers see of one that is written, in a single call.
+    """
     prefixes = model.prefill([model.encode(picture) for picture in pictures])
     for prefix, other in zip(prefixes, prefixes[1:] + prefixes[:1], strict=True):
         model.grade(prefix)
@@ -365,6 +380,10 @@ def exercise(model: LocalModel, pictures: Pictures, *, writes: bool) -> None:
             limit = min(model.prompts.family.summary_tokens, OBSERVED_TOKENS)
             description = model.describe(prefix, limit)
             model.reflect(prefix, description.text, 3.5, 2.5)
+        else:
+            family = model.prompts.family
+            reading = Asked(family.score + A_DESCRIPTION, family.verdicts)
+            model.log_probabilities([prefix], [reading])
 
 
 def fitted_projection(model: LocalModel, pictures: Pictures) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import NodeProto, ValueInfoProto, helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from meiqa.engine.estimates import expected_grade
 from meiqa.engine.manifest import DecoderShape, ImageProcessing
@@ -20,6 +21,9 @@ from meiqa.engine.runtime.onnx import UNWANTED_OPTIMIZERS
 from meiqa.errors import PackageCorrupted
 
 PIECE_BYTES = 1 << 30
+"""Of weights that are held at a time, at least."""
+MEMORY_SHARE = 1 / 6
+"""Of the memory that is free: three graphs may be held, each with a copy that is being made."""
 GRIDS = ((1, 1), (1, 7), (9, 2), (4, 4), (5, 6))
 DECODER_SHAPES: tuple[tuple[int, ...], ...] = (
     # prefixes, rows, steps, prefix steps, past steps, wanted logits
@@ -45,16 +49,18 @@ class Piece(NamedTuple):
 class PiecewiseSession:
     """A graph file behind `GraphSession`, run piece by piece, each with its own weights only.
 
-    Weights that exceed `piece_bytes`, the bound of those held at a time, are read in each call.
+    Weights that exceed `piece_bytes`, the bound of those held at a time, are read in each call. By
+    default that is what the machine has memory for.
     """
 
-    def __init__(self, path: Path, piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(self, path: Path, piece_bytes: int | None = None) -> None:
         self._path = path
         self._model = onnx.load(path, load_external_data=False)
         graph = self._model.graph
         self._weights = {weight.name: weight for weight in graph.initializer}
         self._outputs = [output.name for output in graph.output]
-        self._pieces = self._cut(piece_bytes)
+        self._sizes = {name: single_bytes(weight) for name, weight in self._weights.items()}
+        self._pieces = self._cut(held_bytes() if piece_bytes is None else piece_bytes)
         self._whole: onnxruntime.InferenceSession | None = None
 
     @property
@@ -62,17 +68,18 @@ class PiecewiseSession:
         """Whether all weights are held at once, so that a call does not read them anew."""
         return len(self._pieces) == 1
 
+    @property
+    def writes_quickly(self) -> bool:
+        """Whether it is small enough to write hundreds of texts with."""
+        return sum(self._sizes.values()) <= PIECE_BYTES
+
     def _cut(self, piece_bytes: int) -> list[Piece]:
         """Cut the graph where the weights of a piece would exceed the bound."""
-        sizes = {}  # as they are once single precision was made of half
-        for name, weight in self._weights.items():
-            width = max(4, helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize)
-            sizes[name] = int(np.prod(weight.dims)) * width
         groups: list[list[NodeProto]] = [[]]
         held: set[str] = set()
         for node in self._model.graph.node:
             needed = {name for name in node.input if name in self._weights}
-            if held and sum(sizes[name] for name in held | needed) > piece_bytes:
+            if held and sum(self._sizes[name] for name in held | needed) > piece_bytes:
                 groups.append([])
                 held = set()
             groups[-1].append(node)
@@ -121,6 +128,19 @@ class PiecewiseSession:
         finally:
             file.unlink()
         return dict(zip(piece.gives, made, strict=True))
+
+
+def single_bytes(weight: TensorProto) -> int:
+    """Bytes of a weight once single precision was made of half."""
+    width = max(4, helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize)
+    return int(np.prod(weight.dims)) * width
+
+
+def held_bytes() -> int:
+    """Bytes of weights that may be held at a time, by the memory that the system says is free."""
+    told = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", told.read_text()) if told.is_file() else None
+    return max(PIECE_BYTES, int(MEMORY_SHARE * 1024 * int(found[1])) if found else 0)
 
 
 def session_of(path: Path) -> onnxruntime.InferenceSession:
