@@ -1,18 +1,20 @@
 """What few bits do to a real decoder's text, beside other quantisers of the same weights.
 
-    python -m benchmarks.text_quantisation CHECKPOINT [--output FILE]
+    python -m benchmarks.text_quantisation CHECKPOINT --work DIR [--output FILE]
 
 The decoder of a checkpoint (such as `benchmarks.real_checkpoint` makes) reads pages of this
 project's documentation: on some of them activations are observed, on others every variant is
 compared with the float graph. Given are the mean Kullback-Leibler divergence of the next token's
 distribution, in nats, the share of tokens whose most probable successor is another, the mean loss,
-and the bytes of the graph's weights. `ort` are ONNX Runtime's own quantisers of the same graph.
+and the bytes of the graph's weights. `ort` are ONNX Runtime's own quantisers of the same graph. The
+float graph stays in DIR for another run, since tracing takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -188,44 +190,41 @@ def variants(observed: Mapping[str, Any]) -> Iterator[tuple[str, Variant]]:
     yield "int4, ort symmetric", ort_four_bits(symmetric=True)
 
 
-def measured(folder: Path, tokens: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def float_graph(checkpoint: Checkpoint, work: Path) -> Path:
+    """Give the decoder's float graph, traced once for each folder."""
+    source = work / "decoder.onnx"
+    if not source.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        interface = decoder_interface(checkpoint.text.shape)
+        save_graph(traced(checkpoint.decoder(), interface, checkpoint.decoder_weight), source)
+    return source
+
+
+def measured(
+    folder: Path, work: Path, tokens: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Give a row for each variant of a checkpoint's decoder."""
     checkpoint = Checkpoint.open(folder)
     reader = Reader(checkpoint, tokens)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-        source = Path(made) / "decoder.onnx"
-        say("tracing")
-        graph = traced(
-            checkpoint.decoder(),
-            decoder_interface(checkpoint.text.shape),
-            checkpoint.decoder_weight,
-        )
-        save_graph(graph, source)
-        whole = PiecewiseSession(source)
-        exact = {page: reader.log_probabilities(whole, page) for page in COMPARED}
-        say("observing")
+    say("tracing")
+    source = float_graph(checkpoint, work)
+    whole = PiecewiseSession(source)
+    exact = {page: reader.log_probabilities(whole, page) for page in COMPARED}
+    say("observing")
 
-        def read_all(sessions: Mapping[str, GraphSession]) -> None:
-            for page in OBSERVED:
-                sessions["decoder"].run(reader.feeds(reader.ids(page)))
+    def read_all(sessions: Mapping[str, GraphSession]) -> None:
+        for page in OBSERVED:
+            sessions["decoder"].run(reader.feeds(reader.ids(page)))
 
-        observed = observe({"decoder": source}, read_all)
-        rows = [{"variant": "float", **compared(reader, exact, whole), "mb": size_mb(source)}]
-        for name, write in variants(observed):
-            say(name)
-            out = Path(made) / "other" / "decoder.onnx"
-            out.parent.mkdir()
+    observed = observe({"decoder": source}, read_all)
+    rows = [{"variant": "float", **compared(reader, exact, whole), "mb": size_mb(source)}]
+    for name, write in variants(observed):
+        say(name)
+        with tempfile.TemporaryDirectory(dir=work) as made:
+            out = Path(made) / "decoder.onnx"
             write(source, out)
-            rows.append(
-                {
-                    "variant": name,
-                    **compared(reader, exact, PiecewiseSession(out)),
-                    "mb": size_mb(out),
-                }
-            )
-            for file in out.parent.iterdir():
-                file.unlink()
-            out.parent.rmdir()
+            found = compared(reader, exact, PiecewiseSession(out))
+            rows.append({"variant": name, **found, "mb": size_mb(out)})
     return rows
 
 
@@ -240,6 +239,7 @@ def main() -> None:
         prog="python -m benchmarks.text_quantisation", description=__doc__
     )
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
@@ -247,7 +247,8 @@ def main() -> None:
     def say(step: str) -> None:
         sys.stderr.write(f"{step}\n")
 
-    rows = measured(given.checkpoint, given.tokens, say)
+    logging.disable(logging.INFO)  # ONNX Runtime's quantisers make the exporter tell all it does
+    rows = measured(given.checkpoint, given.work, given.tokens, say)
     result = {"tokens": given.tokens, "rows": rows, **run_on("onnxruntime")}
     sys.stdout.write(f"{table_text(rows, _COLUMNS)}\n")
     if given.output is not None:

@@ -45,16 +45,18 @@ from meiqa.export.rounding import (
     quantise_int8,
     result_of,
     smoothing_scales,
+    store_in_blocks,
     values_to_observe,
     want_own_rows,
 )
 from meiqa.export.verify import PiecewiseSession
 
-SAMPLED_VALUES, SAMPLED_ROWS = 1 << 20, 1024
+SAMPLED_VALUES, SAMPLED_ROWS = 1 << 22, 1024
 """A sample holds so many rows at most, and so many values: rows of wide layers are fewer."""
 WRITING_EVERY = 16
 """Calls of one token write text; they are many and alike, so one in so many is looked at."""
 LEFT_IN_FLOAT = "fp16"
+IN_BLOCKS = "int8 in blocks"
 LARGEST_HEAD = 0.2
 """Share of the decoder's weights up to which what makes logits stays in float."""
 BUDGETS = {"int8": 0.1, "int4": 0.2}
@@ -68,7 +70,7 @@ COMPARED = 4
 Floats = NDArray[np.float32]
 Files = Mapping[str, Path]
 Assignment = dict[str, str]
-"""Precision by the name of a layer's weight: "int4", "int8" or "fp16"."""
+"""Precision by the name of a layer's weight: "int4", "int8", `IN_BLOCKS` or "fp16"."""
 Pictures = Sequence[NDArray[np.uint8]]
 OpenModel = Callable[[Mapping[str, GraphSession]], Model]
 
@@ -212,7 +214,6 @@ class Quantisation:
             for value, scales in self._scales[name].items():
                 seen[value] = seen[value].divided(scales)
             self._by_rows[name] = want_own_rows(ir.load(self.files[name]), seen)
-            self._by_rows[name] |= {str(head.input.name) for head in self._large_heads(name)}
 
     def ladder(self, name: str) -> list[str]:
         """List the precisions that a graph's layers may have below float, the smallest first."""
@@ -230,7 +231,8 @@ class Quantisation:
     def default(self) -> dict[str, Assignment]:
         """Plan every layer in the smallest precision, but what sees pixels or makes logits.
 
-        A head that is a good part of the decoder has 8 bits: reading it takes most of a token.
+        A head that is a good part of the decoder has 8 bits, in blocks, with its input in float:
+        reading it takes most of a token's time.
         """
         plan = {}
         for name in self.files:
@@ -239,14 +241,9 @@ class Quantisation:
             plan[name] = {layer.name: small for layer in layers}
             for layer in layers[:1] if name == "vision" else heads_among(layers):
                 plan[name][layer.name] = LEFT_IN_FLOAT
-            if "int8" in self.ladder(name):
-                plan[name] |= {layer.name: "int8" for layer in self._large_heads(name)}
+            if name == "decoder":
+                plan[name] |= dict.fromkeys(large_heads(layers), IN_BLOCKS)
         return plan
-
-    def _large_heads(self, name: str) -> list[Layer]:
-        layers = self.layers(name)
-        allowed = LARGEST_HEAD * sum(prod(layer.shape) for layer in layers)
-        return [layer for layer in heads_among(layers) if prod(layer.shape) > allowed]
 
     def graph(self, name: str, assignment: Assignment) -> ir.Model:
         """Make a graph with each layer in its precision, "fp32" for those not named."""
@@ -262,6 +259,7 @@ class Quantisation:
 
         quantise_int8(model, ranges, stored_as("int8"), self._by_rows[name])
         quantise_int4(model, seen, stored_as("int4"))
+        store_in_blocks(model, stored_as(IN_BLOCKS))
         store_as_half(model, stored_as("fp16"))
         return model
 
@@ -269,6 +267,12 @@ class Quantisation:
 def heads_among(layers: Sequence[Layer]) -> list[Layer]:
     """Find what makes logits."""
     return [layer for layer in layers if layer.node.outputs[0].name == "logits"]
+
+
+def large_heads(layers: Sequence[Layer]) -> list[str]:
+    """Name the heads that hold more than `LARGEST_HEAD` of a decoder's weights."""
+    allowed = LARGEST_HEAD * sum(prod(layer.shape) for layer in layers)
+    return [head.name for head in heads_among(layers) if prod(head.shape) > allowed]
 
 
 @dataclass(frozen=True, eq=False)

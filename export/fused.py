@@ -25,7 +25,7 @@ from meiqa.engine.runtime.decoder import (
 from meiqa.errors import PackageCorrupted
 from meiqa.export.decoder import DecoderConfig, axis_frequencies
 from meiqa.export.layers import read
-from meiqa.export.rounding import BY_ROWS
+from meiqa.export.rounding import BLOCK, BY_ROWS
 from meiqa.export.verify import PiecewiseSession, random_feeds
 from meiqa.kernels.decoder import LAYER_LINEARS, MIDDLE, OF_EACH_ROW, FusedShape
 from meiqa.memory.segment import Segment, write_segment
@@ -126,7 +126,8 @@ def head_of(model: ir.Model) -> NDArray[np.float32]:
     """Read what makes logits (inputs, vocabulary), in floats."""
     weight = weight_of(model, "lm_head.weight")
     if weight.dtype == np.int8:
-        weight = weight * stored(model, "lm_head.weight.scale")
+        steps = stored(model, "lm_head.weight.scale")
+        weight = weight * np.repeat(steps, BLOCK, axis=0)[: len(weight)]
     return weight.astype(np.float32)
 
 

@@ -55,6 +55,7 @@ STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COMPARED_ROWS = 256
 BLOCK = 32
 SMALLEST_INT4, LARGEST_INT4 = -8, 7
+DAMPING = 0.01
 CLIPS = np.linspace(0.95, 0.65, 7, dtype=np.float32)
 """Shares of a block's span that are tried as what the outermost codes stand for: clipping a few
 weights is worth it where the others get finer steps."""
@@ -248,7 +249,9 @@ def middle(graph: ir.Graph) -> ir.Value:
 def want_own_rows(model: ir.Model, observed: Mapping[str, Observed]) -> set[str]:
     """Name the activations whose rows are rounded much better by themselves.
 
-    They are those of which a fixed range makes at least `WORTH_OWN_ROWS` times the squared error.
+    They are gated products, whose loudest tokens need not be among those observed, and others of
+    which a fixed range makes `WORTH_OWN_ROWS` times the squared error, that of each row as a share
+    of the row's own squares: a loud row would outweigh all others.
     """
     found = set()
     for layer in layers_of(model):
@@ -257,10 +260,27 @@ def want_own_rows(model: ir.Model, observed: Mapping[str, Observed]) -> set[str]
             continue
         rows = observed[name].rows
         fixed, own = Range.of(observed[name]).rounded(rows), rounded_by_rows(rows)
-        errors = [float(np.square(made - rows).sum()) for made in (fixed, own)]
-        if errors[0] > WORTH_OWN_ROWS * errors[1]:
+        much_lost = share_lost(fixed, rows) > WORTH_OWN_ROWS * share_lost(own, rows)
+        if much_lost or is_gated(layer.input):
             found.add(name)
     return found
+
+
+def is_gated(value: ir.Value) -> bool:
+    """Tell whether an activation is the product of two others."""
+    node = value.producer()
+    return (
+        node is not None
+        and node.op_type == "Mul"
+        and not any(given is None or given.is_initializer() for given in node.inputs)
+    )
+
+
+def share_lost(made: Floats, rows: Floats) -> float:
+    """Give the mean squared error of rows, as a share of each row's squares."""
+    squares = np.square(rows, dtype=np.float64).sum(1)
+    lost = np.square(made - rows, dtype=np.float64).sum(1)
+    return float((lost[squares > 0] / squares[squares > 0]).sum()) / len(rows)
 
 
 def rounded_by_rows(rows: Floats) -> Floats:
@@ -400,16 +420,55 @@ def quantise_int4(model: ir.Model, observed: Mapping[str, Observed], chosen: Cho
     for layer in layers_of(model):
         if not layer.is_convolution and chosen(layer):
             seen = observed.get(str(layer.input.name))
-            importance = np.ones(layer.shape[0]) if seen is None else seen.square
-            weight = weight_in_blocks(layer, importance.astype(np.float32))
-            layer.node.replace_input_with(1, weight)
+            rows = np.eye(layer.shape[0], dtype=np.float32) if seen is None else evened(seen.rows)
+            layer.node.replace_input_with(1, weight_in_blocks(layer, rows))
     drop_unread(model.graph)
 
 
-def weight_in_blocks(layer: Layer, importance: Floats) -> ir.Value:
-    """Store a layer's weight as 4-bit integers, made float again where it is used."""
+def store_in_blocks(model: ir.Model, chosen: Chosen) -> None:
+    """Store the weights of linear layers as bytes with a step for each block, in place.
+
+    Their inputs stay in float, so what is lost is next to nothing.
+    """
+    for layer in layers_of(model):
+        if not layer.is_convolution and chosen(layer):
+            layer.node.replace_input_with(1, weight_in_byte_blocks(layer))
+    drop_unread(model.graph)
+
+
+def weight_in_byte_blocks(layer: Layer) -> ir.Value:
+    """Store a layer's weight as signed bytes, made float again where it is used."""
+    inputs, outputs = layer.shape
+
+    def steps(weight: Floats) -> Floats:
+        largest = np.abs(by_blocks(weight)).max(1) / LARGEST_CODE
+        return np.where(largest > 0, largest, 1.0).astype(np.float32)
+
+    def codes(weight: Floats) -> NDArray[np.int8]:
+        whole = np.rint(by_blocks(weight) / steps(weight)[:, None])
+        return whole.reshape(-1, outputs)[:inputs].astype(np.int8)
+
+    blocks = -(-inputs // BLOCK), outputs
+    step = derived(layer.weight, "scale", ir.DataType.FLOAT, blocks, steps)
+    code = derived(layer.weight, "int8", ir.DataType.INT8, layer.shape, codes)
+    return dequantised([code, step], axis=0, block_size=BLOCK)
+
+
+def evened(rows: Floats) -> Floats:
+    """Give rows (n, C) the same length, so that loud ones don't count for all."""
+    lengths = np.sqrt(np.square(rows).mean(1, keepdims=True))
+    return rows / np.where(lengths > 0, lengths, 1)
+
+
+def weight_in_blocks(layer: Layer, rows: Floats) -> ir.Value:
+    """Store a layer's weight as 4-bit integers, made float again where it is used.
+
+    Args:
+        rows: (n, inputs) what the layer reads, by whose products errors are judged.
+    """
     inputs, outputs = layer.shape
     blocks = -(-inputs // BLOCK)
+    importance = np.square(rows).mean(0)
 
     def scales(weight: Floats) -> Floats:
         return best_block_grid(weight, importance).scale
@@ -418,8 +477,7 @@ def weight_in_blocks(layer: Layer, importance: Floats) -> ir.Value:
         return best_block_grid(weight, importance).zero.astype(np.int8)
 
     def codes(weight: Floats) -> NDArray[np.int8]:
-        whole = block_codes(by_blocks(weight), best_block_grid(weight, importance))
-        return whole.reshape(-1, outputs)[:inputs].astype(np.int8)
+        return compensated_codes(weight, best_block_grid(weight, importance), rows)
 
     step = derived(layer.weight, "scale", ir.DataType.FLOAT, (blocks, outputs), scales)
     zero = derived(layer.weight, "zero", ir.DataType.INT4, (blocks, outputs), zeros)
@@ -478,6 +536,36 @@ def best_block_grid(weight: Floats, importance: Floats) -> BlockGrid:
             *(np.where(better, new, old) for new, old in zip(tried, best, strict=True))
         )
     return best
+
+
+def compensated_codes(weight: Floats, grid: BlockGrid, rows: Floats) -> NDArray[np.int8]:
+    """Round a weight (inputs, outputs) so that its products with rows (n, inputs) change little.
+
+    Input by input, and what rounding one loses, those that are still to come make good as far as
+    they are alike (Frantar et al. 2022, "GPTQ", in the form of its Cholesky factor).
+    """
+    inputs = len(weight)
+    factor = inverse_factor(rows)
+    left, codes = weight.astype(np.float64), np.empty(weight.shape, np.int8)
+    for block, start in enumerate(range(0, inputs, BLOCK)):
+        end = min(start + BLOCK, inputs)
+        step, zero = grid.scale[block], grid.zero[block]
+        lost = np.empty((end - start, weight.shape[1]))
+        for i in range(start, end):
+            code = (np.rint(left[i] / step) + zero).clip(SMALLEST_INT4, LARGEST_INT4)
+            lost[i - start] = (left[i] - (code - zero) * step) / factor[i, i]
+            left[i + 1 : end] -= np.outer(factor[i, i + 1 : end], lost[i - start])
+            codes[i] = code
+        left[end:] -= factor[start:end, end:].T @ lost
+    return codes
+
+
+def inverse_factor(rows: Floats) -> NDArray[np.float64]:
+    """Give the upper Cholesky factor of the inverse of the rows' damped second moments."""
+    moments = rows.T.astype(np.float64) @ rows / len(rows)
+    moments[np.diag_indices_from(moments)] += DAMPING * np.trace(moments) / len(moments) + 1e-12
+    factor: NDArray[np.float64] = np.linalg.cholesky(np.linalg.inv(moments)).T
+    return factor
 
 
 def block_errors(weight: Floats, grid: BlockGrid, importance: Floats) -> Floats:

@@ -17,6 +17,7 @@ from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import GraphDecoder, GraphSession
 from meiqa.export import calibration
 from meiqa.export.calibration import (
+    IN_BLOCKS,
     SAMPLED_ROWS,
     WRITING_EVERY,
     Answers,
@@ -30,8 +31,14 @@ from meiqa.export.calibration import (
     observe,
     observing,
 )
-from meiqa.export.layers import halve, save_graph
-from meiqa.export.rounding import Range, quantise_int4, quantise_int8, values_to_observe
+from meiqa.export.layers import halve, read, save_graph
+from meiqa.export.rounding import (
+    BLOCK,
+    Range,
+    quantise_int4,
+    quantise_int8,
+    values_to_observe,
+)
 from meiqa.export.verify import DECODER_SHAPES, PiecewiseSession, random_feeds
 from tests.engine.samples import SIZES, picture, seen
 from tests.export.small_graphs import Floats, convolution, linear, normal
@@ -238,9 +245,14 @@ def test_by_rule_pixels_and_logits_stay_in_float(
 
 def test_a_large_head_has_8_bits(quantisations: dict[str, Quantisation]) -> None:
     for quantisation in quantisations.values():
-        assert quantisation.default()["decoder"]["lm_head.weight"] == "int8"
-        kinds = [node.op_type for node in quantisation.graph("decoder", {"lm_head.weight": "int8"})]
-        assert kinds.count("MatMulInteger") == 1
+        plan = quantisation.default()["decoder"]
+        assert plan["lm_head.weight"] == IN_BLOCKS
+        made = quantisation.graph("decoder", plan).graph.initializers
+        exact = quantisation.graph("decoder", {}).graph.initializers["lm_head.weight"]
+        codes, steps = (read(made[f"lm_head.weight.{n}"].const_value) for n in ("int8", "scale"))
+        weight, steps = read(exact.const_value), np.repeat(steps, BLOCK, axis=0)[: len(codes)]
+        assert np.abs(weight - codes * steps).max() <= 0.5001 * steps.max()
+        assert len(np.unique(steps[:, 0])) > 1 or len(codes) <= BLOCK
 
 
 def test_without_pictures_4_bits_leave_the_tower_in_half(
@@ -249,7 +261,7 @@ def test_without_pictures_4_bits_leave_the_tower_in_half(
     quantisation = Quantisation(files, "int4", {})
     plan = quantisation.default()
     assert set(plan["vision"].values()) == {"fp16"}
-    assert set(plan["decoder"].values()) == {"int4", "fp16"}
+    assert set(plan["decoder"].values()) == {"int4", IN_BLOCKS}
     saved(quantisation, plan, tmp_path)
 
 

@@ -19,6 +19,7 @@ from meiqa.export.rounding import (
     Range,
     best_block_grid,
     block_errors,
+    evened,
     foldables,
     make_activations_signed,
     quantise_int4,
@@ -212,11 +213,30 @@ def test_plain_rounding_is_off_by_half_a_step_at_most() -> None:
     assert (block_errors(weight, grid, np.ones(64, np.float32)) <= largest).all()
 
 
+def test_what_one_weight_loses_others_make_good() -> None:
+    """Where inputs are alike; the products with them count, and not the weights."""
+    weight, rows = normal(0, 96, 40), normal(1, 300, 12) @ normal(2, 12, 96)
+    rows += 0.1 * normal(3, 300, 96)
+    seen = Observed(rows.min(0), rows.max(0), np.square(rows).mean(0), rows, len(rows))
+    nearest, made = (
+        np.square(rows @ (restored(in_four_bits(weight, observed), 96) - weight)).mean()
+        for observed in ({}, {"x": seen})
+    )
+    assert made < 0.3 * nearest
+
+
+def test_loud_rows_count_no_more_than_others() -> None:
+    rows = normal(1, 50, 8)
+    loud = rows * np.geomspace(1e-3, 1e3, 50, dtype=np.float32)[:, None]
+    np.testing.assert_allclose(evened(loud), evened(rows), rtol=1e-4)
+    assert not evened(np.zeros((2, 8), np.float32)).any()
+
+
 def test_strong_inputs_are_rounded_more_closely() -> None:
     weight = normal(0, 32, 200)
-    square = np.ones(32)
-    square[:4] = 1000.0
-    seen = Observed(-np.ones(32, np.float32), np.ones(32, np.float32), square, normal(1, 2, 32), 2)
+    rows = normal(1, 256, 32)
+    rows[:, :4] *= 30
+    seen = Observed(rows.min(0), rows.max(0), np.square(rows).mean(0), rows, len(rows))
     alike, weighed = (
         np.square(restored(in_four_bits(weight, observed), 32) - weight)[:4].sum()
         for observed in ({}, {"x": seen})
