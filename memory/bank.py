@@ -640,8 +640,9 @@ class MemoryBank:
                 entries, threads = view.all_entries(), 1
                 if incoming is not None:
                     entries, threads = _with_new(view, incoming), 0
+                before, learned = (directory, origin, self._identity), view.version.regression
                 written = versions.write_version(
-                    directory, origin, self._identity, number, entries, threads=threads
+                    *before, number, entries, threads=threads, learned=learned
                 )
                 with written as publish, self._mutex:
                     wal = self._written()
@@ -690,6 +691,11 @@ class MemoryBank:
         """Write the cases with keys of another kind into a new memory; see `maintenance`."""
         views, uses = self.snapshot().views, self._uses()
         return maintenance.rekey(views, uses, self._identity, kind, Path(path))
+
+    def thin(self, path: str | Path, keep: int) -> int:
+        """Write a small memory with fewer anchors, without their tokens; see `maintenance`."""
+        views, uses = self.snapshot().views, self._uses()
+        return maintenance.thin(views, uses, self._identity, Path(path), keep)
 
     def close(self) -> None:
         """Let go of the files, once a compaction has ended; snapshots stay valid."""

@@ -24,6 +24,7 @@ from meiqa.memory.cases import (
     DIGEST_BYTES,
     REGRESSION,
     Entry,
+    Regression,
     Sample,
     Version,
     image_hash,
@@ -198,17 +199,19 @@ def write_version(
     entries: Iterable[Entry],
     *,
     threads: int = 1,
+    learned: Regression | None = None,
 ) -> Iterator[Callable[[], None]]:
     """Write a version that nobody sees before the function given is called.
 
     Its number is one more than the current version's; so many threads build the index, none where
     it is left to the next version. The entries are in the order of their ids, and are read once.
+    Where anchors among them have no tokens to learn from, what was `learned` before stays.
     """
     records_path = directory / _records_name(origin, number)
     build, published = uuid.uuid4().hex, False
     database.create_database(records_path, identity, {"build": build})
     try:
-        path, columns = segment_path(directory, origin), _Columns(origin)
+        path, columns = segment_path(directory, origin), _Columns(origin, learned)
         with SegmentWriter(path, _ATTRIBUTE_BYTES, _MOST_ARRAYS) as writer:
             with database.filling(records_path) as connection:
                 levels = columns.gather(entries, connection)
@@ -257,8 +260,9 @@ class _Kept(NamedTuple):
 class _Columns:
     """What is gathered of all entries."""
 
-    def __init__(self, origin: Origin) -> None:
-        self._origin = origin
+    def __init__(self, origin: Origin, learned: Regression | None = None) -> None:
+        self._origin, self._learned = origin, learned
+        self._all_have_tokens = True
         self._rows: list[_Kept] = []
         self._sample = Sample()
 
@@ -269,6 +273,7 @@ class _Columns:
             insert_record(connection, entry)
             if self._origin == "anchor":  # nothing is learned of predicted scores
                 self._sample.show(record.id, features.tokens, record.score)
+                self._all_have_tokens &= len(features.scales) > 0
             image, digest = image_hash(record.image_digest), entry.digest[:DIGEST_BYTES]
             vectors = features.key, features.scales, features.grid
             self._rows.append(_Kept(*vectors, record.score, image, digest))
@@ -297,5 +302,8 @@ class _Columns:
         # Learned cases are few enough to be compared one by one where no index can be built.
         if threads and (self._origin == "anchor" or can_be_built()):
             arrays |= index_arrays(keys, threads)
-        fitted = self._sample.fitted()
-        return arrays if fitted is None else arrays | {REGRESSION: fitted[0].array}
+        learned = self._learned
+        if self._all_have_tokens:
+            fitted = self._sample.fitted()
+            learned = None if fitted is None else fitted[0]
+        return arrays if learned is None else arrays | {REGRESSION: learned.array}

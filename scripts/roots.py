@@ -92,8 +92,8 @@ def unpacked(path: Path, architecture: Architecture, release: str, *packages: st
 
 
 def _link_by_relative_paths(root: Path) -> None:
-    for name in ("bin", "sbin", "lib"):  # newer releases have these below usr alone
-        if not (root / name).exists():
+    for name in ("bin", "sbin", "lib", "lib64"):  # newer releases have these below usr alone
+        if (root / "usr" / name).exists() and not (root / name).exists():
             (root / name).symlink_to(f"usr/{name}")
     for link in _links(root):
         target = os.readlink(link)
