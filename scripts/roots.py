@@ -2,7 +2,8 @@
 
 A root of another architecture is run by QEMU. Linux hands the emulator's programs to it within a
 namespace of one's own (6.7 or newer, or where binfmt_misc knows the emulator already), so the
-machine stays as it is. There is no network inside.
+machine stays as it is. There is no network inside, and no /sys: it tells of this machine's
+processor, by which ONNX Runtime in a root of another architecture fails.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ MIRROR = os.environ["DEBIAN_MIRROR"]
 _LIBRARIES = ("lib", "lib64", "usr/lib")
 _REGISTERED = "/proc/sys/fs/binfmt_misc/qemu-{}"
 _EMULATOR = "/usr/lib/binfmt.d/qemu-{}.conf"
+_EMULATED = {"QEMU_CPU": "cortex-a76"}
+"""The processor of a Raspberry Pi 5; a Jetson Orin's is much like it."""
 _ENTER = """set -e
 if [ {machine} != "$(uname -m)" ] && [ ! -e {registered} ]; then
   mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
   [ -e {registered} ] || cat {emulator} > /proc/sys/fs/binfmt_misc/register
 fi
-for each in proc sys dev; do mkdir -p {root}/$each; mount --rbind /$each {root}/$each; done
+for each in proc dev; do mkdir -p {root}/$each; mount --rbind /$each {root}/$each; done
 exec chroot {root} /usr/bin/env -i {words}
 """
 
@@ -58,7 +61,7 @@ class Root:
             CalledProcessError: it failed; its `stderr` says why.
         """
         machine = self.architecture.machine
-        given = [f"{name}={value}" for name, value in variables.items()]
+        given = [f"{name}={value}" for name, value in (_EMULATED | dict(variables)).items()]
         entered = _ENTER.format(
             machine=machine,
             registered=_REGISTERED.format(machine),

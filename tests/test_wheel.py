@@ -7,8 +7,9 @@ import os
 import platform
 import subprocess
 import venv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +27,7 @@ SYSTEM = ("dash", "coreutils", "python3", "libstdc++6")
 """Of a machine that scores photos: no pip, no compiler."""
 NO_NETWORK = ("Could not resolve", "Temporary failure", "Could not connect", "Unable to connect")
 INSTALLED_BYTES = 200e6
+Wheels = Callable[[str], Path]
 
 
 @contextmanager
@@ -51,31 +53,27 @@ def run(*command: str | Path, cwd: Path, path: str = os.defpath) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Build the wheels that can be built here, by architecture."""
-    made = {}
-    for machine, architecture in ARCHITECTURES.items():
-        if not missing_tools(architecture):
-            with needs_network():
-                made[machine] = built(architecture, tmp_path_factory.mktemp(machine))
-    return made
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Wheels:
+    """Give what builds the wheel of an architecture, once."""
 
+    @cache
+    def wheel(machine: str) -> Path:
+        if missing := missing_tools(ARCHITECTURES[machine]):
+            pytest.skip(f"not installed: {', '.join(missing)}")
+        with needs_network():
+            return built(ARCHITECTURES[machine], tmp_path_factory.mktemp(machine))
 
-def wheel_of(wheels: dict[str, Path], machine: str) -> Path:
-    if machine not in wheels:
-        pytest.skip(f"{', '.join(missing_tools(ARCHITECTURES[machine]))} not installed")
-    return wheels[machine]
+    return wheel
 
 
 @pytest.fixture(scope="module")
-def python(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python(wheel: Wheels, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give the interpreter of an environment that holds the wheel, and the extra `cpu`."""
-    wheel = wheel_of(wheels, HERE)
     folder = tmp_path_factory.mktemp("wheel")
     venv.create(folder / "env", with_pip=True)
     python = folder / "env" / "bin" / "python"
     pip = (python, "-m", "pip", "--disable-pip-version-check", "-q")
-    run(*pip, "download", "-d", folder / "all", f"{wheel}[cpu]", cwd=folder)
+    run(*pip, "download", "-d", folder / "all", f"{wheel(HERE)}[cpu]", cwd=folder)
     offline = ("--no-index", "--find-links", folder / "all", "--only-binary=:all:")
     run(*pip, "install", *offline, "meiqa[cpu]", cwd=folder, path="")
     return python
@@ -125,9 +123,8 @@ def device(wheel: Path, machine: str) -> Iterator[Root]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", ARCHITECTURES)
-def test_it_scores_a_photo_on_a_device(wheels: dict[str, Path], machine: str) -> None:
-    wheel = wheel_of(wheels, machine)
-    with device(wheel, machine) as root:
+def test_it_scores_a_photo_on_a_device(wheel: Wheels, machine: str) -> None:
+    with device(wheel(machine), machine) as root:
         Image.fromarray(picture(1, (240, 320))).save(root.path / "photo.png")
         score = ("python3", "-m", "meiqa", "score", "/photo.png", "--no-learn", "--format", "json")
         try:
