@@ -97,9 +97,10 @@ def _installed(wheel: Path, wheels: Path, target: Path, *extras: str) -> None:
     if not wheels.is_dir():
         wheels.mkdir()
         shutil.copy(wheel, wheels)
-        subprocess.run(map(str, (script, "fetch", *given)), env=environment, check=True)
-    words = (script, "install", *given, target, *extras)
-    subprocess.run(map(str, words), env=environment, check=True)
+        fetch = (script, "fetch", *given)
+        subprocess.run([*map(str, fetch)], env=environment, check=True)
+    install = (script, "install", *given, target, *extras)
+    subprocess.run([*map(str, install)], env=environment, check=True)
 
 
 def _resident_row(installed: Path, place: Path, name: str, size: tuple[int, int]) -> dict[str, Any]:

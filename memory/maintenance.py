@@ -243,7 +243,8 @@ def thin(views: Views, uses: Mapping[str, Uses], identity: Identity, path: Path,
         np.linspace(0, len(entries) - 1, min(keep, len(entries))).round().astype(int)
     )
     bare = sorted((_without_tokens(entries[i]) for i in chosen), key=lambda entry: entry.record.id)
-    written = {"anchor": iter(bare), "contrast": views["contrast"].all_entries()}
+    learned = views["contrast"].all_entries()
+    written: dict[Origin, Iterator[Entry]] = {"anchor": iter(bare), "contrast": learned}
     _write_anew(path, identity, written, uses, anchors.version.regression)
     return len(bare)
 

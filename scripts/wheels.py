@@ -80,6 +80,8 @@ def built(architecture: Architecture, into: Path) -> Path:
         if asked is None or int(asked[1]) > NEWEST_GLIBC:
             raise ValueError(f"{wheel.name} needs a later glibc than 2.{NEWEST_GLIBC}")
         into.mkdir(parents=True, exist_ok=True)
+        for earlier in into.glob(f"meiqa-*_{machine}.whl"):
+            earlier.unlink()
         return Path(shutil.move(wheel, into / wheel.name))
 
 
