@@ -20,7 +20,7 @@ from meiqa.errors import MeiqaError, install_hint
 from meiqa.formats import tree_text
 from meiqa.locations import package_memory, user_memory
 
-REQUIRED = ("numpy", "pillow", "tokenizers", "click", "platformdirs")
+REQUIRED = ("numpy", "pillow", "tokenizers", "nanobind-backend", "click", "platformdirs")
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 OPTIONAL = ("numba", "hnswlib", "scipy")
 EXTRAS = ("photos", "serve")
