@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-MIRROR = os.environ["DEBIAN_MIRROR"]
 _LIBRARIES = ("lib", "lib64", "usr/lib")
 _REGISTERED = "/proc/sys/fs/binfmt_misc/qemu-{}"
 _EMULATOR = "/usr/lib/binfmt.d/qemu-{}.conf"
@@ -86,12 +85,27 @@ def unpacked(path: Path, architecture: Architecture, release: str, *packages: st
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         unfinished.mkdir(parents=True)
         wanted = f"--architectures={architecture.debian}", f"--include={','.join(packages)}"
-        source = f"deb {MIRROR} {release} main"
+        source = f"deb {mirror()} {release} main"
         words = ("mmdebstrap", "--quiet", "--variant=extract", *wanted, release, unfinished, source)
         subprocess.run(words, check=True, capture_output=True, text=True)
         _link_by_relative_paths(unfinished)
         unfinished.rename(path)
     return Root(path, architecture)
+
+
+def mirror() -> str:
+    """Give the address that this machine fetches Debian's packages from.
+
+    Raises:
+        CalledProcessError: apt does not say.
+        ValueError: it fetches none.
+    """
+    wanted = ("indextargets", "--format", "$(REPO_URI)", "Created-By: Packages")
+    told = subprocess.run(("apt-get", *wanted), check=True, capture_output=True, text=True).stdout
+    addresses = [each for each in told.split() if "security" not in each]
+    if not addresses:
+        raise ValueError("apt has no source of packages: see `man sources.list`")
+    return addresses[0]
 
 
 def _link_by_relative_paths(root: Path) -> None:
