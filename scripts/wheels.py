@@ -109,6 +109,9 @@ def main() -> int:
         except subprocess.CalledProcessError as error:
             sys.stderr.write(f"{error.stdout or ''}{error.stderr}")
             return 1
+        except ValueError as error:
+            sys.stderr.write(f"{machine}: {error}\n")
+            return 1
         sys.stdout.write(f"{wheel} ({wheel.stat().st_size / 1e6:.1f} MB)\n")
     return 0
 
