@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,9 +22,19 @@ from PIL import Image
 
 from meiqa.engine.budget import CostEstimate
 from meiqa.engine.measures import measure_attributes
+from meiqa.engine.sets import Candidate
+from meiqa.engine.shots import ALIKE, likenesses, view_of
 from meiqa.errors import UsageError
-from meiqa.serve.guidance import STILL, Adviser, Evidence, Instruction
-from meiqa.types import Assessment
+from meiqa.serve.guidance import (
+    STILL,
+    Adviser,
+    Change,
+    Direction,
+    Evidence,
+    Instruction,
+    change_text,
+)
+from meiqa.types import Assessment, ShotComparison
 
 FAST_NEIGHBOURS = 8
 """Neighbours of the fast path at most; fewer where the package has fewer."""
@@ -42,6 +52,21 @@ _OTHER_SCENE = 8.0
 _OTHER_SCORE = 0.3
 """Change of the fast score by which the full one is out of date."""
 _FULL_LASTS_S = 20.0
+_AGAIN_S, _AGAIN_MOST_S = 1.0, 16.0
+"""When a frame is tried in full again that there was no time to describe, and at the latest."""
+BEST_S, KEPT_S = 5.0, 10.0
+"""How far back a frame's rival may lie, and how long the best frames are kept."""
+MOST_KEPT, MOST_KEPT_BYTES = 12, 16 << 20
+_MOMENT_S = 1.0
+"""How long ago "the last" is: changes of a camera take about as long."""
+_TOLD = 0.5
+"""Deviations of a comparison within a scene by which two frames of it are told apart."""
+_NOISE_GAIN = 20.0
+"""Variance that white noise of variance 1 has behind the Laplacian."""
+_LEAST_CRISP = 0.02
+"""Share of the Laplacian's variance that is taken to be none of noise's, at the least."""
+_LIGHT, _CRISPNESS, _NOISE = 0.3, 0.7, 2.0
+"""Differences that are seen: in doublings, in log units, in grey levels."""
 _SIZE, _MEASURED = (32, 24), (512, 512)
 _OPENING_S = 10.0
 
@@ -52,14 +77,49 @@ class FrameStats:
 
     cells: NDArray[np.float32]  # (24, 32) mean grey of as many parts of the frame, 0-255
     measured: dict[str, float]  # by `meiqa.engine.measures`, where no side is longer than 512
+    view: NDArray[np.float32]  # what it shows; see `meiqa.engine.shots`
+
+    @property
+    def light(self) -> float:
+        """Exposure in doublings of the grey level."""
+        return math.log2(1.0 + self.measured["exposure"])
+
+    @property
+    def crispness(self) -> float:
+        """How much of the picture is fine: neither light nor noise changes it (log of a ratio)."""
+        fine = math.expm1(self.measured["sharpness"])
+        fine = max(fine - _NOISE_GAIN * self.measured["noise"] ** 2, _LEAST_CRISP * fine)
+        return math.log((1.0 + fine) / (1.0 + float(np.square(self.view).mean())))
 
 
 def frame_stats(pixels: NDArray[np.uint8]) -> FrameStats:
     """Measure a frame (H, W, 3)."""
     image = Image.fromarray(pixels)
     cells = np.asarray(image.convert("L").resize(_SIZE, Image.Resampling.BOX), np.float32)
+    view = view_of(pixels)
     image.thumbnail(_MEASURED)
-    return FrameStats(cells, measure_attributes(np.asarray(image)))
+    return FrameStats(cells, measure_attributes(np.asarray(image)), view)
+
+
+def difference(before: FrameStats, after: FrameStats) -> str | None:
+    """Name what differs most between two frames of a scene, if it can be seen: "sharper"."""
+    light = after.light - before.light
+    crispness = after.crispness - before.crispness
+    noise = after.measured["noise"] - before.measured["noise"]
+    seen = {
+        ("darker", "brighter"): light / _LIGHT,
+        ("softer", "sharper"): crispness / _CRISPNESS,
+        ("less noisy", "noisier"): noise / _NOISE,
+    }
+    words, most = max(seen.items(), key=lambda each: abs(each[1]))
+    return words[most > 0] if abs(most) >= 1.0 else None
+
+
+def same_scene(one: FrameStats, other: FrameStats) -> bool:
+    """Tell whether two frames show the same; one in which nothing can be told is of any scene."""
+    alike = likenesses([one.view, other.view], [one.view, other.view])
+    shows = np.diag(alike) > ALIKE
+    return bool(alike[0, 1] >= ALIKE or not shows.all())
 
 
 def motion_between(before: FrameStats, after: FrameStats) -> float:
@@ -115,6 +175,108 @@ class FramePlan:
     still: bool
     at_s: float
     stats: FrameStats
+    rival: Look | None = None  # the best frame of late of its scene; None if that is a new one
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A frame that took its place among those of its scene.
+
+    `level` is its score as comparisons within the scene have it: that of the scene's first frame,
+    and the gaps since.
+    """
+
+    at_s: float
+    level: float
+    stats: FrameStats
+
+
+@dataclass(frozen=True, eq=False)
+class Look(Seen):
+    """One that others may be compared with; `jpeg` is it itself, where somebody may ask for it."""
+
+    scene: int
+    found: Assessment
+    shot: Candidate
+    jpeg: bytes = field(default=b"", repr=False)
+
+
+class Scenes:
+    """Which scene the camera sees, and the best of its frames; no more than are ever asked for.
+
+    A frame belongs to the scene of its rival, the best frame of the last 5 s, as long as both show
+    the same (`same_scene`); otherwise, or if there is none, a new scene begins with it. A frame
+    that a later one equals or beats is let go: the best of any stretch up to now is still there.
+    """
+
+    def __init__(self) -> None:
+        self._scene = 0
+        self._kept: list[Look] = []  # older, better
+        self._recent: list[Look] = []  # of this scene, and of the last 5 s
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the frames that are kept."""
+        return sum(len(each.jpeg) for each in self._kept)
+
+    def rival(self, stats: FrameStats, at_s: float) -> Look | None:
+        """Give the best frame of late of the scene that a frame belongs to; None of a new one."""
+        of_scene = (each for each in self._kept if each.scene == self._scene)
+        best = next((each for each in of_scene if at_s - each.at_s <= BEST_S), None)
+        return best if best is not None and same_scene(best.stats, stats) else None
+
+    def best(self, seconds: float, now_s: float) -> Look | None:
+        """Give the best frame of the last seconds, up to 10, of whatever scene."""
+        return next((each for each in self._kept if now_s - each.at_s <= seconds), None)
+
+    def take(
+        self,
+        plan: FramePlan,
+        found: Assessment,
+        shot: Candidate,
+        against: ShotComparison | None,
+        jpeg: bytes,
+    ) -> Change:
+        """Give a frame its place, and say what changed."""
+        if plan.rival is None or against is None:
+            self._scene, self._recent = self._scene + 1, []
+            level = found.score
+            change = Change("new", "A new scene", level, True, self._scene)
+        else:
+            level = plan.rival.level + against.gap
+            seen = Seen(plan.at_s, level, plan.stats)
+            change = self._change(seen, plan.rival, _TOLD * against.std)
+        recent = [each for each in self._recent if plan.at_s - each.at_s <= BEST_S]
+        self._recent = [*recent, Seen(plan.at_s, level, plan.stats)]
+        self._keep(Look(plan.at_s, level, plan.stats, self._scene, found, shot, jpeg))
+        return change
+
+    def forget(self) -> None:
+        """Let go of all frames."""
+        self._kept, self._recent = [], []
+
+    def _change(self, seen: Seen, rival: Look, told: float) -> Change:
+        """Compare a look with that of a moment ago, and with the best and the worst of late."""
+        past = [each for each in self._recent if seen.at_s - each.at_s >= _MOMENT_S]
+        before = past[-1] if past else self._recent[0]
+        moved = seen.level - before.level
+        code: Direction = "steady" if abs(moved) <= told else "better" if moved > 0 else "worse"
+        best = seen.level >= rival.level - told
+        worst = min(each.level for each in self._recent)
+        differs = difference(before.stats, seen.stats)
+        lacks = difference(seen.stats, rival.stats)
+        text = change_text(code, best, seen.level - worst > told, differs, lacks)
+        return Change(code, text, seen.level, best, self._scene)
+
+    def _keep(self, look: Look) -> None:
+        self._kept = [
+            each
+            for each in self._kept
+            if look.at_s - each.at_s <= KEPT_S and each.level > look.level
+        ]
+        self._kept.append(look)
+        while len(self._kept) > MOST_KEPT or self.kept_bytes > MOST_KEPT_BYTES:
+            del self._kept[-2]
 
 
 class CameraSession:
@@ -131,6 +293,8 @@ class CameraSession:
         self._pacer = Pacer(camera_hz)
         self._k = min(FAST_NEIGHBOURS, neighbours)
         self._adviser = Adviser()
+        self.scenes = Scenes()
+        self._again_s, self._tried_s = _AGAIN_S, -math.inf
         self._last: FrameStats | None = None
         self._answered_s = math.nan
         self._still_since_s: float | None = None
@@ -150,8 +314,10 @@ class CameraSession:
         if self._full is not None and self._full.is_outdated(stats, at_s):
             self._full = None
         held_s = 0.0 if self._still_since_s is None else at_s - self._still_since_s
-        plan = FramePlan("full", None, None, motion, still, at_s, stats)
-        return plan if self._full is None and held_s >= _STILL_S else self._fast(plan)
+        rival = self.scenes.rival(stats, at_s)
+        plan = FramePlan("full", None, None, motion, still, at_s, stats, rival)
+        due = self._full is None and at_s - self._tried_s >= self._again_s
+        return plan if due and held_s >= _STILL_S else self._fast(plan)
 
     def replan(self, plan: FramePlan, late_ms: float) -> FramePlan:
         """Give a frame, for which there was too little time, as much as it takes."""
@@ -169,7 +335,7 @@ class CameraSession:
         """
         self._answered_s = answered_s
         if plan.kind == "full":
-            self._full = _Full(found, plan.stats, plan.at_s)
+            self._take_full(plan, found)
         else:
             self._pacer.answered()
             if self._full is not None and self._full.is_contradicted(found.score):
@@ -184,6 +350,14 @@ class CameraSession:
             detail=found.detail,
         )
         return self._adviser.advise(evidence, plan.at_s)
+
+    def _take_full(self, plan: FramePlan, found: Assessment) -> None:
+        """Let a full assessment stand, unless there was no time to describe: then try again."""
+        if "no summary" in found.degraded:
+            self._tried_s, self._again_s = plan.at_s, min(2 * self._again_s, _AGAIN_MOST_S)
+        else:
+            self._full = _Full(found, plan.stats, plan.at_s)
+            self._tried_s, self._again_s = -math.inf, _AGAIN_S
 
     @property
     def stands(self) -> bool:
