@@ -1,9 +1,9 @@
 """A running camera: which of its frames are scored, in full or fast, and the frames themselves.
 
-`CameraSession` waits for nothing, reads no clock and knows no model: `/v1/live` and `meiqa camera`
-ask it about every frame and tell it what came of it. Its times are in seconds on any clock that
-does not go back. `Capture` gives the frames of a device or of a video file, by PyAV (BSD; its
-wheels bring FFmpeg, LGPL), on x86-64 and on ARM.
+`CameraSession` waits for nothing, reads no clock and knows no model: `/v1/live` and the `Watcher`
+of `meiqa camera` ask it about every frame and tell it what came of it. Its times are in seconds on
+any clock that does not go back. `Capture` gives the frames of a device or of a video file, by PyAV
+(BSD; its wheels bring FFmpeg, LGPL), on x86-64 and on ARM.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from meiqa.engine.budget import CostEstimate
+from meiqa.engine.engine import Engine
+from meiqa.engine.images import SMALLEST_SIDE
 from meiqa.engine.measures import measure_attributes
 from meiqa.engine.sets import Candidate
 from meiqa.engine.shots import ALIKE, likenesses, view_of
@@ -34,8 +36,9 @@ from meiqa.serve.guidance import (
     Instruction,
     change_text,
 )
-from meiqa.types import Assessment, ShotComparison
+from meiqa.types import Assessment, Budget, ShotComparison
 
+T = TypeVar("T")
 FAST_NEIGHBOURS = 8
 """Neighbours of the fast path at most; fewer where the package has fewer."""
 RATE_HZ = 6.0
@@ -57,6 +60,10 @@ _AGAIN_S, _AGAIN_MOST_S = 1.0, 16.0
 BEST_S, KEPT_S = 5.0, 10.0
 """How far back a frame's rival may lie, and how long the best frames are kept."""
 MOST_KEPT, MOST_KEPT_BYTES = 12, 16 << 20
+SHARES = (1.0, 0.5, 0.25)
+"""Of the pixels that a model looks at, those that a look may have where time is short."""
+_ROOM = 0.85
+"""Share of a turn that a larger look than the last has to fit into."""
 _MOMENT_S = 1.0
 """How long ago "the last" is: changes of a camera take about as long."""
 _TOLD = 0.5
@@ -159,7 +166,7 @@ class Pacer:
         self._needed_ms = max(LEAST_MS, 0.95 * self._needed_ms)
 
     def idle(self, seconds: float) -> None:
-        """Learn how long it took from an answer to the next frame."""
+        """Learn how long it took from a score to the next frame."""
         if 0.0 <= seconds <= _GAP_S:
             self._beside.observe(1e3 * seconds)
 
@@ -175,7 +182,9 @@ class FramePlan:
     still: bool
     at_s: float
     stats: FrameStats
-    rival: Look | None = None  # the best frame of late of its scene; None if that is a new one
+    new_scene: bool = True
+    rival: Look | None = None  # the best frame of late of its scene that is as large, if any
+    share: float = 1.0  # of the pixels that the model looks at
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +205,7 @@ class Look(Seen):
     """One that others may be compared with; `jpeg` is it itself, where somebody may ask for it."""
 
     scene: int
+    share: float
     found: Assessment
     shot: Candidate
     jpeg: bytes = field(default=b"", repr=False)
@@ -219,11 +229,12 @@ class Scenes:
         """Bytes of the frames that are kept."""
         return sum(len(each.jpeg) for each in self._kept)
 
-    def rival(self, stats: FrameStats, at_s: float) -> Look | None:
-        """Give the best frame of late of the scene that a frame belongs to; None of a new one."""
-        of_scene = (each for each in self._kept if each.scene == self._scene)
-        best = next((each for each in of_scene if at_s - each.at_s <= BEST_S), None)
-        return best if best is not None and same_scene(best.stats, stats) else None
+    def rivals(self, stats: FrameStats, at_s: float) -> list[Look]:
+        """Give the best frames of late of the scene that a frame belongs to; none of a new one."""
+        late = [
+            each for each in self._kept if each.scene == self._scene and at_s - each.at_s <= BEST_S
+        ]
+        return late if late and same_scene(late[0].stats, stats) else []
 
     def best(self, seconds: float, now_s: float) -> Look | None:
         """Give the best frame of the last seconds, up to 10, of whatever scene."""
@@ -235,20 +246,26 @@ class Scenes:
         found: Assessment,
         shot: Candidate,
         against: ShotComparison | None,
-        jpeg: bytes,
-    ) -> Change:
-        """Give a frame its place, and say what changed."""
-        if plan.rival is None or against is None:
+        jpeg: bytes = b"",
+    ) -> Change | None:
+        """Give a frame its place, and say what changed.
+
+        Nothing can be said of a frame without a rival in a scene that goes on: its level is taken
+        to be that of the one before.
+        """
+        change, level = None, found.score
+        if plan.new_scene:
             self._scene, self._recent = self._scene + 1, []
-            level = found.score
             change = Change("new", "A new scene", level, True, self._scene)
+        elif plan.rival is None or against is None:
+            level = self._recent[-1].level
         else:
             level = plan.rival.level + against.gap
             seen = Seen(plan.at_s, level, plan.stats)
             change = self._change(seen, plan.rival, _TOLD * against.std)
         recent = [each for each in self._recent if plan.at_s - each.at_s <= BEST_S]
         self._recent = [*recent, Seen(plan.at_s, level, plan.stats)]
-        self._keep(Look(plan.at_s, level, plan.stats, self._scene, found, shot, jpeg))
+        self._keep(Look(plan.at_s, level, plan.stats, self._scene, plan.share, found, shot, jpeg))
         return change
 
     def forget(self) -> None:
@@ -285,6 +302,9 @@ class CameraSession:
     Args:
         camera_hz: frames a second that it gives, if that is known.
         neighbours: those that the package compares with.
+
+    Attributes:
+        scenes: what was seen; fit: what of a look fits where a rate is to be kept.
     """
 
     def __init__(
@@ -293,16 +313,22 @@ class CameraSession:
         self._pacer = Pacer(camera_hz)
         self._k = min(FAST_NEIGHBOURS, neighbours)
         self._adviser = Adviser()
-        self.scenes = Scenes()
+        self.scenes, self.fit = Scenes(), Fit()
         self._again_s, self._tried_s = _AGAIN_S, -math.inf
         self._last: FrameStats | None = None
-        self._answered_s = math.nan
+        self._scored_s = math.nan
         self._still_since_s: float | None = None
         self._full: _Full | None = None
 
-    def plan(self, pixels: NDArray[np.uint8], at_s: float) -> FramePlan:
-        """Take up a frame (H, W, 3)."""
-        self._pacer.idle(at_s - self._answered_s)
+    def plan(
+        self, pixels: NDArray[np.uint8], at_s: float, left_ms: float | None = None
+    ) -> FramePlan:
+        """Take up a frame (H, W, 3).
+
+        Args:
+            left_ms: all that there is for it, where a rate is to be kept.
+        """
+        self._pacer.idle(at_s - self._scored_s)
         stats = frame_stats(pixels)
         motion = None if self._last is None else motion_between(self._last, stats)
         self._last = stats
@@ -314,10 +340,16 @@ class CameraSession:
         if self._full is not None and self._full.is_outdated(stats, at_s):
             self._full = None
         held_s = 0.0 if self._still_since_s is None else at_s - self._still_since_s
-        rival = self.scenes.rival(stats, at_s)
-        plan = FramePlan("full", None, None, motion, still, at_s, stats, rival)
+        share = 1.0 if left_ms is None else self.fit.share(left_ms)
+        rivals = self.scenes.rivals(stats, at_s)
+        rival = next((each for each in rivals if each.share == share), None)
+        new = not rivals
+        plan = FramePlan("full", None, None, motion, still, at_s, stats, new, rival, share)
         due = self._full is None and at_s - self._tried_s >= self._again_s
-        return plan if due and held_s >= _STILL_S else self._fast(plan)
+        plan = plan if due and held_s >= _STILL_S else self._fast(plan)
+        if left_ms is None:
+            return plan
+        return replace(plan, budget_ms=max(1.0, left_ms - self.fit.comparing.careful))
 
     def replan(self, plan: FramePlan, late_ms: float) -> FramePlan:
         """Give a frame, for which there was too little time, as much as it takes."""
@@ -327,13 +359,13 @@ class CameraSession:
     def _fast(self, plan: FramePlan) -> FramePlan:
         return replace(plan, kind="fast", budget_ms=self._pacer.budget_ms, k=self._k)
 
-    def advise(self, plan: FramePlan, found: Assessment, answered_s: float) -> Instruction:
+    def advise(self, plan: FramePlan, found: Assessment, scored_s: float) -> Instruction:
         """Say what to do after a frame was scored.
 
         Args:
-            answered_s: when the answer is given.
+            scored_s: when it was; what follows until the next frame is not in its budget.
         """
-        self._answered_s = answered_s
+        self._scored_s = scored_s
         if plan.kind == "full":
             self._take_full(plan, found)
         else:
@@ -383,6 +415,149 @@ class _Full:
         if self.fast_score is None:
             self.fast_score = fast_score
         return abs(fast_score - self.fast_score) > _OTHER_SCORE
+
+
+class Fit:
+    """What of a look fits into a turn, by what earlier ones took."""
+
+    def __init__(self) -> None:
+        self._read, self._rest = CostEstimate(), CostEstimate()
+        self.comparing = CostEstimate()
+        self._share = SHARES[0]
+
+    def share(self, left_ms: float) -> float:
+        """Give the largest share of the pixels that there is time to read."""
+        for share in SHARES:
+            takes_ms = share * self._read.careful + self._rest.careful + self.comparing.careful
+            if takes_ms <= (left_ms if share <= self._share else _ROOM * left_ms):
+                break
+        self._share = share
+        return share
+
+    def learn(self, found: Assessment, share: float) -> None:
+        """Take a look just done as a measure of the next ones; what a budget shortens is left out.
+
+        A frame that looks exactly like an earlier one was not read, and teaches nothing.
+        """
+        ms = found.timings_ms
+        if not found.counters.get("photo_cache_hits"):
+            self._read.observe(ms.get("read", 0.0) / share)
+            elastic_ms = sum(ms.get(stage, 0.0) for stage in ("read", "describe", "compare"))
+            self._rest.observe(ms["total"] - elastic_ms)
+
+
+class Turns:
+    """Gives so many turns a second; one that was missed is not made up for.
+
+    Args:
+        fps: turns a second.
+        clock: seconds; sleep: lets so many of them pass.
+    """
+
+    def __init__(
+        self,
+        fps: float,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._turn_s, self._clock, self._sleep = 1.0 / fps, clock, sleep
+        self._due_s = clock()
+
+    @property
+    def left_ms(self) -> float:
+        """Milliseconds until the next turn."""
+        return 1e3 * (self._due_s - self._clock())
+
+    def pace(self, frames: Iterable[T]) -> Iterator[T]:
+        """Give the frame that is there at each turn."""
+        following = iter(frames)
+        while True:
+            late_s = self._clock() - self._due_s
+            if late_s < 0:
+                self._sleep(-late_s)
+            self._due_s += self._turn_s if late_s < self._turn_s else late_s + self._turn_s
+            frame = next(following, None)
+            if frame is None:
+                return
+            yield frame
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What came of a frame; `change` is None where it was not compared."""
+
+    plan: FramePlan
+    found: Assessment
+    change: Change | None
+    instruction: Instruction
+
+    @property
+    def level(self) -> float:
+        """Its score beside the other frames of its scene."""
+        return self.found.score if self.change is None else self.change.level
+
+
+class Watcher:
+    """Judges the frames of a camera with an engine of its own.
+
+    Args:
+        full_ms: for a frame that is assessed in full.
+        turns: where a rate is to be kept, with whatever looks fit.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        session: CameraSession,
+        full_ms: float,
+        turns: Turns | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.session = session
+        self._engine, self._full_ms = engine, full_ms
+        self._turns, self._clock = turns, clock
+
+    def judge(self, pixels: NDArray[np.uint8]) -> Judged:
+        """Assess a frame (H, W, 3), compare it with the best of its scene, and say what to do.
+
+        Raises:
+            ImageError: it can't be judged.
+        """
+        left_ms = None if self._turns is None else self._turns.left_ms
+        plan = self.session.plan(pixels, self._clock(), left_ms)
+        shown, most = pixels, self._engine.model.image.max_pixels
+        if plan.share < 1.0:
+            shown = shrunk(pixels, plan.share * most)
+        budget = Budget(ms=plan.budget_ms or self._full_ms)
+        found = self._engine.score(shown, budget=budget, k=plan.k, learn=False)
+        scored_s = self._clock()
+        self.session.fit.learn(found, plan.share)
+        change = self._compare(plan, shown, found)
+        return Judged(plan, found, change, self.session.advise(plan, found, scored_s))
+
+    def _compare(
+        self, plan: FramePlan, shown: NDArray[np.uint8], found: Assessment
+    ) -> Change | None:
+        """Compare a frame with its rival, unless its turn ends before."""
+        comparing = self.session.fit.comparing
+        if self._turns is not None and self._turns.left_ms < comparing.careful:
+            return None
+        began_s = self._clock()
+        shot = self._engine.read_shot(shown)
+        against = plan.rival and self._engine.compare_shots(shot, plan.rival.shot)
+        if plan.rival is not None:
+            comparing.observe(1e3 * (self._clock() - began_s))
+        return self.session.scenes.take(plan, found, shot, against)
+
+
+def shrunk(pixels: NDArray[np.uint8], most: float) -> NDArray[np.uint8]:
+    """Give a frame (H, W, 3) of at most so many pixels."""
+    height, width = pixels.shape[:2]
+    if height * width <= most:
+        return pixels
+    scale = math.sqrt(most / (height * width))
+    size = max(SMALLEST_SIDE, round(scale * width)), max(SMALLEST_SIDE, round(scale * height))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
 @dataclass(frozen=True, eq=False)

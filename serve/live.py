@@ -218,8 +218,9 @@ class LiveCamera:
         except Overloaded as error:
             plan = self._session.replan(plan, 1e3 * (error.retry_after_s or 0.0))
             found = await self._score(frame, plan)
+        scored_s = clock()
         change = await self._compare(frame, plan, pixels.array, found)
-        instruction = self._session.advise(plan, found, clock())
+        instruction = self._session.advise(plan, found, scored_s)
         return {
             "type": "answer",
             "kind": plan.kind,

@@ -113,7 +113,9 @@ class FakeEngine(Engine):
         )
         package = SimpleNamespace(path=Path("/packages/fake"), digest="ab" * 32, manifest=manifest)
         self._package = cast(EnginePackage, package)
-        model = SimpleNamespace(digest=package.digest, calibration=manifest.calibration)
+        model = SimpleNamespace(
+            digest=package.digest, calibration=manifest.calibration, image=manifest.image
+        )
         counts = SimpleNamespace(count_anchors=neighbours, count_contrast=0)
         memory = SimpleNamespace(snapshot=lambda: counts)
         scorer: Any = SimpleNamespace(model=model, memory=memory, prefixes=PrefixCache())
