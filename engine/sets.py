@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +45,8 @@ HELD = 20.0
 """Weight of a comparison of two shots against that of their scores alone, which speak in it
 already: an even gap follows the comparison to 0.64 HELD / (1 + 0.64 HELD) = 93 %."""
 LEAST_COUNT = 1e-6
-SUREST = 1e-4
-"""A preference is taken for no surer than this, or its complement: beyond, a gap says nothing."""
+SUREST = 1e-12
+"""A preference is taken for no surer than this, or its complement, so that its odds are finite."""
 
 Floats = NDArray[np.float64]
 
@@ -273,13 +272,18 @@ def joint_scores(
 
 
 def shots_compared(first: Candidate, second: Candidate, comparer: Comparer) -> ShotComparison:
-    """Compare two shots of one scene with each other alone (Thurstone Case V)."""
+    """Compare two shots of one scene with each other alone.
+
+    The gap is that of Bradley and Terry with the deviation of such a comparison, not Thurstone's:
+    of two shots that are both far behind, it still tells which is farther.
+    """
     calibration = comparer.model.calibration
     logits = comparer.between(first, [second])
     preference = float(told(first, [second], logits, [True], calibration)[0])
     std = calibration.scene.sigma if calibration.scene else calibration.sigma
-    deviate = NormalDist().inv_cdf(min(max(preference, SUREST), 1.0 - SUREST))
-    return ShotComparison(first.path, second.path, preference, std * deviate, std)
+    sure = min(max(preference, SUREST), 1.0 - SUREST)
+    gap = std * math.sqrt(3.0) / math.pi * math.log(sure / (1.0 - sure))
+    return ShotComparison(first.path, second.path, preference, gap, std)
 
 
 def ranked(candidates: Sequence[Candidate], solution: Solution) -> tuple[RankedPhoto, ...]:

@@ -59,15 +59,17 @@ _AGAIN_S, _AGAIN_MOST_S = 1.0, 16.0
 """When a frame is tried in full again that there was no time to describe, and at the latest."""
 BEST_S, KEPT_S = 5.0, 10.0
 """How far back a frame's rival may lie, and how long the best frames are kept."""
-MOST_KEPT, MOST_KEPT_BYTES = 12, 16 << 20
+MOST_KEPT, MOST_KEPT_BYTES = 20, 16 << 20
 SHARES = (1.0, 0.5, 0.25)
 """Of the pixels that a model looks at, those that a look may have where time is short."""
 _ROOM = 0.85
 """Share of a turn that a larger look than the last has to fit into."""
-_MOMENT_S = 1.0
-"""How long ago "the last" is: changes of a camera take about as long."""
-_TOLD = 0.5
-"""Deviations of a comparison within a scene by which two frames of it are told apart."""
+_MOMENT_S, _NOW_S = 1.0, 0.5
+"""How long ago "the last" is, since changes of a camera take about as long; and over how much of
+the time looks are averaged, then and now."""
+_UNSEEN = 1.5
+"""Deviations of a comparison within a scene by which frames are told apart of which nothing that is
+measured differs: the more that does, the smaller a gap counts."""
 _NOISE_GAIN = 20.0
 """Variance that white noise of variance 1 has behind the Laplacian."""
 _LEAST_CRISP = 0.02
@@ -108,8 +110,11 @@ def frame_stats(pixels: NDArray[np.uint8]) -> FrameStats:
     return FrameStats(cells, measure_attributes(np.asarray(image)), view)
 
 
-def difference(before: FrameStats, after: FrameStats) -> str | None:
-    """Name what differs most between two frames of a scene, if it can be seen: "sharper"."""
+def difference(before: FrameStats, after: FrameStats) -> tuple[str | None, float]:
+    """Name what differs most between two frames of a scene, as "sharper", and tell how much.
+
+    It is named from 1 on, where it begins to be seen.
+    """
     light = after.light - before.light
     crispness = after.crispness - before.crispness
     noise = after.measured["noise"] - before.measured["noise"]
@@ -119,7 +124,7 @@ def difference(before: FrameStats, after: FrameStats) -> str | None:
         ("less noisy", "noisier"): noise / _NOISE,
     }
     words, most = max(seen.items(), key=lambda each: abs(each[1]))
-    return words[most > 0] if abs(most) >= 1.0 else None
+    return words[most > 0] if abs(most) >= 1.0 else None, abs(most)
 
 
 def same_scene(one: FrameStats, other: FrameStats) -> bool:
@@ -262,7 +267,7 @@ class Scenes:
         else:
             level = plan.rival.level + against.gap
             seen = Seen(plan.at_s, level, plan.stats)
-            change = self._change(seen, plan.rival, _TOLD * against.std)
+            change = self._change(seen, plan.rival, against.std)
         recent = [each for each in self._recent if plan.at_s - each.at_s <= BEST_S]
         self._recent = [*recent, Seen(plan.at_s, level, plan.stats)]
         self._keep(Look(plan.at_s, level, plan.stats, self._scene, plan.share, found, shot, jpeg))
@@ -272,17 +277,19 @@ class Scenes:
         """Let go of all frames."""
         self._kept, self._recent = [], []
 
-    def _change(self, seen: Seen, rival: Look, told: float) -> Change:
+    def _change(self, seen: Seen, rival: Look, std: float) -> Change:
         """Compare a look with that of a moment ago, and with the best and the worst of late."""
         past = [each for each in self._recent if seen.at_s - each.at_s >= _MOMENT_S]
-        before = past[-1] if past else self._recent[0]
-        moved = seen.level - before.level
-        code: Direction = "steady" if abs(moved) <= told else "better" if moved > 0 else "worse"
-        best = seen.level >= rival.level - told
+        then = past or self._recent[:1]
+        gaps = seen.level - then[-1].level, _mean_level([*self._recent, seen]) - _mean_level(then)
+        differs, by = difference(then[-1].stats, seen.stats)
+        code: Direction = "better" if gaps[0] > 0 else "worse"
+        if gaps[0] * gaps[1] < 0 or min(map(abs, gaps)) <= _told(by, std):
+            code = "steady"
+        lacks, by = difference(seen.stats, rival.stats)
+        best = rival.level - seen.level <= _told(by, std)
         worst = min(each.level for each in self._recent)
-        differs = difference(before.stats, seen.stats)
-        lacks = difference(seen.stats, rival.stats)
-        text = change_text(code, best, seen.level - worst > told, differs, lacks)
+        text = change_text(code, best, seen.level - worst > std, differs, lacks)
         return Change(code, text, seen.level, best, self._scene)
 
     def _keep(self, look: Look) -> None:
@@ -292,8 +299,25 @@ class Scenes:
             if look.at_s - each.at_s <= KEPT_S and each.level > look.level
         ]
         self._kept.append(look)
-        while len(self._kept) > MOST_KEPT or self.kept_bytes > MOST_KEPT_BYTES:
-            del self._kept[-2]
+        while len(self._kept) > 2 and not self._fits():
+            # The one whose neighbours are nearest: its stretch loses least.
+            stretches = zip(self._kept, self._kept[2:], strict=False)
+            lengths = [after.at_s - before.at_s for before, after in stretches]
+            del self._kept[1 + lengths.index(min(lengths))]
+
+    def _fits(self) -> bool:
+        return len(self._kept) <= MOST_KEPT and self.kept_bytes <= MOST_KEPT_BYTES
+
+
+def _mean_level(looks: list[Seen]) -> float:
+    """Give the mean level of the last of some looks."""
+    levels = [each.level for each in looks if looks[-1].at_s - each.at_s < _NOW_S]
+    return sum(levels) / len(levels)
+
+
+def _told(by: float, std: float) -> float:
+    """Give the gap from which on frames are told apart that differ so much; see `difference`."""
+    return _UNSEEN * std / (1.0 + by)
 
 
 class CameraSession:

@@ -116,7 +116,7 @@ class FakeEngine(Engine):
         model = SimpleNamespace(
             digest=package.digest, calibration=manifest.calibration, image=manifest.image
         )
-        counts = SimpleNamespace(count_anchors=neighbours, count_contrast=0)
+        counts = SimpleNamespace(count_anchors=neighbours, count_contrast=0, views={})
         memory = SimpleNamespace(snapshot=lambda: counts)
         scorer: Any = SimpleNamespace(model=model, memory=memory, prefixes=PrefixCache())
         super().__init__(scorer)
