@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -67,10 +67,10 @@ SCORES_DIFFER = 0.24
 
 @dataclass(frozen=True)
 class Watched:
-    """One look at the video: what is there, what was said, and which state the best frame is of."""
+    """One look at a video: what is there, what was said, and which state the best frame is of."""
 
     photo: int
-    state: int
+    state: str
     at_s: float
     score: float
     change: Change | None
@@ -122,8 +122,7 @@ def watched(engine: Engine, photos: Iterable[Bytes], folder: Path) -> Iterator[W
     for number, photo in enumerate(photos):
         film = filmed(frames_of(photo, number), folder / f"{number}.mp4")
         for place, pixels in enumerate(film):
-            state = int(place / RATE_HZ / STATE_S)
-            states[now_s] = STATES[state]
+            states[now_s] = state = STATES[int(place / RATE_HZ / STATE_S)]
             judged = watcher.judge(pixels)
             best = session.scenes.best(BEST_S, now_s)
             best_state = "" if best is None else states[best.at_s]
@@ -139,12 +138,12 @@ def went(codes: Iterable[str], way: str) -> bool:
 
 def judged_change(before: Sequence[Watched], after: Sequence[Watched]) -> dict[str, Any]:
     """Tell what was right of a change, from the looks of the state before and of that after."""
-    names = STATES[before[-1].state], STATES[after[0].state]
+    names = before[-1].state, after[0].state
     way, words = CHANGES[names]
     first = [each for each in after if each.at_s - after[0].at_s < 1.0 - 1e-9]
     changes = [each.change for each in first if each.change is not None]
     said = {each.text.split(" ")[0].rstrip(":") for each in changes if each.code == way}
-    last, sound = after[-1], names[1] == SOUND
+    last, sound = after[-1], after[0].state == SOUND
     is_best = last.change is not None and last.change.best
     gaps = [each.score - before[-1].score for each in first]
     by_scores = ["steady" if abs(g) <= SCORES_DIFFER else ("worse", "better")[g > 0] for g in gaps]
@@ -157,18 +156,26 @@ def judged_change(before: Sequence[Watched], after: Sequence[Watched]) -> dict[s
     }
 
 
+def changes_in(looks: Iterable[Watched]) -> list[dict[str, Any]]:
+    """Judge each change of each photograph."""
+    parts = [
+        (photo, list(part)) for (photo, _), part in groupby(looks, lambda e: (e.photo, e.state))
+    ]
+    return [
+        judged_change(before, after)
+        for (one, before), (other, after) in pairwise(parts)
+        if one == other
+    ]
+
+
 def summary(looks: Sequence[Watched]) -> dict[str, Any]:
     """Sum up what was right."""
-    photos = [[each for each in looks if each.photo == n] for n in range(looks[-1].photo + 1)]
-    found = []
-    for of_photo in photos:
-        parts = [[e for e in of_photo if e.state == state] for state in range(len(STATES))]
-        found += [judged_change(*pair) for pair in pairwise(parts)]
+    found = changes_in(looks)
+    firsts = {next(part).at_s for _, part in groupby(looks, lambda each: each.photo)}
     new = [each for each in looks if each.change is not None and each.change.code == "new"]
-    firsts = {of_photo[0].at_s for of_photo in photos}
     asked = ("trend", "words", "best", "by_scores")
     return {
-        "photographs": len(photos),
+        "photographs": len(firsts),
         "looks": len(looks),
         "changes": len(found),
         **{f"{name}_right": round(float(np.mean([e[name] for e in found])), 4) for name in asked},

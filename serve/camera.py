@@ -76,6 +76,8 @@ _LEAST_CRISP = 0.02
 """Share of the Laplacian's variance that is taken to be none of noise's, at the least."""
 _LIGHT, _CRISPNESS, _NOISE = 0.3, 0.7, 2.0
 """Differences that are seen: in doublings, in log units, in grey levels."""
+_LITTLE, _FULL_DIFFERENCE = 0.5, 4.0
+"""Of such a difference, what is not seen, and that beyond which more makes nothing worse."""
 _SIZE, _MEASURED = (32, 24), (512, 512)
 _OPENING_S = 10.0
 
@@ -110,21 +112,36 @@ def frame_stats(pixels: NDArray[np.uint8]) -> FrameStats:
     return FrameStats(cells, measure_attributes(np.asarray(image)), view)
 
 
-def difference(before: FrameStats, after: FrameStats) -> tuple[str | None, float]:
-    """Name what differs most between two frames of a scene, as "sharper", and tell how much.
+_DIFFERENCES = (("darker", "brighter"), ("softer", "sharper"), ("less noisy", "noisier"))
 
-    It is named from 1 on, where it begins to be seen.
-    """
+
+def differences(before: FrameStats, after: FrameStats) -> NDArray[np.float64]:
+    """Tell how much more light, crispness and noise there is; from 1 on, or -1, it is seen."""
     light = after.light - before.light
     crispness = after.crispness - before.crispness
     noise = after.measured["noise"] - before.measured["noise"]
-    seen = {
-        ("darker", "brighter"): light / _LIGHT,
-        ("softer", "sharper"): crispness / _CRISPNESS,
-        ("less noisy", "noisier"): noise / _NOISE,
-    }
-    words, most = max(seen.items(), key=lambda each: abs(each[1]))
-    return words[most > 0] if abs(most) >= 1.0 else None, abs(most)
+    return np.array([light / _LIGHT, crispness / _CRISPNESS, noise / _NOISE])
+
+
+def difference(before: FrameStats, after: FrameStats) -> tuple[str | None, float]:
+    """Name what differs most between two frames of a scene, as "sharper", and tell how much."""
+    seen = differences(before, after)
+    most = int(np.abs(seen).argmax())
+    size = float(abs(seen[most]))
+    return _DIFFERENCES[most][int(seen[most] > 0)] if size >= 1.0 else None, size
+
+
+def approach(best: FrameStats, before: FrameStats, after: FrameStats) -> float:
+    """Tell by how much a scene comes nearer to the look of its best frame, or goes farther (< 0).
+
+    It is 0 where it comes nearer in one thing and goes farther in another.
+    """
+    was, now = (
+        np.minimum(np.abs(differences(best, each)), _FULL_DIFFERENCE) for each in (before, after)
+    )
+    nearer = was - now
+    one_way = (nearer > -_LITTLE).all() or (nearer < _LITTLE).all()
+    return float(nearer.sum()) if one_way else 0.0
 
 
 def same_scene(one: FrameStats, other: FrameStats) -> bool:
@@ -281,14 +298,20 @@ class Scenes:
         """Compare a look with that of a moment ago, and with the best and the worst of late."""
         past = [each for each in self._recent if seen.at_s - each.at_s >= _MOMENT_S]
         then = past or self._recent[:1]
-        gaps = seen.level - then[-1].level, _mean_level([*self._recent, seen]) - _mean_level(then)
-        differs, by = difference(then[-1].stats, seen.stats)
-        code: Direction = "better" if gaps[0] > 0 else "worse"
-        if gaps[0] * gaps[1] < 0 or min(map(abs, gaps)) <= _told(by, std):
-            code = "steady"
-        lacks, by = difference(seen.stats, rival.stats)
-        best = rival.level - seen.level <= _told(by, std)
+        before = then[-1]
+        gaps = seen.level - before.level, _mean_level([*self._recent, seen]) - _mean_level(then)
+        differs, by = difference(before.stats, seen.stats)
+        moved = 0.0 if gaps[0] * gaps[1] < 0 else min(gaps, key=abs)
+        if abs(moved) <= _told(by, std):
+            moved = 0.0
+        best = not _is_behind(seen, rival, std)
+        if not best and _is_behind(before, rival, std):
+            # Of two that are both far from good, the look of the best says more than a gap.
+            nearer = approach(rival.stats, before.stats, seen.stats)
+            moved = nearer if abs(nearer) >= 1.0 else moved
+        code: Direction = "better" if moved > 0 else "worse" if moved < 0 else "steady"
         worst = min(each.level for each in self._recent)
+        lacks, _ = difference(seen.stats, rival.stats)
         text = change_text(code, best, seen.level - worst > std, differs, lacks)
         return Change(code, text, seen.level, best, self._scene)
 
@@ -313,6 +336,11 @@ def _mean_level(looks: list[Seen]) -> float:
     """Give the mean level of the last of some looks."""
     levels = [each.level for each in looks if looks[-1].at_s - each.at_s < _NOW_S]
     return sum(levels) / len(levels)
+
+
+def _is_behind(seen: Seen, rival: Seen, std: float) -> bool:
+    """Tell whether a frame is seen to be worse than another of its scene."""
+    return rival.level - seen.level > _told(difference(seen.stats, rival.stats)[1], std)
 
 
 def _told(by: float, std: float) -> float:

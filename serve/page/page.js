@@ -278,6 +278,7 @@ async function sendFrame(socket, maxPixels) {
 }
 
 let full = null; // the full assessment that stands
+let hurried = false; // there was no time for one, and the camera is still held still
 
 function onAnswer(answer) {
   const now = performance.now();
@@ -287,10 +288,11 @@ function onAnswer(answer) {
   flight.times = [...flight.times.filter((at) => now - at < 3000), now];
   if (!answer.stands) full = null;
   else if (answer.kind === "full") full = assessment;
+  hurried = answer.still && !full && (hurried || answer.kind === "full");
   keepBest(answer.change?.level ?? assessment.score, assessment.score, now);
   if (answer.change) remember(answer.change, now);
   // One look at a time: nothing of another one is laid over it.
-  showAssessment(full ?? assessment, full ? depthOf(full) : "quick look", answer.kind === "full");
+  showAssessment(full ?? assessment, full ? depthOf(full) : "quick look");
   drawTrend(now);
   showInstruction(answer.instruction);
   const span = (now - flight.times[0]) / 1000;
@@ -370,12 +372,12 @@ const percent = (share) => `${Math.round(100 * share)} %`;
 const onScale = (score) => `${Math.max(0, Math.min(100, 25 * (score - 1)))}%`;
 const spoken = (found) => `${found.score.toFixed(1)}, ${found.word}.`;
 
-function undescribed(depth, tried) {
+function undescribed(depth) {
   if (depth !== "quick look") return "There was no time to describe it.";
-  return tried ? "There was no time to describe it; that is tried again." : "It is described as soon as you hold still.";
+  return hurried ? "There was no time to describe it yet; it is tried again." : "It is described as soon as you hold still.";
 }
 
-function showAssessment(found, depth, tried = false) {
+function showAssessment(found, depth) {
   show($("waiting"), false);
   show($("found"), true);
   const [low, high] = found.ci95.map((end) => Math.max(1, Math.min(5, end)));
@@ -386,7 +388,7 @@ function showAssessment(found, depth, tried = false) {
   $("depth").textContent = depth;
   $("depth").className = depth === "in full" ? "chip full" : "chip";
   placeOnScale($("band"), $("needle"), found.score, low, high);
-  $("summary").textContent = found.reflection || found.summary || undescribed(depth, tried);
+  $("summary").textContent = found.reflection || found.summary || undescribed(depth);
   showDistortions(found.distortions ?? []);
   showNeighbours(found);
   showStages(found);

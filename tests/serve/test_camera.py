@@ -41,6 +41,7 @@ from meiqa.serve.guidance import Change
 from meiqa.testing import FakeClock, FakeEngine, FakeModel
 from meiqa.types import Assessment
 from tests.engine.samples import fake_anchors, fake_engine, picture
+from tests.serve.fakes import perceived, scene_of
 
 SIZE = (96, 128)
 SUMMARY = "Severe JPEG compression. The picture is sharp."
@@ -158,14 +159,6 @@ def test_a_busy_service_gets_what_it_asks_for_and_less_again_later() -> None:
     assert pacer.budget_ms == before
 
 
-def scene_of(seed: int) -> NDArray[np.uint8]:
-    """Give a scene with fine and coarse parts, well lit."""
-    tiles = np.random.default_rng(seed).integers(40, 216, (12, 16, 3))
-    fine = np.random.default_rng(seed + 100).integers(-25, 26, (120, 160, 1))
-    pixels = np.kron(tiles, np.ones((20, 20, 1))) + np.kron(fine, np.ones((2, 2, 1)))
-    return pixels.clip(0, 255).astype(np.uint8)
-
-
 SCENE = scene_of(1)
 
 
@@ -180,12 +173,6 @@ def darkened(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def grainy(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     noise = np.random.default_rng(3).normal(0.0, 9.0, pixels.shape)
     return (pixels + noise).clip(0, 255).astype(np.uint8)
-
-
-def perceived(pixels: Pixels) -> float:
-    """Score a picture by how fine, bright and clean it is."""
-    stats = frame_stats(pixels.array)
-    return 0.3 * stats.crispness + 0.8 * stats.light - 0.15 * stats.measured["noise"] - 1.5
 
 
 class Camera:
