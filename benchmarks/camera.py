@@ -109,7 +109,7 @@ def filmed(frames: Iterable[Bytes], path: Path) -> Iterator[Bytes]:
         container.mux(stream.encode())
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
-            yield frame.to_ndarray(format="rgb24")
+            yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
 
 
 def watched(engine: Engine, photos: Iterable[Bytes], folder: Path) -> Iterator[Watched]:

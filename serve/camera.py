@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -244,7 +244,7 @@ class Scenes:
     def __init__(self) -> None:
         self._scene = 0
         self._kept: list[Look] = []  # older, better
-        self._recent: list[Look] = []  # of this scene, and of the last 5 s
+        self._recent: list[Seen] = []  # of this scene, and of the last 5 s
 
     @property
     def kept_bytes(self) -> int:
@@ -285,8 +285,8 @@ class Scenes:
             level = plan.rival.level + against.gap
             seen = Seen(plan.at_s, level, plan.stats)
             change = self._change(seen, plan.rival, against.std)
-        recent = [each for each in self._recent if plan.at_s - each.at_s <= BEST_S]
-        self._recent = [*recent, Seen(plan.at_s, level, plan.stats)]
+        self._recent = [each for each in self._recent if plan.at_s - each.at_s <= BEST_S]
+        self._recent.append(Seen(plan.at_s, level, plan.stats))
         self._keep(Look(plan.at_s, level, plan.stats, self._scene, plan.share, found, shot, jpeg))
         return change
 
@@ -332,7 +332,7 @@ class Scenes:
         return len(self._kept) <= MOST_KEPT and self.kept_bytes <= MOST_KEPT_BYTES
 
 
-def _mean_level(looks: list[Seen]) -> float:
+def _mean_level(looks: Sequence[Seen]) -> float:
     """Give the mean level of the last of some looks."""
     levels = [each.level for each in looks if looks[-1].at_s - each.at_s < _NOW_S]
     return sum(levels) / len(levels)
@@ -368,6 +368,7 @@ class CameraSession:
         self.scenes, self.fit = Scenes(), Fit()
         self._again_s, self._tried_s = _AGAIN_S, -math.inf
         self._last: FrameStats | None = None
+        self._way = "steady"
         self._scored_s = math.nan
         self._still_since_s: float | None = None
         self._full: _Full | None = None
@@ -411,13 +412,21 @@ class CameraSession:
     def _fast(self, plan: FramePlan) -> FramePlan:
         return replace(plan, kind="fast", budget_ms=self._pacer.budget_ms, k=self._k)
 
-    def advise(self, plan: FramePlan, found: Assessment, scored_s: float) -> Instruction:
+    def advise(
+        self, plan: FramePlan, found: Assessment, scored_s: float, change: Change | None = None
+    ) -> Instruction:
         """Say what to do after a frame was scored.
 
         Args:
             scored_s: when it was; what follows until the next frame is not in its budget.
+            change: since a moment ago: what was said before does not stand.
         """
         self._scored_s = scored_s
+        if change is not None and change.code != self._way:
+            self._way = change.code
+            if change.code != "steady":
+                self._adviser.release()
+                self._full = None
         if plan.kind == "full":
             self._take_full(plan, found)
         else:
@@ -585,7 +594,7 @@ class Watcher:
         scored_s = self._clock()
         self.session.fit.learn(found, plan.share)
         change = self._compare(plan, shown, found)
-        return Judged(plan, found, change, self.session.advise(plan, found, scored_s))
+        return Judged(plan, found, change, self.session.advise(plan, found, scored_s, change))
 
     def _compare(
         self, plan: FramePlan, shown: NDArray[np.uint8], found: Assessment
@@ -596,8 +605,9 @@ class Watcher:
             return None
         began_s = self._clock()
         shot = self._engine.read_shot(shown)
-        against = plan.rival and self._engine.compare_shots(shot, plan.rival.shot)
+        against = None
         if plan.rival is not None:
+            against = self._engine.compare_shots(shot, plan.rival.shot)
             comparing.observe(1e3 * (self._clock() - began_s))
         return self.session.scenes.take(plan, found, shot, against)
 

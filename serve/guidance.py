@@ -3,8 +3,8 @@
 `RULES` has what was measured in the frame, or which distortion, speaks for each;
 docs/camera.md has the same table for people. `Adviser` does not flicker: evidence is averaged over
 half a second, an instruction comes at 0.6, goes below 0.35 and stays for a second and a half at
-least. The first that speaks wins, since it spoils what the later ones look at: a picture that moves
-is soft as well, and one in the dark is noisy.
+least, unless the scene itself has changed. The first that speaks wins, since it spoils what the
+later ones look at: a picture that moves is soft as well, and one in the dark is noisy.
 """
 
 from __future__ import annotations
@@ -160,6 +160,10 @@ class Adviser:
         self._seen_s: float | None = None
         self._given_s = -math.inf
         self._given: Instruction | None = None
+
+    def release(self) -> None:
+        """Let the next instruction come as soon as it speaks: what is seen has changed."""
+        self._given_s = -math.inf
 
     def advise(self, seen: Evidence, now_s: float) -> Instruction:
         """Take one more frame in, and say what to do.

@@ -220,7 +220,7 @@ class LiveCamera:
             found = await self._score(frame, plan)
         scored_s = clock()
         change = await self._compare(frame, plan, pixels.array, found)
-        instruction = self._session.advise(plan, found, scored_s)
+        instruction = self._session.advise(plan, found, scored_s, change)
         return {
             "type": "answer",
             "kind": plan.kind,
@@ -239,8 +239,8 @@ class LiveCamera:
         """Say how a frame looks beside the best of its scene; None if there was no time for it."""
 
         def compared(engine: Engine, _: Budget) -> tuple[Candidate, ShotComparison | None]:
-            shot = engine.read_shot(pixels)
-            return shot, plan.rival and engine.compare_shots(shot, plan.rival.shot)
+            shot, rival = engine.read_shot(pixels), plan.rival
+            return shot, None if rival is None else engine.compare_shots(shot, rival.shot)
 
         try:
             shot, against = await self._service.scheduler.run(compared)
@@ -279,10 +279,14 @@ def _window_of(text: str) -> float:
         asked = json.loads(text) if len(text) <= MOST_HELLO_CHARACTERS else None
     except (ValueError, RecursionError):
         asked = None
-    is_one = isinstance(asked, dict) and asked.get("type") == "best"
-    seconds = asked.get("seconds", BEST_S) if is_one else None
-    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not is_number or not 0 < seconds <= KEPT_S:
+    seconds: object = None
+    if isinstance(asked, dict) and asked.get("type") == "best":
+        seconds = asked.get("seconds", BEST_S)
+    if (
+        not isinstance(seconds, int | float)
+        or isinstance(seconds, bool)
+        or not 0 < seconds <= KEPT_S
+    ):
         raise UsageError(
             "a camera sends frames, or asks for the best of them",
             allowed=f'{{"type": "best", "seconds": {BEST_S:g}}}, of up to {KEPT_S:g}',

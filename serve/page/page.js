@@ -444,7 +444,7 @@ function neighbourRow(one) {
   const name = made("span", "name", words);
   const whose = one.origin === "anchor" ? "by people" : "learned";
   row.append(name, made("span", "quiet", `${one.score.toFixed(2)} ${whose}`));
-  row.append(made("span", "quiet verdict", `yours is ${wins ? "better" : "worse"}, ${percent(wins ? one.preference : 1 - one.preference)}`));
+  row.append(made("span", "quiet", `yours is ${wins ? "better" : "worse"}, ${percent(wins ? one.preference : 1 - one.preference)}`));
   picture(one, name, row);
   const half = 100 * Math.abs(one.preference - 0.5);
   row.append(bar("", { "--from": `${wins ? 50 : 50 - half}%`, "--width": `${half}%` }));

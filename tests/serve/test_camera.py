@@ -240,6 +240,14 @@ def test_a_scene_that_turns_blurred_dark_and_bright_is_followed() -> None:
     assert [change_of(each).best for each in seen] == [i // 10 % 2 == 0 for i in range(50)]
 
 
+def test_what_was_said_before_a_change_does_not_outlive_it() -> None:
+    seen = Camera().watch(SCENE, darkened(darkened(SCENE)), SCENE)
+    codes = [each.instruction.code for each in seen]
+    assert "more-light" not in codes[:10]
+    assert set(codes[13:20]) == {"more-light"}
+    assert "more-light" not in codes[23:]
+
+
 def test_levels_follow_the_comparisons_and_not_the_scores() -> None:
     camera = Camera()
     engine = camera.watcher._engine
