@@ -8,7 +8,8 @@ the next photograph. The frames go the whole way of `meiqa camera`, on a clock o
 each change: does the trend of the first second go the right way, and nowhere else; does it say why;
 is the best frame of the last 5 s a sound one, and is the frame called the best only where it is?
 Of each photograph: is it taken for a new scene, and for one scene? The same is asked of the
-difference of two scores.
+difference of two scores. And how far is the score of a photograph that is looked at with fewer of
+its pixels, as `--fps` does where time is short, and what share of the time does that take?
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from meiqa.engine.engine import Engine
 from meiqa.evaluation.measuring import run_on
 from meiqa.evaluation.scenes import in_bytes, lit
 from meiqa.progress import Progress
-from meiqa.serve.camera import BEST_S, CameraSession, Watcher
+from meiqa.serve.camera import BEST_S, SHARES, CameraSession, Watcher, shrunk
 from meiqa.serve.guidance import Change
 from training.data import pristine_names, read_pixels
 
@@ -185,10 +186,29 @@ def summary(looks: Sequence[Watched]) -> dict[str, Any]:
     }
 
 
+def smaller_looks(engine: Engine, photos: Iterable[Bytes]) -> dict[str, dict[str, float]]:
+    """Score photographs with fewer of their pixels; give the mean distance, and share of time."""
+    most = engine.model.image.max_pixels
+    found: dict[float, list[tuple[float, float]]] = {share: [] for share in SHARES}
+    for photo in photos:
+        for share, each in found.items():
+            scored = engine.score(shrunk(photo, share * most), k=0, learn=False, detail=False)
+            each.append((scored.score, scored.timings_ms["read"]))
+    whole = np.array(found[1.0])
+    return {
+        f"{share:g}": {
+            "score_off": round(float(np.abs(np.array(each) - whole)[:, 0].mean()), 3),
+            "time": round(float(np.median(np.array(each)[:, 1]) / np.median(whole[:, 1])), 3),
+        }
+        for share, each in found.items()
+        if share < 1.0
+    }
+
+
 def bench_camera(data: Path, photographs: int) -> dict[str, Any]:
     """Watch videos of unseen photographs."""
     names = pristine_names(data, held_out=True)[:photographs]
-    photos = (read_pixels(data / "pristine" / "images" / name) for name in names)
+    photos = [read_pixels(data / "pristine" / "images" / name) for name in names]
     total = round(len(names) * len(STATES) * STATE_S * RATE_HZ)
     looks = []
     with (
@@ -199,7 +219,12 @@ def bench_camera(data: Path, photographs: int) -> dict[str, Any]:
         for look in watched(engine, photos, Path(folder)):
             looks.append(look)
             progress.advance()
-    return {**summary(looks), **run_on("onnxruntime", "numpy", "pillow", "av")}
+        smaller = smaller_looks(engine, photos)
+    return {
+        **summary(looks),
+        "smaller_looks": smaller,
+        **run_on("onnxruntime", "numpy", "pillow", "av"),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

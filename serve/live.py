@@ -2,8 +2,8 @@
 
 The client says hello, with its key if the service has keys, and then sends frames, each a JPEG in a
 binary message. Only the newest frame is kept while one is assessed: older ones are dropped, and
-counted. Each frame that is taken up gets one answer, a JSON object with its number. The best frames
-of late are kept as they came, and are given to a client that asks for the best of a window.
+counted. Each frame that is taken up gets one answer, a JSON object with its number. Who says so
+with its hello may ask for the best frame of the last seconds: only then are frames kept.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class LiveCamera:
         self._service: Service = socket.app.state.service
         self._manifest = self._service.scheduler.engines[0].package.manifest
         self._session: CameraSession  # once it has said hello
+        self._keeps_best = False
         self._newest: asyncio.Queue[Frame] = asyncio.Queue(1)
         self._count = self._dropped = self._kept_bytes = 0
         self._sending = asyncio.Lock()
@@ -110,6 +111,7 @@ class LiveCamera:
         authorise(keys, token if isinstance(token, str) else None, "score")
         if not isinstance(camera_hz, int | float) or not 0 < camera_hz < 1000:
             camera_hz = None
+        self._keeps_best = hello.get("best") is True
         neighbours = self._manifest.calibration.neighbours
         self._session = CameraSession(camera_hz, neighbours=neighbours)
         await self.send(
@@ -165,6 +167,9 @@ class LiveCamera:
 
     async def _give_best(self, seconds: float) -> None:
         """Send the best frame of the last seconds, and what came of it."""
+        if not self._keeps_best:
+            hint = '{"type": "hello", "best": true}'
+            raise UsageError("frames are kept for who says so with its hello", hint=hint)
         now_s = clock()
         best = self._session.scenes.best(seconds, now_s)
         if best is None:
@@ -247,7 +252,8 @@ class LiveCamera:
         except Overloaded:
             return None
         scenes = self._session.scenes
-        change = scenes.take(plan, found, shot, against, frame.jpeg)
+        kept = frame.jpeg if self._keeps_best else b""
+        change = scenes.take(plan, found, shot, against, kept)
         try:
             self._hold(scenes.kept_bytes)
         except Overloaded:

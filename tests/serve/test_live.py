@@ -24,6 +24,7 @@ LIVE = "ws://localhost/v1/live"
 WAIT_S = 60.0
 """Nothing takes so long: it only ends a test that would hang."""
 HELLO = {"type": "hello", "token": None, "camera_hz": 30}
+KEEPING = {**HELLO, "best": True}
 
 
 @pytest.fixture
@@ -229,7 +230,7 @@ def test_a_frame_is_compared_with_the_best_of_its_scene(
 def test_the_best_frame_of_a_window_comes_as_it_was_sent(client: TestClient) -> None:
     frames = [grey(level) for level in (100, 200, 30)]
     with client.websocket_connect(LIVE) as camera:
-        camera.send_json(HELLO)
+        camera.send_json(KEEPING)
         camera.receive_json()
         for frame in frames:
             ask(camera, frame)
@@ -247,7 +248,7 @@ def test_the_best_frame_of_a_window_comes_as_it_was_sent(client: TestClient) -> 
 
 def test_without_a_frame_there_is_no_best(client: TestClient) -> None:
     with client.websocket_connect(LIVE) as camera:
-        camera.send_json(HELLO)
+        camera.send_json(KEEPING)
         camera.receive_json()
         camera.send_json({"type": "best", "seconds": 2})
         answer = camera.receive_json()
@@ -266,7 +267,7 @@ def test_without_a_frame_there_is_no_best(client: TestClient) -> None:
 )
 def test_no_other_window_can_be_asked_for(client: TestClient, request_: str) -> None:
     with client.websocket_connect(LIVE) as camera:
-        camera.send_json(HELLO)
+        camera.send_json(KEEPING)
         camera.receive_json()
         ask(camera, grey(100))
         camera.send_text(request_)
@@ -279,7 +280,7 @@ def test_no_other_window_can_be_asked_for(client: TestClient, request_: str) -> 
 
 def test_what_is_kept_of_a_camera_is_counted_and_bounded(client: TestClient) -> None:
     with client.websocket_connect(LIVE) as camera:
-        camera.send_json(HELLO)
+        camera.send_json(KEEPING)
         camera.receive_json()
         for level in range(200, 100, -2):  # each worse than the one before: all worth keeping
             ask(camera, grey(level))
@@ -292,13 +293,26 @@ def test_where_frames_cannot_be_kept_answers_go_on(greys: FakeEngine) -> None:
     limit = int(3.5 * len(grey(200)))
     with client_of(greys, Settings(budget_ms=60_000, max_held_bytes=limit)) as client:
         with client.websocket_connect(LIVE) as camera:
-            camera.send_json(HELLO)
+            camera.send_json(KEEPING)
             camera.receive_json()
             answers = [ask(camera, grey(level)) for level in range(200, 180, -2)]
             assert {answer["type"] for answer in answers} == {"answer"}
             assert held_bytes(client) <= limit
         while held_bytes(client):
             time.sleep(0.001)
+
+
+def test_frames_of_who_does_not_ask_for_it_are_not_kept(client: TestClient) -> None:
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        for level in range(200, 100, -10):
+            ask(camera, grey(level))
+        assert held_bytes(client) == 0
+        camera.send_json({"type": "best"})
+        assert '"best": true' in camera.receive_json()["problem"]["hint"]
+        with pytest.raises(WebSocketDisconnect):
+            camera.receive_json()
 
 
 def test_a_full_look_that_ran_out_of_time_does_not_stand(monkeypatch: pytest.MonkeyPatch) -> None:
