@@ -432,6 +432,9 @@ function showNeighbours({ neighbours }) {
   $("other-neighbours").replaceChildren(...rows.slice(SHOWN_NEIGHBOURS));
   show($("more-neighbours"), rows.length > SHOWN_NEIGHBOURS);
   $("more-neighbours").querySelector("summary").textContent = `${rows.length - SHOWN_NEIGHBOURS} more`;
+  const all = () => decisive.forEach((one, i) => furnish(rows[i], one));
+  all();
+  recall(decisive).then(all);
 }
 
 const word = (score) => ["bad", "poor", "fair", "good", "excellent"][Math.max(0, Math.min(4, Math.floor(1.25 * (score - 1))))];
@@ -445,7 +448,6 @@ function neighbourRow(one) {
   const whose = one.origin === "anchor" ? "by people" : "learned";
   row.append(name, made("span", "quiet", `${one.score.toFixed(2)} ${whose}`));
   row.append(made("span", "quiet", `yours is ${wins ? "better" : "worse"}, ${percent(wins ? one.preference : 1 - one.preference)}`));
-  picture(one, name, row);
   const half = 100 * Math.abs(one.preference - 0.5);
   row.append(bar("", { "--from": `${wins ? 50 : 50 - half}%`, "--width": `${half}%` }));
   return row;
@@ -453,27 +455,27 @@ function neighbourRow(one) {
 
 // What is remembered of photos: what is seen in them, and a thumbnail where one is kept.
 const known = new Map();
+const nameOf = ({ origin, id }) => `${origin} ${id}`;
 
-async function picture(one, name, row) {
-  const key = `${one.origin} ${one.id}`;
-  if (!known.has(key)) known.set(key, recalled(one));
-  const found = await known.get(key);
-  if (!found) return;
-  if (found.summary) name.textContent = found.summary;
-  if (!found.thumbnail) return;
+async function recall(neighbours) {
+  const asked = neighbours.filter((one) => !known.has(nameOf(one)));
+  if (!asked.length) return;
+  for (const one of asked) known.set(nameOf(one), null);
+  const ids = new URLSearchParams(asked.map(({ id }) => ["id", id]));
+  const answer = await fetch(`v1/memory/cases/chosen?${ids}`, { headers: headers() }).catch(() => null);
+  if (!answer?.ok) return; // the rows have words without it
+  for (const one of (await answer.json()).cases) known.set(nameOf(one), one);
+}
+
+function furnish(row, one) {
+  const found = known.get(nameOf(one));
+  if (found?.summary) row.querySelector(".name").textContent = found.summary;
+  if (!found?.thumbnail || row.querySelector("img")) return;
   const image = made("img");
   image.src = `data:image/jpeg;base64,${found.thumbnail}`;
   image.alt = "";
   row.classList.add("pictured");
   row.prepend(image);
-}
-
-async function recalled({ id, origin }) {
-  try {
-    const answer = await fetch(`v1/memory/cases/chosen?id=${encodeURIComponent(id)}`, { headers: headers() });
-    if (!answer.ok) return null;
-    return (await answer.json()).cases.find((one) => one.origin === origin) ?? null;
-  } catch { return null; } // the row has words without it
 }
 
 const STAGES = ["queue", "decode", "detail", "read", "describe", "retrieve", "compare", "fuse", "patterns", "reflect"];

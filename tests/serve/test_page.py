@@ -373,7 +373,7 @@ def test_of_a_service_that_is_gone_nothing_is_left_standing(
     page_of: Open, greys: FakeEngine
 ) -> None:
     with served(greys, Settings(budget_ms=30_000)) as address:
-        page = page_of(address, refusal="ERR_CONNECTION_REFUSED")
+        page = page_of(address, refusal="ERR_CONNECTION")
         page.get_by_role("button", name="Use the camera").click()
         expect(page.locator("#instruction")).to_be_visible(timeout=20_000)
     expect(page.locator("#notice")).to_contain_text("Trying again", timeout=20_000)
