@@ -204,8 +204,8 @@ class FramePlan:
     still: bool
     at_s: float
     stats: FrameStats
-    new_scene: bool = True
-    rival: Look | None = None  # the best frame of late of its scene that is as large, if any
+    best: Look | None = None  # frame of late of its scene; None of a new one
+    rival: Look | None = None  # the best that is as large, if any
     share: float = 1.0  # of the pixels that the model looks at
 
 
@@ -276,7 +276,7 @@ class Scenes:
         to be that of the one before.
         """
         change, level = None, found.score
-        if plan.new_scene:
+        if plan.best is None:
             self._scene, self._recent = self._scene + 1, []
             change = Change("new", "A new scene", level, True, self._scene)
         elif plan.rival is None or against is None:
@@ -284,7 +284,7 @@ class Scenes:
         else:
             level = plan.rival.level + against.gap
             seen = Seen(plan.at_s, level, plan.stats)
-            change = self._change(seen, plan.rival, against.std)
+            change = self._change(seen, plan.best, against.std)
         self._recent = [each for each in self._recent if plan.at_s - each.at_s <= BEST_S]
         self._recent.append(Seen(plan.at_s, level, plan.stats))
         self._keep(Look(plan.at_s, level, plan.stats, self._scene, plan.share, found, shot, jpeg))
@@ -294,7 +294,7 @@ class Scenes:
         """Let go of all frames."""
         self._kept, self._recent = [], []
 
-    def _change(self, seen: Seen, rival: Look, std: float) -> Change:
+    def _change(self, seen: Seen, top: Look, std: float) -> Change:
         """Compare a look with that of a moment ago, and with the best and the worst of late."""
         past = [each for each in self._recent if seen.at_s - each.at_s >= _MOMENT_S]
         then = past or self._recent[:1]
@@ -304,14 +304,14 @@ class Scenes:
         moved = 0.0 if gaps[0] * gaps[1] < 0 else min(gaps, key=abs)
         if abs(moved) <= _told(by, std):
             moved = 0.0
-        best = not _is_behind(seen, rival, std)
-        if not best and _is_behind(before, rival, std):
+        best = not _is_behind(seen, top, std)
+        if not best and _is_behind(before, top, std):
             # Of two that are both far from good, the look of the best says more than a gap.
-            nearer = approach(rival.stats, before.stats, seen.stats)
+            nearer = approach(top.stats, before.stats, seen.stats)
             moved = nearer if abs(nearer) >= 1.0 else moved
         code: Direction = "better" if moved > 0 else "worse" if moved < 0 else "steady"
         worst = min(each.level for each in self._recent)
-        lacks, _ = difference(seen.stats, rival.stats)
+        lacks, _ = difference(seen.stats, top.stats)
         text = change_text(code, best, seen.level - worst > std, differs, lacks)
         return Change(code, text, seen.level, best, self._scene)
 
@@ -396,8 +396,8 @@ class CameraSession:
         share = 1.0 if left_ms is None else self.fit.share(left_ms)
         rivals = self.scenes.rivals(stats, at_s)
         rival = next((each for each in rivals if each.share == share), None)
-        new = not rivals
-        plan = FramePlan("full", None, None, motion, still, at_s, stats, new, rival, share)
+        best = rivals[0] if rivals else None
+        plan = FramePlan("full", None, None, motion, still, at_s, stats, best, rival, share)
         due = self._full is None and at_s - self._tried_s >= self._again_s
         plan = plan if due and held_s >= _STILL_S else self._fast(plan)
         if left_ms is None:

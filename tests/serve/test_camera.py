@@ -305,6 +305,25 @@ def test_bytes_of_kept_frames_are_bounded() -> None:
     assert session.scenes.kept_bytes == 0
 
 
+def test_a_smaller_look_is_the_best_only_if_the_whole_was_no_better() -> None:
+    session, engine = CameraSession(), FakeEngine(perceived)
+    told = []
+    for number, (pixels, share) in enumerate(
+        [(SCENE, 1.0)] * 5 + [(blurred(SCENE), 1.0)] * 5 + [(blurred(SCENE), 0.5)] * 5
+    ):
+        plan = session.plan(pixels, 0.2 * number)
+        as_large = [e for e in session.scenes.rivals(plan.stats, plan.at_s) if e.share == share]
+        plan = replace(plan, share=share, rival=as_large[0] if as_large else None)
+        shot = engine.read_shot(pixels)
+        against = plan.rival and engine.compare_shots(shot, plan.rival.shot)
+        told.append(session.scenes.take(plan, found(shot.score), shot, against))
+    assert [each is None for each in told] == [i == 10 for i in range(15)]  # none is as large
+    assert [each.best for each in told if each] == [True] * 5 + [False] * 9
+    assert {each.scene for each in told if each} == {1}
+    levels = [each.level for each in told if each]
+    assert levels[9:] == pytest.approx([levels[8]] * 5)  # carried on from the larger looks
+
+
 def test_a_full_look_without_a_description_does_not_stand_and_is_tried_again() -> None:
     session, tried = CameraSession(), []
     for number in range(200):
