@@ -37,6 +37,7 @@ from meiqa.memory.index import (
     can_be_built,
     index_arrays,
 )
+from meiqa.memory.pacing import Pace
 from meiqa.memory.segment import (
     Array,
     Segment,
@@ -198,11 +199,13 @@ def write_version(
     entries: Iterable[Entry],
     *,
     threads: int = 1,
+    pace: Pace | None = None,
 ) -> Iterator[Callable[[], None]]:
     """Write a version that nobody sees before the function given is called.
 
     Its number is one more than the current version's; so many threads build the index, none where
-    it is left to the next version. The entries are in the order of their ids, and are read once.
+    it is left to the next version, at a `pace`. The entries are in the order of their ids, and are
+    read once.
     """
     records_path = directory / _records_name(origin, number)
     build, published = uuid.uuid4().hex, False
@@ -213,7 +216,7 @@ def write_version(
             with database.filling(records_path) as connection:
                 levels = columns.gather(entries, connection)
                 writer.stream("levels", levels, identity.widths.token, np.int8)
-            arrays = columns.arrays(identity.widths.key, threads)
+            arrays = columns.arrays(identity.widths.key, threads, pace)
             for name, array in arrays.items():
                 writer.add(name, array)
             with disk_errors(records_path):
@@ -274,7 +277,7 @@ class _Columns:
             self._rows.append(_Kept(*vectors, record.score, image, digest))
             yield features.levels
 
-    def arrays(self, key_width: int, threads: int) -> dict[str, Array]:
+    def arrays(self, key_width: int, threads: int, pace: Pace | None = None) -> dict[str, Array]:
         """Give everything but the levels; so many threads build the index."""
         rows = self._rows
         keys = np.array([row.key for row in rows], np.float16).reshape(-1, key_width)
@@ -296,6 +299,6 @@ class _Columns:
         }
         # Learned cases are few enough to be compared one by one where no index can be built.
         if threads and (self._origin == "anchor" or can_be_built()):
-            arrays |= index_arrays(keys, threads)
+            arrays |= index_arrays(keys, threads, pace)
         fitted = self._sample.fitted()
         return arrays if fitted is None else arrays | {REGRESSION: fitted[0].array}

@@ -305,10 +305,10 @@ def sync_once(options: Options, *, anew: bool = False) -> int:
         from meiqa.memory.replica import Replica
     with _bank(options.memory, "rw") as bank:
         done = Replica(bank, options.hub, cli.hub_device(options)).sync(anew=anew)
-    for each in done.refused:
-        say(one_line(f"refused: {each.name}: {each.reason}"))
+    for complaint in done.complaints:
+        say(one_line(complaint))
     say(f"{options.memory}: {done}")
-    return cli.EXIT_FAILURES if done.refused else 0
+    return cli.EXIT_FAILURES if done.complaints else 0
 
 
 @hub_command.command("init")
