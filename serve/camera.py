@@ -234,11 +234,12 @@ class Look(Seen):
 
 
 class Scenes:
-    """Which scene the camera sees, and the best of its frames; no more than are ever asked for.
+    """Which scene the camera sees, and the best of its frames.
 
-    A frame belongs to the scene of its rival, the best frame of the last 5 s, as long as both show
-    the same (`same_scene`); otherwise, or if there is none, a new scene begins with it. A frame
-    that a later one equals or beats is let go: the best of any stretch up to now is still there.
+    A frame belongs to the scene of the best frame of the last 5 s as long as both show the same
+    (`same_scene`); otherwise, or if there is none, a new scene begins with it. A frame that a later
+    one equals or beats is let go: the best of any stretch up to now is still there, or where they
+    are too many, one from shortly before or after it.
     """
 
     def __init__(self) -> None:
