@@ -370,6 +370,12 @@ class Scorer:
         self.prefixes.put("photos", pixels.digest, prefix)
         return prefix, False
 
+    def graded(self, pixels: Pixels, snapshot: Snapshot) -> tuple[Prefix, Posterior]:
+        """Read a photo and give what its grade and the regression say, with nothing written."""
+        prefix, _ = self.prefill(pixels)
+        regression, _ = self._recalled(token_features(prefix.tokens.values), snapshot)
+        return prefix, before_comparisons([*self.predict(prefix, 0).estimates, *regression])
+
     def predict(
         self,
         prefix: Prefix,
