@@ -35,6 +35,7 @@ from meiqa.locations import embedded_assets, package_memory
 from meiqa.memory import maintenance, versions
 from meiqa.memory.cases import ORIGINS, Case, Entry, Record, Version, check_case, encode_case
 from meiqa.memory.database import REBUILD, Identity, check_identity, store_error
+from meiqa.memory.index import Building
 from meiqa.memory.maintenance import ExportFormat, MemoryStatistics
 from meiqa.memory.pacing import Pace
 from meiqa.memory.retrieval import NEAR_DUPLICATE, Snapshot, View, near_duplicates
@@ -657,8 +658,8 @@ class MemoryBank:
                     self._identity,
                     number,
                     entries,
-                    threads=threads,
-                    pace=pace,
+                    building=Building(threads, pace),
+                    learned=view.version.regression,
                 )
                 with written as publish, self._mutex:
                     wal = self._written()
@@ -708,6 +709,11 @@ class MemoryBank:
         """Write the cases with keys of another kind into a new memory; see `maintenance`."""
         views, uses = self.snapshot().views, self._uses()
         return maintenance.rekey(views, uses, self._identity, kind, Path(path))
+
+    def thin(self, path: str | Path, keep: int) -> int:
+        """Write a small memory with fewer anchors, without their tokens; see `maintenance`."""
+        views, uses = self.snapshot().views, self._uses()
+        return maintenance.thin(views, uses, self._identity, Path(path), keep)
 
     def close(self) -> None:
         """Let go of the files, once a compaction has ended; snapshots stay valid."""

@@ -12,7 +12,7 @@ import importlib.util
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,13 @@ _SPARE = 8
 def can_be_built() -> bool:
     """Tell whether hnswlib is installed."""
     return importlib.util.find_spec("hnswlib") is not None
+
+
+class Building(NamedTuple):
+    """How an index is built: by so many threads, none where it is not, and at what pace."""
+
+    threads: int = 1
+    pace: Pace | None = None
 
 
 def index_arrays(keys: Keys, threads: int = 1, pace: Pace | None = None) -> dict[str, Array]:

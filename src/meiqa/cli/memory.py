@@ -289,6 +289,18 @@ def rekey(options: Options) -> int:
     return 0
 
 
+@memory_command.command("thin")
+@MEMORY
+@cli.option("--keep N", "how many anchors stay", cli.POSITIVE, default=256)
+@cli.option("--out NEW", "must not exist", cli.path, required=True)
+def thin(options: Options) -> int:
+    """Write it again for a small device: fewer anchors, which nothing is compared with."""
+    with _bank(options.memory, "r") as bank:
+        kept = bank.thin(options.out, options.keep)
+    say(f"{options.out}: {kept} anchors without tokens, and what was learned of all")
+    return 0
+
+
 @memory_command.command("sync")
 @MEMORY
 @cli.option("--hub URL", "postgresql://USER@HOST/DATABASE", required=True)
