@@ -61,6 +61,8 @@ class NamedBytes(bytes):
 
 
 MAX_ASPECT, SMALLEST_SIDE = 100.0, 16
+_STRIP_BYTES = 1 << 16
+"""Of samples copied at a time; memory of this size is used again, and not mapped anew."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -403,7 +405,7 @@ def _decode(
             exif, said = exif_of(image), said_of_colours(image)
         if said:
             colours = to_srgb(colours, said, notes)
-        return np.array(_upright(_on_white(colours), image)), notes, exif
+        return _samples(_upright(_on_white(colours), image)), notes, exif
     except ImageError:
         raise
     except Exception as error:  # hostile bytes make Pillow's plugins raise nearly anything
@@ -416,6 +418,17 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         raise _no_pixels(name, width, height)
     if width * height > max_pixels:
         raise _too_large(name, f"{width} x {height} pixels", max_pixels)
+
+
+def _samples(image: Image.Image) -> NDArray[np.uint8]:
+    """Copy an image's samples strip by strip: of a whole one Pillow makes two copies more."""
+    width, height = image.size
+    samples = np.empty((height, width, len(image.getbands())), np.uint8)
+    rows = max(1, _STRIP_BYTES // samples[0].nbytes)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        samples[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
+    return samples
 
 
 def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
