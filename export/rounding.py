@@ -445,8 +445,9 @@ def weight_in_byte_blocks(layer: Layer) -> ir.Value:
         return np.where(largest > 0, largest, 1.0).astype(np.float32)
 
     def codes(weight: Floats) -> NDArray[np.int8]:
-        whole = np.rint(by_blocks(weight) / steps(weight)[:, None])
-        return whole.reshape(-1, outputs)[:inputs].astype(np.int8)
+        whole = np.rint(by_blocks(weight) / steps(weight)[:, None]).astype(np.int8)
+        rounded: NDArray[np.int8] = whole.reshape(-1, outputs)[:inputs]
+        return rounded
 
     blocks = -(-inputs // BLOCK), outputs
     step = derived(layer.weight, "scale", ir.DataType.FLOAT, blocks, steps)
@@ -457,7 +458,7 @@ def weight_in_byte_blocks(layer: Layer) -> ir.Value:
 def evened(rows: Floats) -> Floats:
     """Give rows (n, C) the same length, so that loud ones don't count for all."""
     lengths = np.sqrt(np.square(rows).mean(1, keepdims=True))
-    return rows / np.where(lengths > 0, lengths, 1)
+    return (rows / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
 
 
 def weight_in_blocks(layer: Layer, rows: Floats) -> ir.Value:
