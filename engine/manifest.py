@@ -75,15 +75,6 @@ class ImageProcessing(Record):
                 allowed="min_pixels up to max_pixels",
             )
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What of it a digest is made of: fields that came later count where they are used."""
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in self.later or value is not False
-        }
-
     @cached_property
     def cell_pixels(self) -> int:
         """Side of the square of pixels behind one visual token."""
@@ -94,9 +85,15 @@ class ImageProcessing(Record):
 class DecoderShape(Record):
     """What the host has to know of the decoder.
 
-    `deepstack` says how many more features of `hidden_size` follow a visual token in its row; they
-    enter behind the first layers (Qwen3-VL).
+    Attributes:
+        layers, kv_heads, head_dim: of its keys and values.
+        deepstack: features of `hidden_size` that follow a visual token in its row; they enter
+            behind the first layers (Qwen3-VL).
+        state_layers, state_width: layers that keep a state instead of keys and values, and its
+            values (Qwen3.5).
     """
+
+    later = ("state_layers", "state_width")
 
     layers: int = field(metadata=COUNT)
     kv_heads: int = field(metadata=COUNT)
@@ -104,6 +101,8 @@ class DecoderShape(Record):
     hidden_size: int = field(metadata=COUNT)
     vocab_size: int = field(metadata=COUNT)
     deepstack: int = field(metadata=COUNT_OR_NONE)
+    state_layers: int = field(default=0, metadata=COUNT_OR_NONE)
+    state_width: int = field(default=0, metadata=COUNT_OR_NONE)
 
     @property
     def embed_width(self) -> int:
@@ -285,7 +284,7 @@ class Manifest(Record):
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that makes visual tokens and keys: what a memory is tied to."""
-        made_by: dict[str, Any] = {n: asdict(getattr(self, n)) for n in ("decoder", "prompt")}
+        made_by: dict[str, Any] = {"decoder": self.decoder.identity, "prompt": asdict(self.prompt)}
         made_by["image"] = self.image.identity
         made_by["files"] = dict(self.files)
         if self.ends:

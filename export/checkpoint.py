@@ -90,14 +90,15 @@ class StoredWeights(Mapping[str, Tensor]):
         self._tensors = tensors
 
     @classmethod
-    def open(cls, folder: Path) -> StoredWeights:
-        """Read the headers of a checkpoint's shards."""
+    def open(cls, folder: Path, unread: tuple[str, ...] = ()) -> StoredWeights:
+        """Read the headers of a checkpoint's shards, but of names that begin with `unread`."""
         found: dict[str, StoredTensor] = {}
         for shard in shards_of(folder):
             with opened(shard) as file:
                 for name in file.keys():  # noqa: SIM118, not a mapping
-                    shape = tuple(file.get_slice(name).get_shape())
-                    found[canonical(name)] = StoredTensor(shard, name, shape)
+                    if not name.startswith(unread):
+                        shape = tuple(file.get_slice(name).get_shape())
+                        found[canonical(name)] = StoredTensor(shard, name, shape)
         return cls(found)
 
     def below(self, root: str) -> StoredWeights:
@@ -249,17 +250,18 @@ class Checkpoint:
                 seen=architecture,
                 allowed=", ".join(sorted(FAMILIES)),
             )
+        family = FAMILIES[architecture]
         made = cls(
             folder=folder,
-            family=FAMILIES[architecture],
+            family=family,
             config=config,
             processing=read_processing(folder),
-            weights=StoredWeights.open(folder),
+            weights=StoredWeights.open(folder, family.unread),
             tokenizer=read_tokenizer(folder / "tokenizer.json"),
         )
         if wrong := list(made.misfits()):
             raise PackageCorrupted(
-                f"{folder} does not hold the weights of {made.family.architecture}",
+                f"{folder} does not hold the weights of {family.architecture}",
                 seen=", ".join(wrong[:SHOWN_NAMES]),
                 hint="compare config.json with the weights",
             )
@@ -301,7 +303,7 @@ class Checkpoint:
         """
         stored = self.weights.below(TEXT) if stored is None else stored
         tied = name == HEAD and self.text.tie_word_embeddings and name not in stored
-        return stored[EMBEDDING if tied else name]
+        return self.family.decoder_weight(EMBEDDING if tied else name, stored)
 
     def misfits(self) -> Iterator[str]:
         """Name the tensors that are missing, of another shape, or of no part, by their headers."""

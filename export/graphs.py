@@ -39,7 +39,7 @@ AXES = {
     "wanted": (4, Dim("wanted", max=32768)),
 }
 """Dynamic axes, each with a size of its own while it is traced: none is taken for another."""
-INDEX_INPUTS = ("prefix_lengths", "past_lengths", "logit_positions")
+INDEX_INPUTS = ("prefix_lengths", "past_lengths", "logit_positions", "kept_lengths")
 """Inputs of whole numbers, int64; all others are float32."""
 Weight = Callable[[str], Tensor]
 """Reads a parameter by its name."""
@@ -56,6 +56,11 @@ def decoder_interface(shape: DecoderShape) -> Graph:
     """Describe the decoder's graph; see `SharedPrefixDecoder.forward`."""
     layers, heads, width = shape.layers, shape.kv_heads, shape.head_dim
     rows: Shape = ("prefixes", "rows")
+    states: dict[str, Shape] = {}
+    kept: dict[str, Shape] = {}
+    if shape.state_layers:
+        state = (shape.state_layers, *rows, shape.state_width)
+        states, kept = {"states": state, "kept_lengths": rows}, {"kept_states": state}
     return Graph(
         "decoder.onnx",
         "decoder.onnx.data",
@@ -67,11 +72,13 @@ def decoder_interface(shape: DecoderShape) -> Graph:
             "past": (layers, 2, "prefixes", heads, "rows", "past_steps", width),
             "past_lengths": rows,
             "logit_positions": (*rows, "wanted"),
+            **states,
         },
         {
             "logits": (*rows, "wanted", shape.vocab_size),
             "hidden": (*rows, "steps", shape.hidden_size),
             "key_values": (layers, 2, "prefixes", heads, "rows", "steps", width),
+            **kept,
         },
     )
 

@@ -158,7 +158,7 @@ def random_feeds(shape: DecoderShape, sizes: Sequence[int], rng: np.random.Gener
     def normal(*extents: int) -> NDArray[np.float32]:
         return rng.standard_normal(extents, np.float32)
 
-    return {
+    feeds: dict[str, Array] = {
         "embeds": 0.5 * normal(p, r, s, shape.embed_width),
         "positions": rng.integers(0, 64, (3, p, r, s)).astype(np.float32),
         "prefix": normal(layers, 2, p, heads, lp, width),
@@ -167,6 +167,10 @@ def random_feeds(shape: DecoderShape, sizes: Sequence[int], rng: np.random.Gener
         "past_lengths": rng.integers(0, lt + 1, (p, r)),
         "logit_positions": rng.integers(0, s, (p, r, n)),
     }
+    if shape.state_layers:
+        feeds["states"] = normal(shape.state_layers, p, r, shape.state_width)
+        feeds["kept_lengths"] = rng.integers(0, s + 1, (p, r))
+    return feeds
 
 
 def require_parity(

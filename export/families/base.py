@@ -18,6 +18,9 @@ Config = Mapping[str, Any]
 """A config.json. Whoever reads one raises PackageCorrupted where a field is missing, unreadable,
 does not fit the others or asks for what the graphs can't do."""
 
+Weight = Callable[[str, Mapping[str, Tensor]], Tensor]
+"""Gives the value of a parameter, by its name in our module, out of stored tensors by theirs."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -31,6 +34,8 @@ class Family:
         prompt: name of the prompt family that suits it best.
         tower_weight: value of one parameter of the tower, out of the stored tensors by their names
             below "visual."; as stored by default.
+        decoder_weight: the same of the decoder, by their names below "language_model.".
+        unread: what the names of stored tensors begin with that the engine has no use for.
     """
 
     architecture: str
@@ -39,7 +44,9 @@ class Family:
     decoder: Callable[[Config], DecoderConfig]
     grid: Callable[[Config], tuple[int, int]]
     prompt: str = "visualquality-r1"
-    tower_weight: Callable[[str, Mapping[str, Tensor]], Tensor] = lambda name, stored: stored[name]
+    tower_weight: Weight = lambda name, stored: stored[name]
+    decoder_weight: Weight = lambda name, stored: stored[name]
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,8 +157,8 @@ def read_decoder(config: Config, **differences: Any) -> DecoderConfig:
         raise text.refuse("num_attention_heads", f"a divisor of {shape.hidden_size}")
     if shape.num_attention_heads % shape.num_key_value_heads:
         raise text.refuse("num_key_value_heads", f"a divisor of {shape.num_attention_heads}")
-    if sum(channels) * 2 != shape.head_dim:
-        raise rotary.refuse("mrope_section", f"a sum of {shape.head_dim / 2:g}")
+    if sum(channels) * 2 != shape.rotary_dim:
+        raise rotary.refuse("mrope_section", f"a sum of {shape.rotary_dim / 2:g}")
     return shape
 
 
