@@ -54,9 +54,11 @@ class ImageProcessing(Record):
         mean, std: normalisation of each channel, for pixels scaled to 0-1.
         pad_to_grid: whether a photo less than a token from whole tokens keeps its pixels as they
             are, trimmed or continued by its mirror image, instead of being resized.
+        tile_pixels: side of the square tiles in which the tower sees a photo; 0 where it sees it
+            as one. tilings: rows and columns of tiles that a photo may be cut into.
     """
 
-    later = ("pad_to_grid",)
+    later = ("pad_to_grid", "tile_pixels", "tilings")
 
     patch_size: int = field(metadata=COUNT)
     merge_size: int = field(metadata=COUNT)
@@ -65,9 +67,17 @@ class ImageProcessing(Record):
     mean: tuple[float, float, float] = field(metadata={**FINITE, "count": 3})
     std: tuple[float, float, float] = field(metadata={**POSITIVE, "count": 3})
     pad_to_grid: bool = field(default=False, metadata=YES_OR_NO)
+    tile_pixels: int = field(default=0, metadata=COUNT_OR_NONE)
+    tilings: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if bool(self.tile_pixels) != bool(self.tilings):
+            raise PackageCorrupted(
+                "the manifest does not say how photos are cut into tiles",
+                seen=f"tile_pixels {self.tile_pixels}, tilings {self.tilings}",
+                allowed="both, or neither",
+            )
         if self.min_pixels > self.max_pixels:
             raise PackageCorrupted(
                 "the manifest's bounds of the area are swapped",

@@ -83,7 +83,7 @@ class DecoderConfig:
             by channel if they are interleaved.
         head_dim: 0 means hidden_size / num_attention_heads.
         deepstack: features that each embedding carries for the first layers, n.
-        rotary_dim: channels of a head that positions turn, the first ones; 0 means all.
+        rotary_dim: how many of a head's channels positions turn, the first ones; 0 means all.
         attention_gate: whether a gate for each channel that attention gives is made beside queries.
         delta: the layers that keep a state instead of keys and values, if there are any.
     """
@@ -110,8 +110,11 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if not self.rotary_dim:
-            object.__setattr__(self, "rotary_dim", self.head_dim)
+
+    @property
+    def turned(self) -> int:
+        """Channels of a head that positions turn."""
+        return self.rotary_dim or self.head_dim
 
     @property
     def shape(self) -> DecoderShape:
@@ -326,8 +329,9 @@ class GatedDeltaNet(nn.Module):
         keys = delta.key_heads * delta.key_width
         query, key, value = torch.split(convolved, [keys, keys, convolved.shape[2] - 2 * keys], -1)
         query, key = (
-            by_chunk(unit(each.unflatten(-1, (delta.key_heads, delta.key_width))))
-            .repeat_interleave(heads // delta.key_heads, 2)
+            by_chunk(
+                unit(each.unflatten(-1, (delta.key_heads, delta.key_width)))
+            ).repeat_interleave(heads // delta.key_heads, 2)
             for each in (query, key)
         )
         query = query * delta.key_width**-0.5
@@ -530,7 +534,7 @@ def axis_frequencies(config: DecoderConfig) -> Tensor:
 
     Gives (3, half of the channels of a head that are turned).
     """
-    half = config.rotary_dim // 2
+    half = config.turned // 2
     if sum(config.mrope_section) != half:
         raise ValueError(
             f"mrope_section {config.mrope_section} must sum to half a head, which is {half}"

@@ -422,8 +422,18 @@ def usual_and_most(package: EnginePackage) -> tuple[int, int]:
 
 
 def vision_profiles(package: EnginePackage) -> list[Profile]:
-    """Cover every grid that the package's photos are fitted to."""
+    """Cover every grid that the package's photos are fitted to, or every number of tiles."""
     _, most = usual_and_most(package)
+    image = package.manifest.image
+    if image.tile_pixels:
+        along = image.tile_pixels // image.cell_pixels
+        tiles = 1 + max(1, image.max_pixels // image.tile_pixels**2)
+        usual = tiles // 2 + 1
+        # Of each tile all tokens are shown at most, and the mark behind each line of it.
+        shown = {"shown": (1, usual * along**2, tiles * along * (along + 1))}
+        return [
+            profile_of(package.manifest.graphs["vision"], {"tiles": (1, usual, tiles), **shown})
+        ]
     usual = max(1, USUAL_SIDE // package.manifest.image.cell_pixels)
     profiles = []
     for height, width in grid_boxes(most):

@@ -136,11 +136,16 @@ def session_of(path: Path) -> onnxruntime.InferenceSession:
 
 
 def vision_feeds(image: ImageProcessing) -> Iterator[Feeds]:
-    """Draw random pictures on several grids."""
+    """Draw random pictures on several grids, or of several numbers of tiles."""
     rng = np.random.default_rng(0)
     width = image.merge_size**2 * 3 * image.patch_size**2
-    for grid in GRIDS:
-        yield {"cells": rng.standard_normal((*grid, width), np.float32)}
+    for rows, columns in GRIDS:
+        if image.tile_pixels:
+            tiles, along = 1 + min(rows, columns), image.tile_pixels // image.cell_pixels
+            cells = rng.standard_normal((tiles, along**2, width), np.float32)
+            yield {"cells": cells, "order": rng.permutation(tiles * along**2 + 1)}
+        else:
+            yield {"cells": rng.standard_normal((rows, columns, width), np.float32)}
 
 
 def decoder_feeds(shape: DecoderShape) -> Iterator[Feeds]:

@@ -1,8 +1,8 @@
 """The decoder as a model calls it: over whatever executes its graph, or natively beside that.
 
 A *row* is some tokens of one prompt; a *prefix* is what an earlier row left for those that continue
-it: keys and values, and the state of layers that keep one instead (`meiqa.export.decoder`). Rows are padded, stacked and cut into calls here, so that a model says what
-it asks and never how that lies in memory.
+it: keys and values, and the state of layers that keep one instead. Rows are padded, stacked and cut
+into calls here, so that a model says what it asks and never how that lies in memory.
 
 A package whose decoder stays in a processor's cache holds its layers a second time, in the segment
 `decoder.layers`, which `meiqa.export.fused` wrote from the very graph beside it.

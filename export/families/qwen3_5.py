@@ -1,4 +1,4 @@
-"""Qwen3.5: the tower of Qwen3-VL, without DeepStack, before a decoder most of whose layers keep a state.
+"""Qwen3.5: Qwen3-VL's tower, without DeepStack, before a decoder of layers that keep a state.
 
 Of four layers three are Gated DeltaNet, and the fourth attends, with a gate on what it gives; a
 quarter of a head's channels turn with positions.
@@ -45,13 +45,13 @@ def decoder(config: Config) -> DecoderConfig:
         attention_bias=False,
         qk_norm=True,
         mrope_interleaved=True,
-        rotary_dim=rotary_dim(text, head_dim),
+        rotary_dim=turned_channels(text, head_dim),
         attention_gate=True,
         delta=delta(text),
     )
 
 
-def rotary_dim(text: Section, head_dim: int) -> int:
+def turned_channels(text: Section, head_dim: int) -> int:
     """Count the channels of a head that positions turn."""
     rotary = rotary_section(text)
     turned = int(head_dim * rotary.number("partial_rotary_factor"))
@@ -95,5 +95,5 @@ FAMILY = Family(
     grid=qwen3_vl.FAMILY.grid,
     tower_weight=tower_weight,
     decoder_weight=decoder_weight,
-    unread=("mtp.", "model.mtp."),
+    unread=("language_model.mtp.",),
 )
