@@ -329,13 +329,13 @@ class GatedDeltaNet(nn.Module):
         keys = delta.key_heads * delta.key_width
         query, key, value = torch.split(convolved, [keys, keys, convolved.shape[2] - 2 * keys], -1)
         query, key = (
-            by_chunk(
-                unit(each.unflatten(-1, (delta.key_heads, delta.key_width)))
-            ).repeat_interleave(heads // delta.key_heads, 2)
+            by_chunk(unit(by_head(each, delta.key_heads))).repeat_interleave(
+                heads // delta.key_heads, 2
+            )
             for each in (query, key)
         )
         query = query * delta.key_width**-0.5
-        value = by_chunk(value.unflatten(-1, (heads, delta.value_width)))
+        value = by_chunk(by_head(value, heads))
         decay, writes, counts = (by_chunk(rate.unsqueeze(-1)) for rate in rates)
 
         faded = decay.cumsum(3)  # from before the chunk to behind each token
@@ -345,7 +345,7 @@ class GatedDeltaNet(nn.Module):
         kept_decay = decay * counts
         kept_faded = kept_decay.cumsum(3)
         last, kept_last = faded[..., -1:, :], kept_faded[..., -1:, :]
-        state = state.unflatten(-1, (heads, delta.key_width, delta.value_width))
+        state = state.reshape(state.shape[0], heads, delta.key_width, delta.value_width)
         _, state, mixed = scan_op(
             next_chunk,
             (state, state.clone()),
@@ -372,6 +372,11 @@ def next_chunk(state: Tensor, kept: Tensor, *chunk: Tensor) -> tuple[Tensor, Ten
     new = value - known @ state
     behind = state * left + key @ new
     return behind, kept * kept_left + kept_key @ new, query @ state + attention @ new
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """(B, S, heads * d) → (B, S, heads, d)."""
+    return x.reshape(x.shape[0], x.shape[1], heads, x.shape[2] // heads)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class KeyValues:
 
     @property
     def nbytes(self) -> int:
-        return self.array.nbytes + self.state.nbytes
+        return int(self.array.nbytes + self.state.nbytes)
 
     def first(self, length: int) -> KeyValues:
         """Count fewer tokens, of the same array; ValueError where there is a state."""

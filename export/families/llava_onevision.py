@@ -118,6 +118,19 @@ class Block(nn.Module):
         return x
 
 
+class Encoder(nn.Module):
+    """All blocks."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.layers:
+            x = block(x)
+        return x
+
+
 class Projector(nn.Module):
     """What the tower sees (n, c, E) → visual tokens (n, c, D)."""
 
@@ -138,17 +151,12 @@ class LlavaOneVisionTower(nn.Module):
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(Block(config) for _ in range(config.depth))}
-        )
+        self.encoder = Encoder(config)
         self.multi_modal_projector = Projector(config)
         self.image_newline = nn.Parameter(torch.zeros(config.out_hidden_size))
 
     def forward(self, cells: Tensor, order: Tensor) -> Tensor:
-        x = self.embeddings(cells)
-        for block in self.encoder["layers"]:
-            x = block(x)
-        tokens = self.multi_modal_projector(x).flatten(0, 1)
+        tokens = self.multi_modal_projector(self.encoder(self.embeddings(cells))).flatten(0, 1)
         return torch.cat([tokens, self.image_newline[None]])[order]
 
 

@@ -198,7 +198,14 @@ def llava(
 
 
 QWEN3_5 = (
-    qwen3_5("as 0.8 B", traced=True),
+    qwen3_5(
+        "one layer of each kind",
+        traced=True,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        vision={"depth": 2},
+    ),
+    qwen3_5("as 0.8 B"),
     qwen3_5(
         "as 2 B, in shards", largest_shard=SHARDS, hidden_size=96, vision={"out_hidden_size": 96}
     ),
@@ -220,6 +227,7 @@ QWEN3_5 = (
     ),
     qwen3_5(
         "one key-value head, half of its channels turned, eight layers",
+        seed=1,
         num_key_value_heads=1,
         num_hidden_layers=8,
         rotary={"partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2]},
