@@ -25,16 +25,6 @@ from meiqa.export.families.qwen2_5_vl import tower_weight
 ATTENDS, KEEPS_STATE = "full_attention", "linear_attention"
 
 
-def make_tower(config: Config) -> qwen3_vl.Qwen3VlTower:
-    """Make the tower, which gives no DeepStack features."""
-    return qwen3_vl.make_tower(without_deepstack(config))
-
-
-def without_deepstack(config: Config) -> Config:
-    vision = {**config.get("vision_config", {}), "deepstack_visual_indexes": []}
-    return {**config, "vision_config": vision}
-
-
 def decoder(config: Config) -> DecoderConfig:
     text = text_section(config)
     text.only("attention_bias", False)
@@ -90,7 +80,7 @@ def decoder_weight(name: str, stored: Mapping[str, Tensor]) -> Tensor:
 FAMILY = Family(
     architecture="Qwen3_5ForConditionalGeneration",
     model_type="qwen3_5",
-    tower=make_tower,
+    tower=lambda config: qwen3_vl.make_tower(config, deepstack=False),
     decoder=decoder,
     grid=qwen3_vl.FAMILY.grid,
     tower_weight=tower_weight,
