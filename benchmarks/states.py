@@ -2,8 +2,8 @@
 
     python -m benchmarks.states [--rows N] [--threads N] [--out FILE]
 
-Four layers of Qwen3.5's 0.8 B in width, with random weights and few words: three keep a state, the
-fourth attends. Rows of 80 tokens continue a prefix of 300, so many a call; "anew" reads prefix and
+Two layers of Qwen3.5's 0.8 B in width, with random weights and few words: one keeps a state, the
+other attends. Rows of 80 tokens continue a prefix of 300, so many a call; "anew" reads prefix and
 row in one. Beside it, what alone goes over the state, in the graph's plain operators by chunks of
 several widths and by ONNX Runtime's `com.microsoft::LinearAttention`. Times are medians of calls
 taken in turns, so ratios hold on a busy machine, too.
@@ -37,13 +37,13 @@ from meiqa.export.graphs import decoder_interface, traced
 from meiqa.export.layers import save_graph
 
 DELTA = DeltaConfig(
-    layers=(0, 1, 2), key_heads=16, value_heads=16, key_width=128, value_width=128, kernel=4
+    layers=(0,), key_heads=16, value_heads=16, key_width=128, value_width=128, kernel=4
 )
 CONFIG = DecoderConfig(
     vocab_size=512,
     hidden_size=1024,
     intermediate_size=3584,
-    num_hidden_layers=4,
+    num_hidden_layers=2,
     num_attention_heads=8,
     num_key_value_heads=2,
     mrope_section=(11, 11, 10),
@@ -60,7 +60,7 @@ GROUPS = (1, 2, 4, 8)
 CHUNKS = (16, 32, 64)
 LENGTHS = ((1, PREFIX), (8, SUFFIX), (1, 1))
 """Rows and tokens over whose states operators go."""
-ROUNDS = 7
+ROUNDS = 5
 Arrays = Mapping[str, NDArray[np.float32]]
 
 
@@ -177,7 +177,7 @@ def operators(folder: Path, threads: int) -> list[dict[str, Any]]:
 
 
 def random_decoder(folder: Path, threads: int) -> GraphDecoder:
-    """Trace the four layers."""
+    """Trace the two layers."""
     torch.manual_seed(0)
     module = SharedPrefixDecoder(CONFIG).eval()
     with torch.no_grad():
@@ -234,7 +234,7 @@ def groups(folder: Path, count: int, threads: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print two tables, and write the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.states", description=__doc__)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)

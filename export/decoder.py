@@ -35,7 +35,7 @@ from meiqa.engine.manifest import DecoderShape
 MASKED = -1e9
 """Added to the score of a position that must not be seen; finite, so that softmax stays defined."""
 CHUNK = 32
-"""Tokens over which Gated DeltaNet solves a triangular system at once; a power of two."""
+"""Most tokens over which Gated DeltaNet solves a triangular system at once."""
 UNIT_EPS = 1e-6
 """Added to the squared length of Gated DeltaNet's queries and keys before they are normalised."""
 
@@ -318,12 +318,13 @@ class GatedDeltaNet(nn.Module):
         """
         delta = self.delta
         steps, heads = convolved.shape[1], delta.value_heads
-        count = (steps + CHUNK - 1) // CHUNK
+        size = torch.sym_min(steps, CHUNK)  # one token is a chunk of one
+        count = (steps + size - 1) // size
 
         def by_chunk(x: Tensor) -> Tensor:
             """(B, S, H, d) → (chunks, B, H, C, d), padded with zeros, which change no state."""
-            x = functional.pad(x, (0, 0, 0, 0, 0, count * CHUNK - steps))
-            x = x.reshape(x.shape[0], count, CHUNK, x.shape[2], x.shape[3])
+            x = functional.pad(x, (0, 0, 0, 0, 0, count * size - steps))
+            x = x.reshape(x.shape[0], count, size, x.shape[2], x.shape[3])
             return x.permute(1, 0, 3, 2, 4)
 
         keys = delta.key_heads * delta.key_width
@@ -362,7 +363,7 @@ class GatedDeltaNet(nn.Module):
             (),
         )
         mixed = mixed.permute(1, 0, 3, 2, 4)
-        mixed = mixed.reshape(mixed.shape[0], count * CHUNK, heads, delta.value_width)[:, :steps]
+        mixed = mixed.reshape(mixed.shape[0], count * size, heads, delta.value_width)[:, :steps]
         return mixed, state.flatten(1)
 
 
@@ -385,16 +386,15 @@ def unit(x: Tensor) -> Tensor:
 
 
 def unit_lower_inverse(lower: Tensor) -> Tensor:
-    """Invert I + `lower` (..., C, C), which is strictly lower triangular.
+    """Invert I + `lower` (..., C, C), which is strictly lower triangular, for C up to CHUNK.
 
     Of inverted diagonal blocks, ever wider ones are made by pairs: the inverse of ((A, 0), (B, D))
     has -D⁻¹ B A⁻¹ in its corner. Powers of `lower`, which would do as well, can be huge.
     """
-    size = lower.shape[-1]
-    place = torch.arange(size, device=lower.device)
-    inverse = torch.eye(size, device=lower.device)
+    place = torch.arange(lower.shape[-1], device=lower.device)
+    inverse = (place[:, None] == place).float()
     width = 1
-    while width < size:
+    while width < CHUNK:
         block = place // width
         corner = (block[:, None] % 2 == 1) & (block[:, None] - block == 1)
         joined = lower * corner.float()

@@ -29,7 +29,7 @@ def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return shape.opened(tmp_path_factory.mktemp("twins"))
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", SIZES[1:3], ids=str)
 def test_the_greedy_text_is_the_same(twins: Twins, size: tuple[int, int]) -> None:
     pixels, prompts = twins.picture(size, seed=sum(size)), twins.vlm.prompts
     tokens = twins.vlm.encode(pixels)
@@ -95,10 +95,9 @@ def test_visual_tokens_are_the_same(twins: Twins) -> None:
 
 def test_reading_on_is_reading_anew_in_any_company(twins: Twins) -> None:
     vlm, p = twins.vlm, twins.vlm.prompts
-    pictures = [vlm.encode(twins.picture(size, seed)) for seed, size in enumerate(SIZES)]
+    pictures = [vlm.encode(twins.picture(size, seed)) for seed, size in enumerate(SIZES[1:])]
     prefixes, one, two = vlm.prefill(pictures), *p.verdict_ids
-    assert twins.vlm.prefill(pictures[:1])[0].opening.length == prefixes[0].opening.length
-    wanted = np.zeros((len(SIZES), len(SIZES)))
+    wanted = np.zeros((len(pictures), len(pictures)))
     for i, first in enumerate(pictures):
         for j, second in enumerate(pictures):
             asked = [p.opening, first, p.closing, p.second_opening, second, p.closing, p.compare]
@@ -107,6 +106,7 @@ def test_reading_on_is_reading_anew_in_any_company(twins: Twins) -> None:
     for i, prefix in enumerate(prefixes):  # one prefix that all continue, more than fit a call
         made = vlm.prefer_first([prefix], pictures * 3)
         np.testing.assert_allclose(made, np.tile(wanted[i], 3), atol=TOLERANCE, rtol=0)
+        assert np.ptp(made) > 100 * TOLERANCE
         alone = vlm.prefer_first(vlm.prefill(pictures[i : i + 1]), pictures[:1])
         np.testing.assert_allclose(alone, wanted[i, :1], atol=TOLERANCE, rtol=0)
     paired = vlm.prefer_first(prefixes, pictures)
@@ -114,13 +114,14 @@ def test_reading_on_is_reading_anew_in_any_company(twins: Twins) -> None:
 
 
 @pytest.mark.parametrize("twins", TRACED, indirect=True, ids=lambda shape: shape.name)
-@pytest.mark.parametrize("seed", range(20))
-def test_the_decoder_graph_equals_pytorch(twins: Twins, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers((1, 1, 1, 0, 0, 1), (4, 5, 9, 30, 12, 4))
-    feeds = random_feeds(twins.package.manifest.decoder, sizes.tolist(), rng)
-    wanted = reference_sessions(Checkpoint.open(twins.checkpoint))[1].run(feeds)
+def test_the_decoder_graph_equals_pytorch(twins: Twins) -> None:
+    reference = reference_sessions(Checkpoint.open(twins.checkpoint))[1]
     (decoder,) = open_graphs(twins.package, ["decoder"], "cpu", 1)
-    made = decoder.run(feeds)
-    for name, values in wanted.items():
-        np.testing.assert_allclose(made[name], values, atol=TOLERANCE, rtol=0)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        sizes = rng.integers((1, 1, 1, 0, 0, 1), (4, 5, 9, 30, 12, 4))
+        sizes[2] *= 1 + 9 * (seed % 4 == 3)  # several chunks, too
+        feeds = random_feeds(twins.package.manifest.decoder, sizes.tolist(), rng)
+        wanted, made = reference.run(feeds), decoder.run(feeds)
+        for name, values in wanted.items():
+            np.testing.assert_allclose(made[name], values, atol=TOLERANCE, rtol=0)
