@@ -211,11 +211,11 @@ def groups(folder: Path, count: int, threads: int) -> dict[str, Any]:
     (nothing,) = [type(prefix).nothing(CONFIG.shape)]
 
     def in_groups(size: int) -> NDArray[np.float32]:
-        parts = [rows[at : at + size] for at in range(0, count, size)]
-        return np.concatenate([decoder.last_logits(part, [prefix]) for part in parts])
+        decoder.rows_per_call = size
+        return decoder.last_logits(rows, [prefix])
 
     calls: dict[str, Callable[[], NDArray[np.float32]]] = {
-        f"{size} a call": lambda size=size: in_groups(size) for size in GROUPS
+        f"{size} a call": partial(in_groups, size) for size in GROUPS
     }
     calls["anew"] = lambda: np.concatenate([decoder.last_logits([e], [nothing]) for e in whole])
     wanted = calls["anew"]()

@@ -318,7 +318,7 @@ class GatedDeltaNet(nn.Module):
         """
         delta = self.delta
         steps, heads = convolved.shape[1], delta.value_heads
-        size = torch.sym_min(steps, CHUNK)  # one token is a chunk of one
+        size = shorter(steps, CHUNK)  # one token is a chunk of one
         count = (steps + size - 1) // size
 
         def by_chunk(x: Tensor) -> Tensor:
@@ -365,6 +365,12 @@ class GatedDeltaNet(nn.Module):
         mixed = mixed.permute(1, 0, 3, 2, 4)
         mixed = mixed.reshape(mixed.shape[0], count * size, heads, delta.value_width)[:, :steps]
         return mixed, state.flatten(1)
+
+
+def shorter(steps: int, most: int) -> int:
+    """Give the lesser of two lengths, one of which is not known yet while a graph is traced."""
+    least: int = torch.sym_min(steps, most)  # type: ignore[no-untyped-call]
+    return least
 
 
 def next_chunk(state: Tensor, kept: Tensor, *chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,6 +28,8 @@ Array = NDArray[np.float32] | NDArray[np.int64]
 
 ROWS_PER_CALL = 8
 """Rows of one call of a graph: more no longer fit the cache of a CPU core."""
+ROWS_WITH_STATES = 4
+"""The same where each row brings a state, some MiB a layer: `python -m benchmarks.states`."""
 LAYERS_FILE = "decoder.layers"
 EXPORT_AGAIN = "export the package again"
 ROWS_BY_THEMSELVES = 64
@@ -134,7 +136,7 @@ class Past:
     @property
     def room(self) -> int:
         """How many more tokens there is room for."""
-        return self._array.shape[3] - self.length
+        return int(self._array.shape[3]) - self.length
 
     @property
     def key_values(self) -> KeyValues:
@@ -205,12 +207,13 @@ class GraphDecoder:
     def __init__(self, session: GraphSession, shape: DecoderShape) -> None:
         self.session = session
         self._nothing = KeyValues.nothing(shape)
+        self.rows_per_call = ROWS_WITH_STATES if shape.state_layers else ROWS_PER_CALL
         self._vocabulary = shape.vocab_size
 
     def prefill(self, rows: Sequence[Row], ahead: Floats | None = None) -> list[KeyValues]:
         """Read rows that begin a prompt, and nothing ahead; see `Decoder`."""
         kept = []
-        for part in parts_of(len(rows), ROWS_PER_CALL):
+        for part in parts_of(len(rows), self.rows_per_call):
             made = self._called(rows[part], [self._nothing] * len(rows[part]))
             for index, row in enumerate(rows[part]):
                 # Copied, so that a cached prefix does not keep its neighbours of the call alive.
@@ -222,7 +225,7 @@ class GraphDecoder:
     def last_logits(self, rows: Sequence[Row], prefixes: Sequence[KeyValues]) -> Floats:
         """Give logits behind rows; see `Decoder`."""
         found = [np.zeros((0, self._vocabulary), np.float32)]
-        for part in parts_of(len(rows), ROWS_PER_CALL):
+        for part in parts_of(len(rows), self.rows_per_call):
             continued = prefixes if len(prefixes) == 1 else prefixes[part]
             logits = self._called(rows[part], continued)["logits"]
             found.append(logits.reshape(len(rows[part]), -1))
