@@ -29,7 +29,7 @@ Array = NDArray[np.float32] | NDArray[np.int64]
 ROWS_PER_CALL = 8
 """Rows of one call of a graph: more no longer fit the cache of a CPU core."""
 ROWS_WITH_STATES = 4
-"""The same where each row brings a state, some MiB a layer: `python -m benchmarks.states`."""
+"""The same where each row brings a state, of a MiB or two a layer: no more time, less memory."""
 LAYERS_FILE = "decoder.layers"
 EXPORT_AGAIN = "export the package again"
 ROWS_BY_THEMSELVES = 64
