@@ -6,15 +6,19 @@ quicker to open. With MEIQA_EXPORT_EVERY_SHAPE=1 in the environment all are trac
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from meiqa.engine.engine import Engine
 from meiqa.engine.runtime import open_graphs
 from meiqa.engine.writing import Proposer, Writing
 from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.verify import random_feeds
 from tests.engine.cold import logits_anew
+from tests.engine.samples import picture, write_anchors
 from tests.export.tiny import reference_sessions
 from tests.export.twins import SHAPES, TRACED, TinyShape, Twins
 
@@ -125,3 +129,16 @@ def test_the_decoder_graph_equals_pytorch(twins: Twins) -> None:
         wanted, made = reference.run(feeds), decoder.run(feeds)
         for name, values in wanted.items():
             np.testing.assert_allclose(made[name], values, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("twins", TRACED, indirect=True, ids=lambda shape: shape.name)
+def test_a_photo_is_scored_beside_remembered_ones(twins: Twins, tmp_path: Path) -> None:
+    anchors = [picture(seed, SIZES[seed % len(SIZES)]) for seed in range(6)]
+    memory = write_anchors(tmp_path / "memory", twins.vlm, anchors)
+    photo = picture(9, SIZES[3])
+    with Engine.open(twins.package, memory, threads=1, learn=False) as engine:
+        first, again = (engine.score(photo, k=4) for _ in range(2))
+    assert first.counters["comparisons"] == 8
+    assert again.score == pytest.approx(first.score, abs=1e-9)
+    assert again.counters["photo_cache_hits"] == 1
+    assert again.counters["anchor_cache_hits"] == 4
