@@ -5,7 +5,7 @@ PY     := $(BIN)/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 SITE   := $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 ROOMS  := engine evaluation export kernels memory serve
-LAB    := benchmarks training
+LAB    := benchmarks scripts training
 BUILD  := pyproject.toml CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.hpp) kernels/CMakeLists.txt
 
 DEMO_INSTALLED := $(VENV)/.installed-demo
@@ -14,7 +14,7 @@ TEST_INSTALLED := $(VENV)/.installed-test
 # Where it can, `make quick` keeps its files in memory: to a disk each fsync takes milliseconds.
 IN_MEMORY := $(if $(wildcard /dev/shm),TMPDIR=/dev/shm)
 
-.PHONY: demo test quick lint rooms clean
+.PHONY: demo test quick lint rooms wheels clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/meiqa demo
@@ -33,6 +33,10 @@ lint: $(TEST_INSTALLED) rooms
 	$(BIN)/mypy
 	cd build/rooms && PYTHONPATH=$$($(SITE)) $(PY) -S $(BIN)/lint-imports --no-cache \
 	  --config $(CURDIR)/pyproject.toml
+
+# For x86-64 and aarch64, into dist/; it needs GCC for both and mmdebstrap.
+wheels: $(TEST_INSTALLED)
+	$(PY) -m scripts.wheels
 
 # The import package as it installs, for tools that read sources without importing them.
 # lint-imports runs in there with -S: the editable install's import hook would come first.

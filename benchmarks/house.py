@@ -1,9 +1,8 @@
 """Count the house: its size, the way of a photo through it, and what stands in a circle.
 
-    python -m benchmarks.house [--format json] [--install] [--photo PATH]
+    python -m benchmarks.house [--format json] [--photo PATH]
 
-What is printed is read from the tree, and, for a photo, from a profiler's trace. `--install` makes
-an empty environment, installs the wheel with the extra `cpu` there, and weighs it.
+What is printed is read from the tree, and, for a photo, from a profiler's trace.
 """
 
 from __future__ import annotations
@@ -12,12 +11,9 @@ import argparse
 import ast
 import io
 import json
-import subprocess
 import sys
-import tempfile
 import threading
 import tomllib
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -171,26 +167,12 @@ def made_photo() -> bytes:
     return file.getvalue()
 
 
-def installed_mb() -> float:
-    """Weigh a base install with the extra `cpu` in an environment of its own, in MB."""
-    with tempfile.TemporaryDirectory(prefix="meiqa-house-") as folder:
-        pip = (sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "-w", folder, str(ROOT))
-        subprocess.run(pip, check=True)
-        (wheel,) = Path(folder).glob("meiqa-*.whl")
-        venv.create(Path(folder, "env"), with_pip=True)
-        python = Path(folder, "env", "bin", "python")
-        subprocess.run((python, "-m", "pip", "-q", "install", f"{wheel}[cpu]"), check=True)
-        site = next(Path(folder, "env", "lib").glob("python*/site-packages"))
-        kept = (f for f in site.rglob("*") if f.is_file() and "pip" not in f.parts[len(site.parts)])
-        return sum(file.stat().st_size for file in kept) / 1e6
-
-
 def lines_of(path: Path) -> int:
     """Count the lines of a file."""
     return len(path.read_text().splitlines())
 
 
-def counted(photo: Path | None, install: bool) -> dict[str, Any]:
+def counted(photo: Path | None) -> dict[str, Any]:
     """Give every count, JSON-ready."""
     files = modules().values()
     source = photo or made_photo()
@@ -205,8 +187,6 @@ def counted(photo: Path | None, install: bool) -> dict[str, Any]:
         "a photo, K = 32": trace_of(source, 32),
         "a photo, K = 0": trace_of(source, 0),
     }
-    if install:
-        counts["base install with cpu, MB"] = round(installed_mb(), 1)
     return counts
 
 
@@ -230,10 +210,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.house", description=__doc__)
     parser.add_argument("--photo", type=Path, help="to be followed (default: a made one)")
-    parser.add_argument("--install", action="store_true", help="weigh a base install as well")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     options = parser.parse_args()
-    counts = counted(options.photo, options.install)
+    counts = counted(options.photo)
     print(json.dumps(counts, indent=2) if options.format == "json" else text_of(counts))
 
 

@@ -48,6 +48,7 @@ from meiqa.memory import (
     package_digest_of,
 )
 from meiqa.memory.database import Identity, Widths
+from meiqa.memory.pacing import Pace
 from meiqa.memory.replica import Replica, syncing
 
 __all__ = ["bench_hub", "main", "pulls", "retrieval", "scoring"]
@@ -217,7 +218,9 @@ def retrieval(server: Server, base: Path, cases: int) -> dict[str, Any]:
         Replica(mirrored, hub, "here").sync()
         mirrored.compact()
         entries = mirrored.snapshot().contrast.all_entries()
-        own.absorb("contrast", (replace(e, record=replace(e.record, device="")) for e in entries))
+        own.absorb(
+            "contrast", (replace(e, record=replace(e.record, device="")) for e in entries), Pace()
+        )
         own.compact()
         for query in queries:
             for name, bank in (("mirrored", mirrored), ("own", own)):

@@ -37,13 +37,23 @@ from meiqa.engine.sets import (
     preference_of,
     ranked,
     require_even,
+    shots_compared,
     solve,
 )
 from meiqa.engine.shots import ALIKE, require_cosine
 from meiqa.errors import ImageError, UsageError
 from meiqa.locations import embedded_assets
 from meiqa.memory import Admission, MemoryBank, RetrievalPolicy, open_memory
-from meiqa.types import Answer, Assessment, Budget, Culling, Failure, PairComparison, Ranking
+from meiqa.types import (
+    Answer,
+    Assessment,
+    Budget,
+    Culling,
+    Failure,
+    PairComparison,
+    Ranking,
+    ShotComparison,
+)
 
 UNHURRIED = Budget(ms=3.6e6)
 """Everything is done, and the costs are learnt from it."""
@@ -325,6 +335,24 @@ class Engine:
             timings_ms={"total": task.deadline.elapsed_ms},
             degraded=left_out(candidates, [solution]),
         )
+
+    def read_shot(self, image: ImageSource) -> Candidate:
+        """Read a shot, so that it can be compared with others of its scene again and again.
+
+        Pixels that were scored a moment ago are not read again; ImageError if it can't be judged.
+        """
+        return Candidate.graded(load_pixels(image), self.scorer, self.memory.snapshot())
+
+    def compare_shots(self, first: Candidate, second: Candidate) -> ShotComparison:
+        """Ask which of two shots of one scene looks better, in both orders, and by how much.
+
+        That takes as long as one remembered photo. What both show is taken for the same; see
+        `compare` for any two photos.
+
+        Args:
+            first, second: what `read_shot` gave.
+        """
+        return shots_compared(first, second, self.scorer.comparer)
 
     def options(
         self,

@@ -304,7 +304,8 @@ class Scorer:
             regression, doubt = self._recalled(features, snapshot)
             estimates += regression
             key = self._key(prefix, prediction.description)
-            neighbours = self._retrieve(pixels, prefix, key, plan, snapshot)
+            found = self._retrieve(pixels, prefix, key, plan, snapshot)
+            neighbours = tuple(case for case in found if len(case.tokens))
         with deadline.stage("compare"):
             prior = before_comparisons(estimates)
             logits, compared, reused = self._compare(
@@ -343,6 +344,10 @@ class Scorer:
         if costs:
             costs.observe(deadline.timings_ms, plan, prediction.stats, scored.asked)
         scored = replace(scored, degraded=self._degradations(scored))
+        if bare := len(found) - len(neighbours):
+            scored = scored.noted(
+                f"not compared with {bare} neighbours: no tokens are kept of them"
+            )
         if reference is not None:
             scored = self._beside(scored, reference)
         elif request.learn:
@@ -362,6 +367,12 @@ class Scorer:
         (prefix,) = self.model.prefill([self.model.encode(fitted)])
         self.prefixes.put("photos", pixels.digest, prefix)
         return prefix, False
+
+    def graded(self, pixels: Pixels, snapshot: Snapshot) -> tuple[Prefix, Posterior]:
+        """Read a photo and give what its grade and the regression say, with nothing written."""
+        prefix, _ = self.prefill(pixels)
+        regression, _ = self._recalled(token_features(prefix.tokens.values), snapshot)
+        return prefix, before_comparisons([*self.predict(prefix, 0).estimates, *regression])
 
     def predict(
         self,

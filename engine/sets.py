@@ -20,6 +20,7 @@ from meiqa.engine.estimates import (
     calibrated,
     preferences_of,
 )
+from meiqa.engine.images import Pixels
 from meiqa.engine.reasons import (
     COMPARED,
     NOTHING_SEEN,
@@ -28,12 +29,13 @@ from meiqa.engine.reasons import (
     seen_at_full_size,
     turned,
 )
-from meiqa.engine.scoring import Scored, as_neighbours
+from meiqa.engine.scoring import Scored, Scorer, as_neighbours
 from meiqa.engine.series import Frame, frame_of, series_in
 from meiqa.engine.shots import ALIKE, grouped, likenesses, view_of
 from meiqa.errors import UsageError
 from meiqa.kernels.thurstone import thurstone_joint
-from meiqa.types import CulledPhoto, GroupKind, Neighbour, RankedPhoto
+from meiqa.memory import Snapshot
+from meiqa.types import CulledPhoto, GroupKind, Neighbour, RankedPhoto, ShotComparison
 
 RIVALS = 4
 """Photos of the set that each is compared with: of near scores, whose order is least certain."""
@@ -43,6 +45,8 @@ HELD = 20.0
 """Weight of a comparison of two shots against that of their scores alone, which speak in it
 already: an even gap follows the comparison to 0.64 HELD / (1 + 0.64 HELD) = 93 %."""
 LEAST_COUNT = 1e-6
+SUREST = 1e-12
+"""A preference is taken for no surer than this, or its complement, so that its odds are finite."""
 
 Floats = NDArray[np.float64]
 
@@ -91,6 +95,20 @@ class Candidate:
             hurried=scored.hurried,
             doubt=scored.doubt,
             notes=scored.pixels.notes,
+        )
+
+    @classmethod
+    def graded(cls, pixels: Pixels, scorer: Scorer, snapshot: Snapshot) -> Candidate:
+        """Read a shot and grade it, to be compared with others: no text, and no neighbours."""
+        prefix, prior = scorer.graded(pixels, snapshot)
+        return cls(
+            path=pixels.name,
+            image_digest=pixels.digest,
+            tokens=prefix.tokens.values,
+            grid=prefix.tokens.grid,
+            prior=prior.score,
+            score=prior.score,
+            neighbours=(),
         )
 
 
@@ -251,6 +269,21 @@ def joint_scores(
             *start, places[strangers], given[strangers], calibration.sigma
         )
     return scores[:count], deviations[:count]
+
+
+def shots_compared(first: Candidate, second: Candidate, comparer: Comparer) -> ShotComparison:
+    """Compare two shots of one scene with each other alone.
+
+    The gap is that of Bradley and Terry with the deviation of such a comparison, not Thurstone's:
+    of two shots that are both far behind, it still tells which is farther.
+    """
+    calibration = comparer.model.calibration
+    logits = comparer.between(first, [second])
+    preference = float(told(first, [second], logits, [True], calibration)[0])
+    std = calibration.scene.sigma if calibration.scene else calibration.sigma
+    sure = min(max(preference, SUREST), 1.0 - SUREST)
+    gap = std * math.sqrt(3.0) / math.pi * math.log(sure / (1.0 - sure))
+    return ShotComparison(first.path, second.path, preference, gap, std)
 
 
 def ranked(candidates: Sequence[Candidate], solution: Solution) -> tuple[RankedPhoto, ...]:

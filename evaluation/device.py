@@ -9,17 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.runtime.decoder import read_layers
+from meiqa.engine.runtime.decoder import (
+    PREFIX_STEPS,
+    STEPS,
+    comparisons,
+    read_layers,
+    thread_counts,
+)
 from meiqa.errors import UsageError
 from meiqa.evaluation.measuring import Column, run_on, table_text
 from meiqa.kernels.cores import usable_cores
 from meiqa.kernels.decoder import FASTEST, KERNELS, FusedDecoder
 
-STEPS, PREFIX_STEPS, ROWS = 80, 80, 8
-"""Tokens of a comparison and of its prefix, photos of 512 x 512 pixels; comparisons of a thread."""
+ROWS = 8
+"""Comparisons of a thread."""
 _FEATURES = re.compile(
     r"avx2|avx_vnni|avx512_vnni|avx512_bf16|amx_int8|asimd|asimdhp|asimddp|i8mm|bf16|sve2?|sme2?"
 )
@@ -56,9 +60,9 @@ def bench_device(
         for precision, decoder in _decoders(package, kernel).items()
     }
     calls = {
-        (*of, threads): call
+        (*of, threads): comparisons(decoder, ROWS * threads, threads)
         for of, decoder in decoders.items()
-        for threads, call in _calls(decoder).items()
+        for threads in thread_counts(usable_cores())
     }
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
@@ -113,23 +117,6 @@ def _decoders(package: EnginePackage, kernel: str) -> dict[str, FusedDecoder]:
     )
     rounded = any(w.scale is not None for own in read[0].layers for w in own.values())
     return {"int8": read[0], "fp32": exact} if rounded else {"fp32": exact}
-
-
-def _calls(decoder: FusedDecoder) -> dict[int, Callable[[], object]]:
-    """Give a call of comparisons by one thread, by two, four and so on up to all."""
-    s, rng, cores = decoder.shape, np.random.default_rng(0), usable_cores()
-    prefix = (len(decoder.layers), 2, s.kv_heads, PREFIX_STEPS, s.head_width)
-    prefixes = [rng.standard_normal(prefix, np.float32)]
-
-    def call(threads: int) -> Callable[[], object]:
-        rows = ROWS * threads
-        embeds = rng.standard_normal((rows, STEPS, s.width), np.float32)
-        positions = np.tile(np.arange(STEPS, dtype=np.float32), (3, rows, 1))
-        steps, lengths = np.full(rows, STEPS), np.array([PREFIX_STEPS])
-        return lambda: decoder.last_hidden(embeds, positions, steps, prefixes, lengths, threads)
-
-    counts = [2**i for i in range(cores.bit_length()) if 2**i < cores] + [cores]
-    return {threads: call(threads) for threads in counts}
 
 
 def _features() -> list[str]:

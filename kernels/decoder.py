@@ -124,8 +124,7 @@ class Linear:
 
     def packed(self, packing: Packing) -> Packed:
         """Cut the layer into panels of `PANEL` outputs, as a kernel wants it."""
-        spare = (0, -self.weight.shape[1] % PANEL)
-        bias = np.pad(self.bias, spare)
+        bias = whole_panels(self.bias)
         if self.scale is None:
             none = np.zeros(0, np.int32)
             return Packed(in_panels(self.weight, 1), bias, none.astype(np.float32), none, 0.0, 0.0)
@@ -135,8 +134,8 @@ class Linear:
         return Packed(
             in_panels(weight, max(1, packing.together)),
             bias,
-            np.pad(self.scale * np.float32(self.input_scale), spare),
-            np.pad(-code * self.weight.sum(axis=0, dtype=np.int32), spare),
+            whole_panels(self.scale * np.float32(self.input_scale)),
+            whole_panels(-code * self.weight.sum(axis=0, dtype=np.int32)),
             steps,
             float(self.input_zero),
         )
@@ -163,10 +162,14 @@ class Packed(NamedTuple):
 
 def in_panels(weight: NDArray[Number], together: int) -> NDArray[Number]:
     """A weight (inputs, outputs) as the panels of `Packed`."""
-    inputs, outputs = weight.shape
-    padded = np.pad(weight, ((0, 0), (0, -outputs % PANEL)))
-    split = padded.reshape(inputs // together, together, -1, PANEL)
+    split = whole_panels(weight).reshape(len(weight) // together, together, -1, PANEL)
     return np.ascontiguousarray(split.transpose(2, 0, 3, 1))
+
+
+def whole_panels(array: NDArray[Number]) -> NDArray[Number]:
+    """Fill the last axis up to whole panels with zeros."""
+    spare = -array.shape[-1] % PANEL
+    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, spare)]) if spare else array
 
 
 def in_turns(one: NDArray[Number], two: NDArray[Number]) -> NDArray[Number]:

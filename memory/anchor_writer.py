@@ -13,6 +13,7 @@ from meiqa.errors import StoreError, StoreMismatch, UsageError
 from meiqa.memory import database
 from meiqa.memory.cases import Case, check_case, encode_case
 from meiqa.memory.database import Identity, Widths
+from meiqa.memory.index import Building
 from meiqa.memory.segment import disk_errors, publish, refuse_taken, sync
 from meiqa.memory.versions import write_version
 from meiqa.memory.wal import WriterLock, insert_entry, read_entries
@@ -148,7 +149,8 @@ class AnchorWriter:
             whole.mkdir()
             staged = read_entries(self._staging_path, connection, self._identity.widths)
             entries = (entry for _, entry in staged)
-            written = write_version(whole, "anchor", self._identity, 1, entries, threads=threads)
+            building = Building(threads)
+            written = write_version(whole, "anchor", self._identity, 1, entries, building=building)
             with written as appear:
                 appear()
             sync(whole)

@@ -35,7 +35,9 @@ from meiqa.locations import embedded_assets, package_memory
 from meiqa.memory import maintenance, versions
 from meiqa.memory.cases import ORIGINS, Case, Entry, Record, Version, check_case, encode_case
 from meiqa.memory.database import REBUILD, Identity, check_identity, store_error
+from meiqa.memory.index import Building
 from meiqa.memory.maintenance import ExportFormat, MemoryStatistics
+from meiqa.memory.pacing import Pace
 from meiqa.memory.retrieval import NEAR_DUPLICATE, Snapshot, View, near_duplicates
 from meiqa.memory.segment import disk_errors, refuse_taken
 from meiqa.memory.wal import LOCK_NAME, WAL_NAME, Image, Mode, Uses, Waiting, Wal, WriterLock
@@ -238,6 +240,7 @@ class MemoryBank:
         self._one_compaction = threading.Lock()
         self._background: threading.Thread | None = None
         self._background_failed = False
+        self._pace = Pace()
         self._retrieved: Counter[str] = Counter()
         self._versions: dict[Origin, Version]
         self._snapshot: Snapshot
@@ -512,6 +515,7 @@ class MemoryBank:
         with self._mutex:
             self._written().shrink()
         if self.snapshot().contrast.dead:
+            self._pace.hurry()
             self._compact("contrast")
 
     def follow(self, hub: str, *, anew: bool = False) -> int:
@@ -555,13 +559,14 @@ class MemoryBank:
                 wal.told(waiting)
                 wal.know_removed(removals)
 
-    def absorb(self, origin: Origin, entries: Iterable[Entry]) -> None:
+    def absorb(self, origin: Origin, entries: Iterable[Entry], pace: Pace) -> None:
         """Write many cases of other devices, by id, straight into the next version.
 
-        Those whose image or id is stored already are left out, and an index is left to the next
-        compaction. A kill before it is swapped in leaves everything as it was.
+        Those whose image or id is stored already are left out. Beside scoring, which would go
+        through them one by one, their index is built first; else it is left to the next compaction.
+        A kill before the version is swapped in leaves everything as it was.
         """
-        self._compact(origin, entries)
+        self._compact(origin, entries, pace)
 
     def pull(self, decide: Callable[[Mapping[Origin, View], Sequence[Waiting]], Pulled]) -> Pulled:
         """Do as one what a hub tells; `decide` says what, of what is stored and waits just then.
@@ -622,10 +627,17 @@ class MemoryBank:
         an index, which cannot be built here.
         """
         self._written()
+        self._pace.hurry()
         return any([self._compact(origin) for origin in ORIGINS if self.writes(origin)])
 
-    def _compact(self, origin: Origin, incoming: Iterable[Entry] | None = None) -> bool:
+    def _compact(
+        self,
+        origin: Origin,
+        incoming: Iterable[Entry] | None = None,
+        pace: Pace | None = None,
+    ) -> bool:
         """Write the next version of what is stored, and of what comes in beside it."""
+        pace = pace or Pace()
         with self._one_compaction:
             with self._mutex:
                 self._written()
@@ -637,11 +649,17 @@ class MemoryBank:
                 if incoming is None and not merged:
                     return False
                 directory, number = self._directories[origin], view.version.number + 1
-                entries, threads = view.all_entries(), 1
+                entries, threads = pace.through(view.all_entries()), 1
                 if incoming is not None:
-                    entries, threads = _with_new(view, incoming), 0
+                    entries, threads = _with_new(view, incoming), int(pace.gentle)
                 written = versions.write_version(
-                    directory, origin, self._identity, number, entries, threads=threads
+                    directory,
+                    origin,
+                    self._identity,
+                    number,
+                    entries,
+                    building=Building(threads, pace),
+                    learned=view.version.regression,
                 )
                 with written as publish, self._mutex:
                     wal = self._written()
@@ -659,17 +677,18 @@ class MemoryBank:
                     self._merging.discard(origin)
 
     def _compact_in_background(self, origin: Origin) -> None:
-        """Compact cases, unless that goes on already or has failed before."""
+        """Compact cases gently, unless that goes on already or has failed before."""
 
         def compact() -> None:
             try:
-                self._compact(origin)
+                self._compact(origin, pace=pace)
             except MeiqaError as error:
                 self._background_failed = True  # a full disk is not asked again with every case
                 LOG.warning("the memory was not compacted: %s", error)
 
         goes_on = self._background is not None and self._background.is_alive()
         if not self._background_failed and not goes_on:
+            pace = self._pace = Pace(gently=True)
             self._background = threading.Thread(target=compact, name="memory compaction")
             self._background.start()
 
@@ -691,8 +710,14 @@ class MemoryBank:
         views, uses = self.snapshot().views, self._uses()
         return maintenance.rekey(views, uses, self._identity, kind, Path(path))
 
+    def thin(self, path: str | Path, keep: int) -> int:
+        """Write a small memory with fewer anchors, without their tokens; see `maintenance`."""
+        views, uses = self.snapshot().views, self._uses()
+        return maintenance.thin(views, uses, self._identity, Path(path), keep)
+
     def close(self) -> None:
         """Let go of the files, once a compaction has ended; snapshots stay valid."""
+        self._pace.hurry()
         if self._background is not None:
             self._background.join()
         with self._mutex, ExitStack() as last:

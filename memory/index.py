@@ -12,7 +12,7 @@ import importlib.util
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from meiqa.errors import StoreCorrupted, UsageError, install_hint
 from meiqa.kernels.graph import Graph, check_graph
 from meiqa.memory.cases import FloatArray, Mask, decode_keys, exact_cosines, quantise_tokens
+from meiqa.memory.pacing import Pace
 from meiqa.memory.segment import Array
 
 Keys: TypeAlias = NDArray[np.float16]
@@ -40,6 +41,7 @@ _NEIGHBOURS = 16
 _BUILD_EFFORT = 200
 _SEED = 20260320
 _CHUNK_ROWS = 1 << 16
+_STEP_ROWS = 16
 _SAMPLE = 512
 _LEAST_EFFORT = 32
 _SPARE = 8
@@ -51,16 +53,26 @@ def can_be_built() -> bool:
     return importlib.util.find_spec("hnswlib") is not None
 
 
-def index_arrays(keys: Keys, threads: int = 1) -> dict[str, Array]:
+class Building(NamedTuple):
+    """How an index is built: by so many threads, none where it is not, and at what pace."""
+
+    threads: int = 1
+    pace: Pace | None = None
+
+
+def index_arrays(keys: Keys, threads: int = 1, pace: Pace | None = None) -> dict[str, Array]:
     """Give the arrays of an index over unit keys (N, D) for a segment; {} below `FLAT_BELOW`.
 
     With one thread the same keys give the same arrays. More are faster and differ from run to run.
     UsageError if hnswlib or Numba is not installed, or the keys are not finite.
     """
-    return freeze(build_graph(keys, threads), keys) if len(keys) >= FLAT_BELOW else {}
+    if len(keys) < FLAT_BELOW:
+        return {}
+    pace = pace or Pace()
+    return freeze(build_graph(keys, threads, pace), keys, pace)
 
 
-def build_graph(keys: Keys, threads: int = 1) -> Any:
+def build_graph(keys: Keys, threads: int = 1, pace: Pace | None = None) -> Any:
     """Let hnswlib build the graph of stored keys, with their rows as labels; see `index_arrays`."""
     try:
         import hnswlib
@@ -70,12 +82,13 @@ def build_graph(keys: Keys, threads: int = 1) -> Any:
         raise UsageError("the keys to be indexed are not finite")
     graph = hnswlib.Index("ip", keys.shape[1])
     graph.init_index(len(keys), M=_NEIGHBOURS, ef_construction=_BUILD_EFFORT, random_seed=_SEED)
-    for part in _parts(keys):
+    parts = _parts(keys, _STEP_ROWS if threads == 1 else _CHUNK_ROWS)
+    for part in (pace or Pace()).through(parts):
         graph.add_items(decode_keys(part), num_threads=threads)
     return graph
 
 
-def freeze(graph: Any, keys: Keys) -> dict[str, Array]:
+def freeze(graph: Any, keys: Keys, pace: Pace | None = None) -> dict[str, Array]:
     """Take the graph of these keys apart into arrays for a segment, and measure its effort."""
     levels, scales = np.empty(keys.shape, np.int8), np.empty(len(keys), np.float32)
     for rows in _parts(np.arange(len(keys))):
@@ -84,18 +97,18 @@ def freeze(graph: Any, keys: Keys) -> dict[str, Array]:
     named = _links(graph.__getstate__()[0])
     named |= {"levels": levels, "scales": scales, "effort": effort}
     arrays = {INDEX_PREFIX + name: array for name, array in named.items()}
-    effort[0] = _least_effort(FrozenIndex.of(arrays, keys), keys)
+    effort[0] = _least_effort(FrozenIndex.of(arrays, keys), keys, pace or Pace())
     return arrays
 
 
-def _least_effort(index: FrozenIndex, keys: Keys) -> int:
+def _least_effort(index: FrozenIndex, keys: Keys, pace: Pace) -> int:
     """Find the effort from which on the true share is above `RECALL` beyond reasonable doubt.
 
     Keys taken out of the graph are the queries, since those in it lie beside their neighbours. The
     mean over them less two standard errors has to reach `RECALL`. With an effort of an eighth of
     the keys the search is exact, so that one is always found.
     """
-    shares_at, effort = recall_trial(index, keys, _SAMPLE), _LEAST_EFFORT
+    shares_at, effort = recall_trial(index, keys, _SAMPLE, pace=pace), _LEAST_EFFORT
     while effort < len(keys) and len(shares := shares_at(effort)):
         doubt = 2.0 * float(shares.std()) / len(shares) ** 0.5
         if float(shares.mean()) - doubt >= RECALL:
@@ -104,10 +117,10 @@ def _least_effort(index: FrozenIndex, keys: Keys) -> int:
     return effort
 
 
-def _parts(rows: Array) -> Iterator[Array]:
+def _parts(rows: Array, size: int = _CHUNK_ROWS) -> Iterator[Array]:
     """Divide rows so that decoded ones need little memory."""
-    for start in range(0, len(rows), _CHUNK_ROWS):
-        yield rows[start : start + _CHUNK_ROWS]
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def _links(state: Mapping[str, Any]) -> dict[str, Array]:
@@ -282,7 +295,11 @@ def _read_only(array: Array) -> Array:
 
 
 def recall_trial(
-    index: FrozenIndex, keys: Keys, size: int, count: int = _MEASURED_COUNT
+    index: FrozenIndex,
+    keys: Keys,
+    size: int,
+    count: int = _MEASURED_COUNT,
+    pace: Pace | None = None,
 ) -> Callable[[int | None], NDArray[np.float64]]:
     """Take keys out of an index as queries, to measure how many true neighbours a search finds.
 
@@ -299,11 +316,13 @@ def recall_trial(
     eligible, queries = np.ones(len(keys), np.bool_), decode_keys(keys[rows])
     eligible[rows] = False
     cut, count = index.without(rows), min(count, len(keys) - len(rows))
+    pace = pace or Pace()
     _, cosines = true_neighbours(keys, queries, count, eligible)
 
     def shares(effort: int | None) -> NDArray[np.float64]:
         found = np.empty(len(queries), np.float64)
-        for number, (query, true) in enumerate(zip(queries, cosines, strict=True)):
+        pairs = pace.through(zip(queries, cosines, strict=True))
+        for number, (query, true) in enumerate(pairs):
             near = decode_keys(keys[cut.search(query, count, eligible, effort)])
             found[number] = (exact_cosines(near, query) >= true[-1]).sum()
         found /= count

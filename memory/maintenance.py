@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -18,7 +18,15 @@ import numpy as np
 
 from meiqa.errors import StoreError, StoreMismatch, StoreNotFound, UsageError, install_hint
 from meiqa.memory import database, versions
-from meiqa.memory.cases import ORIGINS, Entry, Version, decode_keys, encode_key, unit_rows
+from meiqa.memory.cases import (
+    ORIGINS,
+    Entry,
+    Regression,
+    Version,
+    decode_keys,
+    encode_key,
+    unit_rows,
+)
 from meiqa.memory.database import Identity
 from meiqa.memory.index import FrozenIndex, recall_trial
 from meiqa.memory.retrieval import View, key_widths, retrieval_key
@@ -187,7 +195,7 @@ def rekey(
 
     Raises:
         UsageError: the memory has keys of this kind, or there is no such kind.
-        StoreMismatch: the new keys need the summaries' keys, which the memory does not hold.
+        StoreMismatch: the new keys need the summaries' keys, or tokens, which it does not hold.
     """
     if kind == found.key_kind:
         raise UsageError("the memory has keys of this kind already", seen=kind)
@@ -200,20 +208,73 @@ def rekey(
     identity = Identity(found.package_digest, widths, kind)
 
     def rekeyed(entry: Entry) -> Entry:
+        if not len(entry.features.scales):
+            what = f"the new keys need visual tokens, which case {entry.record.id!r} has not"
+            raise StoreMismatch(what, hint=f"build it from the photographs with --key {kind}")
         # With the summary's key a "summary" or "both" key begins.
         summary = unit_rows(decode_keys(entry.features.key[None])[:, :summary_width])[0]
         key = retrieval_key(kind, summary, entry.features.tokens)
         return replace(entry, features=replace(entry.features, key=encode_key(key)))
 
+    written = {origin: map(rekeyed, view.all_entries()) for origin, view in views.items()}
+    _write_anew(path, identity, written, uses, views["anchor"].version.regression)
+    return sum(len(view) for view in views.values())
+
+
+def thin(views: Views, uses: Mapping[str, Uses], identity: Identity, path: Path, keep: int) -> int:
+    """Write a small memory: fewer anchors, spread evenly over their order by score; give how many.
+
+    Anchors lose their visual tokens and thumbnails, so they are found and count for percentiles,
+    and are not compared with; what was learned of all their tokens, the regression, stays. Contrast
+    cases and counters of use come along. The directory must not exist, or be empty; it appears
+    whole or not at all.
+
+    Raises:
+        StoreMismatch: anchors are not in a version yet, so nothing was learned of them.
+    """
+    anchors = views["anchor"]
+    if anchors.recent:
+        hint = "compact it first: meiqa memory compact"
+        raise StoreMismatch(
+            "there are anchors outside segments", seen=len(anchors.recent), hint=hint
+        )
+    entries = sorted(anchors.all_entries(), key=lambda entry: (entry.record.score, entry.record.id))
+    chosen = np.unique(
+        np.linspace(0, len(entries) - 1, min(keep, len(entries))).round().astype(int)
+    )
+    bare = sorted((_without_tokens(entries[i]) for i in chosen), key=lambda entry: entry.record.id)
+    learned = views["contrast"].all_entries()
+    written: dict[Origin, Iterator[Entry]] = {"anchor": iter(bare), "contrast": learned}
+    _write_anew(path, identity, written, uses, anchors.version.regression)
+    return len(bare)
+
+
+def _without_tokens(entry: Entry) -> Entry:
+    features = entry.features
+    bare = replace(features, levels=features.levels[:0], scales=features.scales[:0])
+    return replace(entry, features=bare, thumbnail=None)
+
+
+def _write_anew(
+    path: Path,
+    identity: Identity,
+    entries: Mapping[Origin, Iterator[Entry]],
+    uses: Mapping[str, Uses],
+    learned: Regression | None,
+) -> None:
+    """Write cases of each origin, in the order of their ids, into a memory that appears whole."""
     refuse_taken(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with disk_errors(path):
             partial.mkdir(parents=True)
-            for origin, view in views.items():
-                if origin == "anchor" or len(view):
-                    entries = map(rekeyed, view.all_entries())
-                    written = versions.write_version(partial, origin, identity, 1, entries)
+            for origin, given in entries.items():
+                first = next(given, None)
+                if origin == "anchor" or first is not None:
+                    every = chain([] if first is None else [first], given)
+                    written = versions.write_version(
+                        partial, origin, identity, 1, every, learned=learned
+                    )
                     with written as appear:
                         appear()
             database.create_database(partial / WAL_NAME, identity)
@@ -224,7 +285,6 @@ def rekey(
             publish(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return sum(len(view) for view in views.values())
 
 
 @dataclass(frozen=True)

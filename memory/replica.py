@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import psycopg
 
@@ -22,16 +22,14 @@ from meiqa.errors import MeiqaError, StoreMismatch, UsageError
 from meiqa.memory.bank import ContrastPolicy, MemoryBank, Pulled
 from meiqa.memory.cases import ORIGINS, Entry
 from meiqa.memory.hub import Hub, Refused, Told, address, connected, rank_of
+from meiqa.memory.pacing import Pace
 from meiqa.memory.retrieval import View
 from meiqa.memory.wal import Image, Waiting
 from meiqa.types import Origin
 
 LOG = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _AT_ONCE = 64
-_REST = 9.0  # times as long as it works, a sync beside scoring rests
-_WORK_S = 0.002
 _NAMED = 8
 _PATIENCE_S = 30.0  # with a sync that is under way when its process ends
 
@@ -44,16 +42,28 @@ class Synced:
         pushed: Cases and removals that the hub took.
         pulled, removed: Cases of others stored, and removed here since others did.
         refused: What the hub refused of ours, and what we refused of the hub's, with the reasons.
+        kept: How many cases of an origin wait, since this role may not write them.
     """
 
     pushed: int = 0
     pulled: int = 0
     removed: int = 0
     refused: list[Refused] = field(default_factory=list)
+    kept: dict[Origin, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         told = f"{self.pushed} pushed, {self.pulled} pulled, {self.removed} removed"
-        return told + (f", {len(self.refused)} refused" if self.refused else "")
+        told += f", {len(self.refused)} refused" if self.refused else ""
+        return ", ".join([told, *map(self._of_kept, self.kept)])
+
+    @property
+    def complaints(self) -> list[str]:
+        """What somebody should see to; that a role may not write anchors is as most are meant."""
+        refused = [f"refused {each.name}: {each.reason}" for each in self.refused]
+        return refused + [self._of_kept(origin) for origin in self.kept if origin != "anchor"]
+
+    def _of_kept(self, origin: Origin) -> str:
+        return f"{self.kept[origin]} {origin} cases kept: this role may not write them"
 
 
 class Replica:
@@ -63,7 +73,8 @@ class Replica:
         bank: Opened to be changed; everything it learns is shared from the first sync on.
         url: Of the hub.
         device: What this device is called there.
-        gently: Work in small steps and rest between them, so that scoring goes on meanwhile.
+        gently: Work in small steps and rest between them, so that scoring goes on meanwhile, until
+            `hurry` is called.
     """
 
     def __init__(self, bank: MemoryBank, url: str, device: str, *, gently: bool = False) -> None:
@@ -74,7 +85,12 @@ class Replica:
         if not (device.isprintable() and 0 < len(device) <= 64):
             allowed = "1 to 64 printable characters"
             raise UsageError("a device needs a name", seen=repr(device), allowed=allowed)
-        self._bank, self._url, self._device, self._gently = bank, url, device, gently
+        self._bank, self._url, self._device = bank, url, device
+        self._pace = Pace(gently=gently)
+
+    def hurry(self) -> None:
+        """Rest no more, in a sync that goes on and in those that follow."""
+        self._pace.hurry()
 
     def sync(self, *, anew: bool = False) -> Synced:
         """Push, then pull; `anew` from the beginning, with a hub that was set back or is another.
@@ -100,13 +116,12 @@ class Replica:
             left = [each for each in waiting if each.origin == origin]
             # The first goes alone: if it is refused, the others need not be sent.
             starts = [0, *range(1, len(left), _AT_ONCE)] if left else []
-            for start in self._rested(starts):
+            for start in self._pace.through(starts):
                 batch = self._with_entries(left[start : start + (_AT_ONCE if start else 1)])
                 try:
                     self._push_batch(hub, batch, done)
                 except psycopg.errors.InsufficientPrivilege:
-                    reason = f"{len(left) - start} wait: this role may not write them"
-                    done.refused.append(Refused(f"{origin} cases", reason))
+                    done.kept[origin] = len(left) - start
                     break
                 except (psycopg.DataError, psycopg.IntegrityError):
                     for one in batch:
@@ -153,7 +168,7 @@ class Replica:
             if not news:
                 return
             views = bank.snapshot().views
-            decided = decide(self._rested(news), views, waiting, since)
+            decided = decide(self._pace.through(news), views, waiting, since)
             fetched: dict[Image, Entry] = {}
             absorbed: set[Image] = set()
             for origin in ORIGINS:
@@ -163,7 +178,7 @@ class Replica:
                 held = views[origin].record_of_image
                 new = [each for each in wanted if held(each.image) is None]
                 if len(new) > bank.policy.compact_after and bank.writes(origin):
-                    bank.absorb(origin, self._entries(hub, origin, new, done))
+                    bank.absorb(origin, self._entries(hub, origin, new, done), self._pace)
                     absorbed.update(each.name for each in new)
                     # What is held stays until the row that takes its place has been read.
                     wanted = [each for each in wanted if each.name not in absorbed]
@@ -187,7 +202,7 @@ class Replica:
         """Read cases by id, which is how their images' digests begin; name those refused."""
         images, last = [each.image for each in wanted], ""
         read = hub.entries(origin, images, self._bank.identity) if images else ()
-        for each in self._rested(read):
+        for each in self._pace.through(read):
             if isinstance(each, Entry) and each.record.id == last:
                 each = Refused(f"{origin} {last}", "another image's digest begins like its own")
             if isinstance(each, Refused):
@@ -196,16 +211,6 @@ class Replica:
             last = each.record.id
             done.pulled += 1
             yield each
-
-    def _rested(self, work: Iterable[T]) -> Iterator[T]:
-        """Go through work, and rest in between if this is to be gentle."""
-        begun_s = time.perf_counter()
-        for each in work:
-            yield each
-            worked_s = time.perf_counter() - begun_s
-            if self._gently and worked_s > _WORK_S:
-                time.sleep(_REST * worked_s)
-                begun_s = time.perf_counter()
 
 
 class Decided(NamedTuple):
@@ -270,15 +275,15 @@ def syncing(bank: MemoryBank, url: str, device: str, every_s: float) -> Iterator
         said = ""
         while not ended.is_set():
             try:
-                done = replica.sync()
-                told = "; ".join(f"refused {name}: {why}" for name, why in done.refused[:_NAMED])
+                complaints = replica.sync().complaints[:_NAMED]
+                told = f"not all is synced: {'; '.join(complaints)}" if complaints else ""
             except MeiqaError as error:
-                told = str(error)
+                told = f"the memory is not synced: {error}"
             except Exception as error:  # or this thread would end without a word
                 LOG.exception("the memory is not synced")
                 told = repr(error)
             if told not in ("", said):
-                LOG.warning("the memory is not synced: %s", told)
+                LOG.warning(told)
             said = told
             ended.wait(every_s)
 
@@ -288,4 +293,5 @@ def syncing(bank: MemoryBank, url: str, device: str, every_s: float) -> Iterator
         yield
     finally:
         ended.set()
+        replica.hurry()
         thread.join(_PATIENCE_S)

@@ -227,6 +227,14 @@ class View:
         found = dict(zip(stored, read, strict=True))
         return [found[row] if row < split else self.recent[row - split] for row in rows]
 
+    def entry(self, case_id: str) -> Entry | None:
+        """Read one case with its thumbnail; None if it is not there."""
+        recent = next((each for each in self.recent if each.record.id == case_id), None)
+        row, present = self.version.locate(case_id)
+        if recent is not None or not present or row in self.dead:
+            return recent
+        return self.version.entries([row], thumbnails=True)[0]
+
     def all_entries(self) -> Iterator[Entry]:
         """Read all cases with their vectors and thumbnails, by id."""
         every = np.arange(len(self.version) + len(self.recent))

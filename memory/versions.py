@@ -24,6 +24,7 @@ from meiqa.memory.cases import (
     DIGEST_BYTES,
     REGRESSION,
     Entry,
+    Regression,
     Sample,
     Version,
     image_hash,
@@ -33,6 +34,7 @@ from meiqa.memory.database import REBUILD, SCHEMA, Identity, Widths
 from meiqa.memory.index import (
     FLAT_BELOW,
     INDEX_PREFIX,
+    Building,
     FrozenIndex,
     can_be_built,
     index_arrays,
@@ -48,6 +50,7 @@ from meiqa.memory.segment import (
 from meiqa.memory.wal import insert_record
 from meiqa.types import Origin
 
+AT_ONCE = Building()
 _FORMAT = 2
 _ATTRIBUTE_BYTES = 4096
 _MOST_ARRAYS = 64
@@ -120,7 +123,7 @@ def open_version(directory: Path, origin: Origin, *, verify: bool = False) -> Ve
 
 def no_version(directory: Path, origin: Origin, identity: Identity) -> Version:
     """Give the version before the first one, which has neither cases nor files."""
-    arrays = _Columns(origin).arrays(identity.widths.key, threads=1)
+    arrays = _Columns(origin).arrays(identity.widths.key, AT_ONCE)
     arrays["levels"] = np.empty((0, identity.widths.token), np.int8)
     segment = Segment(segment_path(directory, origin), arrays, {}, (0, 0))
     connection = sqlite3.connect(":memory:", check_same_thread=False)
@@ -197,23 +200,25 @@ def write_version(
     number: int,
     entries: Iterable[Entry],
     *,
-    threads: int = 1,
+    building: Building = AT_ONCE,
+    learned: Regression | None = None,
 ) -> Iterator[Callable[[], None]]:
     """Write a version that nobody sees before the function given is called.
 
-    Its number is one more than the current version's; so many threads build the index, none where
-    it is left to the next version. The entries are in the order of their ids, and are read once.
+    Its number is one more than the current version's; an index that is not built is left to the
+    next version. The entries are in the order of their ids, and are read once.
+    Where anchors among them have no tokens to learn from, what was `learned` before stays.
     """
     records_path = directory / _records_name(origin, number)
     build, published = uuid.uuid4().hex, False
     database.create_database(records_path, identity, {"build": build})
     try:
-        path, columns = segment_path(directory, origin), _Columns(origin)
+        path, columns = segment_path(directory, origin), _Columns(origin, learned)
         with SegmentWriter(path, _ATTRIBUTE_BYTES, _MOST_ARRAYS) as writer:
             with database.filling(records_path) as connection:
                 levels = columns.gather(entries, connection)
                 writer.stream("levels", levels, identity.widths.token, np.int8)
-            arrays = columns.arrays(identity.widths.key, threads)
+            arrays = columns.arrays(identity.widths.key, building)
             for name, array in arrays.items():
                 writer.add(name, array)
             with disk_errors(records_path):
@@ -257,8 +262,9 @@ class _Kept(NamedTuple):
 class _Columns:
     """What is gathered of all entries."""
 
-    def __init__(self, origin: Origin) -> None:
-        self._origin = origin
+    def __init__(self, origin: Origin, learned: Regression | None = None) -> None:
+        self._origin, self._learned = origin, learned
+        self._all_have_tokens = True
         self._rows: list[_Kept] = []
         self._sample = Sample()
 
@@ -269,13 +275,14 @@ class _Columns:
             insert_record(connection, entry)
             if self._origin == "anchor":  # nothing is learned of predicted scores
                 self._sample.show(record.id, features.tokens, record.score)
+                self._all_have_tokens &= len(features.scales) > 0
             image, digest = image_hash(record.image_digest), entry.digest[:DIGEST_BYTES]
             vectors = features.key, features.scales, features.grid
             self._rows.append(_Kept(*vectors, record.score, image, digest))
             yield features.levels
 
-    def arrays(self, key_width: int, threads: int) -> dict[str, Array]:
-        """Give everything but the levels; so many threads build the index."""
+    def arrays(self, key_width: int, building: Building) -> dict[str, Array]:
+        """Give everything but the levels."""
         rows = self._rows
         keys = np.array([row.key for row in rows], np.float16).reshape(-1, key_width)
         scales = [np.empty(0, np.float32), *(row.scales for row in rows)]
@@ -295,7 +302,10 @@ class _Columns:
             "image_rows": by_image.astype(np.int32),
         }
         # Learned cases are few enough to be compared one by one where no index can be built.
-        if threads and (self._origin == "anchor" or can_be_built()):
-            arrays |= index_arrays(keys, threads)
-        fitted = self._sample.fitted()
-        return arrays if fitted is None else arrays | {REGRESSION: fitted[0].array}
+        if building.threads and (self._origin == "anchor" or can_be_built()):
+            arrays |= index_arrays(keys, *building)
+        learned = self._learned
+        if self._all_have_tokens:
+            fitted = self._sample.fitted()
+            learned = None if fitted is None else fitted[0]
+        return arrays if learned is None else arrays | {REGRESSION: learned.array}

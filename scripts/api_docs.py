@@ -20,7 +20,8 @@ Made of the docstrings by `python scripts/api_docs.py`. A tutorial: [python.md](
 
 def page() -> str:
     """Give the text of the page."""
-    names = sorted((name for name in meiqa.__all__ if name != "__version__"), key=str.lower)
+    public = {*vars(meiqa)["__all__"]} - {"__version__"}
+    names = sorted(public, key=str.lower)
     return "\n".join([HEAD, *(entry(name, getattr(meiqa, name)) for name in names)])
 
 

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -30,6 +30,7 @@ from meiqa.errors import AccessDenied, KeyRequired, UsageError
 Scope = Literal["score", "memory:write"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_HOST = re.compile(r"([a-z0-9-]+\.)*[a-z0-9-]+(:[0-9]{1,5})?|\[[0-9a-f:.]+\](:[0-9]{1,5})?")
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -97,6 +98,8 @@ class Settings:
     max_photos: int = 64  # of one ranking
     upload_s: float = 30.0
     keys: Keys | None = None  # without, anybody may score and nobody may write
+    origins: tuple[str, ...] = ()
+    """Sites whose pages may ask, as `https://app.example`; see `require_origin`."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -208,12 +211,40 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def refuse_other_sites(host: str | None, origin: str | None, remedy: str | None = None) -> None:
+def require_origin(origin: str) -> str:
+    """Give an origin as browsers write it, or raise UsageError: scheme, host and port alone.
+
+    >>> require_origin("https://app.example")
+    'https://app.example'
+    """
+    parts = _parts(origin)
+    plain = f"{parts.scheme}://{parts.netloc}"
+    usual = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
+    if (
+        parts.scheme not in ("http", "https")
+        or plain != origin
+        or not _HOST.fullmatch(parts.netloc)
+        or (usual and parts.netloc.endswith(usual))
+    ):
+        raise UsageError(
+            "not the origin of a site",
+            seen=origin[:100],
+            allowed="scheme, host and port as browsers send them, in small letters: "
+            "https://app.example, http://localhost:5173",
+            hint="without a path, * or the scheme's usual port",
+        )
+    return origin
+
+
+def refuse_other_sites(
+    host: str | None, origin: str | None, allowed: Collection[str] = (), remedy: str | None = None
+) -> None:
     """Refuse what only another site's page would send to a service without keys.
 
     Args:
         host: the request's Host; a name that was made to point at this machine is not its own.
-        origin: the request's Origin; pages of other sites are none of ours.
+        origin: the request's Origin; pages of other sites are none of ours, unless they are
+            allowed.
         remedy: what makes the service answer to other machines, too.
 
     Raises:
@@ -226,9 +257,11 @@ def refuse_other_sites(host: str | None, origin: str | None, remedy: str | None 
             allowed="localhost, 127.0.0.1 or [::1]",
             hint=remedy,
         )
-    if origin is not None and _parts(origin).netloc != host:
+    if origin is not None and _parts(origin).netloc != host and origin not in allowed:
         raise AccessDenied(
-            "this service answers to no other site's pages", seen=f"Origin: {origin}"
+            "this service answers to no other site's pages",
+            seen=f"Origin: {origin}",
+            allowed=", ".join(allowed) or None,
         )
 
 

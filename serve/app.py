@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -77,6 +78,14 @@ def create_app(engine: Engine | Sequence[Engine], settings: Settings | None = No
     )
     app.state.service = routes.Service(scheduler, settings, metrics, uploads)
     app.add_middleware(Middleware, settings=settings, metrics=metrics)
+    if settings.origins:  # around everything, so that such a page can read refusals, too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.include_router(routes.router)
     app.include_router(live.router)
     _answer_errors_with_problems(app)

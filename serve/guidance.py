@@ -1,10 +1,10 @@
-"""One instruction at a time: what to do to take the picture better.
+"""One instruction at a time: what to do to take the picture better, and what has changed.
 
 `RULES` has what was measured in the frame, or which distortion, speaks for each;
 docs/camera.md has the same table for people. `Adviser` does not flicker: evidence is averaged over
 half a second, an instruction comes at 0.6, goes below 0.35 and stays for a second and a half at
-least. The first that speaks wins, since it spoils what the later ones look at: a picture that moves
-is soft as well, and one in the dark is noisy.
+least, unless the scene itself has changed. The first that speaks wins, since it spoils what the
+later ones look at: a picture that moves is soft as well, and one in the dark is noisy.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from meiqa.engine.measures import WORDS, describe_attributes
 from meiqa.types import Detail, Distortion
@@ -160,6 +161,10 @@ class Adviser:
         self._given_s = -math.inf
         self._given: Instruction | None = None
 
+    def release(self) -> None:
+        """Let the next instruction come as soon as it speaks: what is seen has changed."""
+        self._given_s = -math.inf
+
     def advise(self, seen: Evidence, now_s: float) -> Instruction:
         """Take one more frame in, and say what to do.
 
@@ -182,6 +187,44 @@ class Adviser:
         if self._given is None or (first != self._given and now_s - self._given_s >= _STAYS_S):
             self._given, self._given_s = first, now_s
         return self._given
+
+
+Direction = Literal["better", "worse", "steady"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a frame looks beside the others of its scene, for programs and for people.
+
+    Attributes:
+        code: which way it went since a moment ago; "new" for the first frame of a scene.
+        level: its score as comparisons within the scene have it; it may lie beyond the scale.
+        best: whether no frame of the scene's last seconds is seen to be better.
+        scene: number of the scene, from 1.
+    """
+
+    code: Direction | Literal["new"]
+    text: str
+    level: float
+    best: bool
+    scene: int
+
+
+def change_text(
+    code: Direction, best: bool, improved: bool, differs: str | None, lacks: str | None
+) -> str:
+    """Say what has changed.
+
+    Args:
+        improved: whether a frame of the last seconds is seen to be worse.
+        differs: what the frame is beside that of a moment ago, as "sharper".
+        lacks: what the best of the last seconds is beside this frame.
+    """
+    if best and improved and code != "worse":
+        return "Hold it: the best of the last 5 s"
+    if code != "steady":
+        return f"{(differs or code).capitalize()} than the last"
+    return "Steady" if best else f"The best of the last 5 s was {lacks or 'better'}"
 
 
 def ramp(value: float, low: float, high: float) -> float:

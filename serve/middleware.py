@@ -134,7 +134,8 @@ class Middleware:
     def _refuse(self, headers: Headers, path: str) -> None:
         if self._settings.keys is None:
             remedy = "give it keys: meiqa serve --api-key-file"
-            refuse_other_sites(headers.get("host"), headers.get("origin"), remedy)
+            allowed = self._settings.origins
+            refuse_other_sites(headers.get("host"), headers.get("origin"), allowed, remedy)
         if self._inside > self._settings.max_requests and path not in _ALWAYS_OPEN:
             error = Overloaded("too many requests at once", hint="ask again in a second")
             error.retry_after_s = 1.0

@@ -197,6 +197,18 @@ class CasesBody(BaseModel):
     next: int | None
 
 
+class PicturedCase(RememberedCase):
+    """A remembered photo with its thumbnail, a JPEG in base64, or null where none is kept."""
+
+    thumbnail: str | None
+
+
+class ChosenCasesBody(BaseModel):
+    """Those that were asked for, as far as they are remembered, in the order asked."""
+
+    cases: list[PicturedCase]
+
+
 class RemovedBody(BaseModel):
     """How many cases were removed."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -22,6 +23,7 @@ from meiqa.engine.engine import Engine
 from meiqa.engine.images import NamedBytes, load_pixels
 from meiqa.errors import UsageError
 from meiqa.memory import Record
+from meiqa.memory.cases import Entry
 from meiqa.serve import responses
 from meiqa.serve.access import Scope, Settings, authorise
 from meiqa.serve.middleware import Metrics
@@ -277,6 +279,22 @@ async def list_cases(
     return json_response(await asyncio.to_thread(page))
 
 
+@memory.get("/chosen", response_model=responses.ChosenCasesBody, responses=problems(422, 503))
+async def chosen_cases(
+    service: Scoring,
+    id: Annotated[list[str], Query(min_length=1, max_length=MOST_NEIGHBOURS, description="Which.")],
+) -> Response:
+    """Give some remembered photos, each with its thumbnail where one is kept."""
+    bank = service.scheduler.engines[0].memory
+
+    def chosen() -> list[dict[str, Any]]:
+        views = bank.snapshot().views.values()
+        found = (view.entry(each) for each in dict.fromkeys(id) for view in views)
+        return [_with_thumbnail(entry) for entry in found if entry is not None]
+
+    return json_response({"cases": await asyncio.to_thread(chosen)})
+
+
 @memory.post(
     "",
     status_code=201,
@@ -318,6 +336,11 @@ async def remove_cases(
     _require_text(*id)
     bank = service.scheduler.engines[0].memory
     return json_response({"removed": await asyncio.to_thread(bank.remove, id)})
+
+
+def _with_thumbnail(entry: Entry) -> dict[str, Any]:
+    jpeg = entry.thumbnail
+    return {**_case(entry.record), "thumbnail": jpeg and base64.b64encode(jpeg).decode("ascii")}
 
 
 def _case(record: Record) -> dict[str, Any]:

@@ -107,6 +107,22 @@ def test_a_score_is_the_same_alone_in_a_batch_reversed_and_on_one_thread(
         assert scores == pytest.approx(together, abs=1e-3)
 
 
+def test_a_thin_memory_scores_alike_in_little_room(
+    engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learning, thin = tmp_path / "learning", tmp_path / "thin"
+    assert cli.main(["memory", "create", str(learning)]) == 0
+    assert cli.main(["memory", "thin", str(learning), "--keep", "100", "--out", str(thin)]) == 0
+    assert "100 anchors" in capsys.readouterr().err
+    assert sum(file.stat().st_size for file in thin.iterdir()) < 400_000
+    _, photo = demo_photos()[0]
+    with Engine.open(memory=thin, learn=False) as small:
+        assert small.score(photo).score == engine.score(photo, k=0, learn=False).score
+        compared = small.score(photo, k=8)
+    assert not compared.neighbours
+    assert "not compared with 8 neighbours: no tokens are kept of them" in compared.degraded
+
+
 def test_a_reflection_is_remembered_and_met_again(engine: Engine) -> None:
     for _, photo in demo_photos():
         if engine.score(photo, k=K).reflection is not None:

@@ -14,10 +14,13 @@ from meiqa.engine.runtime.decoder import (
     GraphDecoder,
     GraphSession,
     NativeDecoder,
+    fastest_threads,
     read_layers,
 )
 from meiqa.errors import UsageError
-from meiqa.kernels.cores import usable_cores
+from meiqa.kernels.cores import cores_differ, usable_cores
+from meiqa.kernels.decoder import FASTEST
+from meiqa.locations import user_cache
 
 LOG = logging.getLogger(__name__)
 
@@ -42,13 +45,16 @@ def open_runtime(
 
     Args:
         device: "cpu", "cuda", or "tensorrt" for engines that `meiqa build` made.
-        threads: of the runtime; its own choice by default.
+        threads: of the runtime; by default its own choice and all cores, or on a CPU whose cores
+            differ as many as a measurement finds fastest, which is kept for later processes.
         patterns: open the graph of the distortion patterns as well, if there is one.
 
     Raises:
         DeviceUnavailable: there is no such device, or no runtime or engine for it.
         PackageCorrupted: a graph can't be loaded, or is not the one that the manifest describes.
     """
+    if threads is None and device == "cpu" and cores_differ():
+        threads = _measured_threads(package)
     cores = usable_threads(threads)
     names = [*GRAPHS, PATTERNS] if patterns and package.manifest.patterns else [*GRAPHS]
     with ThreadPoolExecutor(1) as beside:
@@ -75,6 +81,27 @@ def open_graphs(
     from meiqa.engine.runtime.onnx import open_onnx
 
     return open_onnx(package, names, device, usable)
+
+
+def _measured_threads(package: EnginePackage) -> int | None:
+    """Give the threads that are fastest here; None where the decoder is not in the kernels."""
+    kept = user_cache() / "costs" / f"{package.digest[:16]}-{FASTEST}-threads-{usable_cores()}"
+    try:
+        return usable_threads(int(kept.read_text()))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        LOG.warning("%s cannot be read, and threads are measured again: %s", kept, error)
+    read = read_layers(package)
+    if read is None:
+        return None
+    threads = fastest_threads(read[0], usable_cores())
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(str(threads))
+    except OSError as error:
+        LOG.warning("%s is not kept, and threads are measured each time: %s", kept, error)
+    return threads
 
 
 def usable_threads(threads: int | None) -> int:

@@ -10,7 +10,9 @@ A package whose decoder stays in a processor's cache holds its layers a second t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,6 +40,10 @@ NO_STATE = np.zeros((0, 0), np.float32)
 """What decoders leave whose layers all keep keys and values."""
 HEAD_COLUMNS = 16
 """Columns of the head in one product: for a larger one BLAS wakes threads, which takes longer."""
+STEPS, PREFIX_STEPS = 80, 80
+"""Tokens of a comparison and of its prefix, photos of 512 x 512 pixels: what is measured."""
+_TRIALS = 5
+_AS_FAST = 1.03
 Stored = Mapping[str, NDArray[np.generic]]
 
 
@@ -328,7 +334,7 @@ class NativeDecoder:
     """
 
     def __init__(self, graph: Decoder, layers: FusedDecoder, head: Floats, threads: int) -> None:
-        self.graph, self._layers, self._threads = graph, layers, threads
+        self.graph, self._layers, self.threads = graph, layers, threads
         cuts = range(HEAD_COLUMNS, head.shape[1], HEAD_COLUMNS)
         self._head = [*map(np.ascontiguousarray, np.split(head, cuts, axis=1))]
 
@@ -337,7 +343,7 @@ class NativeDecoder:
         longer = rows if ahead is None else [row.followed_by(ahead) for row in rows]
         kept = []
         for part in parts_of(len(longer), ROWS_BY_THEMSELVES):
-            for array in self._layers.keys_and_values(*padded(longer[part]), self._threads):
+            for array in self._layers.keys_and_values(*padded(longer[part]), self.threads):
                 require_finite(array)
                 array.setflags(write=False)
                 kept.append(KeyValues(array, array.shape[3]))
@@ -352,7 +358,7 @@ class NativeDecoder:
                 *padded(rows[part]),
                 [prefix.array for prefix in continued],
                 np.array([prefix.length for prefix in continued], np.int64),
-                self._threads,
+                self.threads,
             )
             found.append(np.hstack([hidden @ columns for columns in self._head]))
             require_finite(found[-1])
@@ -361,6 +367,44 @@ class NativeDecoder:
     def step(self, prefix: KeyValues, past: KeyValues, row: Row, wanted: int = 1) -> Step:
         """Read a row behind a prefix and a past, by the graph; see `Decoder`."""
         return self.graph.step(prefix, past, row, wanted)
+
+
+def comparisons(layers: FusedDecoder, rows: int, threads: int) -> Callable[[], object]:
+    """Give a call of so many comparisons of random content, photos of 512 x 512 pixels."""
+    s, rng = layers.shape, np.random.default_rng(0)
+    prefix = (len(layers.layers), 2, s.kv_heads, PREFIX_STEPS, s.head_width)
+    prefixes, lengths = [rng.standard_normal(prefix, np.float32)], np.array([PREFIX_STEPS])
+    embeds = rng.standard_normal((rows, STEPS, s.width), np.float32)
+    positions = np.tile(np.arange(STEPS, dtype=np.float32), (3, rows, 1))
+    steps = np.full(rows, STEPS)
+    return lambda: layers.last_hidden(embeds, positions, steps, prefixes, lengths, threads)
+
+
+def fastest_threads(
+    layers: FusedDecoder, most: int, *, clock: Callable[[], float] = time.perf_counter
+) -> int:
+    """Measure how many threads a wave of comparisons wants: 1, 2, 4 … or the `most`.
+
+    Slow cores beside fast ones, or units of the processor that cores share, may hold up the others.
+    Of counts that are about as fast the least is given.
+    """
+    calls = {count: comparisons(layers, ROWS_PER_CALL, count) for count in thread_counts(most)}
+    best = dict.fromkeys(calls, math.inf)
+    for _ in range(_TRIALS):
+        for count, call in calls.items():
+            began = clock()
+            call()
+            best[count] = min(best[count], clock() - began)
+    return next(n for n, seconds in best.items() if seconds <= _AS_FAST * min(best.values()))
+
+
+def thread_counts(most: int) -> list[int]:
+    """Give 1, 2, 4 … and the most.
+
+    >>> thread_counts(6)
+    [1, 2, 4, 6]
+    """
+    return [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
 
 
 def read_layers(

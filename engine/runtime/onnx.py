@@ -113,10 +113,12 @@ def _options(threads: int | None, **entries: str) -> onnxruntime.SessionOptions:
     """Make the options of every session, and add entries of one's own.
 
     Threads of a session spin for a while when they are made and after each answer, in the way of
-    the other session's and of the kernels' threads: that took a third of a photo's time.
+    the other session's and of the kernels' threads: that took a third of a photo's time. Patterns
+    of memory would hold a block for each shape of input, 50 MB in all, and save no time.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.enable_mem_pattern = False
     entries |= {"force_spinning_stop": "1", "intra_op.spin_duration_us": SPIN_US}
     for name, value in entries.items():
         options.add_session_config_entry(f"session.{name}", value)

@@ -12,7 +12,8 @@ const made = (name, className, text) => {
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 
 const TREND_MS = 20_000;
-const BEST_SECONDS = 8;
+const BEST_SECONDS = 5;
+const STALE_MS = 4_000; // what was said of a picture so long ago says nothing of this one
 const ANSWER_MS = 15_000; // an answer that takes longer does not come
 const PHOTO_MS = 20_000; // nobody waits for a single photo of a folder
 const UPLOADS = 2;
@@ -187,6 +188,7 @@ function connect() {
   const socket = new WebSocket(new URL("v1/live", location.href.replace(/^http/, "ws")));
   camera.socket = socket;
   Object.assign(flight, { since: 0, times: [], dropped: 0 });
+  full = null;
   let maxPixels = 0;
   socket.addEventListener("open", () => {
     const rate = camera.stream.getVideoTracks()[0].getSettings().frameRate ?? null;
@@ -212,9 +214,25 @@ function connect() {
   socket.addEventListener("close", () => {
     if (camera.socket !== socket) return;
     camera.attempt += 1;
+    loseTouch();
     notice("The connection to the service is gone. Trying again …");
     setTimeout(() => { if (camera.socket === socket && camera.stream) connect(); }, Math.min(8000, 500 * 2 ** camera.attempt));
   });
+}
+
+// Nothing is known of what is before the camera now: neither score nor advice may stand.
+function loseTouch() {
+  full = null;
+  trend = [];
+  flight.bitmap?.close();
+  flight.bitmap = null;
+  shownCode = "";
+  $("meter").textContent = "";
+  show($("instruction"), false);
+  if (mode === "camera") {
+    show($("found"), false);
+    show($("waiting"), true);
+  }
 }
 
 function onProblem(problem, goOn) {
@@ -254,10 +272,13 @@ async function sendFrame(socket, maxPixels) {
   const sent = ++flight.sent;
   flight.since = performance.now();
   socket.send(jpeg);
-  setTimeout(() => { if (flight.sent === sent && flight.since && camera.socket === socket) socket.close(); }, ANSWER_MS);
+  const unanswered = () => flight.sent === sent && flight.since && camera.socket === socket;
+  setTimeout(() => { if (unanswered()) { loseTouch(); $("meter").textContent = "waiting for the service"; } }, STALE_MS);
+  setTimeout(() => { if (unanswered()) socket.close(); }, ANSWER_MS);
 }
 
 let full = null; // the full assessment that stands
+let hurried = false; // there was no time for one, and the camera is still held still
 
 function onAnswer(answer) {
   const now = performance.now();
@@ -265,19 +286,21 @@ function onAnswer(answer) {
   flight.since = 0;
   flight.dropped = answer.dropped;
   flight.times = [...flight.times.filter((at) => now - at < 3000), now];
-  if (answer.kind === "full") full = assessment;
-  else if (!answer.stands) full = null;
-  keepBest(assessment.score, now);
-  remember(assessment, answer.kind, now);
+  if (!answer.stands) full = null;
+  else if (answer.kind === "full") full = assessment;
+  hurried = answer.still && !full && (hurried || answer.kind === "full");
+  keepBest(answer.change?.level ?? assessment.score, assessment.score, now);
+  if (answer.change) remember(answer.change, now);
+  // One look at a time: nothing of another one is laid over it.
   showAssessment(full ?? assessment, full ? depthOf(full) : "quick look");
-  if (full && full !== assessment) showStages(assessment);
   drawTrend(now);
   showInstruction(answer.instruction);
   const span = (now - flight.times[0]) / 1000;
   const rate = span > 0.5 ? `${((flight.times.length - 1) / span).toFixed(1)} a second` : "";
   $("meter").textContent = answer.kind === "full" ? "looking closely" : rate;
   document.body.dataset.answers = String(Number(document.body.dataset.answers ?? 0) + 1);
-  announce(`${answer.instruction.text}. Score ${spoken(full ?? assessment)}`);
+  const told = answer.change && answer.change.code !== "steady" ? `${answer.change.text}. ` : "";
+  announce(`${told}${answer.instruction.text}. Score ${spoken(full ?? assessment)}`);
 }
 
 let shownCode = "";
@@ -299,7 +322,7 @@ function showInstruction(instruction) {
 
 const best = new Array(BEST_SECONDS).fill(null); // the best of each second, with its own pixels
 
-function keepBest(score, now) {
+function keepBest(level, score, now) {
   const bitmap = flight.bitmap;
   flight.bitmap = null;
   if (!bitmap) return;
@@ -308,9 +331,9 @@ function keepBest(score, now) {
     if (one && one.second <= second - BEST_SECONDS) { one.bitmap.close(); best[i] = null; }
   });
   const slot = second % BEST_SECONDS;
-  if (best[slot] && best[slot].score >= score) return bitmap.close();
+  if (best[slot] && best[slot].level >= level) return bitmap.close();
   best[slot]?.bitmap.close();
-  best[slot] = { second, score, bitmap };
+  best[slot] = { second, level, score, bitmap };
   const leader = bestShot();
   const small = $("best-shot");
   const scale = Math.max(small.width / leader.bitmap.width, small.height / leader.bitmap.height);
@@ -320,7 +343,7 @@ function keepBest(score, now) {
   show($("best"), true);
 }
 
-const bestShot = () => best.reduce((a, b) => (b && (!a || b.score > a.score) ? b : a), null);
+const bestShot = () => best.reduce((a, b) => (b && (!a || b.level > a.level) ? b : a), null);
 
 $("save").addEventListener("click", () => {
   const leader = bestShot();
@@ -349,6 +372,11 @@ const percent = (share) => `${Math.round(100 * share)} %`;
 const onScale = (score) => `${Math.max(0, Math.min(100, 25 * (score - 1)))}%`;
 const spoken = (found) => `${found.score.toFixed(1)}, ${found.word}.`;
 
+function undescribed(depth) {
+  if (depth !== "quick look") return "There was no time to describe it.";
+  return hurried ? "There was no time to describe it yet; it is tried again." : "It is described as soon as you hold still.";
+}
+
 function showAssessment(found, depth) {
   show($("waiting"), false);
   show($("found"), true);
@@ -360,7 +388,7 @@ function showAssessment(found, depth) {
   $("depth").textContent = depth;
   $("depth").className = depth === "in full" ? "chip full" : "chip";
   placeOnScale($("band"), $("needle"), found.score, low, high);
-  $("summary").textContent = found.reflection || found.summary || (depth === "quick look" ? "It is described as soon as you hold still." : "There was no time to describe it.");
+  $("summary").textContent = found.reflection || found.summary || undescribed(depth);
   showDistortions(found.distortions ?? []);
   showNeighbours(found);
   showStages(found);
@@ -404,18 +432,50 @@ function showNeighbours({ neighbours }) {
   $("other-neighbours").replaceChildren(...rows.slice(SHOWN_NEIGHBOURS));
   show($("more-neighbours"), rows.length > SHOWN_NEIGHBOURS);
   $("more-neighbours").querySelector("summary").textContent = `${rows.length - SHOWN_NEIGHBOURS} more`;
+  const all = () => decisive.forEach((one, i) => furnish(rows[i], one));
+  all();
+  recall(decisive).then(all);
 }
+
+const word = (score) => ["bad", "poor", "fair", "good", "excellent"][Math.max(0, Math.min(4, Math.floor(1.25 * (score - 1))))];
 
 function neighbourRow(one) {
   const wins = one.preference >= 0.5;
   const row = made("li", wins ? "won" : "lost");
-  const name = made("span", "name", one.id);
-  name.title = one.id;
-  name.append(made("span", "quiet", `  ${one.score.toFixed(2)}`));
-  row.append(name, made("span", "quiet", `yours is ${wins ? "better" : "worse"}, ${percent(wins ? one.preference : 1 - one.preference)}`));
+  row.title = one.id;
+  const words = `${word(one.score)[0].toUpperCase()}${word(one.score).slice(1)} photo`;
+  const name = made("span", "name", words);
+  const whose = one.origin === "anchor" ? "by people" : "learned";
+  row.append(name, made("span", "quiet", `${one.score.toFixed(2)} ${whose}`));
+  row.append(made("span", "quiet", `yours is ${wins ? "better" : "worse"}, ${percent(wins ? one.preference : 1 - one.preference)}`));
   const half = 100 * Math.abs(one.preference - 0.5);
   row.append(bar("", { "--from": `${wins ? 50 : 50 - half}%`, "--width": `${half}%` }));
   return row;
+}
+
+// What is remembered of photos: what is seen in them, and a thumbnail where one is kept.
+const known = new Map();
+const nameOf = ({ origin, id }) => `${origin} ${id}`;
+
+async function recall(neighbours) {
+  const asked = neighbours.filter((one) => !known.has(nameOf(one)));
+  if (!asked.length) return;
+  for (const one of asked) known.set(nameOf(one), null);
+  const ids = new URLSearchParams(asked.map(({ id }) => ["id", id]));
+  const answer = await fetch(`v1/memory/cases/chosen?${ids}`, { headers: headers() }).catch(() => null);
+  if (!answer?.ok) return; // the rows have words without it
+  for (const one of (await answer.json()).cases) known.set(nameOf(one), one);
+}
+
+function furnish(row, one) {
+  const found = known.get(nameOf(one));
+  if (found?.summary) row.querySelector(".name").textContent = found.summary;
+  if (!found?.thumbnail || row.querySelector("img")) return;
+  const image = made("img");
+  image.src = `data:image/jpeg;base64,${found.thumbnail}`;
+  image.alt = "";
+  row.classList.add("pictured");
+  row.prepend(image);
 }
 
 const STAGES = ["queue", "decode", "detail", "read", "describe", "retrieve", "compare", "fuse", "patterns", "reflect"];
@@ -448,20 +508,30 @@ function showStages(found) {
 
 let trend = [];
 
-function remember(found, kind, now) {
-  trend.push({ at: now, score: found.score, kind });
+const MARKS = { better: "▲", worse: "▼", steady: "", new: "" };
+
+function remember(change, now) {
+  trend.push({ at: now, ...change });
   trend = trend.filter((one) => now - one.at <= TREND_MS);
 }
 
+// Levels are the service's: each frame was compared with the best of its scene.
 function drawTrend(now) {
-  const points = trend.map((one) => [360 - (360 * (now - one.at)) / TREND_MS, 74 - (64 * (one.score - 1)) / 4]);
-  const line = points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
-  $("trend-line").setAttribute("d", line);
-  $("trend-area").setAttribute("d", points.length > 1 ? `${line}L${points.at(-1)[0].toFixed(1)} 84L${points[0][0].toFixed(1)} 84Z` : "");
-  const before = trend.find((one) => now - one.at <= 5000);
-  const change = trend.at(-1).score - before.score;
-  const text = Math.abs(change) < 0.15 ? "steady" : `${change > 0 ? "better by" : "worse by"} ${Math.abs(change).toFixed(1)} in 5 s`;
-  $("trend-text").textContent = text;
+  const placed = ({ at, level }) => [360 - (360 * (now - at)) / TREND_MS, 74 - 16 * (Math.max(1, Math.min(5, level)) - 1)];
+  const runs = trend.reduce((all, one) => {
+    if (all.at(-1)?.at(-1).scene === one.scene) all.at(-1).push(one);
+    else all.push([one]);
+    return all;
+  }, []).map((run) => run.map((one) => placed(one).map((value) => value.toFixed(1))));
+  const lines = runs.map((run) => `M${run.map((point) => point.join(" ")).join("L")}`);
+  $("trend-line").setAttribute("d", lines.join(""));
+  $("trend-area").setAttribute("d", runs.map((run, i) => `${lines[i]}L${run.at(-1)[0]} 84L${run[0][0]} 84Z`).join(""));
+  const last = trend.at(-1);
+  const text = last ? `${MARKS[last.code]} ${last.text}`.trim() : "";
+  for (const id of ["trend-text", "change"]) {
+    if ($(id).textContent !== text) $(id).textContent = text;
+    $(id).dataset.code = last?.code ?? "";
+  }
 }
 
 // ---------------------------------------------------------------- what a screen reader hears
@@ -491,15 +561,18 @@ for (const id of ["files", "folder"]) {
   $(id).addEventListener("change", () => { addPhotos([...$(id).files]); $(id).value = ""; });
 }
 
-const isPhoto = (file) => file.type.startsWith("image/") || /\.(avif|bmp|gif|jfif|jp2|jpe?g|pn[gm]|p[gp]m|tiff?|webp)$/i.test(file.name);
+// Browsers know few of these by themselves: of a HEIC or RAW file most of them tell no type.
+const SUFFIXES = "3fr arw avif bmp cr2 cr3 crw dcr dng erf fff gif heic heif hif iiq jfif jp2 jpe jpeg jpg jxl kdc mef mos mpo mrw nef nrw orf pef pgm png pnm ppm raf rw2 rwl sr2 srf srw tif tiff webp x3f".split(" ");
+const isPhoto = ({ name, type }) => type.startsWith("image/") || SUFFIXES.includes(name.toLowerCase().split(".").at(-1));
 
 function addPhotos(files) {
   const photos = files.filter(isPhoto);
+  const others = files.length - photos.length;
   if (!photos.length) {
     notice(files.length ? "None of these files is a photo." : "");
     return;
   }
-  notice("");
+  notice(others ? `${others === 1 ? "1 file is no photo and is" : `${others} files are no photos and are`} left out.` : "");
   setMode("photos");
   if (!running) began = performance.now();
   halted = false;
@@ -520,12 +593,13 @@ function addRow(shot) {
   open.type = "button";
   open.addEventListener("click", () => choose(shot));
   const name = made("td");
-  name.append(open);
+  const reason = made("p", "failed");
+  name.append(open, reason);
   const number = made("td", "number");
   number.append(made("span", "state", "waits"));
   row.append(picture, name, number, made("td", "spread"));
   $("rows").append(row);
-  return Object.assign(shot, { row, canvas, open, number, spread: row.lastChild });
+  return Object.assign(shot, { row, canvas, open, reason, number, spread: row.lastChild });
 }
 
 async function work() {
@@ -583,11 +657,9 @@ async function drawThumbnail(shot) {
 
 function showRow(shot) {
   shot.spread.replaceChildren();
+  shot.reason.textContent = shot.error ?? "";
   if (shot.state === "failed") {
     shot.number.replaceChildren(made("span", "failed", "–"));
-    shot.spread.append(made("span", "failed", shot.error));
-    shot.open.title = shot.error;
-    shot.open.setAttribute("aria-description", shot.error);
     return;
   }
   const { score, ci95 } = shot.found;

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _RESULTS = (
     "Answer Assessment Budget CulledPhoto Culling Detail Distortion Embedding Failure "
-    "JpegQuality Neighbour PairComparison RankedPhoto Ranking Reference"
+    "JpegQuality Neighbour PairComparison RankedPhoto Ranking Reference ShotComparison"
 )
 _MODULE_OF = {
     "Engine": "meiqa.engine.engine",

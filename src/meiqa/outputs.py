@@ -78,10 +78,9 @@ def output_target(
                     f"{path} would be written over, and is to be read", hint="name another file"
                 )
         if status.st_size and not force and not _is_ours(target, kind):
-            raise UsageError(
-                f"{path} exists, and is no {kind.name} that meiqa made",
-                hint="name another file, or replace it: --force",
-            )
+            foreign = "" if kind.marker is None else f", and is no {kind.name} that meiqa made"
+            hint = "name another file, or replace it: --force"
+            raise UsageError(f"{path} exists{foreign}", hint=hint)
     return target
 
 

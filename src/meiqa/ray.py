@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -68,6 +69,8 @@ def connected(address: str) -> Iterator[None]:
     try:
         with _unheard():
             ray.init(address, **quiet)
+        # Ray's own handler, which it has just set, ends the process within its account of it.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"ray\.")  # that all cores are taken
             yield

@@ -42,6 +42,7 @@ from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import MEIQA
 from meiqa.engine.runtime.decoder import KeyValues
 from meiqa.engine.scoring import ScoreRequest
+from meiqa.engine.sets import Candidate
 from meiqa.errors import ImageError
 from meiqa.types import (
     Answer,
@@ -55,6 +56,7 @@ from meiqa.types import (
     PairComparison,
     RankedPhoto,
     Ranking,
+    ShotComparison,
 )
 
 FAKE_TEXT = "This photo looks {} to a model that has not seen it, and that says so in twenty words."
@@ -111,8 +113,10 @@ class FakeEngine(Engine):
         )
         package = SimpleNamespace(path=Path("/packages/fake"), digest="ab" * 32, manifest=manifest)
         self._package = cast(EnginePackage, package)
-        model = SimpleNamespace(digest=package.digest, calibration=manifest.calibration)
-        counts = SimpleNamespace(count_anchors=neighbours, count_contrast=0)
+        model = SimpleNamespace(
+            digest=package.digest, calibration=manifest.calibration, image=manifest.image
+        )
+        counts = SimpleNamespace(count_anchors=neighbours, count_contrast=0, views={})
         memory = SimpleNamespace(snapshot=lambda: counts)
         scorer: Any = SimpleNamespace(model=model, memory=memory, prefixes=PrefixCache())
         super().__init__(scorer)
@@ -145,10 +149,7 @@ class FakeEngine(Engine):
         self.calls.append(Call(source_name(image), budget, k, learn, beside))
         self._before(source_name(image))
         pixels = load_pixels(image)
-        rule = self._score
-        if rule is None:
-            rule = 1 + 4 * int(pixels.digest[:8], 16) / 0xFFFFFFFF
-        score = float(rule(pixels) if callable(rule) else rule)
+        score = self._ruled(pixels)
         count = self._neighbours if k is None else k
         levels = [1 + 4 * i / max(1, count - 1) for i in range(count)]
         found = Assessment(
@@ -273,6 +274,23 @@ class FakeEngine(Engine):
         return PairComparison(
             one.path, other.path, preference, *scores, times, _left_out([one, other])
         )
+
+    def read_shot(self, image: ImageSource) -> Candidate:
+        """Give a shot its score by the rule; see `Engine.read_shot`."""
+        pixels = load_pixels(image)
+        score, nothing = self._ruled(pixels), np.zeros((1, 1), np.float32)
+        return Candidate(pixels.name, pixels.digest, nothing, (1, 1), score, score, ())
+
+    def compare_shots(self, first: Candidate, second: Candidate) -> ShotComparison:
+        """Compare two shots by their scores; see `Engine.compare_shots`."""
+        gap = first.score - second.score
+        return ShotComparison(first.path, second.path, 1 / (1 + math.exp(-gap)), gap, 0.2)
+
+    def _ruled(self, pixels: Pixels) -> float:
+        """Give the score that the rule gives a photo."""
+        if self._score is None:
+            return 1 + 4 * int(pixels.digest[:8], 16) / 0xFFFFFFFF
+        return float(self._score(pixels) if callable(self._score) else self._score)
 
     def options_many(self, image: ImageSource, questions: Sequence[Question]) -> list[Answer]:
         """Take options for grades from the worst to the best; see `Engine.options_many`."""

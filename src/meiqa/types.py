@@ -348,6 +348,21 @@ class PairComparison(Result):
 
 
 @dataclass(frozen=True)
+class ShotComparison(Result):
+    """Two shots of one scene side by side; `preference` is for the first.
+
+    `gap` says by how much it is better, in units of score, and `std` how far that is usually off:
+    what differs by less can't be told.
+    """
+
+    first: str
+    second: str
+    preference: float
+    gap: float
+    std: float
+
+
+@dataclass(frozen=True)
 class Answer(Result):
     """How probable each option is as the reply to a question about a photo.
 

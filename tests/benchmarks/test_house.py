@@ -13,7 +13,7 @@ from benchmarks import house
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, Any]:
-    return house.counted(None, install=False)
+    return house.counted(None)
 
 
 def test_what_can_be_read_from_the_tree(counts: dict[str, Any]) -> None:

@@ -9,11 +9,15 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
+from meiqa.engine import runtime
 from meiqa.engine.engine import Engine
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime import open_runtime, usable_threads
+from meiqa.engine.runtime.decoder import NativeDecoder, fastest_threads, read_layers
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, StoreMismatch, UsageError
 from meiqa.kernels.cores import usable_cores
+from meiqa.kernels.decoder import FusedDecoder
+from meiqa.locations import embedded_assets
 
 
 def test_cuda_where_there_is_none(
@@ -47,6 +51,73 @@ def test_more_threads_than_cores_are_as_many_as_there_are_cores(
     open_runtime(package, threads=10_000)
     (record,) = caplog.records
     assert "10000" in record.message
+
+
+@pytest.fixture(scope="module")
+def shipped() -> EnginePackage:
+    """The default package, whose decoder the kernels know."""
+    return EnginePackage.open(embedded_assets() / "package")
+
+
+class Stopwatch:
+    """A clock that a kernel's calls advance, by what each number of threads is said to take."""
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        self.now, self._seconds = 0.0, seconds
+
+    def __call__(self) -> float:
+        return self.now
+
+    def last_hidden(self, *given: object) -> None:
+        self.now += self._seconds[given[-1]]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fastest"),
+    [
+        ({1: 8.0, 2: 4.0, 4: 2.0, 6: 3.0}, 4),  # two slow cores hold up the others
+        ({1: 8.0, 2: 4.0, 4: 2.0, 6: 1.5}, 6),
+        ({1: 2.01, 2: 2.0, 4: 2.0, 6: 2.0}, 1),  # they share what they need
+    ],
+)
+def test_threads_are_chosen_by_measurement(
+    shipped: EnginePackage,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: dict[int, float],
+    fastest: int,
+) -> None:
+    read = read_layers(shipped)
+    assert read is not None
+    watch = Stopwatch(seconds)
+    monkeypatch.setattr(FusedDecoder, "last_hidden", watch.last_hidden)
+    assert fastest_threads(read[0], 6, clock=watch) == fastest
+
+
+def test_where_cores_differ_the_choice_is_measured_once(
+    shipped: EnginePackage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    measured: list[int] = []
+
+    def fastest(layers: FusedDecoder, most: int) -> int:
+        measured.append(most)
+        return 1
+
+    monkeypatch.setenv("MEIQA_CACHE", str(tmp_path))
+    monkeypatch.setattr(runtime, "cores_differ", lambda: True)
+    monkeypatch.setattr(runtime, "fastest_threads", fastest)
+    for _ in range(2):
+        decoder = open_runtime(shipped).decoder
+        assert isinstance(decoder, NativeDecoder)
+        assert decoder.threads == 1
+    assert measured == [usable_cores()]
+    (kept,) = (tmp_path / "costs").iterdir()
+    kept.write_text("many")
+    open_runtime(shipped)
+    assert len(measured) == 2
+    assert "measured again" in caplog.text
 
 
 @pytest.mark.parametrize("threads", [0, -1])

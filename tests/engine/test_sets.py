@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -395,3 +396,32 @@ def test_two_photos_side_by_side(engine: Engine) -> None:
         (back.second_score, back.first_score), abs=1e-3
     )
     assert engine.compare(PHOTOS[0], PHOTOS[0]).preference == pytest.approx(0.5, abs=1e-4)
+
+
+def test_two_shots_of_a_scene_are_compared_without_being_scored(remembered: Path) -> None:
+    model = FakeModel()
+    with fake_engine(model, remembered) as engine:
+        better, worse = (engine.read_shot(toned(score, 5)) for score in (4.0, 3.0))
+        before = dict(model.calls)
+        found = engine.compare_shots(better, worse)
+        back = engine.compare_shots(worse, better)
+        same = engine.compare_shots(better, better)
+        assert "token" not in model.calls
+        assert model.calls["encode"] == before["encode"]  # each was read once
+        assert model.calls["pair"] == 6
+    assert found.preference > 0.5 > back.preference
+    assert found.gap == pytest.approx(-back.gap)
+    assert found.gap > 0
+    assert same.gap == pytest.approx(0.0, abs=1e-9)
+    assert found.std == UNCALIBRATED.sigma
+
+
+def test_a_gap_of_two_shots_grows_on_where_all_are_sure(remembered: Path) -> None:
+    verdict = SceneVerdict(temperature=0.05, gap=0.05, sigma=0.5)
+    model = FakeModel(calibration=replace(UNCALIBRATED, scene=verdict, neighbours=8))
+    with fake_engine(model, remembered) as engine:
+        best, middle, worst = (engine.read_shot(toned(score, 5)) for score in (4.0, 3.6, 3.3))
+        near, far = (engine.compare_shots(best, other) for other in (middle, worst))
+    assert near.preference > 0.999
+    assert far.gap > near.gap > 0
+    assert math.isfinite(far.gap)

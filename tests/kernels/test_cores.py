@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
-from meiqa.kernels.cores import usable_cores
+from meiqa.kernels.cores import cores_differ, usable_cores
 
 
 def test_those_that_the_process_may_use() -> None:
@@ -20,3 +21,34 @@ def test_all_of_them_where_the_system_does_not_say(
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: count)
     assert usable_cores() == expected
+
+
+def listed(root: Path, name: str, speeds: list[int]) -> Path:
+    for number, speed in enumerate(speeds):
+        file = root / f"cpu{number}" / name
+        file.parent.mkdir(parents=True)
+        file.write_text(f"{speed}\n")
+    return root
+
+
+@pytest.mark.parametrize("name", ["cpu_capacity", "cpufreq/cpuinfo_max_freq"])
+@pytest.mark.parametrize(
+    ("speeds", "differ"),
+    [([1024, 1024, 1024], False), ([1024, 1024, 420], True), ([4900, 4800, 4900], False)],
+)
+def test_slow_cores_beside_fast_ones_are_told_by_the_system(
+    name: str, speeds: list[int], differ: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
+    assert cores_differ(listed(tmp_path, name, speeds)) is differ
+
+
+def test_cores_that_this_process_may_not_use_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    assert not cores_differ(listed(tmp_path, "cpu_capacity", [1024, 1024, 420]))
+
+
+def test_cores_are_alike_where_the_system_says_nothing(tmp_path: Path) -> None:
+    assert not cores_differ(tmp_path)

@@ -89,6 +89,30 @@ def test_the_dark_asks_for_light(engine: FakeEngine, film: Film, tmp_path: Path)
     assert {row["instruction"] for row in rows(log)} == {"more-light"}
 
 
+def test_the_log_tells_what_changed(engine: FakeEngine, film: Film, tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    path = film(*[120] * 75, *[30] * 75, *[121] * 75)
+    assert cli.main(["camera", "--video", str(path), "--log", str(log), "--fps", "10"]) == 0
+    judged = rows(log)
+    assert (judged[0]["change"], judged[0]["change_text"]) == ("new", "A new scene")
+    dark = [row for row in judged if row["change_text"] == "Darker than the last"]
+    assert {row["change"] for row in dark} == {"worse"}
+    after = [row for row in judged if row["change_text"].startswith("Hold it")]
+    assert {row["change"] for row in after} <= {"better", "steady"}
+    assert min(float(row["time_s"]) for row in after) > max(float(row["time_s"]) for row in dark)
+    assert all(float(row["level"]) > 0 for row in judged)
+
+
+def test_no_more_looks_a_second_than_are_asked_for(
+    engine: FakeEngine, film: Film, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, path = tmp_path / "log.csv", film(*[100] * 2 * RATE)
+    assert cli.main(["camera", "--video", str(path), "--fps", "4", "--log", str(log)]) == 0
+    assert 2 <= len(rows(log)) <= 9
+    assert "a second of 4 asked for" in capsys.readouterr().err
+    assert cli.main(["camera", "--video", str(path), "--fps", "0"]) == 2
+
+
 def test_it_stops_when_it_is_told_to(engine: FakeEngine, film: Film, tmp_path: Path) -> None:
     log = tmp_path / "log.csv"
     path = film(*[100] * RATE)

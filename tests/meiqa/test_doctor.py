@@ -47,6 +47,42 @@ def test_text(engine: Any, tmp_path: Path, capsys: Output) -> None:
     assert text.endswith("Everything that scoring needs is there.\n")
 
 
+def test_what_the_process_holds_is_told(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Output
+) -> None:
+    mappings = """1000-3000 r--p 00000000 fe:00 7 /lib/big one.so
+Rss:                2048 kB
+Private_Dirty:         4 kB
+3000-4000 rw-p 00000000 00:00 0 [heap]
+Rss:                3072 kB
+4000-5000 rw-p 00000000 00:00 0
+Rss:                1024 kB
+5000-6000 r-xp 00002000 fe:00 7 /lib/big one.so
+Rss:                1024 kB
+6000-7000 r--p 00000000 fe:00 8 /lib/unread.so
+Rss:                   0 kB
+"""
+    for name, text in (("MAPPINGS", mappings), ("STATUS", "Name:\tx\nVmHWM:\t  9216 kB\n")):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(doctor, name, tmp_path / name)
+    assert doctor.held() == {
+        "resident_bytes": 7 << 20,
+        "shared_bytes": 3 << 20,
+        "peak_bytes": 9 << 20,
+        "files": {"/lib/big one.so": 3 << 20},
+    }
+    assert cli.main(["doctor", "--memory", str(tmp_path)]) == 0
+    assert "7 MiB resident (at most 9), 3 of it files: big one.so 3" in capsys.readouterr().out
+
+
+def test_where_the_system_does_not_tell_nothing_is_claimed(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Output
+) -> None:
+    monkeypatch.setattr(doctor, "MAPPINGS", tmp_path / "none")
+    assert cli.main(["doctor", "--memory", str(tmp_path)]) == 0
+    assert "resident" not in capsys.readouterr().out
+
+
 def test_what_extras_lack_is_told(
     engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Output
 ) -> None:

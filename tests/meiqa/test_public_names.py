@@ -52,6 +52,7 @@ def test_public_names_are_pinned() -> None:
         "SchemaUnsupported",
         "ServiceError",
         "ServiceUnreachable",
+        "ShotComparison",
         "StoreCorrupted",
         "StoreError",
         "StoreLocked",

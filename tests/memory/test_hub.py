@@ -281,7 +281,8 @@ def test_a_camera_may_not_write_anchors_and_learns_all_the_same(
     camera.anchor("church", score=1.0)
     done = camera.sync()
     assert done.pushed == 1
-    assert [(each.name, "role" in each.reason) for each in done.refused] == [("anchor cases", True)]
+    assert (done.kept, done.complaints) == ({"anchor": 1}, [])
+    assert "1 anchor cases kept: this role may not write them" in str(done)
     office.hub = server.user(office.hub, "meiqa_anchors")
     office.anchor("church", score=4.0)
     office.sync()
@@ -302,7 +303,8 @@ def test_who_may_only_read_learns_from_others(server: Server, devices: Three) ->
     barn.hub = server.user(attic.hub, "meiqa_reader")
     barn.learn("dog")
     done = barn.sync()
-    assert (done.pushed, done.pulled, done.refused[0].name) == (0, 1, "contrast cases")
+    assert (done.pushed, done.pulled, done.kept) == (0, 1, {"contrast": 1})
+    assert done.complaints == ["1 contrast cases kept: this role may not write them"]
     assert len(barn.holds()) == 2
 
 
@@ -373,6 +375,25 @@ def test_a_malformed_row_among_many_takes_no_place(devices: Three) -> None:
     held = barn.holds()
     assert len(held) == 300
     assert held["contrast", digest_of("7")][0] == 2.5
+
+
+def test_beside_scoring_what_is_pulled_is_there_with_its_index(
+    devices: Three, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meiqa.memory.index.FLAT_BELOW", 100)
+    monkeypatch.setattr("meiqa.memory.versions.FLAT_BELOW", 100)
+    attic, barn, _ = devices
+    attic.learn(*map(str, range(300)))
+    attic.sync()
+    absorb, indexed = barn.bank.absorb, []
+
+    def noted(*given: Any) -> None:
+        absorb(*given)
+        indexed.append(barn.bank.snapshot().contrast.version.index is not None)
+
+    monkeypatch.setattr(barn.bank, "absorb", noted)
+    Replica(barn.bank, barn.hub, barn.name, gently=True).sync()
+    assert indexed == [True]
 
 
 def test_a_pull_may_rest_for_longer_than_a_transaction_may_idle(devices: Three) -> None:

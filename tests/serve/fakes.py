@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from meiqa import testing
-from meiqa.engine.images import ImageSource, NamedBytes, load_pixels
+from meiqa.engine.images import ImageSource, NamedBytes, Pixels, load_pixels
 from meiqa.errors import Overloaded
 from meiqa.serve.access import Settings
+from meiqa.serve.camera import frame_stats
 from meiqa.serve.middleware import Metrics
 from meiqa.serve.scheduler import Job, Scheduler
 from meiqa.types import Assessment, Budget, Distortion
@@ -31,6 +33,21 @@ def grey(level: int, size: tuple[int, int] = (48, 64), form: str = "JPEG") -> by
     file = io.BytesIO()
     Image.fromarray(np.full((*size, 3), level, np.uint8)).save(file, form, quality=95)
     return file.getvalue()
+
+
+def scene_of(seed: int, scale: int = 1) -> NDArray[np.uint8]:
+    """Give a scene (240, 320, 3) with fine and coarse parts, well lit, or one so much larger."""
+    tiles = np.random.default_rng(seed).integers(40, 216, (12, 16, 3))
+    fine = np.random.default_rng(seed + 100).integers(-25, 26, (120 * scale, 160 * scale, 1))
+    side = 20 * scale
+    pixels = np.kron(tiles, np.ones((side, side, 1))) + np.kron(fine, np.ones((2, 2, 1)))
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def perceived(pixels: Pixels) -> float:
+    """Score a picture by how fine, bright and clean it is."""
+    stats = frame_stats(pixels.array)
+    return 0.3 * stats.crispness + 0.8 * stats.light - 0.15 * stats.measured["noise"] - 1.5
 
 
 @dataclass(frozen=True)
@@ -54,10 +71,11 @@ class FakeEngine(testing.FakeEngine):
         costs: of its stages.
         neighbours: K.
         spend: how time passes.
+        rule: another score.
 
     Attributes:
         open: set unless photos are to wait; `begun` is set when one is taken up.
-        fails: raised in place of a score.
+        fails: raised in place of a score; given: the assessments so far.
     """
 
     def __init__(
@@ -65,14 +83,14 @@ class FakeEngine(testing.FakeEngine):
         costs: StageCosts = StageCosts(),
         neighbours: int = 32,
         spend: Callable[[float], None] = lambda ms: None,
+        rule: Callable[[Pixels], float] = lambda pixels: 1 + 4 * float(pixels.array.mean()) / 255,
     ) -> None:
-        super().__init__(
-            lambda pixels: 1 + 4 * float(pixels.array.mean()) / 255, neighbours=neighbours
-        )
+        super().__init__(rule, neighbours=neighbours)
         self.costs, self.spend = costs, spend
         self.open, self.begun = threading.Event(), threading.Event()
         self.open.set()
         self.fails: Exception | None = None
+        self.given: list[Assessment] = []
         self._dice = random.Random(1)
 
     @property
@@ -127,7 +145,7 @@ class FakeEngine(testing.FakeEngine):
         text_ms, count, notes = self._plan(len(found.neighbours), ms_of(budget) - read_ms)
         text_ms, compare_ms = self._varied(text_ms), self._varied(count * self.costs.neighbour_ms)
         self.spend(read_ms + text_ms + compare_ms)
-        return replace(
+        given = replace(
             found,
             summary=None if "no summary" in notes else found.summary,
             neighbours=found.neighbours[:count],
@@ -135,6 +153,8 @@ class FakeEngine(testing.FakeEngine):
             timings_ms={"read": read_ms, "describe": text_ms, "compare": compare_ms, "total": 9.5},
             distortions=(DARK,) if found.score < 1.8 else (),
         )
+        self.given.append(given)
+        return given
 
     def _plan(self, most: int, left_ms: float) -> tuple[float, int, tuple[str, ...]]:
         fewest = min(FEWEST, most)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from meiqa import cli
 from meiqa.errors import AccessDenied, KeyRequired, UsageError
-from meiqa.serve.access import Keys, Settings, add_key, authorise, is_loopback
+from meiqa.serve.access import Keys, Settings, add_key, authorise, is_loopback, require_origin
 from meiqa.serve.app import listen
 from tests.serve.conftest import Serve, jpeg
 
@@ -123,6 +124,95 @@ def test_without_keys_other_sites_pages_are_refused(serve: Serve, headers: dict[
 def test_the_services_own_page_may_ask(serve: Serve) -> None:
     headers = {"Origin": "http://localhost:8000", "Host": "localhost:8000"}
     assert serve(Settings()).get("/v1/model", headers=headers).status_code == 200
+
+
+APP = "https://app.example"
+PREFLIGHT = {"Access-Control-Request-Method": "POST"}
+
+
+def test_pages_of_a_site_that_is_let_in_may_ask_and_read(serve: Serve) -> None:
+    api = serve(Settings(origins=(APP, "http://localhost:5173")))
+    for origin in (APP, "http://localhost:5173"):
+        headers = {"Origin": origin, "Host": "localhost:8000"}
+        asked = api.get("/v1/model", headers=headers)
+        assert asked.status_code == 200
+        assert asked.headers["access-control-allow-origin"] == origin
+        assert "Retry-After" in asked.headers["access-control-expose-headers"]
+        refused = api.post("/v1/score", content=b"no photo", headers=headers)
+        assert refused.status_code == 422
+        assert refused.headers["access-control-allow-origin"] == origin
+        before = api.options(
+            "/v1/score",
+            headers={
+                **headers,
+                **PREFLIGHT,
+                "Access-Control-Request-Headers": "authorization,content-type",
+            },
+        )
+        assert before.status_code == 200
+        assert before.headers["access-control-allow-origin"] == origin
+
+
+@pytest.mark.parametrize("origin", ["https://app.example.evil", "http://app.example", "null"])
+def test_pages_of_no_other_site_may(serve: Serve, origin: str) -> None:
+    api = serve(Settings(origins=(APP,)))
+    headers = {"Origin": origin, "Host": "localhost:8000"}
+    asked = api.get("/v1/model", headers=headers)
+    assert asked.status_code == 403
+    assert "access-control-allow-origin" not in asked.headers
+    before = api.options("/v1/score", headers={**headers, **PREFLIGHT})
+    assert before.status_code == 400
+    assert "access-control-allow-origin" not in before.headers
+
+
+def test_by_default_no_site_is_let_in(serve: Serve) -> None:
+    api = serve(Settings())
+    headers = {"Origin": APP, "Host": "localhost:8000", **PREFLIGHT}
+    assert api.options("/v1/score", headers=headers).status_code == 403
+    own = api.get("/v1/model", headers={"Host": "localhost:8000"})
+    assert "access-control-allow-origin" not in own.headers
+
+
+def test_a_host_that_is_not_this_machine_is_none_from_an_allowed_page_either(serve: Serve) -> None:
+    api = serve(Settings(origins=(APP,)))
+    headers = {"Origin": APP, "Host": "evil.example"}
+    assert api.get("/v1/model", headers=headers).status_code == 403
+
+
+def test_with_keys_an_allowed_page_needs_one(serve: Serve, keys: tuple[Keys, str, str]) -> None:
+    known, reader, _ = keys
+    api = serve(Settings(keys=known, origins=(APP,)))
+    assert api.get("/v1/model", headers={"Origin": APP}).status_code == 401
+    headers = {"Origin": APP, "Authorization": f"Bearer {reader}"}
+    assert api.get("/v1/model", headers=headers).headers["access-control-allow-origin"] == APP
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://app.example", "http://localhost:5173", "http://127.0.0.1:8080"]
+)
+def test_an_origin_is_scheme_host_and_port(origin: str) -> None:
+    assert require_origin(origin) == origin
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("*", "null", "", "app.example", "//app.example", "ftp://app.example"),
+        *("https://", "https://app.example/", "https://app.example/page", "https://*.example"),
+        *("https://App.example", "HTTPS://app.example", "https://app.example:443"),
+        *("http://app.example:80", "https://me@app.example", "https://app.example?x"),
+        *("https://app.example:x", "https://[::", "https://a b", "https://app.example#x"),
+    ],
+)
+def test_what_is_no_origin_is_refused_in_one_line(
+    origin: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="not the origin of a site"):
+        require_origin(origin)
+    assert cli.main(["serve", f"--cors={origin}"]) == 2
+    said = capsys.readouterr().err
+    assert "not the origin of a site" in said
+    assert said.count("\n") == 1
 
 
 def test_a_missing_token_is_told_apart_from_a_missing_scope(keys: tuple[Keys, str, str]) -> None:

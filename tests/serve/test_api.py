@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import threading
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from meiqa.engine.anchoring import AnchorOptions, anchor_case
 from meiqa.engine.asking import Question
 from meiqa.engine.engine import Engine
-from meiqa.engine.images import NamedBytes
+from meiqa.engine.images import NamedBytes, load_pixels
 from meiqa.engine.package import EnginePackage
 from meiqa.serve.access import Keys, Settings
 from meiqa.serve.middleware import log_to
@@ -150,6 +152,27 @@ def test_a_case_is_added_used_and_removed(
         removed = api.delete("/v1/memory/cases?id=mine&id=other")
         assert removed.json() == {"removed": 1}
         assert api.post("/v1/score?learn=true&k=2", content=jpeg(3)).status_code == 200
+        api.close()
+
+
+def test_some_remembered_photos_are_given_with_thumbnails_where_they_are_kept(
+    serve: Serve, learning: Engine
+) -> None:
+    with learning:
+        for seed, name, thumbnail in ((7, "new", jpeg(9)), (8, "anchor-03", None)):
+            pixels = load_pixels(jpeg(seed))
+            case = anchor_case(learning.model, pixels, name, 4.5, AnchorOptions())
+            learning.memory.add_anchor(case, provenance="me", thumbnail=thumbnail)
+        learning.memory.remove(["anchor-04"])
+        api = serve(Settings(), learning)
+        asked = ["new", "anchor-02", "anchor-03", "anchor-04", "nobody", "new"]
+        found = api.get("/v1/memory/cases/chosen", params={"id": asked}).json()["cases"]
+        assert [each["id"] for each in found] == ["new", "anchor-02", "anchor-03"]
+        assert base64.b64decode(found[0]["thumbnail"]) == jpeg(9)
+        assert [each["thumbnail"] for each in found[1:]] == [None, None]
+        assert (found[2]["score"], found[2]["provenance"]) == (4.5, "me")
+        assert all(each["summary"] for each in found[1:2])
+        assert api.get("/v1/memory/cases/chosen").status_code == 422
         api.close()
 
 

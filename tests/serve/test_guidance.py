@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from meiqa.serve.guidance import OTHERWISE, RULES, Adviser, Evidence
+from meiqa.serve.guidance import OTHERWISE, RULES, Adviser, Evidence, change_text
 from meiqa.types import Detail, Distortion
 
 MEASURED = {
@@ -135,3 +136,28 @@ def test_the_document_has_every_rule_in_order() -> None:
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| **")]
     told = [instruction.text for instruction, _ in RULES] + [OTHERWISE.text]
     assert rows == [f"**{text}**" for text in told]
+
+
+@pytest.mark.parametrize(
+    ("told", "text"),
+    [
+        (("better", True, True, "sharper", None), "Hold it: the best of the last 5 s"),
+        (("steady", True, True, None, None), "Hold it: the best of the last 5 s"),
+        (("steady", True, False, None, None), "Steady"),
+        (("better", False, True, "brighter", "sharper"), "Brighter than the last"),
+        (("worse", False, False, "softer", "sharper"), "Softer than the last"),
+        (("worse", True, True, None, None), "Worse than the last"),
+        (("steady", False, False, None, "less noisy"), "The best of the last 5 s was less noisy"),
+        (("steady", False, False, "darker", None), "The best of the last 5 s was better"),
+    ],
+)
+def test_what_changed_is_told_in_few_words(told: tuple[Any, ...], text: str) -> None:
+    assert change_text(*told) == text
+
+
+def test_once_the_scene_has_changed_an_instruction_need_not_stay() -> None:
+    adviser, dark = Adviser(), measured(exposure=10.0)
+    assert adviser.advise(replace(WELL, score=4.5), 0.0).code == "take-it"
+    assert adviser.advise(dark, 0.5).code == "take-it"
+    adviser.release()
+    assert adviser.advise(dark, 0.9).code == "more-light"

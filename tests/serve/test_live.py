@@ -15,15 +15,16 @@ from starlette.websockets import WebSocketDisconnect
 from meiqa.serve import live
 from meiqa.serve.access import Keys, Settings
 from meiqa.serve.app import create_app
-from meiqa.serve.camera import FAST_NEIGHBOURS
+from meiqa.serve.camera import FAST_NEIGHBOURS, MOST_KEPT
 from meiqa.serve.live import MOST_FRAME_BYTES
 from meiqa.serve.routes import Service
-from tests.serve.fakes import FakeEngine, grey
+from tests.serve.fakes import FakeEngine, StageCosts, grey
 
 LIVE = "ws://localhost/v1/live"
 WAIT_S = 60.0
 """Nothing takes so long: it only ends a test that would hang."""
 HELLO = {"type": "hello", "token": None, "camera_hz": 30}
+KEEPING = {**HELLO, "best": True}
 
 
 @pytest.fixture
@@ -207,6 +208,140 @@ def test_with_keys_a_camera_needs_one(greys: FakeEngine, keys: tuple[Keys, str, 
         with client.websocket_connect(LIVE) as camera:
             camera.send_json({**HELLO, "token": reader})
             assert camera.receive_json()["type"] == "ready"
+
+
+def test_a_frame_is_compared_with_the_best_of_its_scene(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(0.6 * i for i in range(1000))
+    monkeypatch.setattr(live, "clock", lambda: next(now))
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        changes = [ask(camera, grey(level))["change"] for level in (100, 200, 30, 201)]
+    assert [each["code"] for each in changes] == ["new", "better", "worse", "better"]
+    assert [each["best"] for each in changes] == [True, True, False, True]
+    assert changes[1]["text"] == changes[3]["text"] == "Hold it: the best of the last 5 s"
+    assert changes[2]["text"] == "Darker than the last"
+    assert changes[2]["level"] == pytest.approx(1 + 4 * 30 / 255, abs=0.1)
+    assert {each["scene"] for each in changes} == {1}
+
+
+def test_the_best_frame_of_a_window_comes_as_it_was_sent(client: TestClient) -> None:
+    frames = [grey(level) for level in (100, 200, 30)]
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(KEEPING)
+        camera.receive_json()
+        for frame in frames:
+            ask(camera, frame)
+        for request in ({"type": "best"}, {"type": "best", "seconds": 10}):
+            camera.send_json(request)
+            best = camera.receive_json()
+            assert camera.receive_bytes() == frames[1]
+            assert (best["type"], best["bytes"]) == ("best", len(frames[1]))
+            assert best["assessment"]["path"] == "frame 1"
+            assert best["assessment"]["score"] == pytest.approx(1 + 4 * 200 / 255, abs=0.02)
+            assert best["level"] == pytest.approx(best["assessment"]["score"], abs=0.1)
+            assert 0 <= best["age_s"] < WAIT_S
+        assert ask(camera, grey(50))["type"] == "answer"
+
+
+def test_without_a_frame_there_is_no_best(client: TestClient) -> None:
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(KEEPING)
+        camera.receive_json()
+        camera.send_json({"type": "best", "seconds": 2})
+        answer = camera.receive_json()
+        assert (answer["type"], answer["problem"]["status"]) == ("problem", 422)
+        assert "no frame" in answer["problem"]["what"]
+        assert ask(camera, grey(50))["type"] == "answer"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        *('{"type": "best", "seconds": 0}', '{"type": "best", "seconds": 11}'),
+        *('{"type": "best", "seconds": true}', '{"type": "best", "seconds": "5"}'),
+        *('{"type": "best", "seconds": NaN}', '{"type": "worst"}', "[]", "[" * 4000),
+    ],
+)
+def test_no_other_window_can_be_asked_for(client: TestClient, request_: str) -> None:
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(KEEPING)
+        camera.receive_json()
+        ask(camera, grey(100))
+        camera.send_text(request_)
+        problem = camera.receive_json()["problem"]
+        assert '"best"' in problem["allowed"]
+        with pytest.raises(WebSocketDisconnect) as closed:
+            camera.receive_json()
+        assert closed.value.code == 1008
+
+
+def test_what_is_kept_of_a_camera_is_counted_and_bounded(client: TestClient) -> None:
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(KEEPING)
+        camera.receive_json()
+        for level in range(200, 100, -2):  # each worse than the one before: all worth keeping
+            ask(camera, grey(level))
+        assert 2 * len(grey(100)) < held_bytes(client) <= MOST_KEPT * len(grey(200))
+    while held_bytes(client):
+        time.sleep(0.001)
+
+
+def test_where_frames_cannot_be_kept_answers_go_on(greys: FakeEngine) -> None:
+    limit = int(3.5 * len(grey(200)))
+    with client_of(greys, Settings(budget_ms=60_000, max_held_bytes=limit)) as client:
+        with client.websocket_connect(LIVE) as camera:
+            camera.send_json(KEEPING)
+            camera.receive_json()
+            answers = [ask(camera, grey(level)) for level in range(200, 180, -2)]
+            assert {answer["type"] for answer in answers} == {"answer"}
+            assert held_bytes(client) <= limit
+        while held_bytes(client):
+            time.sleep(0.001)
+
+
+def test_frames_of_who_does_not_ask_for_it_are_not_kept(client: TestClient) -> None:
+    with client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        for level in range(200, 100, -10):
+            ask(camera, grey(level))
+        assert held_bytes(client) == 0
+        camera.send_json({"type": "best"})
+        assert '"best": true' in camera.receive_json()["problem"]["hint"]
+        with pytest.raises(WebSocketDisconnect):
+            camera.receive_json()
+
+
+def test_a_full_look_that_ran_out_of_time_does_not_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(0.25 * i for i in range(1000))
+    monkeypatch.setattr(live, "clock", lambda: next(now))
+    hurried = FakeEngine(StageCosts(text_ms=1e9, short_text_ms=1e9))
+    with client_of(hurried) as client, client.websocket_connect(LIVE) as camera:
+        camera.send_json(HELLO)
+        camera.receive_json()
+        answers = [ask(camera, grey(120)) for _ in range(30)]
+    tried = [answer for answer in answers if answer["kind"] == "full"]
+    assert 2 <= len(tried) <= 5
+    assert not any(answer["stands"] for answer in answers)
+    assert {answer["assessment"]["summary"] for answer in tried} == {None}
+
+
+def test_an_allowed_sites_page_is_let_in(greys: FakeEngine) -> None:
+    settings = Settings(budget_ms=60_000, origins=("https://app.example",))
+    with client_of(greys, settings) as client:
+        headers = {"Origin": "https://app.example"}
+        with client.websocket_connect(LIVE, headers=headers) as camera:
+            camera.send_json(HELLO)
+            assert camera.receive_json()["type"] == "ready"
+        for origin in ("https://app.example:444", "http://app.example", "null"):
+            with (
+                pytest.raises(WebSocketDisconnect),
+                client.websocket_connect(LIVE, headers={"Origin": origin}),
+            ):
+                pass
 
 
 def test_another_sites_page_gets_nowhere(client: TestClient) -> None:

@@ -22,7 +22,7 @@ CHECKS = [
     status_code_conformance,
 ]
 BUSY = 503
-OPERATIONS = 11
+OPERATIONS = 12
 
 
 def test_requests_made_from_the_document_are_answered_as_it_says(started: Started) -> None:

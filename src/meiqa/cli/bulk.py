@@ -139,10 +139,11 @@ def _score(scorer: PartScorer, options: Options) -> int:
             progress.advance(images=report.photos)
     report = output.report()
     sys.stdout.write(report_text(report))
-    speed = (report.photos - before.photos) / max(time.monotonic() - began, 1e-3)
-    each_ms = 1e3 * (report.score_s - before.score_s) / max(report.photos - before.photos, 1)
+    now = report.photos - before.photos
+    speed = now / max(time.monotonic() - began, 1e-3)
+    each_ms = 1e3 * (report.score_s - before.score_s) / max(now, 1)
     told = f", {speed:.3g} photos/s, {each_ms:.0f} ms of a worker each" if waiting else ""
-    say(f"{options.out}: {report.photos} photos, {report.photos - before.photos} of them new{told}")
+    say(f"{options.out}: {report.photos} photos, {now} of them scored now{told}")
     return cli.EXIT_FAILURES if report.failed else 0
 
 

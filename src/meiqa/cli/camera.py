@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from meiqa.engine.engine import Engine
-    from meiqa.serve.camera import CapturedFrame, FramePlan
-    from meiqa.serve.guidance import Instruction
+    from meiqa.serve.camera import CapturedFrame, Judged, Watcher
 
 LOG_COLUMNS = (
     *("time_s", "kind", "score", "std", "ci95_low", "ci95_high", "word", "instruction"),
+    *("change", "change_text", "level"),
     *("motion", "brightness", "distortions", "summary", "total_ms", "dropped", "error"),
 )
 LOG = Kind("log", b"time_s,kind,score,std,ci95_low,")
 PHOTO = Kind("photo")
 _BAR = 24
+_MARKS = {"better": "▲", "worse": "▼", "steady": "=", "new": "·"}
 
 
 @cli.command()
@@ -45,6 +46,7 @@ _BAR = 24
 @cli.option("--best FILE", "keep the best shot as JPEG or PNG", cli.path)
 @cli.force_option(needs="--log --best")
 @cli.option("--seconds N", "stop after so long", cli.AMOUNT)
+@cli.option("--fps N", "keep so many looks a second, with whatever fits", cli.AMOUNT)
 @cli.option("--budget-ms N", "for a picture that is held still", cli.AMOUNT, default=2000.0)
 @cli.HUB
 @cli.engine_options(
@@ -63,7 +65,7 @@ def camera_command(options: Options) -> int:
     if source is None:
         raise UsageError("a camera or a video is required", hint="--device N or --video FILE")
     with cli.optional_packages("camera"):
-        from meiqa.serve.camera import Capture
+        from meiqa.serve.camera import CameraSession, Capture, Turns, Watcher
 
         number = live and source.isdigit()
         capture = Capture(f"/dev/video{source}" if number else source, live=live)
@@ -76,11 +78,14 @@ def camera_command(options: Options) -> int:
         cli.engine_of(options, learn=options.hub is not None) as engine,
         cli.syncing(engine, options),
     ):
-        watch = _Watch(engine, options.budget_ms, write, capture.rate_hz)
+        neighbours = engine.model.calibration.neighbours
+        session = CameraSession(capture.rate_hz, neighbours=neighbours)
+        turns = None if options.fps is None else Turns(options.fps)
+        watch = _Watch(Watcher(engine, session, options.budget_ms, turns), write, options.fps)
         with suppress(KeyboardInterrupt):
-            watch.warm_up()
+            _warm_up(engine, options.budget_ms)
             with capture:
-                for frame in capture:
+                for frame in capture if turns is None else turns.pace(capture):
                     if options.seconds is not None and frame.at_s >= options.seconds:
                         break
                     watch.judge(frame)
@@ -89,7 +94,7 @@ def camera_command(options: Options) -> int:
         if watch.best is None:
             raise UsageError("no frame was judged, so there is no best shot")
         with open_output(options.best, PHOTO, **outputs) as file, disk_errors(options.best):
-            watch.best[1].save(file, format, quality=95)
+            watch.best[2].save(file, format, quality=95)
     return 0
 
 
@@ -130,65 +135,48 @@ def _picture_format(path: str) -> str:
     return format
 
 
+def _warm_up(engine: Engine, full_ms: float) -> None:
+    """Let the engine compile and measure what it has to before the first frame comes."""
+    import numpy as np
+
+    blank = np.full((480, 640, 3), 127, np.uint8)
+    engine.score(blank, budget=Budget(ms=full_ms), learn=False)
+
+
 class _Watch:
-    """One camera from start to stop."""
+    """One camera from start to stop: what is shown of it, and noted down."""
 
     def __init__(
-        self,
-        engine: Engine,
-        full_ms: float,
-        write: Callable[[dict[str, Any]], None],
-        rate_hz: float | None,
+        self, watcher: Watcher, write: Callable[[dict[str, Any]], None], fps: float | None
     ) -> None:
-        from meiqa.serve.camera import CameraSession
-
-        self.best: tuple[float, Image.Image] | None = None
-        self._engine, self._full_ms, self._write = engine, full_ms, write
-        self._session = CameraSession(rate_hz, neighbours=engine.model.calibration.neighbours)
+        self.best: tuple[float, float, Image.Image] | None = None  # level, score, the frame
+        self._watcher, self._write, self._fps = watcher, write, fps
         self._judged = self._failed = self._dropped = 0
         self._began_s: float | None = None
         self._shown: Assessment | None = None
-
-    def warm_up(self) -> None:
-        """Let the engine compile and measure what it has to before the first frame comes."""
-        import numpy as np
-
-        blank = np.full((480, 640, 3), 127, np.uint8)
-        self._engine.score(blank, budget=Budget(ms=self._full_ms), learn=False)
 
     def judge(self, frame: CapturedFrame) -> None:
         """Assess a frame, show what came of it, and note it down."""
         from PIL import Image
 
-        now_s = time.monotonic()
         if self._began_s is None:
-            self._began_s = now_s
+            self._began_s = time.monotonic()
         self._dropped = frame.dropped
-        plan = self._session.plan(frame.pixels, now_s)
-        full = plan.kind == "full"
         try:
-            found = self._engine.score(
-                frame.pixels,
-                budget=Budget(ms=plan.budget_ms or self._full_ms),
-                k=plan.k,
-                learn=False,
-            )
+            judged = self._watcher.judge(frame.pixels)
         except ImageError as error:
             self._failed += 1
             self._write({"time_s": f"{frame.at_s:.3f}", "error": error, "dropped": frame.dropped})
             return
-        instruction = self._session.advise(plan, found, time.monotonic())
         self._judged += 1
-        if self.best is None or found.score > self.best[0]:
-            self.best = found.score, Image.fromarray(frame.pixels)
-        if full or not self._session.stands:
+        found = judged.found
+        if self.best is None or judged.level > self.best[0]:
+            self.best = judged.level, found.score, Image.fromarray(frame.pixels)
+        stands = self._watcher.session.stands
+        if self._shown is None or judged.plan.kind == "full" or not stands:
             self._shown = found
-        shown = self._shown or found
-        _put(
-            f"{shown.score:.2f} ± {shown.std:.2f} {scale(shown)} {shown.word:<9}  "
-            f"{instruction.text} ({instruction.reason})  {self._rate():.1f}/s"
-        )
-        self._write(_row(frame, plan, found, instruction))
+        _put(f"{_line(self._shown, judged)}  {self._rate():.1f}/s")
+        self._write(_row(frame, judged))
 
     def _rate(self) -> float:
         """Frames judged in a second, on average."""
@@ -199,10 +187,11 @@ class _Watch:
     def finish(self) -> None:
         """Say how it went."""
         _put("")
-        best = "" if self.best is None else f", the best {self.best[0]:.2f}"
+        best = "" if self.best is None else f", the best {self.best[1]:.2f}"
+        wanted = "" if self._fps is None else f" of {self._fps:g} asked for"
         failed = f", {self._failed} could not be judged" if self._failed else ""
         say(
-            f"{self._judged} frames judged, {self._rate():.1f} a second, "
+            f"{self._judged} frames judged, {self._rate():.1f} a second{wanted}, "
             f"{self._dropped} dropped{failed}{best}"
         )
 
@@ -224,16 +213,28 @@ def scale(found: Assessment) -> str:
     return "".join("█" if i == at else "─" if low <= i <= high else "·" for i in range(_BAR))
 
 
-def _row(
-    frame: CapturedFrame, plan: FramePlan, found: Assessment, instruction: Instruction
-) -> dict[str, Any]:
+def _line(shown: Assessment, judged: Judged) -> str:
+    """Tell what stands, what changed, and what to do."""
+    change, instruction = judged.change, judged.instruction
+    told = "" if change is None else f"{_MARKS[change.code]} {change.text}"
+    return (
+        f"{shown.score:.2f} ± {shown.std:.2f} {scale(shown)} {shown.word:<9}  {told:<35}  "
+        f"{instruction.text} ({instruction.reason})"
+    )
+
+
+def _row(frame: CapturedFrame, judged: Judged) -> dict[str, Any]:
+    plan, change = judged.plan, judged.change
+    told = {"change": change.code, "change_text": change.text} if change else {}
     return {
-        **cells_of(found),
+        **cells_of(judged.found),
+        **told,
         "time_s": f"{frame.at_s:.3f}",
         "kind": plan.kind,
-        "instruction": instruction.code,
+        "instruction": judged.instruction.code,
+        "level": f"{judged.level:.3f}" if change else "",
         "motion": "" if plan.motion is None else f"{plan.motion:.2f}",
         "brightness": f"{plan.stats.cells.mean():.1f}",
-        "distortions": [each.kind for each in found.distortions],
+        "distortions": [each.kind for each in judged.found.distortions],
         "dropped": frame.dropped,
     }

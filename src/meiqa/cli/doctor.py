@@ -6,6 +6,7 @@ import importlib
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -19,10 +20,12 @@ from meiqa.errors import MeiqaError, install_hint
 from meiqa.formats import tree_text
 from meiqa.locations import package_memory, user_memory
 
-REQUIRED = ("numpy", "pillow", "tokenizers", "click", "platformdirs")
+REQUIRED = ("numpy", "pillow", "tokenizers", "nanobind-backend", "click", "platformdirs")
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 OPTIONAL = ("numba", "hnswlib", "scipy")
 EXTRAS = ("photos", "serve")
+MAPPINGS, STATUS = Path("/proc/self/smaps"), Path("/proc/self/status")
+_FILES_SHOWN = 4
 _ALL_THERE = "Everything that scoring needs is there."
 _REQUIRED_BY = re.compile(r"(?P<name>[\w.-]+).*extra == ['\"](?P<extra>\w+)")
 
@@ -42,7 +45,8 @@ def examine(options: Options) -> dict[str, Any]:
 
     Returns:
         JSON-ready: versions, extras (with what each lacks), machine, providers, native_kernel,
-        package, caches, memory, and missing: a list of {what, hint}, empty if photos can be scored.
+        package, caches, memory, process (see `held`, with the engine open), and missing: a list of
+        {what, hint}, empty if photos can be scored.
         The user's own memory may be unwritable, one that was asked for may not.
     """
     memory = options.memory
@@ -76,6 +80,7 @@ def examine(options: Options) -> dict[str, Any]:
         "package": None,
         "caches": {},
         "memory": _memory_directory(user_memory() if memory is None else Path(memory)),
+        "process": None,
     }
     try:
         importlib.import_module("meiqa.kernels._native")
@@ -95,6 +100,7 @@ def examine(options: Options) -> dict[str, Any]:
             snapshot = engine.memory.snapshot()
             report["memory"]["anchors"] = snapshot.count_anchors
             report["memory"]["contrast"] = snapshot.count_contrast
+            report["process"] = held()
     except MeiqaError as error:
         miss(str(error), error.hint)
     except ImportError as error:
@@ -102,6 +108,33 @@ def examine(options: Options) -> dict[str, Any]:
             miss(str(error), install_hint("cpu"))
     report["missing"] = missing
     return report
+
+
+def held() -> dict[str, Any] | None:
+    """Say what of this process lies in memory; None where the system does not tell.
+
+    Returns:
+        resident_bytes, shared_bytes of it (pages of files, which other processes that map them
+        share), peak_bytes, and files: resident bytes of each mapped file, the most first.
+    """
+    if not MAPPINGS.is_file():
+        return None
+    files, resident, name = Counter[str](), 0, ""
+    for line in MAPPINGS.read_text().splitlines():
+        field, _, rest = line.partition(" ")
+        if not field.endswith(":"):  # a mapping: addresses, rights, offset, device, inode, path
+            name = "".join(line.split(maxsplit=5)[5:])
+        elif field == "Rss:":
+            resident += (here := int(rest.split()[0]) * 1024)
+            if name.startswith("/"):
+                files[name] += here
+    peak = STATUS.read_text().partition("VmHWM:")[2].split()[0]
+    return {
+        "resident_bytes": resident,
+        "shared_bytes": files.total(),
+        "peak_bytes": int(peak) * 1024,
+        "files": {path: count for path, count in files.most_common() if count},
+    }
 
 
 def _version(name: str) -> str | None:
@@ -140,6 +173,18 @@ def _extra_text(name: str, lacks: list[str]) -> str:
     return f"lacks {', '.join(lacks)}: {install_hint(name)}" if lacks else "installed"
 
 
+def _held_text(process: Mapping[str, Any]) -> str:
+    def mib(count: int) -> str:
+        return f"{count / 2**20:.0f}"
+
+    most = list(process["files"].items())[:_FILES_SHOWN]
+    named = ", ".join(f"{Path(path).name} {mib(count)}" for path, count in most)
+    return (
+        f"{mib(process['resident_bytes'])} MiB resident (at most {mib(process['peak_bytes'])}), "
+        f"{mib(process['shared_bytes'])} of it files: {named} …"
+    )
+
+
 def report_text(report: Mapping[str, Any]) -> str:
     """Lay out the report of `examine` for people."""
     package, memory = report["package"], report["memory"]
@@ -163,6 +208,8 @@ def report_text(report: Mapping[str, Any]) -> str:
     shown["memory"] = f"{memory['path']} ({access})"
     if memory["anchors"] is not None:
         shown["holds"] = f"{memory['anchors']} anchors, {memory['contrast']} contrast cases"
+    if process := report["process"]:
+        shown["process"] = _held_text(process)
     lines = [tree_text(shown), "", "Missing:" if report["missing"] else _ALL_THERE]
     for entry in report["missing"]:
         lines.append(f"  {entry['what']}")

@@ -289,6 +289,18 @@ def rekey(options: Options) -> int:
     return 0
 
 
+@memory_command.command("thin")
+@MEMORY
+@cli.option("--keep N", "how many anchors stay", cli.POSITIVE, default=256)
+@cli.option("--out NEW", "must not exist", cli.path, required=True)
+def thin(options: Options) -> int:
+    """Write it again for a small device: fewer anchors, which nothing is compared with."""
+    with _bank(options.memory, "r") as bank:
+        kept = bank.thin(options.out, options.keep)
+    say(f"{options.out}: {kept} anchors without tokens, and what was learned of all")
+    return 0
+
+
 @memory_command.command("sync")
 @MEMORY
 @cli.option("--hub URL", "postgresql://USER@HOST/DATABASE", required=True)
@@ -305,10 +317,10 @@ def sync_once(options: Options, *, anew: bool = False) -> int:
         from meiqa.memory.replica import Replica
     with _bank(options.memory, "rw") as bank:
         done = Replica(bank, options.hub, cli.hub_device(options)).sync(anew=anew)
-    for each in done.refused:
-        say(one_line(f"refused: {each.name}: {each.reason}"))
+    for complaint in done.complaints:
+        say(one_line(complaint))
     say(f"{options.memory}: {done}")
-    return cli.EXIT_FAILURES if done.refused else 0
+    return cli.EXIT_FAILURES if done.complaints else 0
 
 
 @hub_command.command("init")

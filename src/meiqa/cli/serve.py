@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     cli.AMOUNT,
 )
 @cli.option("--max-upload-mb N", "of a request", cli.POSITIVE, default=32)
+@cli.option(
+    "--cors ORIGIN",
+    "a site whose pages may ask, as https://app.example; may be given several times",
+    name="origins",
+    multiple=True,
+)
 @cli.option("--workers N", "engines side by side on one memory", cli.POSITIVE, default=1)
 @cli.option("--log-format", type=("text", "json"), default="text")
 @cli.HUB
@@ -38,7 +44,7 @@ if TYPE_CHECKING:
 def serve_command(options: Options) -> int:
     """Judge photos over HTTP, with a page for cameras; see docs/http-api.md."""
     with cli.optional_packages("serve"):
-        from meiqa.serve.access import Keys, Settings
+        from meiqa.serve.access import Keys, Settings, require_origin
         from meiqa.serve.app import engines_sharing, listen, run
         from meiqa.serve.middleware import log_to
 
@@ -50,6 +56,7 @@ def serve_command(options: Options) -> int:
         max_upload_bytes=options.max_upload_mb << 20,
         max_held_bytes=max(Settings.max_held_bytes, options.max_upload_mb << 21),
         keys=keys,
+        origins=tuple(map(require_origin, options.origins)),
     )
     learn = keys is not None and keys.allow("memory:write")
 
