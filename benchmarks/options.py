@@ -46,7 +46,7 @@ def questions(model: LocalModel, count: int) -> dict[str, list[Asked]]:
 
 def photos(model: LocalModel, count: int) -> NDArray[np.uint8]:
     """Give noise of the largest square that the model sees."""
-    side = int(model.image.max_pixels**0.5) // model.token_pixels * model.token_pixels
+    side = int(model.image.max_pixels**0.5) // model.image.cell_pixels * model.image.cell_pixels
     made = np.random.default_rng(0).integers(0, 256, (count, side, side, 3))
     return made.astype(np.uint8)
 

@@ -67,6 +67,16 @@ class Record:
             if "holds" in each.metadata and not (value is None and "or_none" in each.metadata):
                 _refuse_others(f"{type(self).__name__}.{each.name}", value, each.metadata)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it a digest is made of: fields that came later count where they are used."""
+        defaults = {each.name: each.default for each in fields(self)}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in self.later or value != defaults[name]
+        }
+
     @classmethod
     def from_dict(cls: type[Held], values: Mapping[str, Any]) -> Held:
         """Read a part; PackageCorrupted for unknown or missing keys and impossible numbers."""

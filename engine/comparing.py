@@ -78,7 +78,7 @@ class PrefixCache:
 
 
 def held_bytes(prefix: Prefix) -> int:
-    return int(prefix.key_values.array.nbytes + prefix.tokens.values.nbytes)
+    return int(prefix.key_values.nbytes + prefix.tokens.values.nbytes)
 
 
 class Pictured(Protocol):

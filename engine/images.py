@@ -166,7 +166,12 @@ def fit_to_grid(photo: Pixels, image: ImageProcessing) -> NDArray[np.uint8]:
 
 
 def fitted(pixels: NDArray[np.uint8], image: ImageProcessing) -> NDArray[np.uint8]:
-    """Bring pixels (H, W, 3) to whole visual tokens: see `ImageProcessing.pad_to_grid`."""
+    """Bring pixels (H, W, 3) to whole visual tokens: see `ImageProcessing.pad_to_grid`.
+
+    Where they are seen in tiles, that is to the largest size within the canvas that suits them.
+    """
+    if image.tile_pixels:
+        return resized(pixels, *_within(pixels.shape[:2], _canvas(pixels.shape[:2], image)))
     cell, (height, width) = image.cell_pixels, pixels.shape[:2]
     wanted = [count * cell for count in grid_of(height, width, image)]
     lacking = [wanted[0] - height, wanted[1] - width]
@@ -222,6 +227,80 @@ def _nearest_grid(aspect: float, fewest: int, most: int) -> tuple[int, int]:
     if not grids:
         raise UsageError("no image size lies within the package's pixel limits")
     return min(grids, key=lambda grid: (abs(math.log(grid[1] / grid[0] / aspect)), grid))
+
+
+def token_grid(pixels: NDArray[np.uint8], image: ImageProcessing) -> tuple[int, int]:
+    """Give rows and columns of the visual tokens of pixels (H, W, 3).
+
+    Those of a photo in tiles are one long row: lines of tokens with a mark behind each, and before
+    them the photo as a whole.
+    """
+    if image.tile_pixels:
+        return 1, len(tiles_of(pixels, image)[1])
+    return pixels.shape[0] // image.cell_pixels, pixels.shape[1] // image.cell_pixels
+
+
+def tiles_of(
+    pixels: NDArray[np.uint8], image: ImageProcessing
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Cut pixels (H, W, 3), `fitted` if they are not yet, into tiles: LLaVA's "any resolution".
+
+    Returns:
+        Tiles (n, s, s, 3), the first of which is the whole photo. s is what whole patches cover.
+        The order (T,) of visual tokens, as places among those of all tiles, tile by tile, and of
+        the mark that ends a line, which follows them. Tokens that see only the canvas are left out.
+    """
+    side, patch, pixels = image.tile_pixels, image.patch_size, fitted(pixels, image)
+    size, (height, width) = pixels.shape[:2], _canvas(pixels.shape[:2], image)
+    margins = [
+        ((whole - part) // 2, (whole - part + 1) // 2)
+        for whole, part in zip((height, width), size, strict=True)
+    ]
+    canvas = np.pad(pixels, [*margins, (0, 0)])
+    rows, columns, along = height // side, width // side, side // patch
+    cut = canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+    tiles = np.concatenate([resized(pixels, side, side)[None], cut.reshape(-1, side, side, 3)])
+
+    places = np.arange(along**2, len(tiles) * along**2).reshape(rows, columns, along, along)
+    places = _without_margins(places.swapaxes(1, 2).reshape(rows * along, columns * along), size)
+    lines = np.pad(places, [(0, 0), (0, 1)], constant_values=len(tiles) * along**2)
+    order = np.concatenate([np.arange(along**2), lines.ravel()])
+    return np.ascontiguousarray(tiles[:, : along * patch, : along * patch]), order
+
+
+def _canvas(size: tuple[int, ...], image: ImageProcessing) -> tuple[int, int]:
+    """Choose the canvas, of whole tiles, on which most of a photo's pixels are left, and of those
+    the smallest. One that is above the limit of the area counts only if all are."""
+    least = min(rows * columns for rows, columns in image.tilings)
+    most = max(image.max_pixels // image.tile_pixels**2, least)
+
+    def suits(canvas: tuple[int, int]) -> tuple[int, int]:
+        scale = min(canvas[1] / size[1], canvas[0] / size[0])
+        kept = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
+        return kept, -canvas[0] * canvas[1]
+
+    side = image.tile_pixels
+    allowed = [(r * side, c * side) for r, c in image.tilings if r * c <= most]
+    return max(allowed, key=suits)
+
+
+def _within(size: tuple[int, ...], canvas: tuple[int, int]) -> tuple[int, int]:
+    """Give the height and width at which a photo touches the edges of a canvas."""
+    scale = min(canvas[0] / size[0], canvas[1] / size[1])
+    height, width = (
+        min(math.ceil(length * scale), most) for length, most in zip(size, canvas, strict=True)
+    )
+    return height, width
+
+
+def _without_margins(places: NDArray[np.int64], size: tuple[int, ...]) -> NDArray[np.int64]:
+    """Leave out rows or columns of places that lie beside a photo, which is centred."""
+    (rows, columns), (height, width) = places.shape, size
+    if width / height > columns / rows:
+        beside = (rows - int(round(height * (columns / width), 7))) // 2
+        return places[beside : rows - beside]
+    beside = (columns - int(round(width * (rows / height), 7))) // 2
+    return places[:, beside : columns - beside]
 
 
 def _image_from_array(array: NDArray[Any], name: str) -> Image.Image:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.estimates import quality_word
+from meiqa.engine.images import tiles_of, token_grid
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.measures import measure_attributes, measured_sentence, verdict_sentence
 from meiqa.engine.model import (
@@ -29,6 +30,7 @@ from meiqa.engine.prompts import Ids, Step, positions_of, printed_rating
 from meiqa.engine.runtime import open_runtime
 from meiqa.engine.runtime.decoder import (
     ROWS_BY_THEMSELVES,
+    Array,
     Decoder,
     GraphSession,
     KeyValues,
@@ -52,7 +54,6 @@ class LocalModel(Model):
         self.family = package.prompts.family
         self.digest = package.digest
         self.image: ImageProcessing = manifest.image
-        self.token_pixels = self.image.cell_pixels
         self.calibration = manifest.calibration
         self.head = manifest.score_head
         self.summary_tokens = manifest.prompt.summary_tokens
@@ -76,15 +77,22 @@ class LocalModel(Model):
 
     def encode(self, pixels: NDArray[np.uint8]) -> VisualTokens:
         """See a picture; see `Model.encode`."""
-        image = self.image
-        sizes = image.patch_size, image.merge_size
-        patches = pixels_to_patches(pixels, *sizes, image.mean, image.std)
-        grid = pixels.shape[0] // image.cell_pixels, pixels.shape[1] // image.cell_pixels
-        tokens = self._vision.run({"cells": patches.reshape(*grid, -1)})["tokens"]
+        grid = self.grid_of(pixels)
+        if self.image.tile_pixels:
+            tiles, order = tiles_of(pixels, self.image)
+            feeds: dict[str, Array] = {"cells": np.stack([*map(self._patches, tiles)])}
+            feeds["order"] = order
+        else:
+            feeds = {"cells": self._patches(pixels).reshape(*grid, -1)}
+        tokens = self._vision.run(feeds)["tokens"]
         require_finite(tokens)
         measured = self.prompts.family.measured
         told = measured_sentence(measure_attributes(pixels)) if measured else ""
         return VisualTokens(tokens, grid, told)
+
+    def grid_of(self, pixels: NDArray[np.uint8]) -> tuple[int, int]:
+        """Give the grid of visual tokens; see `Model.grid_of`."""
+        return token_grid(pixels, self.image)
 
     def prefill(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:
         """Read the prompt's opening with each picture; see `Model.prefill`."""
@@ -247,6 +255,10 @@ class LocalModel(Model):
     def _before_second(self) -> Floats:
         """Embeddings of what stands before the second picture of a question."""
         return self.embed(self.prompts.second_opening)
+
+    def _patches(self, pixels: NDArray[np.uint8]) -> Floats:
+        image = self.image
+        return pixels_to_patches(pixels, image.patch_size, image.merge_size, image.mean, image.std)
 
     def embed(self, ids: Ids | Sequence[int]) -> Floats:
         """Give embeddings (n, embed width) of tokens; text has zeros for DeepStack."""

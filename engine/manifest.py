@@ -54,9 +54,11 @@ class ImageProcessing(Record):
         mean, std: normalisation of each channel, for pixels scaled to 0-1.
         pad_to_grid: whether a photo less than a token from whole tokens keeps its pixels as they
             are, trimmed or continued by its mirror image, instead of being resized.
+        tile_pixels: side of the square tiles in which the tower sees a photo; 0 where it sees it
+            as one. tilings: rows and columns of tiles that a photo may be cut into.
     """
 
-    later = ("pad_to_grid",)
+    later = ("pad_to_grid", "tile_pixels", "tilings")
 
     patch_size: int = field(metadata=COUNT)
     merge_size: int = field(metadata=COUNT)
@@ -65,24 +67,23 @@ class ImageProcessing(Record):
     mean: tuple[float, float, float] = field(metadata={**FINITE, "count": 3})
     std: tuple[float, float, float] = field(metadata={**POSITIVE, "count": 3})
     pad_to_grid: bool = field(default=False, metadata=YES_OR_NO)
+    tile_pixels: int = field(default=0, metadata=COUNT_OR_NONE)
+    tilings: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if bool(self.tile_pixels) != bool(self.tilings):
+            raise PackageCorrupted(
+                "the manifest does not say how photos are cut into tiles",
+                seen=f"tile_pixels {self.tile_pixels}, tilings {self.tilings}",
+                allowed="both, or neither",
+            )
         if self.min_pixels > self.max_pixels:
             raise PackageCorrupted(
                 "the manifest's bounds of the area are swapped",
                 seen=f"min_pixels {self.min_pixels}, max_pixels {self.max_pixels}",
                 allowed="min_pixels up to max_pixels",
             )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What of it a digest is made of: fields that came later count where they are used."""
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in self.later or value is not False
-        }
 
     @cached_property
     def cell_pixels(self) -> int:
@@ -94,9 +95,15 @@ class ImageProcessing(Record):
 class DecoderShape(Record):
     """What the host has to know of the decoder.
 
-    `deepstack` says how many more features of `hidden_size` follow a visual token in its row; they
-    enter behind the first layers (Qwen3-VL).
+    Attributes:
+        layers, kv_heads, head_dim: of its keys and values.
+        deepstack: features of `hidden_size` that follow a visual token in its row; they enter
+            behind the first layers (Qwen3-VL).
+        state_layers, state_width: layers that keep a state instead of keys and values, and its
+            values (Qwen3.5).
     """
+
+    later = ("state_layers", "state_width")
 
     layers: int = field(metadata=COUNT)
     kv_heads: int = field(metadata=COUNT)
@@ -104,6 +111,8 @@ class DecoderShape(Record):
     hidden_size: int = field(metadata=COUNT)
     vocab_size: int = field(metadata=COUNT)
     deepstack: int = field(metadata=COUNT_OR_NONE)
+    state_layers: int = field(default=0, metadata=COUNT_OR_NONE)
+    state_width: int = field(default=0, metadata=COUNT_OR_NONE)
 
     @property
     def embed_width(self) -> int:
@@ -285,7 +294,7 @@ class Manifest(Record):
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that makes visual tokens and keys: what a memory is tied to."""
-        made_by: dict[str, Any] = {n: asdict(getattr(self, n)) for n in ("decoder", "prompt")}
+        made_by: dict[str, Any] = {"decoder": self.decoder.identity, "prompt": asdict(self.prompt)}
         made_by["image"] = self.image.identity
         made_by["files"] = dict(self.files)
         if self.ends:

@@ -122,7 +122,7 @@ class Model(Protocol):
     Attributes:
         digest: identity of all that makes tokens and keys; what a memory is tied to.
         family: the texts that it is asked with.
-        image: how it wants its pixels; token_pixels: side of the square behind a visual token.
+        image: how it wants its pixels.
         calibration: how its answers go with people's scores; head: what makes the first score.
         summary_tokens: limit of a description.
         widths: of the keys and of the visual tokens that it makes.
@@ -131,7 +131,6 @@ class Model(Protocol):
     digest: str
     family: PromptFamily
     image: ImageProcessing
-    token_pixels: int
     calibration: Calibration
     head: ScoreHead
     summary_tokens: int
@@ -139,6 +138,10 @@ class Model(Protocol):
 
     def encode(self, pixels: NDArray[np.uint8]) -> VisualTokens:
         """See a picture: uint8 (H, W, 3), sides multiples of a cell."""
+        ...
+
+    def grid_of(self, pixels: NDArray[np.uint8]) -> tuple[int, int]:
+        """Give rows and columns of the visual tokens that `encode` makes of a picture."""
         ...
 
     def prefill(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:

@@ -276,7 +276,35 @@ LEVELS = replace(
 )
 """For level-token heads: the word that ends a fixed phrase is the grade; no rating is printed."""
 
-_ALL = (MEIQA, VISUALQUALITY_R1, Q_INSIGHT, EVOQUALITY, LEVELS)
+_LLAVA_REPLY = "<|im_end|><|im_start|>assistant\n"
+Q_SIT = replace(
+    LEVELS,
+    name="q-sit",
+    opening="<|im_start|>user ",
+    second_opening="",
+    closing="\n",
+    score=f"Describe this image's quality in a few sentences.{_LLAVA_REPLY}",
+    levels=(
+        "Rate this image's quality with one of five words: Excellent, Good, Fair, Poor or Bad, "
+        f"from high to low.{_LLAVA_REPLY}The quality of this image is"
+    ),
+    compare=(
+        "Which of the two images has the better quality, the first or the second?"
+        f"{_LLAVA_REPLY}The better image is the"
+    ),
+    reflect=(
+        "Of this image's quality it was said: {summary} That was worth {initial:.2f} on a scale "
+        "from 1 (Bad) to 5 (Excellent); beside images whose quality is known it comes out at "
+        f"{{score:.2f}}. Describe its quality again, in agreement with that.{_LLAVA_REPLY}"
+    ),
+    level_words=(" Bad", " Poor", " Fair", " Good", " Excellent"),
+    verdicts=(" first", " second"),
+)
+"""For Q-SiT and Q-SiT-mini: LLaVA-OneVision's turns, and a level word behind the answer's beginning
+that it was trained with. Each picture of a pair is shown in tiles, where LLaVA shows several
+pictures only small. No comparison was trained."""
+
+_ALL = (MEIQA, VISUALQUALITY_R1, Q_INSIGHT, EVOQUALITY, LEVELS, Q_SIT)
 FAMILIES = {family.name: family for family in _ALL}
 
 

@@ -169,9 +169,9 @@ class RemoteModel(Model):
         self.image = settings.image
         self.calibration = settings.calibration
         self.summary_tokens = settings.prompt.summary_tokens
-        self.token_pixels = tile_side(settings.cell_pixels)
+        self._tile = tile_side(settings.cell_pixels)
         # Three colours of each pixel of a tile, and the largest.
-        self.widths = TEXT_KEY_WIDTH, 3 * self.token_pixels**2 + 1
+        self.widths = TEXT_KEY_WIDTH, 3 * self._tile**2 + 1
         self._memory = memory
         self.family = settings.prompt
         self._completions = completions
@@ -216,7 +216,11 @@ class RemoteModel(Model):
 
     def encode(self, pixels: NDArray[np.uint8]) -> VisualTokens:
         """Take a picture apart into tiles; nothing is sent."""
-        return tiles_of(pixels, self.token_pixels)
+        return tiles_of(pixels, self._tile)
+
+    def grid_of(self, pixels: NDArray[np.uint8]) -> tuple[int, int]:
+        """Give rows and columns of tiles."""
+        return pixels.shape[0] // self._tile, pixels.shape[1] // self._tile
 
     def prefill(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:
         """Take pictures as they are; nothing is sent."""

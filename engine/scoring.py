@@ -360,10 +360,8 @@ class Scorer:
 
     def prefill(self, pixels: Pixels) -> tuple[Prefix, bool]:
         """Encode and read a photo, unless the same pixels were read before, and tell if so."""
-        side = self.model.token_pixels
         fitted = fit_to_grid(pixels, self.model.image)
-        grid = fitted.shape[0] // side, fitted.shape[1] // side
-        prefix = self.prefixes.get("photos", pixels.digest, grid)
+        prefix = self.prefixes.get("photos", pixels.digest, self.model.grid_of(fitted))
         if prefix is not None:
             return prefix, True
         (prefix,) = self.model.prefill([self.model.encode(fitted)])

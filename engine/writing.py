@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from meiqa.engine.measures import LEAD
 from meiqa.engine.model import Floats, GenerationStats, Prefix, StopRule
 from meiqa.engine.prompts import Prompts
-from meiqa.engine.runtime.decoder import Decoder, KeyValues, Row, require_finite
+from meiqa.engine.runtime.decoder import Decoder, Past, Row, require_finite
 
 PAST_STEP = 32
 """Tokens by which a writing's past grows when there is no room left."""
@@ -128,8 +128,8 @@ class Writing:
         self._model, self._prefix, self._proposer = model, prefix, proposer or Proposer()
         self._told: list[int] = model.prompts.ids(told.removeprefix(LEAD)).tolist()
         self._given = 0
-        self._past = self._empty_past(len(question) + len(self._told) + capacity)
-        self._length = 0
+        room = len(question) + len(self._told) + capacity
+        self._past = Past(prefix.opening, room)
         self._hidden: list[Floats] = []
         self._reply: list[int] = []  # forced tokens included
         self._calls = self._drafted = self._accepted = 0
@@ -162,7 +162,7 @@ class Writing:
         self._reply.append(token)
         if self._ahead < len(self._hidden_ahead):
             hidden = self._hidden_ahead[self._ahead]
-            self._length += 1
+            self._past.count(token)
             self._ahead += 1
             self._accepted += 1
         else:
@@ -212,17 +212,17 @@ class Writing:
 
     def _feed(self, ids: list[int]) -> Floats:
         """Read tokens, and check what is proposed behind them; the tokens' hidden states (n, D)."""
-        fed = len(ids)
-        if missing := max(0, self._length + fed - self._past.shape[3]):
-            more = self._empty_past(max(missing, PAST_STEP))
-            self._past = np.concatenate([self._past, more], axis=3)
-        room = self._past.shape[3] - self._length - fed
-        proposed = self._proposer.continuation(self._reply, min(self._most_proposed, room))
-        start = self._prefix.next_position + self._length
-        positions = np.arange(start, start + fed + len(proposed), dtype=np.float32)
+        past, again = self._past, len(self._past.unseen)
+        ids = past.unseen + ids
+        if missing := max(0, len(ids) - past.room):
+            past.grow(max(missing, PAST_STEP))
+        most = min(self._most_proposed, past.room - len(ids))
+        proposed = self._proposer.continuation(self._reply, most)
+        start = self._prefix.next_position + past.length
+        positions = np.arange(start, start + len(ids) + len(proposed), dtype=np.float32)
         made = self._model.decoder.step(
             self._prefix.opening,
-            KeyValues(self._past, self._length),
+            past.key_values,
             Row(self._model.embed(ids + proposed), np.tile(positions, (3, 1))),
             wanted=1 + len(proposed),
         )
@@ -232,18 +232,12 @@ class Writing:
             agreed += 1
         require_finite(made.logits[: agreed + 1])
 
-        kept = self._length + fed + agreed
-        self._past[:, :, :, self._length : kept] = made.key_values[:, :, :, : fed + agreed]
-        self._length += fed
+        past.read(made, len(ids), agreed)
         hidden = made.hidden
         self._choices: list[int] = choices[: agreed + 1]
-        self._hidden_ahead: Floats = hidden[fed : fed + agreed]
+        self._hidden_ahead: Floats = hidden[len(ids) : len(ids) + agreed]
         self._ahead = 0
         self._most_proposed = min(PROPOSED_TOKENS, FEWEST_PROPOSED + 2 * agreed)
         self._calls += 1
         self._drafted += len(proposed)
-        return np.asarray(hidden[:fed])
-
-    def _empty_past(self, room: int) -> Floats:
-        layers, two, heads, _, width = self._prefix.key_values.array.shape
-        return np.zeros((layers, two, heads, room, width), np.float32)
+        return np.asarray(hidden[again : len(ids)])

@@ -25,7 +25,7 @@ from meiqa.engine.manifest import ImageProcessing
 from meiqa.errors import PackageCorrupted, PackageNotFound
 from meiqa.export.decoder import DecoderConfig, SharedPrefixDecoder
 from meiqa.export.families import FAMILIES
-from meiqa.export.families.base import Family
+from meiqa.export.families.base import TEXT, VISUAL, Family
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ("*.json", "*.safetensors")
@@ -34,7 +34,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHOWN_NAMES = 4
 LEAST_PIXELS, MOST_PIXELS = 128 * 128, 1024 * 1024
 """Bounds of the area that the tower sees, unless the checkpoint's own are narrower."""
-VISUAL, TEXT = "visual.", "language_model."
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
@@ -66,15 +65,6 @@ def local_folder(checkpoint: str) -> Path:
         ) from error
 
 
-def canonical(name: str) -> str:
-    """Name a stored tensor below "visual." or "language_model.".
-
-    Layouts differ between releases: "model.layers.0…" and "model.language_model.layers.0…" are one.
-    """
-    name = name.removeprefix("model.")
-    return name if name.startswith((VISUAL, TEXT)) else f"{TEXT}{name}"
-
-
 class StoredTensor(NamedTuple):
     """Where a tensor is: its shard, its name there and its shape."""
 
@@ -90,14 +80,16 @@ class StoredWeights(Mapping[str, Tensor]):
         self._tensors = tensors
 
     @classmethod
-    def open(cls, folder: Path) -> StoredWeights:
-        """Read the headers of a checkpoint's shards."""
+    def open(cls, folder: Path, family: Family) -> StoredWeights:
+        """Read the headers of a checkpoint's shards, but of what its family leaves unread."""
         found: dict[str, StoredTensor] = {}
         for shard in shards_of(folder):
             with opened(shard) as file:
                 for name in file.keys():  # noqa: SIM118, not a mapping
-                    shape = tuple(file.get_slice(name).get_shape())
-                    found[canonical(name)] = StoredTensor(shard, name, shape)
+                    known = family.canonical(name)
+                    if not known.startswith(family.unread):
+                        shape = tuple(file.get_slice(name).get_shape())
+                        found[known] = StoredTensor(shard, name, shape)
         return cls(found)
 
     def below(self, root: str) -> StoredWeights:
@@ -249,17 +241,18 @@ class Checkpoint:
                 seen=architecture,
                 allowed=", ".join(sorted(FAMILIES)),
             )
+        family = FAMILIES[architecture]
         made = cls(
             folder=folder,
-            family=FAMILIES[architecture],
+            family=family,
             config=config,
             processing=read_processing(folder),
-            weights=StoredWeights.open(folder),
+            weights=StoredWeights.open(folder, family),
             tokenizer=read_tokenizer(folder / "tokenizer.json"),
         )
         if wrong := list(made.misfits()):
             raise PackageCorrupted(
-                f"{folder} does not hold the weights of {made.family.architecture}",
+                f"{folder} does not hold the weights of {family.architecture}",
                 seen=", ".join(wrong[:SHOWN_NAMES]),
                 hint="compare config.json with the weights",
             )
@@ -301,7 +294,7 @@ class Checkpoint:
         """
         stored = self.weights.below(TEXT) if stored is None else stored
         tied = name == HEAD and self.text.tie_word_embeddings and name not in stored
-        return stored[EMBEDDING if tied else name]
+        return self.family.decoder_weight(EMBEDDING if tied else name, stored)
 
     def misfits(self) -> Iterator[str]:
         """Name the tensors that are missing, of another shape, or of no part, by their headers."""
@@ -337,7 +330,8 @@ class Checkpoint:
                 allowed="image_mean and image_std",
             ) from error
         pads = self.processing.get("pad_to_grid", False)
-        return ImageProcessing(patch, merge, least, most, mean, std, pads)
+        tiles = self.family.tiles(self.config)
+        return ImageProcessing(patch, merge, least, most, mean, std, pads, *tiles)
 
 
 def pixel_bounds(processing: Mapping[str, Any]) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 import onnx_ir as ir
 
 from meiqa.engine.images import MAX_ASPECT
-from meiqa.engine.manifest import PATTERNS, Graph, Profile, TensorRtEngine
+from meiqa.engine.manifest import PATTERNS, Graph, ImageProcessing, Profile, TensorRtEngine
 from meiqa.engine.model import ANSWER_TOKENS, RATING_TOKENS
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import ROWS_PER_CALL
@@ -415,16 +415,30 @@ def record(path: Path, made: list[TensorRtEngine]) -> None:
 
 
 def usual_and_most(package: EnginePackage) -> tuple[int, int]:
-    """Count the cells of the photo that kernels are chosen for, and of the largest."""
+    """Count the visual tokens of the photo that kernels are chosen for, and of the largest."""
     image = package.manifest.image
+    if image.tile_pixels:
+        along = image.tile_pixels // image.cell_pixels
+        # All tokens of each tile at most, and the mark behind each line of it.
+        usual, most = (tiles * along * (along + 1) for tiles in usual_and_most_tiles(image))
+        return usual, most
     most = image.max_pixels // image.cell_pixels**2
     return min(most, max(1, USUAL_SIDE // image.cell_pixels) ** 2), most
 
 
+def usual_and_most_tiles(image: ImageProcessing) -> tuple[int, int]:
+    """Count the tiles of a usual photo and of the largest, the photo as a whole included."""
+    most = 1 + max(1, image.max_pixels // image.tile_pixels**2)
+    return most // 2 + 1, most
+
+
 def vision_profiles(package: EnginePackage) -> list[Profile]:
-    """Cover every grid that the package's photos are fitted to."""
-    _, most = usual_and_most(package)
-    usual = max(1, USUAL_SIDE // package.manifest.image.cell_pixels)
+    """Cover every grid that the package's photos are fitted to, or every number of tiles."""
+    (likely, most), image = usual_and_most(package), package.manifest.image
+    if image.tile_pixels:
+        ranges = {"tiles": (1, *usual_and_most_tiles(image)), "shown": (1, likely, most)}
+        return [profile_of(package.manifest.graphs["vision"], ranges)]
+    usual = max(1, USUAL_SIDE // image.cell_pixels)
     profiles = []
     for height, width in grid_boxes(most):
         short, long = sorted((height, width))

@@ -57,8 +57,8 @@ def write_fused_layers(
         head_width=text.head_dim,
         epsilon=text.rms_norm_eps,
     )
-    ours = not (text.qk_norm or text.deepstack) and precision in FUSED_PRECISIONS
-    if not (ours and shape.fits):
+    others = text.qk_norm, text.deepstack, text.rotary_dim, text.attention_gate, text.delta
+    if any(others) or precision not in FUSED_PRECISIONS or not shape.fits:
         return None
     model = ir.load(folder / "decoder.onnx")
     stored = model.graph.initializers.values()

@@ -31,6 +31,8 @@ AXES = {
     "h": (3, Dim("h", min=1, max=4096)),
     "w": (5, Dim("w", min=1, max=4096)),
     "cells": (15, Dim("cells", min=1, max=4096)),
+    "tiles": (4, Dim("tiles", min=1, max=4096)),
+    "shown": (13, Dim("shown", min=1, max=65536)),
     "prefixes": (2, Dim("prefixes", max=4096)),
     "rows": (3, Dim("rows", max=4096)),
     "steps": (5, Dim("steps", max=32768)),
@@ -39,15 +41,23 @@ AXES = {
     "wanted": (4, Dim("wanted", max=32768)),
 }
 """Dynamic axes, each with a size of its own while it is traced: none is taken for another."""
-INDEX_INPUTS = ("prefix_lengths", "past_lengths", "logit_positions")
+INDEX_INPUTS = ("prefix_lengths", "past_lengths", "logit_positions", "kept_lengths", "order")
 """Inputs of whole numbers, int64; all others are float32."""
 Weight = Callable[[str], Tensor]
 """Reads a parameter by its name."""
 
 
 def vision_interface(image: ImageProcessing, shape: DecoderShape) -> Graph:
-    """Describe the vision graph: cells of patches in, a row of features a visual token out."""
-    cells = {"cells": ("h", "w", image.merge_size**2 * 3 * image.patch_size**2)}
+    """Describe the vision graph: cells of patches in, a row of features a visual token out.
+
+    Where the tower sees tiles, the cells are those of each, and `order` says which tokens follow
+    each other: see `meiqa.engine.images.tiles_of`.
+    """
+    width = image.merge_size**2 * 3 * image.patch_size**2
+    cells: dict[str, Shape] = {"cells": ("h", "w", width)}
+    if image.tile_pixels:
+        along = image.tile_pixels // image.cell_pixels
+        cells = {"cells": ("tiles", along**2, width), "order": ("shown",)}
     tokens = {"tokens": ("tokens", shape.embed_width)}
     return Graph("vision.onnx", "vision.onnx.data", cells, tokens)
 
@@ -56,6 +66,11 @@ def decoder_interface(shape: DecoderShape) -> Graph:
     """Describe the decoder's graph; see `SharedPrefixDecoder.forward`."""
     layers, heads, width = shape.layers, shape.kv_heads, shape.head_dim
     rows: Shape = ("prefixes", "rows")
+    states: dict[str, Shape] = {}
+    kept: dict[str, Shape] = {}
+    if shape.state_layers:
+        state = (shape.state_layers, *rows, shape.state_width)
+        states, kept = {"states": state, "kept_lengths": rows}, {"kept_states": state}
     return Graph(
         "decoder.onnx",
         "decoder.onnx.data",
@@ -67,11 +82,13 @@ def decoder_interface(shape: DecoderShape) -> Graph:
             "past": (layers, 2, "prefixes", heads, "rows", "past_steps", width),
             "past_lengths": rows,
             "logit_positions": (*rows, "wanted"),
+            **states,
         },
         {
             "logits": (*rows, "wanted", shape.vocab_size),
             "hidden": (*rows, "steps", shape.hidden_size),
             "key_values": (layers, 2, "prefixes", heads, "rows", "steps", width),
+            **kept,
         },
     )
 

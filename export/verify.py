@@ -156,11 +156,16 @@ def session_of(path: Path) -> onnxruntime.InferenceSession:
 
 
 def vision_feeds(image: ImageProcessing) -> Iterator[Feeds]:
-    """Draw random pictures on several grids."""
+    """Draw random pictures on several grids, or of several numbers of tiles."""
     rng = np.random.default_rng(0)
     width = image.merge_size**2 * 3 * image.patch_size**2
-    for grid in GRIDS:
-        yield {"cells": rng.standard_normal((*grid, width), np.float32)}
+    for rows, columns in GRIDS:
+        if image.tile_pixels:
+            tiles, along = 1 + min(rows, columns), image.tile_pixels // image.cell_pixels
+            cells = rng.standard_normal((tiles, along**2, width), np.float32)
+            yield {"cells": cells, "order": rng.permutation(tiles * along**2 + 1)}
+        else:
+            yield {"cells": rng.standard_normal((rows, columns, width), np.float32)}
 
 
 def decoder_feeds(shape: DecoderShape) -> Iterator[Feeds]:
@@ -178,7 +183,7 @@ def random_feeds(shape: DecoderShape, sizes: Sequence[int], rng: np.random.Gener
     def normal(*extents: int) -> NDArray[np.float32]:
         return rng.standard_normal(extents, np.float32)
 
-    return {
+    feeds: dict[str, Array] = {
         "embeds": 0.5 * normal(p, r, s, shape.embed_width),
         "positions": rng.integers(0, 64, (3, p, r, s)).astype(np.float32),
         "prefix": normal(layers, 2, p, heads, lp, width),
@@ -187,6 +192,10 @@ def random_feeds(shape: DecoderShape, sizes: Sequence[int], rng: np.random.Gener
         "past_lengths": rng.integers(0, lt + 1, (p, r)),
         "logit_positions": rng.integers(0, s, (p, r, n)),
     }
+    if shape.state_layers:
+        feeds["states"] = normal(shape.state_layers, p, r, shape.state_width)
+        feeds["kept_lengths"] = rng.integers(0, s + 1, (p, r))
+    return feeds
 
 
 def require_parity(

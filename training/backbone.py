@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from meiqa.export.checkpoint import StoredWeights
 from meiqa.export.families.conv_hybrid import (
+    FAMILY,
     ConvHybridTower,
     InvertedBottleneck,
     Overview,
@@ -56,7 +57,7 @@ def begin_from_imagenet(tower: ConvHybridTower) -> None:
 
 def begin_from_checkpoint(tower: ConvHybridTower, folder: Path) -> None:
     """Give a tower the native convolutions of a checkpoint; it may have more stages."""
-    stored = dict(StoredWeights.open(folder))
+    stored = dict(StoredWeights.open(folder, FAMILY))
     with torch.no_grad():
         for name, value in tower.state_dict().items():
             if name.startswith(("stem.", "stages.")):

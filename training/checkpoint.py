@@ -99,7 +99,7 @@ def load_checkpoint(folder: Path) -> TrainedVlm:
     config = read_json(folder / "config.json")
     processing = read_json(folder / "preprocessor_config.json")
     model = ConvHybridVlm(tower_config(config), decoder_config(config))
-    stored = dict(StoredWeights.open(folder))
+    stored = dict(StoredWeights.open(folder, FAMILY))
     if model.language_model.config.tie_word_embeddings:
         stored[f"language_model.{HEAD}"] = stored[f"language_model.{EMBEDDING}"]
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """The decoder as a model calls it: over whatever executes its graph, or natively beside that.
 
 A *row* is some tokens of one prompt; a *prefix* is what an earlier row left for those that continue
-it, its keys and values. Rows are padded, stacked and cut into calls here, so that a model says what
-it asks and never how that lies in memory.
+it: keys and values, and the state of layers that keep one instead. Rows are padded, stacked and cut
+into calls here, so that a model says what it asks and never how that lies in memory.
 
 A package whose decoder stays in a processor's cache holds its layers a second time, in the segment
 `decoder.layers`, which `meiqa.export.fused` wrote from the very graph beside it.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -30,10 +30,14 @@ Array = NDArray[np.float32] | NDArray[np.int64]
 
 ROWS_PER_CALL = 8
 """Rows of one call of a graph: more no longer fit the cache of a CPU core."""
+ROWS_WITH_STATES = 4
+"""The same where each row brings a state, of a MiB or two a layer: no more time, less memory."""
 LAYERS_FILE = "decoder.layers"
 EXPORT_AGAIN = "export the package again"
 ROWS_BY_THEMSELVES = 64
 """Rows of one call of the kernel, which works on each row by itself; bounds the memory."""
+NO_STATE = np.zeros((0, 0), np.float32)
+"""What decoders leave whose layers all keep keys and values."""
 HEAD_COLUMNS = 16
 """Columns of the head in one product: for a larger one BLAS wakes threads, which takes longer."""
 STEPS, PREFIX_STEPS = 80, 80
@@ -80,15 +84,29 @@ class Row:
 class KeyValues:
     """What a row leaves for those that continue it: keys and values (L, 2, H, T, d), C-contiguous.
 
-    Of the T tokens the first `length` count; the others are masked.
+    Of the T tokens the first `length` count; the others are masked. A `state` (M, W) is that of M
+    layers which keep one instead, behind exactly so many tokens: it can't be counted back.
     """
 
     array: Floats
     length: int
+    state: Floats = field(default_factory=lambda: NO_STATE)
+
+    @classmethod
+    def nothing(cls, shape: DecoderShape) -> KeyValues:
+        """Give what a prompt begins with."""
+        array = np.zeros((shape.layers, 2, shape.kv_heads, 0, shape.head_dim), np.float32)
+        return cls(array, 0, np.zeros((shape.state_layers, shape.state_width), np.float32))
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.array.nbytes + self.state.nbytes)
 
     def first(self, length: int) -> KeyValues:
-        """Count fewer tokens, of the same array."""
-        return KeyValues(self.array, length)
+        """Count fewer tokens, of the same array; ValueError where there is a state."""
+        if self.state.size and length != self.length:
+            raise ValueError(f"a state behind {self.length} tokens has no part of {length}")
+        return KeyValues(self.array, length, self.state)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,11 +117,59 @@ class Step:
         logits: (wanted, V) of the tokens that follow its last `wanted` ones, finite or not.
         hidden: (S, hidden_size) last hidden state of each of its tokens.
         key_values: (L, 2, H, S, d) of its tokens, to be added to the past.
+        state: (M, W) behind the first token whose logits were wanted.
     """
 
     logits: Floats
     hidden: Floats
     key_values: Floats
+    state: Floats = field(default_factory=lambda: NO_STATE)
+
+
+class Past:
+    """What was written behind a prefix, in arrays that grow in place.
+
+    Tokens that were only tried count when the writer says so. A state has not seen them then: they
+    are `unseen`, and have to be fed once more.
+    """
+
+    def __init__(self, prefix: KeyValues, room: int) -> None:
+        self.length = 0
+        self.unseen: list[int] = []
+        self._prefix, self._state = prefix, prefix.state
+        self._array = self._empty(room)
+
+    @property
+    def room(self) -> int:
+        """How many more tokens there is room for."""
+        return int(self._array.shape[3]) - self.length
+
+    @property
+    def key_values(self) -> KeyValues:
+        """What the next step continues, beside the prefix."""
+        return KeyValues(self._array, self.length, self._state)
+
+    def grow(self, tokens: int) -> None:
+        """Make room for so many more tokens."""
+        self._array = np.concatenate([self._array, self._empty(tokens)], axis=3)
+
+    def read(self, step: Step, fed: int, tried: int) -> None:
+        """Keep a step's first tokens: those that were fed count now, those tried not yet."""
+        kept = self.length + fed + tried
+        self._array[:, :, :, self.length : kept] = step.key_values[:, :, :, : fed + tried]
+        self.length += fed
+        self.unseen, self._state = [], step.state
+
+    def count(self, token: int) -> None:
+        """Count the next of the tokens that were tried."""
+        if self._state.size:
+            self.unseen.append(token)
+        else:
+            self.length += 1
+
+    def _empty(self, room: int) -> Floats:
+        layers, two, heads, _, width = self._prefix.array.shape
+        return np.zeros((layers, two, heads, room, width), np.float32)
 
 
 class Decoder(Protocol):
@@ -136,7 +202,7 @@ class Decoder(Protocol):
     def step(self, prefix: KeyValues, past: KeyValues, row: Row, wanted: int = 1) -> Step:
         """Read one row behind a prefix and a past, which is what was written after the prefix.
 
-        Logits are asked of the row's last `wanted` tokens.
+        Logits are asked of the row's last `wanted` tokens. The past's state is behind both.
         """
         ...
 
@@ -146,26 +212,26 @@ class GraphDecoder:
 
     def __init__(self, session: GraphSession, shape: DecoderShape) -> None:
         self.session = session
-        empty = np.zeros((shape.layers, 2, shape.kv_heads, 0, shape.head_dim), np.float32)
-        self._nothing = KeyValues(empty, 0)
+        self._nothing = KeyValues.nothing(shape)
+        self.rows_per_call = ROWS_WITH_STATES if shape.state_layers else ROWS_PER_CALL
         self._vocabulary = shape.vocab_size
 
     def prefill(self, rows: Sequence[Row], ahead: Floats | None = None) -> list[KeyValues]:
         """Read rows that begin a prompt, and nothing ahead; see `Decoder`."""
         kept = []
-        for part in parts_of(len(rows), ROWS_PER_CALL):
-            made = self._called(rows[part], [self._nothing] * len(rows[part]))["key_values"]
+        for part in parts_of(len(rows), self.rows_per_call):
+            made = self._called(rows[part], [self._nothing] * len(rows[part]))
             for index, row in enumerate(rows[part]):
                 # Copied, so that a cached prefix does not keep its neighbours of the call alive.
-                array = made[:, :, index, :, 0, : len(row.embeds)].copy()
+                array = made["key_values"][:, :, index, :, 0, : len(row.embeds)].copy()
                 array.setflags(write=False)  # so that a device need not be sent it twice
-                kept.append(KeyValues(array, len(row.embeds)))
+                kept.append(KeyValues(array, len(row.embeds), self._state(made, index).copy()))
         return kept
 
     def last_logits(self, rows: Sequence[Row], prefixes: Sequence[KeyValues]) -> Floats:
         """Give logits behind rows; see `Decoder`."""
         found = [np.zeros((0, self._vocabulary), np.float32)]
-        for part in parts_of(len(rows), ROWS_PER_CALL):
+        for part in parts_of(len(rows), self.rows_per_call):
             continued = prefixes if len(prefixes) == 1 else prefixes[part]
             logits = self._called(rows[part], continued)["logits"]
             found.append(logits.reshape(len(rows[part]), -1))
@@ -173,10 +239,13 @@ class GraphDecoder:
 
     def step(self, prefix: KeyValues, past: KeyValues, row: Row, wanted: int = 1) -> Step:
         """Read a row behind a prefix and a past; see `Decoder`."""
-        # The past's own memory, which is writable: what is read-only a device may keep.
-        lying = past.array[:, :, None, :, None]
-        made = self._run([row], [prefix], KeyValues(lying, past.length), wanted)
-        return Step(made["logits"][0, 0], made["hidden"][0, 0], made["key_values"][:, :, 0, :, 0])
+        made = self._run([row], [prefix], past, wanted)
+        own = made["key_values"][:, :, 0, :, 0]
+        return Step(made["logits"][0, 0], made["hidden"][0, 0], own, self._state(made, 0))
+
+    def _state(self, made: Mapping[str, Floats], prefix: int) -> Floats:
+        """Give the state (M, W) that the first row of a prefix leaves."""
+        return made["kept_states"][:, prefix, 0] if self._nothing.state.size else NO_STATE
 
     def _called(self, rows: Sequence[Row], prefixes: Sequence[KeyValues]) -> dict[str, Floats]:
         """Run rows without a past, for the logits of their last tokens."""
@@ -193,24 +262,32 @@ class GraphDecoder:
     ) -> dict[str, Floats]:
         # Prefixes of a call, and rows of each: all over the only one, or one over each.
         across = (1, len(rows)) if len(prefixes) == 1 else (len(rows), 1)
-        if past is None:
-            layers, _, heads, _, width = self._nothing.array.shape
-            empty = np.zeros((layers, 2, across[0], heads, across[1], 0, width), np.float32)
-            past = KeyValues(empty, 0)
         embeds, positions, steps = padded(rows)
         longest = embeds.shape[1]
         asked = steps[:, None] + np.arange(-wanted, 0)
-        return self.session.run(
-            {
-                "embeds": embeds.reshape(*across, longest, -1),
-                "positions": positions.reshape(3, *across, longest),
-                "prefix": _stacked(prefixes),
-                "prefix_lengths": np.array([prefix.length for prefix in prefixes], np.int64),
-                "past": past.array,
-                "past_lengths": np.full(across, past.length, np.int64),
-                "logit_positions": asked.reshape(*across, wanted),
-            }
-        )
+        inputs: dict[str, Array] = {
+            "embeds": embeds.reshape(*across, longest, -1),
+            "positions": positions.reshape(3, *across, longest),
+            "prefix": _stacked(prefixes),
+            "prefix_lengths": np.array([prefix.length for prefix in prefixes], np.int64),
+            "past": self._behind(past, across),
+            "past_lengths": np.full(across, 0 if past is None else past.length, np.int64),
+            "logit_positions": asked.reshape(*across, wanted),
+        }
+        if self._nothing.state.size:
+            before = np.stack([each.state for each in (prefixes if past is None else [past])], 1)
+            states = np.broadcast_to(before[:, :, None], (len(before), *across, before.shape[2]))
+            inputs["states"] = np.ascontiguousarray(states)  # each row changes its own
+            inputs["kept_lengths"] = (steps - wanted + 1).reshape(across)
+        return self.session.run(inputs)
+
+    def _behind(self, past: KeyValues | None, across: tuple[int, int]) -> Floats:
+        """Keys and values of what was written, (L, 2, P, H, R, T, d)."""
+        if past is not None:
+            # Its own memory, which is writable: what is read-only a device may keep.
+            return past.array[:, :, None, :, None]
+        layers, _, heads, _, width = self._nothing.array.shape
+        return np.zeros((layers, 2, across[0], heads, across[1], 0, width), np.float32)
 
 
 def parts_of(count: int, most: int) -> Iterator[slice]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,11 @@ from meiqa.export.decoder import DecoderConfig
 Config = Mapping[str, Any]
 """A config.json. Whoever reads one raises PackageCorrupted where a field is missing, unreadable,
 does not fit the others or asks for what the graphs can't do."""
+
+VISUAL, TEXT = "visual.", "language_model."
+Tilings = tuple[tuple[int, int], ...]
+Weight = Callable[[str, Mapping[str, Tensor]], Tensor]
+"""Gives the value of a parameter, by its name in our module, out of stored tensors by theirs."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,12 @@ class Family:
         prompt: name of the prompt family that suits it best.
         tower_weight: value of one parameter of the tower, out of the stored tensors by their names
             below "visual."; as stored by default.
+        decoder_weight: the same of the decoder, by their names below "language_model.".
+        renamed: how names of stored tensors begin, and how they do below "visual." or
+            "language_model."; the first that fits counts.
+        unread: what these names begin with of tensors that the engine has no use for.
+        tiles: reads the side of tiles in pixels, and the rows and columns of them that a photo may
+            be cut into, where the tower sees a photo so.
     """
 
     architecture: str
@@ -39,7 +50,23 @@ class Family:
     decoder: Callable[[Config], DecoderConfig]
     grid: Callable[[Config], tuple[int, int]]
     prompt: str = "visualquality-r1"
-    tower_weight: Callable[[str, Mapping[str, Tensor]], Tensor] = lambda name, stored: stored[name]
+    tower_weight: Weight = lambda name, stored: stored[name]
+    decoder_weight: Weight = lambda name, stored: stored[name]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    tiles: Callable[[Config], tuple[int, Tilings]] = lambda config: (0, ())
+
+    def canonical(self, name: str) -> str:
+        """Name a stored tensor below "visual." or "language_model.".
+
+        Layouts differ between releases: "model.layers.0…" and "model.language_model.layers.0…" are
+        one.
+        """
+        name = name.removeprefix("model.")
+        for stored, ours in self.renamed.items():
+            if name.startswith(stored):
+                return f"{ours}{name.removeprefix(stored)}"
+        return name if name.startswith((VISUAL, TEXT)) else f"{TEXT}{name}"
 
 
 @dataclass(frozen=True)
@@ -130,7 +157,7 @@ def read_decoder(config: Config, **differences: Any) -> DecoderConfig:
     text.only("hidden_act", "silu")
     text.only("use_sliding_window", False)
     rotary.only("rope_type", "default")
-    channels = rotary.wholes("mrope_section")
+    channels = differences.pop("mrope_section", None) or rotary.wholes("mrope_section")
     if len(channels) != 3:
         raise rotary.refuse("mrope_section", "three integers")
     shape = DecoderConfig(
@@ -150,8 +177,8 @@ def read_decoder(config: Config, **differences: Any) -> DecoderConfig:
         raise text.refuse("num_attention_heads", f"a divisor of {shape.hidden_size}")
     if shape.num_attention_heads % shape.num_key_value_heads:
         raise text.refuse("num_key_value_heads", f"a divisor of {shape.num_attention_heads}")
-    if sum(channels) * 2 != shape.head_dim:
-        raise rotary.refuse("mrope_section", f"a sum of {shape.head_dim / 2:g}")
+    if sum(channels) * 2 != shape.turned:
+        raise rotary.refuse("mrope_section", f"a sum of {shape.turned / 2:g}")
     return shape
 
 

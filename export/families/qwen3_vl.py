@@ -123,7 +123,7 @@ def vision_section(config: Config) -> Section:
     return Section("", config, VISION_NAMES).below("vision_config")
 
 
-def make_tower(config: Config) -> Qwen3VlTower:
+def make_tower(config: Config, deepstack: bool = True) -> Qwen3VlTower:
     vision = vision_section(config)
     vision.only("hidden_act", "gelu_pytorch_tanh")
     shape = tower_shape(vision, text_section(config).whole("hidden_size"))
@@ -131,7 +131,8 @@ def make_tower(config: Config) -> Qwen3VlTower:
     side = math.isqrt(places)
     if side * side != places:
         raise vision.refuse("num_position_embeddings", "a square number")
-    return Qwen3VlTower(shape, side, vision.indexes("deepstack_visual_indexes", shape.depth))
+    tapped = vision.indexes("deepstack_visual_indexes", shape.depth) if deepstack else ()
+    return Qwen3VlTower(shape, side, tapped)
 
 
 def decoder(config: Config) -> DecoderConfig:

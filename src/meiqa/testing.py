@@ -372,7 +372,6 @@ class FakeModel(Model):
     digest = hashlib.sha256(b"fake model").hexdigest()
     family = MEIQA
     image = ImageProcessing(8, 2, 16 * 16, 128 * 128, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    token_pixels = 16
     widths = 2, 5
     summary_tokens = 24
 
@@ -398,13 +397,16 @@ class FakeModel(Model):
     def encode(self, pixels: NDArray[np.uint8]) -> VisualTokens:
         """Keep the score, and the mean colour of each cell, so that pictures can be told apart."""
         self._spend("encode")
-        cell = self.token_pixels
-        rows, columns = pixels.shape[0] // cell, pixels.shape[1] // cell
+        cell, (rows, columns) = self.image.cell_pixels, self.grid_of(pixels)
         cells = pixels.reshape(rows, cell, columns, cell, 3).mean(axis=(1, 3)) / 127.5 - 1.0
         values = np.ones((rows * columns, self.widths[1]), np.float32)
         values[:, 1] = (self._score(pixels) - 3.0) / 2.0
         values[:, 2:] = cells.reshape(-1, 3)
         return VisualTokens(values, (rows, columns))
+
+    def grid_of(self, pixels: NDArray[np.uint8]) -> tuple[int, int]:
+        """Give rows and columns of cells."""
+        return pixels.shape[0] // self.image.cell_pixels, pixels.shape[1] // self.image.cell_pixels
 
     def prefill(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:
         """Read pictures; a prefix is one number for each token."""

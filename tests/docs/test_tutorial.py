@@ -33,6 +33,22 @@ def test_the_tutorial_runs_block_by_block(folder: Path) -> None:
         exec(compile(block, "docs/python.md", "exec"), names)
 
 
+def test_the_page_on_families_runs_block_by_block(folder: Path) -> None:
+    from meiqa.export.families import FAMILIES
+
+    blocks = BLOCK.findall((ROOT / "docs" / "families.md").read_text())
+    assert len(blocks) > 8
+    names: dict[str, object] = {"__name__": "families"}
+    known = dict(FAMILIES)
+    try:
+        for block in blocks:
+            exec(compile(block, "docs/families.md", "exec"), names)
+    finally:
+        FAMILIES.clear()
+        FAMILIES.update(known)
+    assert len(list((folder / "toy-package").iterdir())) > 5
+
+
 def test_the_page_on_priors_runs_block_by_block(folder: Path) -> None:
     pytest.importorskip("torch", reason="the example is in PyTorch, which is not installed")
     names: dict[str, object] = {}

@@ -19,9 +19,7 @@ def read_anew(model: LocalModel, pieces: Sequence[Piece]) -> Step:
     """Read a prompt of texts and pictures, for the logits of its last token."""
     embeds = [p.values if isinstance(p, VisualTokens) else model.embed(p) for p in pieces]
     positions, _ = positions_of([p.grid if isinstance(p, VisualTokens) else len(p) for p in pieces])
-    shape = model.package.manifest.decoder
-    nothing = np.zeros((shape.layers, 2, shape.kv_heads, 0, shape.head_dim), np.float32)
-    past = KeyValues(nothing, 0)
+    past = KeyValues.nothing(model.package.manifest.decoder)
     return model.decoder.step(past, past, Row(np.concatenate(embeds), positions))
 
 

@@ -24,7 +24,7 @@ OPTIONS = ("yes", "no", "no, it is sharp", "no, it is dark and noisy", " perhaps
 PHOTO, OTHERS = picture(0, (160, 224)), [picture(1, (128, 128)), picture(2, (70, 330))]
 
 
-@pytest.fixture(params=[*FAMILIES])
+@pytest.fixture(params=[name for name in FAMILIES if name != "q-sit"])  # whose words it has not
 def family(request: pytest.FixtureRequest) -> PromptFamily:
     return FAMILIES[request.param]
 
@@ -161,4 +161,6 @@ def test_a_family_that_shows_no_reply_is_refused() -> None:
 
 
 def test_replies_of_the_families() -> None:
-    assert {family.reply for family in FAMILIES.values()} == {"<|im_end|>\n<|im_start|>assistant\n"}
+    replies = {name: family.reply for name, family in FAMILIES.items()}
+    assert replies.pop("q-sit") == "<|im_end|><|im_start|>assistant\n"
+    assert {*replies.values()} == {"<|im_end|>\n<|im_start|>assistant\n"}

@@ -242,6 +242,16 @@ def test_the_kernel_reads_ahead_what_it_would_read_later(
     np.testing.assert_array_equal(native.last_logits([whole], [long.first(9)]), wanted)
 
 
+def test_a_state_has_no_part() -> None:
+    array, state = np.zeros((1, 2, 1, 5, 4), np.float32), np.ones((3, 7), np.float32)
+    read = KeyValues(array, 5, state)
+    assert read.first(5).state is state
+    assert read.nbytes == array.nbytes + state.nbytes
+    with pytest.raises(ValueError, match="a state behind 5 tokens has no part of 4"):
+        read.first(4)
+    assert KeyValues(array, 5).first(4).length == 4
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_overflows_is_refused(
     package: EnginePackage, session: Overheard, firsts: list[Row], value: float

@@ -11,7 +11,7 @@ import pytest
 from meiqa.engine.local import LocalModel
 from meiqa.engine.model import Floats, Prefix, VisualTokens
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.prompts import FAMILIES, MEIQA, PromptFamily, Prompts
+from meiqa.engine.prompts import FAMILIES, MEIQA, Prompts
 from meiqa.engine.writing import Writing
 from tests.engine.cold import read_anew
 from tests.engine.samples import PHOTOS, asking, open_model, seen
@@ -93,10 +93,9 @@ def test_describing_equals_plain_greedy_writing(
     assert compared >= 4
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
-def test_every_family_asks_everything(
-    tiny: LocalModel, prefixes: list[Prefix], family: PromptFamily
-) -> None:
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "q-sit"])  # has its words
+def test_every_family_asks_everything(tiny: LocalModel, prefixes: list[Prefix], name: str) -> None:
+    family = FAMILIES[name]
     asked = asking(tiny, family)
     (prefix,) = asked.prefill([prefixes[0].tokens])
     twin = naive_greedy(asked, prefix.tokens, 12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from meiqa.engine.package import EnginePackage
 from tests.engine.samples import SIZES, picture
@@ -12,6 +13,12 @@ from tests.export.tiny import export_float, export_from, make_checkpoint
 from training.checkpoint import save_checkpoint
 
 PICTURES = [picture(seed, size) for seed, size in enumerate(SIZES)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Keep PyTorch from waking threads for matrices so small that they only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from meiqa.export.checkpoint import (
     local_folder,
     weightless,
 )
+from meiqa.export.families.conv_hybrid import FAMILY
 from training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -151,7 +152,7 @@ def sharded(folder: Path, count: int = 3) -> list[str]:
 
 def test_shards_hold_what_one_file_holds(checkpoint: Path, folder: Path) -> None:
     sharded(folder)
-    whole, parts = StoredWeights.open(checkpoint), StoredWeights.open(folder)
+    whole, parts = StoredWeights.open(checkpoint, FAMILY), StoredWeights.open(folder, FAMILY)
     assert set(whole) == set(parts)
     for name, weight in whole.items():
         torch.testing.assert_close(parts[name], weight, atol=0, rtol=0)
@@ -196,7 +197,7 @@ def test_pickled_weights_are_not_looked_at(folder: Path) -> None:
 )
 def test_the_layouts_of_all_releases_are_one(stored: str, name: str, tmp_path: Path) -> None:
     save_file({stored: torch.zeros(2)}, tmp_path / SINGLE)
-    assert list(StoredWeights.open(tmp_path)) == [name]
+    assert list(StoredWeights.open(tmp_path, FAMILY)) == [name]
 
 
 @pytest.mark.parametrize("held_bytes", [0, 1 << 30])

@@ -22,9 +22,9 @@ import pytest
 from onnx import TensorProto, helper, save
 
 from meiqa.engine.estimates import expected_grade
-from meiqa.engine.images import grid_of
+from meiqa.engine.images import grid_of, tiles_of
 from meiqa.engine.local import LocalModel
-from meiqa.engine.manifest import GRAPHS, PATTERNS, ImageProcessing, TensorRtEngine
+from meiqa.engine.manifest import GRAPHS, PATTERNS, Graph, ImageProcessing, TensorRtEngine
 from meiqa.engine.package import EnginePackage, file_digest, write_manifest
 from meiqa.engine.runtime.decoder import GraphDecoder
 from meiqa.engine.runtime.tensorrt import (
@@ -410,6 +410,19 @@ class TestProfiles:
             least, usual, greatest = profile["cells"]
             assert all(a <= b <= c for a, b, c in zip(least, usual, greatest, strict=True))
             assert usual[0] * usual[1] <= 64
+
+    def test_photos_in_tiles_have_a_profile_of_their_own(self, int8_package: EnginePackage) -> None:
+        half, tilings = (0.5, 0.5, 0.5), tuple((r, c) for r in range(1, 7) for c in range(1, 7))
+        image = ImageProcessing(14, 1, 1, 1 << 20, half, half, False, 384, tilings)
+        vision = {"cells": ("tiles", 729, 588), "order": ("shown",)}
+        graphs = {"vision": Graph("vision.onnx", None, vision, {"tokens": ("tokens", 64)})}
+        manifest = replace(int8_package.manifest, image=image, graphs=graphs)
+        (profile,) = vision_profiles(EnginePackage(int8_package.path, manifest))
+        rng = np.random.default_rng(0)
+        for height, width in rng.integers(40, 3000, (40, 2)):
+            tiles, order = tiles_of(np.zeros((height, width, 3), np.uint8), image)
+            assert len(tiles) <= profile["cells"][2][0]
+            assert len(order) <= profile["order"][2][0]
 
     def test_limits_end_up_in_the_profiles(self, int8_package: EnginePackage) -> None:
         limits = Limits(batch=3, suffix=50, prefix=40, past=30)

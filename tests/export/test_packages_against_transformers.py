@@ -1,112 +1,46 @@
-"""A package of a Qwen checkpoint says what transformers says: the same text, the same logits."""
+"""The engine says of a checkpoint what transformers says: the same text, the same logits.
+
+Of each family one shape is traced; all others run in PyTorch behind the same engine, which is much
+quicker to open. With MEIQA_EXPORT_EVERY_SHAPE=1 in the environment all are traced.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from optimum.exporters.tasks import TasksManager
-from PIL import Image
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from meiqa.engine.local import LocalModel
-from meiqa.engine.model import VisualTokens
-from meiqa.engine.package import EnginePackage
-from meiqa.engine.prompts import Prompts
+from meiqa.engine.engine import Engine
 from meiqa.engine.runtime import open_graphs
+from meiqa.engine.writing import Proposer, Writing
 from meiqa.export.checkpoint import Checkpoint
-from meiqa.export.package import ExportOptions, export_package
 from meiqa.export.verify import random_feeds
-from tests.engine.samples import picture
-from tests.export import tiny_qwen
+from tests.engine.cold import logits_anew
+from tests.engine.samples import picture, write_anchors
 from tests.export.tiny import reference_sessions
+from tests.export.twins import SHAPES, TRACED, TinyShape, Twins
 
-TASK = "image-text-to-text"
 TOLERANCE = 1e-4
 SIZES = ((128, 128), (64, 256), (256, 64), (112, 144))
-GRIDS = [(1, 1), (1, 5), (7, 1), *[(h, w) for h in (2, 3, 4, 6, 9) for w in (1, 4, 5, 8)]]
 
 
-@dataclass(frozen=True, eq=False)
-class Twins:
-    """A checkpoint in transformers and as a package."""
-
-    model: PreTrainedModel
-    checkpoint: Path
-    package: EnginePackage
-    vlm: LocalModel
-
-
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
 def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twins:
-    """Export a tiny checkpoint: Qwen2.5-VL untied and in shards, Qwen3-VL tied and whole."""
-    folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = folder / "checkpoint"
-    if request.param == "qwen2_5_vl":
-        tiny_qwen.save(tiny_qwen.make_qwen2_5_vl(tied=False), checkpoint, max_shard_size="200KB")
-    else:
-        tiny_qwen.save(tiny_qwen.make_qwen3_vl(tied=True), checkpoint)
-    package = export_package(checkpoint, folder / "package", ExportOptions("fp32"))
-    loader = TasksManager.get_model_class_for_task("image-text-to-text", model_type=request.param)
-    model = loader.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    return Twins(model, checkpoint, package, LocalModel.open(package, "cpu", 1))
+    """Give a tiny checkpoint in both."""
+    shape: TinyShape = request.param
+    return shape.opened(tmp_path_factory.mktemp("twins"))
 
 
-def cells_of(twins: Twins, pixels: NDArray[np.uint8]) -> Tensor:
-    """What transformers' own image processor makes of a picture, (patches, 3 * 2 * p * p)."""
-    image = twins.package.manifest.image
-    processor = Qwen2VLImageProcessorPil(
-        do_resize=False,
-        image_mean=list(image.mean),
-        image_std=list(image.std),
-        patch_size=image.patch_size,
-        merge_size=image.merge_size,
-    )
-    patches: Tensor = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
-    return patches
-
-
-def asked(
-    twins: Twins, pictures: list[NDArray[np.uint8]], *texts: NDArray[np.int64]
-) -> dict[str, Any]:
-    """The prompt as transformers takes it: texts with pictures between them."""
-    image, config = twins.package.manifest.image, twins.model.config
-    cell = image.cell_pixels
-    grids = [(p.shape[0] // cell, p.shape[1] // cell) for p in pictures]
-    ids = [texts[0]]
-    for (h, w), text in zip(grids, texts[1:], strict=True):
-        ids += [np.full(h * w, config.image_token_id), text]
-    joined = torch.from_numpy(np.concatenate(ids))[None]
-    m = image.merge_size
-    return {
-        "input_ids": joined,
-        "attention_mask": torch.ones_like(joined),
-        "mm_token_type_ids": (joined == config.image_token_id).int(),
-        "pixel_values": torch.cat([cells_of(twins, p) for p in pictures]),
-        "image_grid_thw": torch.tensor([[1, h * m, w * m] for h, w in grids]),
-    }
-
-
-def seen(twins: Twins, size: tuple[int, int], seed: int) -> tuple[NDArray[np.uint8], VisualTokens]:
-    pixels = picture(seed, size)
-    return pixels, twins.vlm.encode(pixels)
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", SIZES[1:3], ids=str)
 def test_the_greedy_text_is_the_same(twins: Twins, size: tuple[int, int]) -> None:
-    pixels, tokens = seen(twins, size, seed=sum(size))
-    prompts: Prompts = twins.vlm.prompts
+    pixels, prompts = twins.picture(size, seed=sum(size)), twins.vlm.prompts
+    tokens = twins.vlm.encode(pixels)
     after = np.concatenate([prompts.closing, prompts.score])
     with torch.no_grad():
         written = twins.model.generate(
-            **asked(twins, [pixels], prompts.opening, after), max_new_tokens=24, do_sample=False
+            **twins.asked([pixels], prompts.opening, after), max_new_tokens=24, do_sample=False
         )
     length = len(prompts.opening) + len(tokens.values) + len(after)
     wanted = prompts.tokenizer.decode(written[0, length:].tolist()).strip()
@@ -115,40 +49,96 @@ def test_the_greedy_text_is_the_same(twins: Twins, size: tuple[int, int]) -> Non
     assert made.text == wanted
 
 
+def test_drafts_leave_no_trace(twins: Twins) -> None:
+    vlm = twins.vlm
+    (prefix,) = vlm.prefill([vlm.encode(twins.picture(SIZES[0], seed=5))])
+
+    def written(draft: list[int]) -> Writing:
+        writing = Writing(vlm, prefix, vlm.prompts.score, 40, Proposer([draft] if draft else []))
+        for _ in range(16):
+            writing.accept()
+        return writing
+
+    plain = written([])
+    wrong = next(i for i in range(20) if i != plain.tokens[9])
+    drafted = written([*plain.tokens[:9], wrong, *plain.tokens[10:]])
+    assert drafted.tokens == plain.tokens
+    assert drafted.stats(complete=True).accepted > 8
+    for writing in (plain, drafted):  # in the middle of what was tried, too
+        writing.force(vlm.prompts.ids(" and otherwise"))
+    assert drafted.next_token == plain.next_token
+    hidden = [writing.mean_hidden(16) for writing in (plain, drafted)]
+    np.testing.assert_allclose(*hidden, atol=TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize("sizes", [(0, 1), (1, 2), (3, 3)], ids=str)
 def test_the_logits_of_a_comparison_are_the_same(twins: Twins, sizes: tuple[int, int]) -> None:
-    (first, tokens), (second, other) = (seen(twins, SIZES[i], n) for n, i in enumerate(sizes))
-    p: Prompts = twins.vlm.prompts
+    pictures = [twins.picture(SIZES[i], seed) for seed, i in enumerate(sizes)]
+    p = twins.vlm.prompts
     question = np.concatenate([p.closing, p.compare])
     between = np.concatenate([p.closing, p.second_opening])
     with torch.no_grad():
-        logits = twins.model(**asked(twins, [first, second], p.opening, between, question)).logits
+        logits = twins.model(**twins.asked(pictures, p.opening, between, question)).logits
     one, two = p.verdict_ids
     wanted = float(logits[0, -1, one] - logits[0, -1, two])
-    made = twins.vlm.prefer_first(twins.vlm.prefill([tokens]), [other])
+    first, second = map(twins.vlm.encode, pictures)
+    made = twins.vlm.prefer_first(twins.vlm.prefill([first]), [second])
     assert abs(wanted) > 100 * TOLERANCE
     assert made == pytest.approx([wanted], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_visual_tokens_are_the_same(twins: Twins, grid: tuple[int, int]) -> None:
-    cell = twins.package.manifest.image.cell_pixels
-    pixels, tokens = seen(twins, (grid[0] * cell, grid[1] * cell), seed=1 + grid[0])
-    inputs = asked(twins, [pixels], np.zeros(0, np.int64), np.zeros(0, np.int64))
-    with torch.no_grad():
-        made = twins.model.model.visual(inputs["pixel_values"], inputs["image_grid_thw"])
-    features = [made.pooler_output, *(getattr(made, "deepstack_features", None) or [])]
-    wanted = torch.cat([part.reshape(tokens.values.shape[0], -1) for part in features], -1)
-    np.testing.assert_allclose(tokens.values, wanted.numpy(), atol=TOLERANCE, rtol=0)
+def test_visual_tokens_are_the_same(twins: Twins) -> None:
+    for seed, size in enumerate(twins.sizes):
+        pixels = twins.picture(size, seed)
+        made = twins.vlm.encode(pixels)
+        assert np.prod(made.grid) == len(made.values)
+        wanted = twins.visual(pixels).numpy()
+        limit = TOLERANCE * max(1.0, float(wanted.std()))
+        np.testing.assert_allclose(made.values, wanted, atol=limit, rtol=0)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_the_decoder_graph_equals_pytorch(twins: Twins, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers((1, 1, 1, 0, 0, 1), (4, 5, 9, 30, 12, 4))
-    feeds = random_feeds(twins.package.manifest.decoder, sizes.tolist(), rng)
-    wanted = reference_sessions(Checkpoint.open(twins.checkpoint))[1].run(feeds)
+def test_reading_on_is_reading_anew_in_any_company(twins: Twins) -> None:
+    vlm, p = twins.vlm, twins.vlm.prompts
+    pictures = [vlm.encode(twins.picture(size, seed)) for seed, size in enumerate(SIZES[1:])]
+    prefixes, one, two = vlm.prefill(pictures), *p.verdict_ids
+    wanted = np.zeros((len(pictures), len(pictures)))
+    for i, first in enumerate(pictures):
+        for j, second in enumerate(pictures):
+            asked = [p.opening, first, p.closing, p.second_opening, second, p.closing, p.compare]
+            logits = logits_anew(vlm, asked)
+            wanted[i, j] = logits[one] - logits[two]
+    for i, prefix in enumerate(prefixes):  # one prefix that all continue, more than fit a call
+        made = vlm.prefer_first([prefix], pictures * 3)
+        np.testing.assert_allclose(made, np.tile(wanted[i], 3), atol=TOLERANCE, rtol=0)
+        assert np.ptp(made) > 100 * TOLERANCE
+        alone = vlm.prefer_first(vlm.prefill(pictures[i : i + 1]), pictures[:1])
+        np.testing.assert_allclose(alone, wanted[i, :1], atol=TOLERANCE, rtol=0)
+    paired = vlm.prefer_first(prefixes, pictures)
+    np.testing.assert_allclose(paired, wanted.diagonal(), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("twins", TRACED, indirect=True, ids=lambda shape: shape.name)
+def test_the_decoder_graph_equals_pytorch(twins: Twins) -> None:
+    reference = reference_sessions(Checkpoint.open(twins.checkpoint))[1]
     (decoder,) = open_graphs(twins.package, ["decoder"], "cpu", 1)
-    made = decoder.run(feeds)
-    for name, values in wanted.items():
-        np.testing.assert_allclose(made[name], values, atol=TOLERANCE, rtol=0)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        sizes = rng.integers((1, 1, 1, 0, 0, 1), (4, 5, 9, 30, 12, 4))
+        sizes[2] *= 1 + 9 * (seed % 4 == 3)  # several chunks, too
+        feeds = random_feeds(twins.package.manifest.decoder, sizes.tolist(), rng)
+        wanted, made = reference.run(feeds), decoder.run(feeds)
+        for name, values in wanted.items():
+            np.testing.assert_allclose(made[name], values, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("twins", TRACED, indirect=True, ids=lambda shape: shape.name)
+def test_a_photo_is_scored_beside_remembered_ones(twins: Twins, tmp_path: Path) -> None:
+    anchors = [picture(seed, SIZES[seed % len(SIZES)]) for seed in range(6)]
+    memory = write_anchors(tmp_path / "memory", twins.vlm, anchors)
+    photo = picture(9, SIZES[3])
+    with Engine.open(twins.package, memory, threads=1, learn=False) as engine:
+        first, again = (engine.score(photo, k=4) for _ in range(2))
+    assert first.counters["comparisons"] == 8
+    assert again.score == pytest.approx(first.score, abs=1e-9)
+    assert again.counters["photo_cache_hits"] == 1
+    assert again.counters["anchor_cache_hits"] == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -112,6 +115,45 @@ def qwen3_vl_config(tokenizer: Tokenizer, tied: bool = True) -> Qwen3VLConfig:
     )
 
 
+def qwen3_5_config(
+    tokenizer: Tokenizer, tied: bool = True, vision: Mapping[str, Any] = {}, **text: Any
+) -> Qwen3_5Config:
+    """A layer in four attends, as in the published models; `text` changes the decoder's shape."""
+    learned = {"num_position_embeddings": 36, "hidden_act": "gelu_pytorch_tanh"}
+    rotary = {
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 0.25,
+    }
+    linear = {
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+    }
+    rotary |= text.pop("rotary", {})
+    return Qwen3_5Config(
+        vision_config={**VISION, **learned, **vision},
+        text_config={
+            **text_config(tokenizer, rotary),
+            "head_dim": 32,
+            "num_hidden_layers": 4,
+            **linear,
+            **text,
+        },
+        tie_word_embeddings=tied,
+        **token_ids(tokenizer),
+    )
+
+
+def make_qwen3_5(tied: bool = True, seed: int = 0, **shape: Any) -> Qwen3_5ForConditionalGeneration:
+    """A random Qwen3.5."""
+    model = Qwen3_5ForConditionalGeneration(qwen3_5_config(make_tokenizer(), tied, **shape))
+    liven(model, seed)
+    return model.eval()
+
+
 def make_qwen2_5_vl(tied: bool = True, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """A random Qwen2.5-VL."""
     model = Qwen2_5_VLForConditionalGeneration(qwen2_5_vl_config(make_tokenizer(), tied))
@@ -132,6 +174,8 @@ def liven(model: torch.nn.Module, seed: int) -> None:
         torch.manual_seed(seed)
         for name, weight in model.named_parameters():
             torch.nn.init.normal_(weight, std=1.0 if is_norm(name) else 0.25)
+            if name.endswith("A_log"):  # states that forget at once, and that hardly do
+                torch.nn.init.uniform_(weight, -4.0, 1.0)
 
 
 def is_norm(name: str) -> bool:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 )
 @cli.option(
     "--prompt NAME",
-    "meiqa, visualquality-r1, q-insight, evoquality, levels, or a JSON file with one (default: "
-    "what suits the checkpoint's family)",
+    "meiqa, visualquality-r1, q-insight, evoquality, levels, q-sit, or a JSON file with one "
+    "(default: what suits the checkpoint's family)",
     needs="checkpoint",
 )
 @cli.option("--calibration DIR", "photographs to calibrate and verify on", cli.path)
