@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import Literal, Protocol
 
@@ -12,11 +14,17 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from meiqa.engine.model import Model, Prefix, VisualTokens
+from meiqa.engine.runtime.decoder import parts_of
 
 PHOTO_CACHE_BYTES = 12 << 20
 NEIGHBOUR_CACHE_BYTES = 80 << 20
+PHOTOS_KEPT, NEIGHBOURS_KEPT = 4, 40
+"""Of a large model that many are kept, more than one photo needs, as far as there is memory."""
+MEMORY_SHARE = 1 / 4
 MOST_AT_ONCE = 64
 """Pictures whose prefixes are held for one round of questions."""
+
+_GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 Role = Literal["photos", "neighbours"]
 
@@ -47,6 +55,19 @@ class PrefixCache:
         }
         self._lookups: dict[Role, list[int]] = {"photos": [0, 0], "neighbours": [0, 0]}
         self._lock = Lock()
+
+    @classmethod
+    def holding(cls, prefix_bytes: int, memory_bytes: int | None = None) -> PrefixCache:
+        """Make one for prefixes of up to so many bytes, and for the machine's memory by default."""
+        free = int(MEMORY_SHARE * (usable_memory() if memory_bytes is None else memory_bytes))
+        photos = min(PHOTOS_KEPT * prefix_bytes, free * PHOTOS_KEPT // NEIGHBOURS_KEPT)
+        neighbours = min(NEIGHBOURS_KEPT * prefix_bytes, free)
+        return cls(max(PHOTO_CACHE_BYTES, photos), max(NEIGHBOUR_CACHE_BYTES, neighbours))
+
+    def at_once(self, prefix_bytes: int) -> int:
+        """Give how many neighbours of such prefixes are read for one call, so that all are kept."""
+        limit = int(self._parts["neighbours"].maxsize)
+        return max(1, min(MOST_AT_ONCE, limit // max(prefix_bytes, 1)))
 
     def get(self, role: Role, image_digest: str, grid: tuple[int, int]) -> Prefix | None:
         """Give the prefix of a picture, made the most recent; None if it is not kept."""
@@ -79,6 +100,15 @@ class PrefixCache:
 
 def held_bytes(prefix: Prefix) -> int:
     return int(prefix.key_values.nbytes + prefix.tokens.values.nbytes)
+
+
+def usable_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its control group's if less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(machine, int(_GROUP_LIMIT.read_text()))
+    except (OSError, ValueError):  # there is no group, or it has no limit
+        return machine
 
 
 class Pictured(Protocol):
@@ -114,9 +144,10 @@ class Comparer:
         logits[:, 0] = self.model.prefer_first([photo], pictures)
         reused = photo.opening.length * len(others)
         if both_orders:
-            firsts, kept = self._prefilled(others, pictures)
-            logits[:, 1] = -self.model.prefer_first(firsts, [photo.tokens] * len(others))
-            reused += kept
+            for part in parts_of(len(others), self.prefixes.at_once(held_bytes(photo))):
+                firsts, kept = self._prefilled(others[part], pictures[part])
+                logits[part, 1] = -self.model.prefer_first(firsts, [photo.tokens] * len(firsts))
+                reused += kept
         return logits, reused
 
     def between(self, first: Pictured, others: Sequence[Pictured]) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -93,6 +94,15 @@ class LocalModel(Model):
     def grid_of(self, pixels: NDArray[np.uint8]) -> tuple[int, int]:
         """Give the grid of visual tokens; see `Model.grid_of`."""
         return token_grid(pixels, self.image)
+
+    @property
+    def largest_prefix_bytes(self) -> int:
+        """Bytes of the prefix of a picture of the largest size; see `Model`."""
+        shape, side = self.package.manifest.decoder, math.isqrt(self.image.max_pixels)
+        tokens = math.prod(self.grid_of(np.empty((side, side, 3), np.uint8)))
+        kept = 2 * shape.layers * shape.kv_heads * shape.head_dim
+        floats = tokens * (kept + shape.embed_width) + shape.state_layers * shape.state_width
+        return np.dtype(np.float32).itemsize * floats
 
     def prefill(self, pictures: Sequence[VisualTokens]) -> list[Prefix]:
         """Read the prompt's opening with each picture; see `Model.prefill`."""

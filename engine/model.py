@@ -136,6 +136,11 @@ class Model(Protocol):
     summary_tokens: int
     widths: tuple[int, int]
 
+    @property
+    def largest_prefix_bytes(self) -> int:
+        """Bytes of the prefix of a picture of the largest size; 0 where nothing is kept of it."""
+        return 0
+
     def encode(self, pixels: NDArray[np.uint8]) -> VisualTokens:
         """See a picture: uint8 (H, W, 3), sides multiples of a cell."""
         ...

@@ -261,7 +261,7 @@ class Scorer:
         self.model, self.memory, self.patterns = model, memory, patterns
         self.retrieval = retrieval or RetrievalPolicy(k=numbers.neighbours, bins=numbers.bins)
         self.clock: Callable[[], float] = time.perf_counter
-        self.prefixes = PrefixCache()
+        self.prefixes = PrefixCache.holding(model.largest_prefix_bytes)
         self.comparer = Comparer(model, self.prefixes)
         self._drafting, self._costs_file = drafting, costs_file
         self._costs: CostModel | None = None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from meiqa.engine.comparing import Comparer, PrefixCache
+from meiqa.engine.comparing import Comparer, PrefixCache, held_bytes
 from meiqa.engine.estimates import preferences_of
 from meiqa.engine.model import Prefix, VisualTokens
 from meiqa.memory import Case
@@ -46,6 +46,24 @@ def test_both_orders_are_asked_and_the_second_is_turned(photo: Prefix) -> None:
     logits, _ = comparer().ask(photo, cases, both_orders=True)
     assert logits[:, 0] == pytest.approx([3.7, 0.7, -2.3], abs=0.1)
     assert logits[:, 1] == pytest.approx([2.3, -0.7, -3.7], abs=0.1)
+
+
+def test_prefixes_beyond_the_memory_are_read_in_parts(
+    photo: Prefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [case(1.0 + 0.5 * number) for number in range(8)]
+    wanted, _ = comparer().ask(photo, cases, both_orders=True)
+    asked = Comparer(Biased(), PrefixCache(0, 3 * held_bytes(photo)))
+    read: list[int] = []
+    prefill = Biased.prefill
+
+    def noted(self: Biased, pictures: Sequence[VisualTokens]) -> list[Prefix]:
+        read.append(len(pictures))
+        return prefill(self, pictures)
+
+    monkeypatch.setattr(Biased, "prefill", noted)
+    np.testing.assert_array_equal(asked.ask(photo, cases, both_orders=True)[0], wanted)
+    assert read == [3, 3, 2]
 
 
 def test_one_order_leaves_the_other_unasked(photo: Prefix) -> None:

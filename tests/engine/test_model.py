@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import numpy as np
 import pytest
 
-from meiqa.engine.comparing import PrefixCache, held_bytes
+from meiqa.engine.comparing import (
+    MOST_AT_ONCE,
+    NEIGHBOUR_CACHE_BYTES,
+    PHOTO_CACHE_BYTES,
+    PrefixCache,
+    held_bytes,
+)
+from meiqa.engine.engine import Engine
 from meiqa.engine.model import Prefix, VisualTokens
 from meiqa.engine.runtime.decoder import KeyValues
 
@@ -135,3 +143,31 @@ def test_threads_keep_the_books_straight(threads: int) -> None:
     cache.forget("neighbours")
     left = [cache.get("photos", str(number), (2, 3)) for number in range(40)]
     assert sum(held_bytes(each) for each in left if each) == state["photos"].used_bytes
+
+
+@pytest.mark.parametrize(
+    ("prefix_bytes", "memory", "photos", "neighbours"),
+    [
+        (400_000, 8 << 30, PHOTO_CACHE_BYTES, NEIGHBOUR_CACHE_BYTES),  # the default model's
+        (20 << 20, 16 << 30, 80 << 20, 800 << 20),
+        (99 << 20, 4 << 30, (1 << 30) // 10, 1 << 30),  # as far as there is memory
+        (99 << 20, 64 << 20, PHOTO_CACHE_BYTES, NEIGHBOUR_CACHE_BYTES),
+    ],
+)
+def test_the_cache_holds_the_neighbours_of_a_photo_where_there_is_memory(
+    prefix_bytes: int, memory: int, photos: int, neighbours: int
+) -> None:
+    cache = PrefixCache.holding(prefix_bytes, memory)
+    assert cache.state()["photos"].limit_bytes == photos
+    assert cache.state()["neighbours"].limit_bytes == neighbours
+    assert 1 <= cache.at_once(prefix_bytes) <= MOST_AT_ONCE
+    assert cache.at_once(prefix_bytes) * prefix_bytes <= max(neighbours, prefix_bytes)
+
+
+def test_the_largest_prefix_is_as_large_as_is_told(engine: Engine) -> None:
+    model = engine.model
+    side = math.isqrt(model.image.max_pixels) // model.image.cell_pixels * model.image.cell_pixels
+    (prefix,) = model.prefill([model.encode(np.zeros((side, side, 3), np.uint8))])
+    text = prefix.opening.length - len(prefix.tokens.values)
+    told = model.largest_prefix_bytes
+    assert told <= held_bytes(prefix) <= told * (1 + 2 * text / len(prefix.tokens.values))
