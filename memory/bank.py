@@ -35,7 +35,7 @@ from meiqa.locations import embedded_assets, package_memory
 from meiqa.memory import maintenance, versions
 from meiqa.memory.cases import ORIGINS, Case, Entry, Record, Version, check_case, encode_case
 from meiqa.memory.database import REBUILD, Identity, check_identity, store_error
-from meiqa.memory.index import Building
+from meiqa.memory.index import Building, can_be_built
 from meiqa.memory.maintenance import ExportFormat, MemoryStatistics
 from meiqa.memory.pacing import Pace
 from meiqa.memory.retrieval import NEAR_DUPLICATE, Snapshot, View, near_duplicates
@@ -639,6 +639,7 @@ class MemoryBank:
         """Write the next version of what is stored, and of what comes in beside it."""
         pace = pace or Pace()
         with self._one_compaction:
+            self._pace = pace  # of the compaction under way, which whoever waits for it hurries
             with self._mutex:
                 self._written()
                 view = self.snapshot().views[origin]
@@ -651,7 +652,8 @@ class MemoryBank:
                 directory, number = self._directories[origin], view.version.number + 1
                 entries, threads = pace.through(view.all_entries()), 1
                 if incoming is not None:
-                    entries, threads = _with_new(view, incoming), int(pace.gentle)
+                    entries = _with_new(view, incoming)
+                    threads = int(pace.gentle and can_be_built())
                 written = versions.write_version(
                     directory,
                     origin,

@@ -230,23 +230,27 @@ def thin(views: Views, uses: Mapping[str, Uses], identity: Identity, path: Path,
     whole or not at all.
 
     Raises:
+        UsageError: fewer than one are to be kept.
         StoreMismatch: anchors are not in a version yet, so nothing was learned of them.
     """
+    if keep < 1:
+        raise UsageError("a memory needs anchors", seen=keep, allowed="1 or more")
     anchors = views["anchor"]
     if anchors.recent:
         hint = "compact it first: meiqa memory compact"
         raise StoreMismatch(
             "there are anchors outside segments", seen=len(anchors.recent), hint=hint
         )
-    entries = sorted(anchors.all_entries(), key=lambda entry: (entry.record.score, entry.record.id))
-    chosen = np.unique(
-        np.linspace(0, len(entries) - 1, min(keep, len(entries))).round().astype(int)
-    )
-    bare = sorted((_without_tokens(entries[i]) for i in chosen), key=lambda entry: entry.record.id)
-    learned = views["contrast"].all_entries()
-    written: dict[Origin, Iterator[Entry]] = {"anchor": iter(bare), "contrast": learned}
+    ids = [record.id for record in sorted(anchors.records(), key=lambda r: (r.score, r.id))]
+    places = np.linspace(0, len(ids) - 1, min(keep, len(ids))).round().astype(int)
+    chosen = {ids[place] for place in places}
+    bare = (_without_tokens(each) for each in anchors.all_entries() if each.record.id in chosen)
+    written: dict[Origin, Iterator[Entry]] = {
+        "anchor": bare,
+        "contrast": views["contrast"].all_entries(),
+    }
     _write_anew(path, identity, written, uses, anchors.version.regression)
-    return len(bare)
+    return len(chosen)
 
 
 def _without_tokens(entry: Entry) -> Entry:

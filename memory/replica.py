@@ -85,11 +85,12 @@ class Replica:
         if not (device.isprintable() and 0 < len(device) <= 64):
             allowed = "1 to 64 printable characters"
             raise UsageError("a device needs a name", seen=repr(device), allowed=allowed)
-        self._bank, self._url, self._device = bank, url, device
+        self._bank, self._url, self._device, self._gently = bank, url, device, gently
         self._pace = Pace(gently=gently)
 
     def hurry(self) -> None:
         """Rest no more, in a sync that goes on and in those that follow."""
+        self._gently = False
         self._pace.hurry()
 
     def sync(self, *, anew: bool = False) -> Synced:
@@ -101,6 +102,8 @@ class Replica:
             MeiqaError: see `connected` and `MemoryBank.follow`.
         """
         done = Synced()
+        # One for each sync: a removal that waits for its compaction hurries this one alone.
+        self._pace = Pace(gently=self._gently)
         with connected(self._url) as hub:
             pulled = self._bank.follow(hub.id, anew=anew)
             if pulled > hub.reached:
@@ -147,13 +150,13 @@ class Replica:
         done.pushed += len(took)
 
     def _with_entries(self, waiting: Sequence[Waiting]) -> list[tuple[Waiting, Entry | None]]:
-        """Find the cases that are told of; what was evicted is told no more."""
+        """Find the cases that are told of; what was evicted, or has no tokens, is told no more."""
         views, found = self._bank.snapshot().views, []
         evicted = []
         for each in waiting:
             view = views[each.origin]
             entry = next(iter(view.entries_in(view.rows_of_image(each.image)[:1])), None)
-            if each.removal is None and entry is None:
+            if each.removal is None and (entry is None or not len(entry.features.scales)):
                 evicted.append(each)
             else:
                 found.append((each, entry if each.removal is None else None))

@@ -29,6 +29,8 @@ from meiqa.memory import (
     spatial_descriptor,
     verify_memory,
 )
+from meiqa.memory.cases import Entry
+from meiqa.memory.pacing import Pace
 from meiqa.types import Origin
 from tests.memory.naive_retrieval import naive_retrieve
 from tests.memory.samples import (
@@ -358,6 +360,43 @@ def test_a_failed_background_compaction_is_told_once(
             wait_for_the_background()
         assert bank.snapshot().count_contrast == 9
     assert caplog.text.count("was not compacted") == 1
+
+
+def test_who_removes_does_not_wait_for_a_gentle_pull(tmp_path: Path) -> None:
+    path, pace = build_anchors(tmp_path / "m"), Pace(gently=True)
+    begun = threading.Event()
+
+    def incoming() -> Iterator[Entry]:
+        begun.set()
+        deadline = time.monotonic() + 20
+        while pace.gentle and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield from ()
+
+    with open_bank(path) as bank, ThreadPoolExecutor(1) as beside:
+        bank.remember(make_case("c"), provenance="a test")
+        bank.compact()
+        absorbing = beside.submit(bank.absorb, "contrast", incoming(), pace)
+        assert begun.wait(20)
+        assert bank.remove(["c"]) == 1
+        absorbing.result()
+        assert not pace.gentle
+        assert bank.snapshot().count_contrast == 0
+
+
+def test_without_hnswlib_a_gentle_pull_of_anchors_goes_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meiqa.memory.index.FLAT_BELOW", 10)
+    other = build_anchors(tmp_path / "other", make_cases(20, "anchor"))
+    with open_bank(other, "r") as bank:
+        entries = [*bank.snapshot().anchors.all_entries()]
+    path = build_anchors(tmp_path / "m")
+    monkeypatch.setattr("meiqa.memory.bank.can_be_built", lambda: False)
+    with open_bank(path) as bank:
+        bank.absorb("anchor", iter(entries), Pace(gently=True))
+        assert bank.snapshot().anchors.version.index is None
+        assert bank.snapshot().count_anchors >= 20
 
 
 def wait_for_the_background() -> None:

@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 
+import pytest
+
 from meiqa.memory.pacing import Pace
 
 _STEP_S = 0.01
@@ -23,9 +25,14 @@ def test_gentle_work_rests_nine_tenths_of_the_time() -> None:
     assert _work(Pace(gently=True), 4) > 4 * _STEP_S * 9
 
 
-def test_other_work_does_not_rest() -> None:
-    assert not Pace().gentle
-    assert _work(Pace(), 4) < 4 * _STEP_S * 9
+def test_other_work_does_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rest(event: threading.Event, seconds: float) -> None:
+        pytest.fail(f"it rested for {seconds} s")
+
+    pace = Pace()
+    assert not pace.gentle
+    monkeypatch.setattr(threading.Event, "wait", rest)
+    _work(pace, 4)
 
 
 def test_hurry_ends_a_rest_at_once() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meiqa.errors import StoreError, StoreMismatch
+from meiqa.errors import StoreError, StoreMismatch, UsageError
 from meiqa.memory import MemoryBank, RetrievalPolicy, verify_memory
 from tests.memory.samples import DIGEST, build_anchors, make_case, make_cases, uses_of
 
@@ -73,6 +73,8 @@ def test_what_cannot_be_thinned_is_refused(whole: Path) -> None:
         bank.add_anchor(make_case("added", "anchor"), provenance="a test")
         with pytest.raises(StoreMismatch, match=r"outside segments.*memory compact"):
             bank.thin(whole.with_name("thin"), KEPT)
+        with pytest.raises(UsageError, match=r"0.*1 or more"):
+            bank.thin(whole.with_name("thin"), 0)
     assert not whole.with_name("thin").exists()
 
 
