@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from typing import Literal, Protocol
 
@@ -15,16 +13,16 @@ from numpy.typing import NDArray
 
 from meiqa.engine.model import Model, Prefix, VisualTokens
 from meiqa.engine.runtime.decoder import parts_of
+from meiqa.kernels.cores import usable_memory
 
 PHOTO_CACHE_BYTES = 12 << 20
 NEIGHBOUR_CACHE_BYTES = 80 << 20
 PHOTOS_KEPT, NEIGHBOURS_KEPT = 4, 40
 """Of a large model that many are kept, more than one photo needs, as far as there is memory."""
-MEMORY_SHARE = 1 / 4
+MEMORY_SHARE = 1 / 8
+"""For each engine, of which a service may have several."""
 MOST_AT_ONCE = 64
 """Pictures whose prefixes are held for one round of questions."""
-
-_GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 Role = Literal["photos", "neighbours"]
 
@@ -100,15 +98,6 @@ class PrefixCache:
 
 def held_bytes(prefix: Prefix) -> int:
     return int(prefix.key_values.nbytes + prefix.tokens.values.nbytes)
-
-
-def usable_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or its control group's if less."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(machine, int(_GROUP_LIMIT.read_text()))
-    except (OSError, ValueError):  # there is no group, or it has no limit
-        return machine
 
 
 class Pictured(Protocol):

@@ -362,8 +362,14 @@ class SensitivityStudy:
         plan: dict[str, Assignment] = {name: {} for name in self._quantisation.files}
         for group in groups_of(self._quantisation):
             assigned = self._cut if group.chained else self._assigned
-            plan[group.graph] |= assigned(group, self._quantisation.ladder(group.graph))
+            plan[group.graph] |= assigned(group, self._ladder(group))
         return plan
+
+    def _ladder(self, group: Group) -> list[str]:
+        heads = large_heads(self._quantisation.layers(group.graph))
+        if group.layers.keys() <= {*heads}:
+            return [IN_BLOCKS]
+        return self._quantisation.ladder(group.graph)
 
     def _cut(self, group: Group, ladder: Sequence[str]) -> Assignment:
         """Few bits from that convolution on from which the model bears them.

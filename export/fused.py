@@ -127,7 +127,8 @@ def head_of(model: ir.Model) -> NDArray[np.float32]:
     weight = weight_of(model, "lm_head.weight")
     if weight.dtype == np.int8:
         steps = stored(model, "lm_head.weight.scale")
-        weight = weight * np.repeat(steps, BLOCK, axis=0)[: len(weight)]
+        in_blocks = steps.ndim == 2
+        weight = weight * (np.repeat(steps, BLOCK, axis=0)[: len(weight)] if in_blocks else steps)
     return weight.astype(np.float32)
 
 

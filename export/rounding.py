@@ -267,8 +267,10 @@ def want_own_rows(model: ir.Model, observed: Mapping[str, Observed]) -> set[str]
 
 
 def is_gated(value: ir.Value) -> bool:
-    """Tell whether an activation is the product of two others."""
+    """Tell whether an activation is the product of two others, in whatever shape."""
     node = value.producer()
+    if node is not None and node.op_type == "Reshape" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
     return (
         node is not None
         and node.op_type == "Mul"
@@ -420,8 +422,7 @@ def quantise_int4(model: ir.Model, observed: Mapping[str, Observed], chosen: Cho
     for layer in layers_of(model):
         if not layer.is_convolution and chosen(layer):
             seen = observed.get(str(layer.input.name))
-            rows = np.eye(layer.shape[0], dtype=np.float32) if seen is None else evened(seen.rows)
-            layer.node.replace_input_with(1, weight_in_blocks(layer, rows))
+            layer.node.replace_input_with(1, weight_in_blocks(layer, seen))
     drop_unread(model.graph)
 
 
@@ -461,24 +462,32 @@ def evened(rows: Floats) -> Floats:
     return (rows / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
 
 
-def weight_in_blocks(layer: Layer, rows: Floats) -> ir.Value:
+def weight_in_blocks(layer: Layer, seen: Observed | None) -> ir.Value:
     """Store a layer's weight as 4-bit integers, made float again where it is used.
 
-    Args:
-        rows: (n, inputs) what the layer reads, by whose products errors are judged.
+    By what was `seen` of its input errors are judged; without, all inputs count alike.
     """
     inputs, outputs = layer.shape
     blocks = -(-inputs // BLOCK)
-    importance = np.square(rows).mean(0)
+
+    def grid(weight: Floats) -> BlockGrid:
+        alike = np.ones(inputs, np.float32)
+        return best_block_grid(
+            weight, alike if seen is None else np.square(evened(seen.rows)).mean(0)
+        )
 
     def scales(weight: Floats) -> Floats:
-        return best_block_grid(weight, importance).scale
+        return grid(weight).scale
 
     def zeros(weight: Floats) -> NDArray[np.int8]:
-        return best_block_grid(weight, importance).zero.astype(np.int8)
+        return grid(weight).zero.astype(np.int8)
 
     def codes(weight: Floats) -> NDArray[np.int8]:
-        return compensated_codes(weight, best_block_grid(weight, importance), rows)
+        if seen is not None:
+            return compensated_codes(weight, grid(weight), evened(seen.rows))
+        nearest = block_codes(by_blocks(weight), grid(weight)).astype(np.int8)
+        rounded: NDArray[np.int8] = nearest.reshape(-1, outputs)[:inputs]
+        return rounded
 
     step = derived(layer.weight, "scale", ir.DataType.FLOAT, (blocks, outputs), scales)
     zero = derived(layer.weight, "zero", ir.DataType.INT4, (blocks, outputs), zeros)
@@ -598,6 +607,20 @@ def multiply_rows_in_floats(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
+def make_byte_blocks_floats(model: ir.Model) -> None:
+    """Undo `store_in_blocks` in place: TensorRT knows blocks of fewer bits only."""
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+        codes, step = node.inputs[:2]
+        if len(node.inputs) > 2 or codes is None or step is None:
+            continue
+        weight, steps = constant_values(codes), np.repeat(constant_values(step), BLOCK, axis=0)
+        floats = (weight * steps[: len(weight)]).astype(np.float32)
+        whole = constant(model.graph, ir.tensor(floats, name=f"{codes.name}_float"))
+        node.outputs[0].replace_all_uses_with(whole)
+        model.graph.remove(node, safe=True)
+    drop_unread(model.graph)
+
+
 def unrounded(codes: ir.Value | None) -> ir.Value:
     """Find the activation that `rows_in_bytes` rounded."""
     value = codes
@@ -620,6 +643,7 @@ def make_activations_signed(model: ir.Model) -> None:
         PackageCorrupted: some other tensor is quantised around another value than zero.
     """
     multiply_rows_in_floats(model)
+    make_byte_blocks_floats(model)
     graph = model.graph
     for node in [node for node in graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]:
         tensor, step, zero = (*node.inputs, None)[:3]

@@ -19,6 +19,7 @@ from meiqa.engine.model import Model
 from meiqa.engine.runtime.decoder import Array, GraphSession
 from meiqa.engine.runtime.onnx import UNWANTED_OPTIMIZERS
 from meiqa.errors import PackageCorrupted
+from meiqa.kernels.cores import usable_memory
 
 PIECE_BYTES = 1 << 30
 """Of weights that are held at a time, at least."""
@@ -140,7 +141,8 @@ def held_bytes() -> int:
     """Bytes of weights that may be held at a time, by the memory that the system says is free."""
     told = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", told.read_text()) if told.is_file() else None
-    return max(PIECE_BYTES, int(MEMORY_SHARE * 1024 * int(found[1])) if found else 0)
+    free = min(usable_memory(), 1024 * int(found[1])) if found else 0
+    return max(PIECE_BYTES, int(MEMORY_SHARE * free))
 
 
 def session_of(path: Path) -> onnxruntime.InferenceSession:

@@ -1,4 +1,4 @@
-"""How many processors there are to share work among, and whether they are of one kind."""
+"""How many processors there are to share work among, of what kinds, and how much memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 
 _SPEEDS = ("cpu_capacity", "cpufreq/cpuinfo_max_freq")
 """Where Linux tells how fast a processor is: ARM by a measure of its own, others in kHz."""
+_GROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 _ALIKE = 0.9
 """Processors of one kind differ by less: some may run faster while others rest."""
 
@@ -24,6 +28,17 @@ def cores_differ(listed: Path = Path("/sys/devices/system/cpu")) -> bool:
         return platform.machine() == "arm64"  # all of which have two kinds
     speeds = [speed for number in _numbers() if (speed := _speed(listed / f"cpu{number}"))]
     return bool(speeds) and min(speeds) < _ALIKE * max(speeds)
+
+
+def usable_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its control group's if less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in _GROUP_LIMITS:
+        try:
+            limits.append(int(limit.read_text()))
+        except (OSError, ValueError):  # there is no such group, or it has no limit
+            continue
+    return min(limits)
 
 
 def _numbers() -> list[int]:

@@ -150,7 +150,7 @@ def test_threads_keep_the_books_straight(threads: int) -> None:
     [
         (400_000, 8 << 30, PHOTO_CACHE_BYTES, NEIGHBOUR_CACHE_BYTES),  # the default model's
         (20 << 20, 16 << 30, 80 << 20, 800 << 20),
-        (99 << 20, 4 << 30, (1 << 30) // 10, 1 << 30),  # as far as there is memory
+        (99 << 20, 8 << 30, (1 << 30) // 10, 1 << 30),  # as far as there is memory
         (99 << 20, 64 << 20, PHOTO_CACHE_BYTES, NEIGHBOUR_CACHE_BYTES),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meiqa.kernels.cores import cores_differ, usable_cores
+from meiqa.kernels.cores import cores_differ, usable_cores, usable_memory
 
 
 def test_those_that_the_process_may_use() -> None:
@@ -52,3 +52,14 @@ def test_cores_that_this_process_may_not_use_do_not_count(
 
 def test_cores_are_alike_where_the_system_says_nothing(tmp_path: Path) -> None:
     assert not cores_differ(tmp_path)
+
+
+@pytest.mark.parametrize("said", ["max", "9223372036854771712", "1073741824"])
+def test_memory_is_bounded_by_the_control_group(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    (tmp_path / "memory.max").write_text(f"{said}\n")
+    limits = (tmp_path / "memory.max", tmp_path / "missing")
+    monkeypatch.setattr("meiqa.kernels.cores._GROUP_LIMITS", limits)
+    assert usable_memory() == (min(machine, 1 << 30) if said == "1073741824" else machine)
