@@ -125,7 +125,7 @@ def _resident_row(installed: Path, place: Path, name: str, size: tuple[int, int]
         "opened_mb": opened["resident_bytes"] / 1e6,
         "mb": scored["peak_bytes"] / 1e6,
         "afterwards_mb": scored["resident_bytes"] / 1e6,
-        "of_files_mb": scored["shared_bytes"] / 1e6,
+        "of_files_mb": scored["mapped_bytes"] / 1e6,
     }
 
 
@@ -141,7 +141,7 @@ def footprint_text(result: dict[str, Any]) -> str:
         Column("mb", "at most, MB", ".0f"),
         Column("opened_mb", "before", ".0f"),
         Column("afterwards_mb", "after", ".0f"),
-        Column("of_files_mb", "of files", ".0f"),
+        Column("of_files_mb", "of mapped files", ".0f"),
     )
     bars = [
         {"bar": name, **bar, "word": "met" if bar["met"] else "missed"}

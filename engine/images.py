@@ -229,15 +229,15 @@ def _nearest_grid(aspect: float, fewest: int, most: int) -> tuple[int, int]:
     return min(grids, key=lambda grid: (abs(math.log(grid[1] / grid[0] / aspect)), grid))
 
 
-def token_grid(pixels: NDArray[np.uint8], image: ImageProcessing) -> tuple[int, int]:
-    """Give rows and columns of the visual tokens of pixels (H, W, 3).
+def token_grid(size: tuple[int, ...], image: ImageProcessing) -> tuple[int, int]:
+    """Give rows and columns of the visual tokens of pixels of a size (H, W).
 
     Those of a photo in tiles are one long row: lines of tokens with a mark behind each, and before
     them the photo as a whole.
     """
     if image.tile_pixels:
-        return 1, len(tiles_of(pixels, image)[1])
-    return pixels.shape[0] // image.cell_pixels, pixels.shape[1] // image.cell_pixels
+        return 1, len(_order_of(_within(size, _canvas(size, image)), image))
+    return size[0] // image.cell_pixels, size[1] // image.cell_pixels
 
 
 def tiles_of(
@@ -260,28 +260,44 @@ def tiles_of(
     rows, columns, along = height // side, width // side, side // patch
     cut = canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
     tiles = np.concatenate([resized(pixels, side, side)[None], cut.reshape(-1, side, side, 3)])
+    shown = np.ascontiguousarray(tiles[:, : along * patch, : along * patch])
+    return shown, _order_of(size, image)
 
-    places = np.arange(along**2, len(tiles) * along**2).reshape(rows, columns, along, along)
+
+def _order_of(size: tuple[int, ...], image: ImageProcessing) -> NDArray[np.int64]:
+    """Give the order that `tiles_of` tells, of pixels of a size (H, W) to which they are fitted."""
+    rows, columns = (length // image.tile_pixels for length in _canvas(size, image))
+    along = image.tile_pixels // image.patch_size
+    mark = (1 + rows * columns) * along**2
+    places = np.arange(along**2, mark).reshape(rows, columns, along, along)
     places = _without_margins(places.swapaxes(1, 2).reshape(rows * along, columns * along), size)
-    lines = np.pad(places, [(0, 0), (0, 1)], constant_values=len(tiles) * along**2)
-    order = np.concatenate([np.arange(along**2), lines.ravel()])
-    return np.ascontiguousarray(tiles[:, : along * patch, : along * patch]), order
+    lines = np.pad(places, [(0, 0), (0, 1)], constant_values=mark)
+    return np.concatenate([np.arange(along**2), lines.ravel()])
+
+
+def canvases(image: ImageProcessing) -> list[tuple[int, int]]:
+    """List heights and widths, of whole tiles, that photos are laid on; none without tiles.
+
+    One that is above the limit of the area counts only if all are.
+    """
+    least = min((rows * columns for rows, columns in image.tilings), default=0)
+    side = image.tile_pixels
+    return [
+        (rows * side, columns * side)
+        for rows, columns in image.tilings
+        if rows * columns <= max(image.max_pixels // side**2, least)
+    ]
 
 
 def _canvas(size: tuple[int, ...], image: ImageProcessing) -> tuple[int, int]:
-    """Choose the canvas, of whole tiles, on which most of a photo's pixels are left, and of those
-    the smallest. One that is above the limit of the area counts only if all are."""
-    least = min(rows * columns for rows, columns in image.tilings)
-    most = max(image.max_pixels // image.tile_pixels**2, least)
+    """Choose the canvas on which most of a photo's pixels are left, and of those the smallest."""
 
     def suits(canvas: tuple[int, int]) -> tuple[int, int]:
         scale = min(canvas[1] / size[1], canvas[0] / size[0])
         kept = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
         return kept, -canvas[0] * canvas[1]
 
-    side = image.tile_pixels
-    allowed = [(r * side, c * side) for r, c in image.tilings if r * c <= most]
-    return max(allowed, key=suits)
+    return max(canvases(image), key=suits)
 
 
 def _within(size: tuple[int, ...], canvas: tuple[int, int]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meiqa.engine.estimates import quality_word
-from meiqa.engine.images import tiles_of, token_grid
+from meiqa.engine.images import canvases, tiles_of, token_grid
 from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.measures import measure_attributes, measured_sentence, verdict_sentence
 from meiqa.engine.model import (
@@ -93,13 +93,14 @@ class LocalModel(Model):
 
     def grid_of(self, pixels: NDArray[np.uint8]) -> tuple[int, int]:
         """Give the grid of visual tokens; see `Model.grid_of`."""
-        return token_grid(pixels, self.image)
+        return token_grid(pixels.shape[:2], self.image)
 
     @property
     def largest_prefix_bytes(self) -> int:
         """Bytes of the prefix of a picture of the largest size; see `Model`."""
         shape, side = self.package.manifest.decoder, math.isqrt(self.image.max_pixels)
-        tokens = math.prod(self.grid_of(np.empty((side, side, 3), np.uint8)))
+        sizes = canvases(self.image) or [(side, side)]
+        tokens = max(math.prod(token_grid(size, self.image)) for size in sizes)
         kept = 2 * shape.layers * shape.kv_heads * shape.head_dim
         floats = tokens * (kept + shape.embed_width) + shape.state_layers * shape.state_width
         return np.dtype(np.float32).itemsize * floats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 
@@ -16,6 +17,8 @@ from meiqa.engine.comparing import (
     held_bytes,
 )
 from meiqa.engine.engine import Engine
+from meiqa.engine.images import token_grid
+from meiqa.engine.manifest import ImageProcessing
 from meiqa.engine.model import Prefix, VisualTokens
 from meiqa.engine.runtime.decoder import KeyValues
 
@@ -171,3 +174,16 @@ def test_the_largest_prefix_is_as_large_as_is_told(engine: Engine) -> None:
     text = prefix.opening.length - len(prefix.tokens.values)
     told = model.largest_prefix_bytes
     assert told <= held_bytes(prefix) <= told * (1 + 2 * text / len(prefix.tokens.values))
+
+
+def test_the_largest_prefix_of_a_photo_in_tiles_is_that_of_the_longest(engine: Engine) -> None:
+    half, sides = (0.5, 0.5, 0.5), range(1, 7)
+    tilings = tuple((rows, columns) for rows in sides for columns in sides)
+    model = copy.copy(engine.model)
+    square = math.isqrt(model.image.max_pixels) // model.image.cell_pixels
+    token_bytes = model.largest_prefix_bytes // square**2  # it keeps no state
+    model.image = ImageProcessing(14, 1, 1, 1 << 20, half, half, False, 384, tilings)
+    sizes = [(2304, 384), *np.random.default_rng(0).integers(40, 4000, (200, 2)).tolist()]
+    tokens = [math.prod(token_grid(size, model.image)) for size in sizes]
+    assert model.largest_prefix_bytes == max(tokens) * token_bytes == tokens[0] * token_bytes
+    assert tokens[0] > math.prod(token_grid((1024, 1024), model.image))

@@ -45,7 +45,8 @@ def test_the_canvas(size: tuple[int, int]) -> None:
     wanted = select_best_resolution(size, allowed(PUBLISHED))
     assert height == wanted[0] or width == wanted[1]
     assert max(height - wanted[0], width - wanted[1]) == 0
-    tiles, _ = tiles_of(np.zeros((height, width, 3), np.uint8), PUBLISHED)
+    tiles, order = tiles_of(np.zeros((height, width, 3), np.uint8), PUBLISHED)
+    assert token_grid(size, PUBLISHED) == (1, len(order))
     assert len(tiles) == 1 + wanted[0] * wanted[1] // SIDE**2
 
 
@@ -63,7 +64,7 @@ def test_the_pixels_and_how_many_are_shown(size: tuple[int, int]) -> None:
     along = SIDE // PATCH
     shown = wanted.transpose(0, 2, 3, 1)[:, : along * PATCH, : along * PATCH]
     np.testing.assert_array_equal(tiles, shown)
-    assert token_grid(pixels, PUBLISHED) == (1, len(order))
+    assert token_grid(pixels.shape[:2], PUBLISHED) == (1, len(order))
     marks = order == len(tiles) * along**2
     lines = np.diff(np.flatnonzero(marks))
     assert len({*lines}) <= 1  # all lines are as long

@@ -67,18 +67,29 @@ Rss:                   0 kB
         monkeypatch.setattr(doctor, name, tmp_path / name)
     assert doctor.held() == {
         "resident_bytes": 7 << 20,
-        "shared_bytes": 3 << 20,
+        "mapped_bytes": 3 << 20,
         "peak_bytes": 9 << 20,
         "files": {"/lib/big one.so": 3 << 20},
     }
     assert cli.main(["doctor", "--memory", str(tmp_path)]) == 0
-    assert "7 MiB resident (at most 9), 3 of it files: big one.so 3" in capsys.readouterr().out
+    assert (
+        "7 MiB resident (at most 9), 3 of it mapped files: big one.so 3" in capsys.readouterr().out
+    )
 
 
 def test_where_the_system_does_not_tell_nothing_is_claimed(
     engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Output
 ) -> None:
-    monkeypatch.setattr(doctor, "MAPPINGS", tmp_path / "none")
+    rss, peak = "1000-3000 r--p 00000000 fe:00 7 /lib/one.so\nRss: 2048 kB\n", "VmHWM:\t9216 kB\n"
+    unreadable = tmp_path / "unreadable"
+    unreadable.mkdir()
+    for mappings, status in ((None, peak), (rss, None), (rss, "Name:\tx\n"), ("", peak)):
+        for name, text in (("MAPPINGS", mappings), ("STATUS", status)):
+            path = unreadable if text is None else tmp_path / name
+            if text is not None:
+                path.write_text(text)
+            monkeypatch.setattr(doctor, name, path)
+        assert doctor.held() is None
     assert cli.main(["doctor", "--memory", str(tmp_path)]) == 0
     assert "resident" not in capsys.readouterr().out
 

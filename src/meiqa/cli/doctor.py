@@ -26,6 +26,7 @@ OPTIONAL = ("numba", "hnswlib", "scipy")
 EXTRAS = ("photos", "serve")
 MAPPINGS, STATUS = Path("/proc/self/smaps"), Path("/proc/self/status")
 _FILES_SHOWN = 4
+_PEAK = re.compile(r"^VmHWM:\s*(\d+) kB", re.MULTILINE)
 _ALL_THERE = "Everything that scoring needs is there."
 _REQUIRED_BY = re.compile(r"(?P<name>[\w.-]+).*extra == ['\"](?P<extra>\w+)")
 
@@ -114,13 +115,16 @@ def held() -> dict[str, Any] | None:
     """Say what of this process lies in memory; None where the system does not tell.
 
     Returns:
-        resident_bytes, shared_bytes of it (pages of files, which other processes that map them
-        share), peak_bytes, and files: resident bytes of each mapped file, the most first.
+        resident_bytes, mapped_bytes of it (of mapped files: pages that other processes share, and
+        copies of those changed here), peak_bytes, and files: resident bytes of each mapped file,
+        the most first.
     """
-    if not MAPPINGS.is_file():
+    try:
+        mappings, status = MAPPINGS.read_text(), STATUS.read_text()
+    except OSError:
         return None
     files, resident, name = Counter[str](), 0, ""
-    for line in MAPPINGS.read_text().splitlines():
+    for line in mappings.splitlines():
         field, _, rest = line.partition(" ")
         if not field.endswith(":"):  # a mapping: addresses, rights, offset, device, inode, path
             name = "".join(line.split(maxsplit=5)[5:])
@@ -128,11 +132,13 @@ def held() -> dict[str, Any] | None:
             resident += (here := int(rest.split()[0]) * 1024)
             if name.startswith("/"):
                 files[name] += here
-    peak = STATUS.read_text().partition("VmHWM:")[2].split()[0]
+    peak = _PEAK.search(status)
+    if not (resident and peak):  # as in some sandboxes
+        return None
     return {
         "resident_bytes": resident,
-        "shared_bytes": files.total(),
-        "peak_bytes": int(peak) * 1024,
+        "mapped_bytes": files.total(),
+        "peak_bytes": int(peak[1]) * 1024,
         "files": {path: count for path, count in files.most_common() if count},
     }
 
@@ -181,7 +187,7 @@ def _held_text(process: Mapping[str, Any]) -> str:
     named = ", ".join(f"{Path(path).name} {mib(count)}" for path, count in most)
     return (
         f"{mib(process['resident_bytes'])} MiB resident (at most {mib(process['peak_bytes'])}), "
-        f"{mib(process['shared_bytes'])} of it files: {named} …"
+        f"{mib(process['mapped_bytes'])} of it mapped files: {named} …"
     )
 
 
