@@ -125,11 +125,12 @@ def fused_arrays(model: ir.Model, text: DecoderConfig) -> Arrays:
 def head_of(model: ir.Model) -> NDArray[np.float32]:
     """Read what makes logits (inputs, vocabulary), in floats."""
     weight = weight_of(model, "lm_head.weight")
-    if weight.dtype == np.int8:
-        steps = stored(model, "lm_head.weight.scale")
-        in_blocks = steps.ndim == 2
-        weight = weight * (np.repeat(steps, BLOCK, axis=0)[: len(weight)] if in_blocks else steps)
-    return weight.astype(np.float32)
+    if weight.dtype != np.int8:
+        return weight.astype(np.float32)
+    steps = floats(stored(model, "lm_head.weight.scale"))
+    if steps.ndim == 2:
+        steps = np.repeat(steps, BLOCK, axis=0)[: len(weight)]
+    return weight.astype(np.float32) * steps
 
 
 def weight_of(model: ir.Model, name: str) -> NDArray[np.generic]:

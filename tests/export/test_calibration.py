@@ -380,6 +380,17 @@ def test_the_budget_decides(
         assert 0 < row["grade_move"] < 1
 
 
+def test_the_study_leaves_a_large_head_in_blocks(
+    package: EnginePackage,
+    quantisations: dict[str, Quantisation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SensitivityStudy, "_bears", lambda *_: True)
+    plan = study(package, quantisations["int4"], tmp_path).plan()["decoder"]
+    assert [name for name, kept in plan.items() if kept == IN_BLOCKS] == ["lm_head.weight"]
+
+
 def test_only_layers_that_fail_alone_go_up_the_ladder(
     package: EnginePackage,
     quantisations: dict[str, Quantisation],
@@ -391,6 +402,7 @@ def test_only_layers_that_fail_alone_go_up_the_ladder(
     def bears(_: SensitivityStudy, group: Group, precision: str) -> bool:
         return weak not in group.layers or precision == "int8"
 
+    monkeypatch.setattr(calibration, "LARGEST_HEAD", 1.0)
     monkeypatch.setattr(SensitivityStudy, "_bears", bears)
     plan = study(package, quantisations["int4"], tmp_path).plan()
     assert [name for name, p in plan["decoder"].items() if p != "int4"] == [weak]
@@ -403,6 +415,7 @@ def test_layers_that_fail_only_together_go_up_together(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(calibration, "LARGEST_HEAD", 1.0)
     monkeypatch.setattr(SensitivityStudy, "_bears", lambda _, group, __: len(group.layers) == 1)
     plan = study(package, quantisations["int8"], tmp_path).plan()
     assert plan["decoder"]["layers.0.mlp.down_proj.weight"] == "fp16"
