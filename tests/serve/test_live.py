@@ -286,7 +286,8 @@ def test_what_is_kept_of_a_camera_is_counted_and_bounded(client: TestClient) -> 
         camera.receive_json()
         for level in range(200, 100, -2):  # each worse than the one before: all worth keeping
             ask(camera, grey(level))
-        assert 2 * len(grey(100)) < held_bytes(client) <= MOST_KEPT * (len(grey(200)) + TOKENS_BYTES)
+        most = MOST_KEPT * (len(grey(200)) + TOKENS_BYTES)
+        assert 2 * len(grey(100)) < held_bytes(client) <= most
     while held_bytes(client):
         time.sleep(0.001)
 
