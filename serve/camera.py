@@ -60,6 +60,7 @@ _AGAIN_S, _AGAIN_MOST_S = 1.0, 16.0
 BEST_S, KEPT_S = 5.0, 10.0
 """How far back a frame's rival may lie, and how long the best frames are kept."""
 MOST_KEPT, MOST_KEPT_BYTES = 20, 16 << 20
+"""Of frames, and of bytes of them and their tokens; two stay, however large."""
 SHARES = (1.0, 0.5, 0.25)
 """Of the pixels that a model looks at, those that a look may have where time is short."""
 _ROOM = 0.85
@@ -205,7 +206,7 @@ class FramePlan:
     at_s: float
     stats: FrameStats
     best: Look | None = None  # frame of late of its scene; None of a new one
-    rival: Look | None = None  # the best that is as large, if any
+    rival: Look | None = None  # the best comparable one that is as large, if any
     share: float = 1.0  # of the pixels that the model looks at
 
 
@@ -232,36 +233,53 @@ class Look(Seen):
     shot: Candidate
     jpeg: bytes = field(default=b"", repr=False)
 
+    @property
+    def comparable(self) -> bool:
+        """Whether the tokens are still there that a comparison takes."""
+        return self.shot.tokens.size > 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the frame and of its tokens."""
+        return len(self.jpeg) + self.shot.tokens.nbytes
+
+    def without_tokens(self) -> Look:
+        """Give what is left of it once nothing is compared with it any more."""
+        return replace(self, shot=replace(self.shot, tokens=np.zeros((0, 0), np.float32)))
+
 
 class Scenes:
     """Which scene the camera sees, and the best of its frames.
 
     A frame belongs to the scene of the best frame of the last 5 s as long as both show the same
     (`same_scene`); otherwise, or if there is none, a new scene begins with it. A frame that a later
-    one equals or beats is let go: the best of any stretch up to now is still there, or where they
-    are too many, one from shortly before or after it.
+    one of its size, compared with its rival, equals or beats is let go: the best of any stretch up
+    to now is still there, or where they are too many, one from shortly before or after it.
     """
 
     def __init__(self) -> None:
         self._scene = 0
-        self._kept: list[Look] = []  # older, better
+        self._kept: list[Look] = []  # oldest first
         self._recent: list[Seen] = []  # of this scene, and of the last 5 s
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the frames that are kept."""
-        return sum(len(each.jpeg) for each in self._kept)
+        """Bytes of the frames that are kept, and of what the model sees of them."""
+        return sum(each.nbytes for each in self._kept)
 
     def rivals(self, stats: FrameStats, at_s: float) -> list[Look]:
-        """Give the best frames of late of the scene that a frame belongs to; none of a new one."""
-        late = [
-            each for each in self._kept if each.scene == self._scene and at_s - each.at_s <= BEST_S
-        ]
+        """Give frames of late of the scene that a frame belongs to, best first; none of a new one.
+
+        One may be there of which the tokens were too many, and so not `comparable`.
+        """
+        late = [each for each in self._kept if self._is_late(each, at_s)]
+        late.sort(key=_level, reverse=True)
         return late if late and same_scene(late[0].stats, stats) else []
 
     def best(self, seconds: float, now_s: float) -> Look | None:
         """Give the best frame of the last seconds, up to 10, of whatever scene."""
-        return next((each for each in self._kept if now_s - each.at_s <= seconds), None)
+        late = (each for each in self._kept if now_s - each.at_s <= seconds)
+        return max(late, key=_level, default=None)
 
     def take(
         self,
@@ -274,7 +292,7 @@ class Scenes:
         """Give a frame its place, and say what changed.
 
         Nothing can be said of a frame without a rival in a scene that goes on: its level is taken
-        to be that of the one before.
+        to be that of the one before, and no frame is let go for it.
         """
         change, level = None, found.score
         if plan.best is None:
@@ -288,7 +306,10 @@ class Scenes:
             change = self._change(seen, plan.best, against.std)
         self._recent = [each for each in self._recent if plan.at_s - each.at_s <= BEST_S]
         self._recent.append(Seen(plan.at_s, level, plan.stats))
-        self._keep(Look(plan.at_s, level, plan.stats, self._scene, plan.share, found, shot, jpeg))
+        look = Look(plan.at_s, level, plan.stats, self._scene, plan.share, found, shot, jpeg)
+        if against is not None:
+            self._let_go_of_beaten(look)
+        self._keep(look)
         return change
 
     def forget(self) -> None:
@@ -316,21 +337,48 @@ class Scenes:
         text = change_text(code, best, seen.level - worst > std, differs, lacks)
         return Change(code, text, seen.level, best, self._scene)
 
+    def _is_late(self, look: Look, at_s: float) -> bool:
+        """Tell whether a frame of that time may still have this one for a rival."""
+        return look.scene == self._scene and at_s - look.at_s <= BEST_S
+
+    def _let_go_of_beaten(self, look: Look) -> None:
+        self._kept = [
+            each for each in self._kept if each.share != look.share or each.level > look.level
+        ]
+
     def _keep(self, look: Look) -> None:
         self._kept = [
-            each
+            each if self._is_late(each, look.at_s) else each.without_tokens()
             for each in self._kept
-            if look.at_s - each.at_s <= KEPT_S and each.level > look.level
+            if look.at_s - each.at_s <= KEPT_S
         ]
         self._kept.append(look)
         while len(self._kept) > 2 and not self._fits():
-            # The one whose neighbours are nearest: its stretch loses least.
-            stretches = zip(self._kept, self._kept[2:], strict=False)
-            lengths = [after.at_s - before.at_s for before, after in stretches]
-            del self._kept[1 + lengths.index(min(lengths))]
+            self._thin()
 
     def _fits(self) -> bool:
         return len(self._kept) <= MOST_KEPT and self.kept_bytes <= MOST_KEPT_BYTES
+
+    def _thin(self) -> None:
+        """Let go of the tokens of a look, or of a look: neither of the best nor of the newest.
+
+        It is the one whose neighbours are nearest: its stretch loses least.
+        """
+        best = max(self._kept, key=_level)
+        spare = [i for i, each in enumerate(self._kept[:-1]) if each is not best]
+        comparable = [i for i in spare if self._kept[i].comparable]
+        if comparable and len(self._kept) <= MOST_KEPT:
+            least = min(comparable, key=self._stretch_s)
+            self._kept[least] = self._kept[least].without_tokens()
+        else:
+            del self._kept[min(spare, key=self._stretch_s)]
+
+    def _stretch_s(self, i: int) -> float:
+        return self._kept[i + 1].at_s - self._kept[max(i - 1, 0)].at_s
+
+
+def _level(look: Look) -> float:
+    return look.level
 
 
 def _mean_level(looks: Sequence[Seen]) -> float:
@@ -396,7 +444,7 @@ class CameraSession:
         held_s = 0.0 if self._still_since_s is None else at_s - self._still_since_s
         share = 1.0 if left_ms is None else self.fit.share(left_ms)
         rivals = self.scenes.rivals(stats, at_s)
-        rival = next((each for each in rivals if each.share == share), None)
+        rival = next((each for each in rivals if each.share == share and each.comparable), None)
         best = rivals[0] if rivals else None
         plan = FramePlan("full", None, None, motion, still, at_s, stats, best, rival, share)
         due = self._full is None and at_s - self._tried_s >= self._again_s

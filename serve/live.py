@@ -3,7 +3,8 @@
 The client says hello, with its key if the service has keys, and then sends frames, each a JPEG in a
 binary message. Only the newest frame is kept while one is assessed: older ones are dropped, and
 counted. Each frame that is taken up gets one answer, a JSON object with its number. Who says so
-with its hello may ask for the best frame of the last seconds: only then are frames kept.
+with its hello may ask for the best frame of the last seconds: only then are frames kept. What the
+model sees of those that the next ones are compared with is held for all, and counted.
 """
 
 from __future__ import annotations
@@ -136,8 +137,8 @@ class LiveCamera:
         finally:
             answering.cancel()
             self._drop()
+            self._hold(0)  # before the wait, which may be cancelled
             await asyncio.wait({answering})
-            self._service.uploads.change(-self._kept_bytes)
 
     async def _message(self) -> dict[str, Any]:
         message: dict[str, Any] = dict(await self._socket.receive())

@@ -305,6 +305,58 @@ def test_bytes_of_kept_frames_are_bounded() -> None:
     assert session.scenes.kept_bytes == 0
 
 
+def take_falling(session: CameraSession, tokens: int, looks: int, jpeg: bytes = b"") -> None:
+    """Take looks, each a little worse than the last, of so many bytes of tokens."""
+    engine = FakeEngine(lambda pixels: 3.0)
+    for number in range(looks):
+        plan = session.plan(SCENE, 0.2 * number)
+        shot = replace(engine.read_shot(SCENE), tokens=np.zeros((tokens // 4, 1), np.float32))
+        against = plan.rival and engine.compare_shots(shot, plan.rival.shot)
+        worse = against and replace(against, gap=3.0 - 0.01 * number - plan.best.level)  # type: ignore[union-attr]
+        session.scenes.take(plan, found(3.0), shot, worse, jpeg)
+
+
+def test_tokens_are_counted_and_kept_of_those_that_can_be_rivals_only() -> None:
+    session = CameraSession()
+    take_falling(session, 4000, 50)
+    kept = session.scenes._kept
+    assert len(kept) == MOST_KEPT
+    now_s = kept[-1].at_s
+    assert {each.comparable for each in kept} == {True, False}
+    assert all(each.comparable == (now_s - each.at_s <= BEST_S) for each in kept)
+    assert session.scenes.kept_bytes == 4000 * sum(each.comparable for each in kept)
+    new = session.plan(scene_of(2), now_s)
+    session.scenes.take(new, found(3.0), kept[-1].shot, None)
+    assert [each.comparable for each in session.scenes._kept[:-1]] == [False] * (MOST_KEPT - 1)
+
+
+def test_large_tokens_go_before_frames_do() -> None:
+    session = CameraSession()
+    take_falling(session, 5 << 20, 15, bytes(1000))
+    kept = session.scenes._kept
+    assert session.scenes.kept_bytes <= MOST_KEPT_BYTES
+    assert len(kept) == 15
+    assert sum(each.comparable for each in kept) == 3
+    assert kept[0].comparable
+    assert kept[-1].comparable
+
+
+def test_a_smaller_blurred_frame_right_after_the_best_does_not_replace_it() -> None:
+    session, engine = CameraSession(), FakeEngine(perceived)
+    for number, (pixels, share) in enumerate([(SCENE, 1.0), (blurred(SCENE), 0.5)]):
+        plan = session.plan(pixels, 0.2 * number)
+        plan = replace(plan, share=share, rival=None)  # none is as large
+        shot = engine.read_shot(pixels)
+        session.scenes.take(plan, found(shot.score), shot, None)
+    best = session.scenes.best(BEST_S, 0.2)
+    assert best is not None
+    assert (best.share, best.at_s) == (1.0, 0.0)
+    plan = replace(session.plan(SCENE, 0.4), share=0.5, rival=session.scenes._kept[1])
+    slightly = replace(engine.compare_shots(shot, shot), gap=-0.0)
+    session.scenes.take(plan, found(3.0), shot, slightly)
+    assert [(each.share, each.at_s) for each in session.scenes._kept] == [(1.0, 0.0), (0.5, 0.4)]
+
+
 def test_a_smaller_look_is_the_best_only_if_the_whole_was_no_better() -> None:
     session, engine = CameraSession(), FakeEngine(perceived)
     told = []
