@@ -21,7 +21,7 @@ demo: $(DEMO_INSTALLED)
 	@echo "Next: . $(VENV)/bin/activate, then: meiqa score photo.jpg"
 
 test: $(TEST_INSTALLED)
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 quick: $(TEST_INSTALLED)
 	$(IN_MEMORY) MEIQA_TEST_SECONDS=1 $(PY) -m pytest -q -n 2 --dist worksteal -m 'not slow' \
