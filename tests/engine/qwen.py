@@ -18,11 +18,12 @@ from tests.engine.scripted import QWEN_PARTS
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 MERGES = """
-i+n e+r Ġ+a r+e s+t e+n o+r Ċ+Ċ Ġ+s a+n a+r Ġ+p Ġ+f i+s e+s i+c Ġ+b Ġ+d a+s e+l n+d en+t Ġ+n Ġa+nd
-e+x a+d e+m t+h Ġ+g o+d u+s Ġ+I Ġ+is Ġ+y i+st as+s >+Ċ i+r Ġ+ex an+t <+/ u+re an+s y+st yst+em el+l
-.+Ċ s+o f+t Ġg+o in+k Ġs+o ar+k ic+t us+er Ġn+o ĠI+t a+ir >+ĊĊ ĊĊ+Ċ Ġgo+od >+< I+t n+o Ġp+o Ġex+c
-so+ft ict+ure Ġb+ad .+</ Ġd+ark w+er Ġf+air Ġpo+or Ġexc+ell Ġso+ft s+ystem Ġexcell+ent ans+wer y+es
-Ġy+es ist+ant <+th P+icture th+ink ass+istant
+i+n e+r o+n Ġ+a r+e s+t e+n o+r Ċ+Ċ Ġ+s a+n a+r Ġ+p Ġ+f i+s e+s i+c Ġ+b Ġ+d a+s e+l n+d en+t Ġ+n
+Ġa+nd e+x a+d e+m t+h Ġ+g o+d u+s Ġ+I Ġ+is Ġ+y i+st Ġ+P as+s >+Ċ i+r Ġ+B Ġ+F c+on Ġ+E Ġ+G Ġ+ex
+Ġs+e an+t <+/ u+re an+s y+st yst+em el+l .+Ċ s+o f+t Ġg+o in+k Ġs+o ar+k ic+t ir+st us+er Ġn+o
+ĠI+t Ġf+irst con+d a+ir >+ĊĊ ĠE+x o+od ĊĊ+Ċ Ġgo+od >+< Ġse+cond I+t n+o Ġp+o Ġex+c so+ft ict+ure
+Ġb+ad .+</ c+ell Ġd+ark w+er Ġf+air ĠG+ood Ġpo+or Ġexc+ell Ġso+ft s+ystem Ġexcell+ent ans+wer y+es
+Ġy+es o+or ist+ant ĠB+ad <+th ĠF+air P+icture cell+ent th+ink ĠEx+cellent ĠP+oor ass+istant
 """
 REAL = os.environ.get("MEIQA_QWEN3")
 
