@@ -177,9 +177,9 @@ def heads_of(source: Path) -> list[str]:
 def variants(observed: Mapping[str, Any]) -> Iterator[tuple[str, Variant]]:
     """Name what is compared."""
     yield "int8", ours("int8", observed)
-    yield "int8, fixed ranges", ours("int8", observed, own_rows=np.inf)
+    yield "int8, gated products alone by rows", ours("int8", observed, own_rows=np.inf)
     yield (
-        "int8, fixed ranges, down_proj in fp16",
+        "int8, gated products in fp16",
         ours("int8", observed, own_rows=np.inf, float_layers=DOWN),
     )
     yield "int8, all rows by themselves", ours("int8", observed, own_rows=0.0)
