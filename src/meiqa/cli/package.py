@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from meiqa.cli import options as cli
 from meiqa.cli.options import Options, say
-from meiqa.errors import UsageError
+from meiqa.errors import TENSORRT_EXTRA, UsageError
 from meiqa.formats import tree_text
 from meiqa.progress import Progress
 
@@ -111,7 +111,7 @@ def export_command(options: Options) -> int:
 @cli.option("--max-past N", "most written tokens, the question included", cli.POSITIVE)
 def build_command(options: Options) -> int:
     """Compile a package's graphs with TensorRT."""
-    with cli.optional_packages("rtx"):
+    with cli.optional_packages(TENSORRT_EXTRA):
         from meiqa.export.engines import Limits, build_engines
 
         limits = Limits(options.max_batch, options.max_suffix, options.max_prefix, options.max_past)
