@@ -55,6 +55,6 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 }  // namespace
 
 const Kernel kAvx2{"avx2",      kTogether,  kLowest,    runs_here,
-                   row_scratch, attend_row, finish_rows};
+                   row_scratch, run_row,    finish_rows, multiply_rows};
 
 }  // namespace meiqa

@@ -60,6 +60,6 @@ bool runs_here() {
 }  // namespace
 
 const Kernel kAvxVnni{"avxvnni",   kTogether,  kLowest,    runs_here,
-                      row_scratch, attend_row, finish_rows};
+                      row_scratch, run_row,    finish_rows, multiply_rows};
 
 }  // namespace meiqa

@@ -60,6 +60,6 @@ bool runs_here() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
 }  // namespace
 
 const Kernel kDotprod{"dotprod",   kTogether,  kLowest,    runs_here,
-                      row_scratch, attend_row, finish_rows};
+                      row_scratch, run_row,    finish_rows, multiply_rows};
 
 }  // namespace meiqa

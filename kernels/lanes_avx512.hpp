@@ -109,6 +109,33 @@ __attribute__((noinline)) void multiply_codes(const Code* a, std::size_t stride,
     for (std::size_t r = 0; r < ROWS; ++r) sums[r][0] = lows[r], sums[r][1] = highs[r];
 }
 
+// Sums of products of rows with one panel of bytes, whose blocks have steps of their own.
+template <std::size_t ROWS>
+inline void multiply_blocks(const float* a, std::size_t stride, const std::int8_t* panel,
+                            const float* steps, std::size_t inputs, Pair (&sums)[ROWS]) {
+    __m512 lows[ROWS], highs[ROWS];
+#pragma GCC unroll 16
+    for (std::size_t r = 0; r < ROWS; ++r) lows[r] = highs[r] = _mm512_setzero_ps();
+    const auto floats = [](const std::int8_t* at) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+    };
+    for (std::size_t block = 0; block < inputs; block += kBlock, steps += kPanel) {
+        const __m512 low_step = _mm512_loadu_ps(steps), high_step = _mm512_loadu_ps(steps + kLanes);
+        for (std::size_t k = block; k < block + kBlock; ++k, panel += kPanel) {
+            const __m512 low = floats(panel) * low_step, high = floats(panel + kLanes) * high_step;
+#pragma GCC unroll 16
+            for (std::size_t r = 0; r < ROWS; ++r) {
+                const __m512 value = _mm512_set1_ps(a[r * stride + k]);
+                lows[r] = _mm512_fmadd_ps(value, low, lows[r]);
+                highs[r] = _mm512_fmadd_ps(value, high, highs[r]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (std::size_t r = 0; r < ROWS; ++r) sums[r] = {lows[r], highs[r]};
+}
+
 // The columns of 16 rows of 16 floats become rows.
 void transpose(const float* const (&rows)[kLanes], float* out, std::size_t stride) {
     __m512 a[kLanes], b[kLanes];

@@ -238,6 +238,48 @@ MEIQA_INLINE void multiply(const float* a, std::size_t stride, const float* pane
     for (std::size_t r = 0; r < ROWS; ++r) sums[r] = {lows[r], highs[r]};
 }
 
+// Sums of products of rows with 16 columns of a panel of bytes; see `multiply_blocks`.
+template <std::size_t ROWS>
+MEIQA_INLINE void multiply_half_blocks(const float* a, std::size_t stride, const std::int8_t* panel,
+                                       const float* steps, std::size_t inputs,
+                                       Lanes (&sums)[ROWS]) {
+    typedef std::int8_t NativeBytes __attribute__((vector_size(kNative)));
+    Native made[ROWS][kParts];
+#pragma GCC unroll 8
+    for (std::size_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < kParts; ++i) made[r][i] = Native{};
+    for (std::size_t block = 0; block < inputs; block += kBlock, steps += kPanel)
+        for (std::size_t k = block; k < block + kBlock; ++k, panel += kPanel) {
+            Native columns[kParts];
+#pragma GCC unroll 4
+            for (std::size_t i = 0; i < kParts; ++i) {
+                NativeBytes bytes;
+                std::memcpy(&bytes, panel + i * kNative, sizeof bytes);
+                columns[i] = __builtin_convertvector(bytes, Native) * native(steps + i * kNative);
+            }
+#pragma GCC unroll 8
+            for (std::size_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+                for (std::size_t i = 0; i < kParts; ++i)
+                    made[r][i] = fused(a[r * stride + k] - Native{}, columns[i], made[r][i]);
+        }
+#pragma GCC unroll 8
+    for (std::size_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < kParts; ++i) sums[r].part[i] = made[r][i];
+}
+
+// Sums of products of rows with one panel of bytes, whose blocks have steps of their own.
+template <std::size_t ROWS>
+MEIQA_INLINE void multiply_blocks(const float* a, std::size_t stride, const std::int8_t* panel,
+                                  const float* steps, std::size_t inputs, Pair (&sums)[ROWS]) {
+    Lanes lows[ROWS], highs[ROWS];
+    multiply_half_blocks<ROWS>(a, stride, panel, steps, inputs, lows);
+    multiply_half_blocks<ROWS>(a, stride, panel + kLanes, steps + kLanes, inputs, highs);
+    for (std::size_t r = 0; r < ROWS; ++r) sums[r] = {lows[r], highs[r]};
+}
+
 // The columns of 16 rows of 16 floats become rows.
 inline void transpose(const float* const (&rows)[kLanes], float* out, std::size_t stride) {
     for (std::size_t column = 0; column < kLanes; ++column)
