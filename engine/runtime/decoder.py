@@ -376,8 +376,8 @@ class NativeDecoder:
 
     def step(self, prefix: KeyValues, past: KeyValues, row: Row, wanted: int = 1) -> Step:
         """Read a row behind a prefix and a past; see `Decoder`."""
-        before = [(each.array, each.length) for each in (prefix, past)]
-        hidden, own = self._layers.step(row.embeds, row.positions, *before, self.threads)
+        before, written = ((each.array, each.length) for each in (prefix, past))
+        hidden, own = self._layers.step(row.embeds, row.positions, before, written, self.threads)
         return Step(self._head.of(hidden[-wanted:], self.threads), hidden, own)
 
 
