@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -136,12 +137,20 @@ def _measured(package: EnginePackage, ways: Sequence[Way]) -> Way:
     rows = ROWS_PER_CALL if all(way.native for way in ways) else 1
     decoders = zip(ways, _decoders(package, ways), strict=True)
     found = fastest({way: comparisons(decoder, shape, rows) for way, decoder in decoders})
+    _trim()
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(str(found))
     except OSError as error:
         LOG.warning("%s is not kept, and the decoder is measured each time: %s", kept, error)
     return found
+
+
+def _trim() -> None:
+    """Return to the system what measured decoders held: glibc would keep it for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _decoders(package: EnginePackage, ways: Sequence[Way]) -> Iterator[Decoder]:
