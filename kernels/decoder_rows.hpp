@@ -12,8 +12,9 @@ namespace meiqa {
 namespace {
 
 constexpr float kUnseen = -1e30f;
-// Rows whose inputs stay in a core's cache, and parts of a product for each of a crew.
-constexpr std::size_t kCached = 8 * kTile, kPartsEach = 4;
+// Weights that stay in a core's cache beside what else is there, tiles of rows that do, and parts of a
+// product for each of a crew.
+constexpr std::size_t kCacheBytes = 512 << 10, kManyTiles = 8, kPartsEach = 4;
 // A row's largest value, and the largest code, where each row is rounded by itself.
 constexpr float kLeastLargest = 1e-30f, kLargestCode = 127.0f;
 
@@ -102,14 +103,17 @@ struct Input {
     }
 };
 
-// Panels from `first` to `end`. Rows that their caches hold meet a panel before the next one comes,
-// so that large weights are read once for all of them.
+// Panels from `first` to `end`. A tile of rows stays in the first cache while it meets all of them,
+// unless they are more than a core's cache holds: then many rows meet a panel before the next one
+// comes, so that it is read once for all of them.
 template <class Value, class Take>
 void product_of(const Linear& w, const Value* a, const Input& input, std::size_t rows,
                 std::size_t first, std::size_t end, const Take& take) {
-    for (std::size_t group = 0; group < rows; group += kCached)
+    const std::size_t bytes = (end - first) * kPanel * w.inputs * sizeof(Value);
+    const std::size_t together = bytes > kCacheBytes ? kManyTiles * kTile : kTile;
+    for (std::size_t group = 0; group < rows; group += together)
         for (std::size_t panel = first; panel < end; ++panel)
-            for (std::size_t row = group; row < least(rows, group + kCached); row += kTile)
+            for (std::size_t row = group; row < least(rows, group + together); row += kTile)
                 with_rows(least(kTile, rows - row),
                           Tile<Value, Take>{w, a, input.step, input.width, row, panel, take});
 }
