@@ -15,6 +15,10 @@ constexpr float kUnseen = -1e30f;
 // Weights that stay in a core's cache beside what else is there, tiles of rows that do, and parts of a
 // product for each of a crew.
 constexpr std::size_t kCacheBytes = 512 << 10, kManyTiles = 8, kPartsEach = 4;
+// Multiplications that are worth sharing. To read a weight takes as long as ten of bytes.
+constexpr std::size_t kWorth = 4 << 20, kReading = 10;
+// The same of one in floats, and of what is done to a value between products.
+constexpr std::size_t kInFloats = 4, kBetween = 32;
 // A row's largest value, and the largest code, where each row is rounded by itself.
 constexpr float kLeastLargest = 1e-30f, kLargestCode = 127.0f;
 
@@ -118,9 +122,16 @@ void product_of(const Linear& w, const Value* a, const Input& input, std::size_t
                           Tile<Value, Take>{w, a, input.step, input.width, row, panel, take});
 }
 
+// The crew where so many multiplications take some 20 µs, else nobody but the caller: others would
+// come too late.
+Crew worth(const Crew& crew, std::size_t multiplications) {
+    return multiplications < kWorth ? Crew{} : crew;
+}
+
 template <class Take>
-void product(const Crew& crew, const Linear& w, const Input& input, std::size_t rows,
+void product(const Crew& all, const Linear& w, const Input& input, std::size_t rows,
              const Take& take) {
+    const Crew crew = worth(all, w.panels * kPanel * w.inputs * (rows + kReading));
     const std::size_t parts = least(w.panels, crew.size == 1 ? 1 : kPartsEach * crew.size);
     shared(crew, parts, [&](std::size_t part, std::size_t) {
         const std::size_t first = part * w.panels / parts, end = (part + 1) * w.panels / parts;
@@ -147,9 +158,10 @@ void added(const Crew& crew, const Linear& w, const Input& input, std::size_t ro
     });
 }
 
-// Calls work(first, count) for groups of rows.
+// Calls work(first, count) for groups of rows of that width.
 template <class Work>
-void by_rows(const Crew& crew, std::size_t rows, const Work& work) {
+void by_rows(const Crew& all, std::size_t rows, std::size_t width, const Work& work) {
+    const Crew crew = worth(all, rows * width * kBetween);
     const std::size_t together = crew.size == 1 ? rows : kTile;
     shared(crew, (rows + together - 1) / together, [&](std::size_t group, std::size_t) {
         work(group * together, least(together, rows - group * together));
@@ -399,7 +411,7 @@ void prepare(const Linear& reader, const Input& input, std::size_t rows) {
 // Normalises rows and gives a linear layer its input of them.
 void norm_for(const Model& model, const Crew& crew, const float* x, const float* weight,
               const Linear& reader, std::size_t rows, const Input& out) {
-    by_rows(crew, rows, [&](std::size_t first, std::size_t count) {
+    by_rows(crew, rows, model.width, [&](std::size_t first, std::size_t count) {
         const Input part = out.from(first);
         normalise(model, x + first * model.width, weight, count, part.floats);
         prepare(reader, part, count);
@@ -408,7 +420,7 @@ void norm_for(const Model& model, const Crew& crew, const float* x, const float*
 
 void prepare_all(const Crew& crew, const Linear& reader, const Input& input, std::size_t rows) {
     if (rounds(reader))
-        by_rows(crew, rows, [&](std::size_t first, std::size_t count) {
+        by_rows(crew, rows, input.width, [&](std::size_t first, std::size_t count) {
             prepare(reader, input.from(first), count);
         });
 }
@@ -467,8 +479,12 @@ struct Heads {
     }
 };
 
-void attend(const Crew& crew, const Heads& heads) {
+void attend(const Crew& all, const Heads& heads) {
     const std::size_t group = heads.model.group, count = heads.model.kv_heads;
+    const std::size_t steps = heads.row.steps - heads.first, seen = heads.before() + heads.row.steps;
+    const std::size_t multiplications = 2 * seen * steps * query_width(heads.model);
+    const std::size_t packed = 2 * seen * key_width(heads.model);
+    const Crew crew = worth(all, multiplications * kInFloats + packed * kBetween);
     if (crew.size == 1) {
         for (std::size_t head = 0; head < count; ++head) {
             heads.pack(head, 0);
@@ -529,7 +545,7 @@ void run_row(const Model& model, const Crew& crew, const Rotary& rotary, const R
                  work.normed);
         stored(crew, layer.key, work.normed, row.steps, work.keys, key_width(model));
         stored(crew, layer.value, work.normed, row.steps, work.values, key_width(model));
-        by_rows(crew, row.steps, [&](std::size_t from, std::size_t count) {
+        by_rows(crew, row.steps, key_width(model), [&](std::size_t from, std::size_t count) {
             rotate(model, work.cosines + from * half, work.sines + from * half, count,
                    model.kv_heads, 1.0f, work.keys + from * key_width(model));
         });
@@ -540,7 +556,8 @@ void run_row(const Model& model, const Crew& crew, const Rotary& rotary, const R
         }
         stored(crew, layer.query, work.normed.from(first), row.steps - first,
                work.queries + first * query_width(model), query_width(model));
-        by_rows(crew, row.steps - first, [&](std::size_t from, std::size_t count) {
+        by_rows(crew, row.steps - first, query_width(model), [&](std::size_t from,
+                                                                 std::size_t count) {
             from += first;
             rotate(model, work.cosines + from * half, work.sines + from * half, count, heads,
                    scale, work.queries + from * query_width(model));

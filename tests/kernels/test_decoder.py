@@ -27,6 +27,8 @@ Floats = NDArray[np.float32]
 SHAPE = FusedShape(width=64, inner=80, heads=4, kv_heads=2, head_width=32, epsilon=1e-6)
 NARROW = FusedShape(width=32, inner=16, heads=1, kv_heads=1, head_width=32, epsilon=1e-5)
 WIDE = FusedShape(width=96, inner=208, heads=6, kv_heads=2, head_width=64, epsilon=1e-6)
+SHARED = FusedShape(width=384, inner=1024, heads=6, kv_heads=2, head_width=64, epsilon=1e-6)
+"""Large enough for threads to share a single token."""
 LAYERS, PLACES = 3, 40
 Drawn = Callable[..., FusedDecoder]
 
@@ -346,13 +348,13 @@ def test_many_callers_at_once_get_their_own_answers(threads: int, drawn: Drawn) 
         np.testing.assert_array_equal(answer, wanted)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "rows", "down by rows"])
-@pytest.mark.parametrize("steps", [[1], [37, 15]])
+@pytest.mark.parametrize("precision", ["fp32", "down by rows"])
+@pytest.mark.parametrize("steps", [[1], [37, 15], [350]])
 def test_threads_that_share_a_row_change_no_bit(
     precision: str, steps: list[int], drawn: Drawn
 ) -> None:
-    decoder = drawn(WIDE, precision)
-    rows = drawn_rows(WIDE, steps, [21])
+    decoder = drawn(SHARED, precision)
+    rows = drawn_rows(SHARED, steps, [21])
     alone = rows.run(decoder)
     read = decoder.keys_and_values(rows.embeds, rows.positions, rows.steps, 1)
     for threads in (3, 8):
@@ -367,8 +369,8 @@ def test_threads_that_share_a_row_change_no_bit(
 def test_what_is_written_continues_prefix_and_past(
     precision: str, tokens: int, before: int, written: int, drawn: Drawn
 ) -> None:
-    decoder = drawn(WIDE, precision)
-    whole = drawn_rows(WIDE, [40], [0])
+    decoder = drawn(SHARED, precision)
+    whole = drawn_rows(SHARED, [40], [0])
     (own,) = decoder.keys_and_values(whole.embeds, whole.positions, whole.steps, 1)
     behind = before + written
     prefix, past = own[:, :, :, :before], np.full_like(own, np.nan)
