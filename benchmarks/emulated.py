@@ -50,7 +50,10 @@ class Program:
     def kernels(self) -> dict[str, Packing]:
         """Ask which kernels run on the processor, the fastest first."""
         listed = (line.split() for line in self._run().decode().splitlines())
-        return {name: Packing(int(together), int(lowest)) for name, together, lowest in listed}
+        return {
+            name: Packing(int(together), int(lowest), halves == "1")
+            for name, together, lowest, halves in listed
+        }
 
     def last_hidden(
         self,
@@ -126,7 +129,7 @@ def arrays_of(linear: Linear, packing: Packing) -> Iterator[NDArray[np.generic]]
     """Give the arrays of a linear layer."""
     *arrays, steps, zero = linear.packed(packing)
     yield from arrays
-    yield np.array([steps, zero], np.float32)
+    yield np.array([steps, zero, arrays[0].dtype == np.float16], np.float32)
 
 
 def as_bytes(array: NDArray[np.generic]) -> bytes:

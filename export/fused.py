@@ -33,15 +33,16 @@ from meiqa.export.verify import PiecewiseSession, random_feeds
 from meiqa.kernels.decoder import LAYER_LINEARS, MIDDLE, OF_EACH_ROW, FusedShape
 from meiqa.memory.segment import write_segment
 
-FUSED_PRECISIONS = ("fp32", "int8")
+FUSED_PRECISIONS = ("fp32", "fp16", "int8")
 COMPARED, COMPARED_ROWS = (0, 11, 33), 8
 """Prefix steps of the calls on which layers and graph are compared, and rows of each: of one token,
 since what is rounded otherwise in one is seen by all that follow it."""
 UNMOVED = 0.25
 """Share of the rows that have to agree. Between two roundings to bytes, a value may fall on the
 other side of a step, which moves a deep decoder's answer; layers that differ move all of them."""
-LARGEST_SHARE = {"fp32": 1e-5, "int8": 5e-3}
-"""Mean difference of a row's logits up to which it agrees, as a share of the largest."""
+LARGEST_SHARE = {"fp32": 1e-5, "fp16": 5e-3, "int8": 5e-3}
+"""Mean difference of a row's logits up to which it agrees, as a share of the largest. The kernel
+multiplies halves in single precision, and graphs halve what they are multiplied with."""
 Arrays = dict[str, NDArray[np.generic]]
 Tensors = dict[str, ir.TensorProtocol]
 

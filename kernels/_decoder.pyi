@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-def kernels() -> list[tuple[str, int, int]]: ...
+def kernels() -> list[tuple[str, tuple[int, int, bool]]]: ...
 
 class StoredLinear:
     def __init__(

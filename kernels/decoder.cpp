@@ -74,6 +74,7 @@ class StoredLinear {
         linear_.panels = panels.shape(0);
         linear_.inputs = panels.shape(1) * panels.shape(3);
         linear_.weights = weights_.get();
+        linear_.halves = panels.dtype().bits == 16;
         linear_.blocks = blocks.size() ? blocks_.get() : nullptr;
         linear_.bias = bias_.get();
         linear_.scale = scale_.get();
@@ -91,11 +92,14 @@ class StoredLinear {
     Aligned<std::int32_t> start_;
 };
 
-std::vector<std::tuple<std::string, std::size_t, int>> kernels() {
-    std::vector<std::tuple<std::string, std::size_t, int>> found;
+using Packing = std::tuple<std::size_t, int, bool>;
+
+std::vector<std::tuple<std::string, Packing>> kernels() {
+    std::vector<std::tuple<std::string, Packing>> found;
     for (const Kernel* const kernel : kKernels)
         if (kernel->runs_here())
-            found.emplace_back(kernel->name, kernel->together, kernel->lowest);
+            found.emplace_back(kernel->name,
+                               Packing(kernel->together, kernel->lowest, kernel->halves));
     return found;
 }
 

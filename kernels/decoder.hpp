@@ -29,6 +29,7 @@ constexpr float kOfEachRow = -1.0f;
 struct Linear {
     std::size_t inputs = 0, panels = 0;
     const void* weights = nullptr;
+    bool halves = false;                  // floats in half precision
     const float* blocks = nullptr;        // step of each block: panels, inputs / kBlock, 32
     const float* bias = nullptr;          // panels * 32
     const float* scale = nullptr;         // of codes: float value of one step of a sum
@@ -100,6 +101,7 @@ struct Kernel {
     const char* name;
     std::size_t together;  // bytes of a column side by side in a panel; 0: floats that hold them
     int lowest;            // the code that stands for 0 of 0 to 255
+    bool halves;           // whether it takes weights in half precision; else they are made floats
     bool (*runs_here)();
 
     // Floats that a row of so many steps behind so many others works in.

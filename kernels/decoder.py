@@ -37,13 +37,15 @@ class Packing(NamedTuple):
     Attributes:
         together: inputs of an output that lie side by side; 0 for floats that hold the bytes.
         lowest: the code that stands for 0 of a rounded input's 0 to 255.
+        halves: whether weights in half precision stay so; else they are made floats.
     """
 
     together: int
     lowest: int
+    halves: bool
 
 
-KERNELS = {name: Packing(together, lowest) for name, together, lowest in _decoder.kernels()}
+KERNELS = {name: Packing(*packing) for name, packing in _decoder.kernels()}
 """Kernels that run on this processor, the fastest first."""
 FASTEST = next(iter(KERNELS))
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -94,7 +96,7 @@ class Linear:
     """A linear layer.
 
     Attributes:
-        weight: (inputs, outputs), float32 or int8.
+        weight: (inputs, outputs), float32, float16 or int8.
         bias: (outputs,).
         scale: of an int8 weight, (outputs,); or (inputs / `BLOCK`, outputs), where each block of
             inputs has its own and the input is not rounded.
@@ -136,7 +138,9 @@ class Linear:
         no_blocks, no_scale = np.zeros((0, 0, 0), np.float32), none.astype(np.float32)
         if self.scale is None or self.scale.ndim == 2:
             blocks = no_blocks if self.scale is None else in_panels(self.scale, 1)[..., 0]
-            return Packed(in_panels(self.weight, 1), blocks, bias, no_scale, none, 0.0, 0.0)
+            single = self.weight.dtype == np.float16 and not packing.halves
+            weight = self.weight.astype(np.float32) if single else self.weight
+            return Packed(in_panels(weight, 1), blocks, bias, no_scale, none, 0.0, 0.0)
         own = self.input_scale == OF_EACH_ROW
         scale = np.float32(1.0 if own else self.input_scale)
         steps = OF_EACH_ROW if own else float(np.float32(1.0) / scale)
@@ -158,7 +162,8 @@ class Packed(NamedTuple):
     """A linear layer as a kernel reads it.
 
     Attributes:
-        panels: (panels, inputs / together, `PANEL`, together), float32 or int8, filled with 0.
+        panels: (panels, inputs / together, `PANEL`, together), of floats, halves or bytes, filled
+            with 0.
         blocks: (panels, inputs / `BLOCK`, `PANEL`) steps of blocks; empty where there are none.
         bias: (outputs,), padded to whole panels, as are the next two.
         scale: of a sum of codes; start: what it begins with, so that an input of zero gives 0.

@@ -42,6 +42,9 @@ void layer_of(const Linear& w, const float* a, const float*, std::size_t stride,
         const auto* const weights = static_cast<const std::int8_t*>(w.weights) + at * w.inputs;
         const float* const steps = w.blocks + at * (w.inputs / kBlock);
         multiply_blocks<ROWS>(a, stride, weights, steps, w.inputs, made);
+    } else if (w.halves) {
+        const auto* const weights = static_cast<const Half*>(w.weights) + at * w.inputs;
+        multiply_halves<ROWS>(a, stride, weights, w.inputs, made);
     } else {
         const float* const weights = static_cast<const float*>(w.weights) + at * w.inputs;
         multiply<ROWS>(a, stride, weights, w.inputs, made);

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -475,11 +475,11 @@ def _view(mapped: mmap.mmap, offset: int, dtype: str, shape: list[int]) -> NDArr
 
 
 def head_of(arrays: Stored) -> Linear:
-    """Give what makes logits, of what `meiqa.export.fused` stored: floats, or bytes in blocks."""
+    """Give what makes logits, of what `meiqa.export.fused` stored: floats or bytes in blocks."""
     weight = arrays["lm_head"]
     no_bias = np.zeros(weight.shape[-1], np.float32)
     if "lm_head.scale" not in arrays:
-        return Linear(floats(weight), no_bias)
+        return Linear(weights(weight), no_bias)
     return Linear(np.asarray(weight, np.int8), no_bias, floats(arrays["lm_head.scale"]))
 
 
@@ -504,10 +504,15 @@ def layers_of(
 def _linear(arrays: Stored, name: str) -> Linear:
     bias = floats(arrays[f"{name}.bias"])
     if f"{name}.scale" not in arrays:
-        return Linear(floats(arrays[name]), bias)
+        return Linear(weights(arrays[name]), bias)
     scale, zero = arrays[f"{name}.input"].tolist()
-    weights, scales = np.asarray(arrays[name], np.int8), floats(arrays[f"{name}.scale"])
-    return Linear(weights, bias, scales, scale, int(zero))
+    codes, scales = np.asarray(arrays[name], np.int8), floats(arrays[f"{name}.scale"])
+    return Linear(codes, bias, scales, scale, int(zero))
+
+
+def weights(array: NDArray[np.generic]) -> NDArray[np.floating[Any]]:
+    """Take weights in half or single precision as contiguous and aligned, see `floats`."""
+    return np.require(array, np.float16 if array.dtype == np.float16 else np.float32, ["C", "A"])
 
 
 def floats(array: NDArray[np.generic]) -> Floats:

@@ -33,7 +33,7 @@ from meiqa.export.fused import (
     write_fused_layers,
 )
 from meiqa.export.graphs import decoder_interface, traced
-from meiqa.export.layers import read, save_graph
+from meiqa.export.layers import halve, read, save_graph
 from meiqa.export.rounding import store_in_blocks
 from meiqa.export.verify import PiecewiseSession, random_feeds
 from meiqa.kernels.decoder import LAYER_LINEARS, OF_EACH_ROW
@@ -111,6 +111,17 @@ def test_the_layers_answer_as_the_graph_does(
     tolerance = 1e-4 if precision == "fp32" else 0.02 * float(np.abs(wanted).max())
     np.testing.assert_allclose(made, wanted, atol=tolerance, rtol=0)
     assert np.ptp(wanted) > 100 * 1e-4
+
+
+def test_halves_answer_as_the_graph_does(folder: Path, tmp_path: Path) -> None:
+    model = ir.load(folder / "decoder.onnx")
+    halve(model)
+    save_graph(model, tmp_path / "decoder.onnx")
+    made = write_fused_layers(tmp_path, TEXT, "fp16")
+    assert made
+    assert made["difference"] > 0
+    arrays, _ = whole(tmp_path)
+    assert arrays["layers.1.down_proj"].dtype == arrays["lm_head"].dtype == np.float16
 
 
 def test_rows_that_are_rounded_by_themselves(
@@ -212,5 +223,5 @@ def test_a_head_of_byte_blocks_stays_in_bytes(
 
 
 def test_other_decoders_have_no_layers(folder: Path) -> None:
-    assert not write_fused_layers(folder, TEXT, "fp16")
+    assert not write_fused_layers(folder, TEXT, "int4")
     assert not write_fused_layers(folder, replace(TEXT, qk_norm=True), "fp32")

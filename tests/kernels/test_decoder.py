@@ -138,6 +138,11 @@ def drawn_head(inputs: int, outputs: int) -> Linear:
     return Linear(codes, rng.standard_normal(outputs, np.float32), steps)
 
 
+def halved(linear: Linear) -> Linear:
+    """Store the weight of a layer in half precision."""
+    return Linear(linear.weight.astype(np.float16), linear.bias)
+
+
 def drawn_rows(shape: FusedShape, steps: list[int], lengths: list[int], seed: int = 0) -> Rows:
     rng = np.random.default_rng(seed)
     count, most = len(steps), max(steps)
@@ -167,6 +172,18 @@ def test_agrees_with_the_naive_twin(
     decoder = drawn(shape, "fp32")
     rows = drawn_rows(shape, steps, lengths)
     np.testing.assert_allclose(rows.run(decoder), rows.twins(decoder), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, WIDE])
+def test_halves_are_multiplied_as_the_floats_that_they_are(shape: FusedShape, drawn: Drawn) -> None:
+    exact = drawn(shape, "fp32")
+    halves = [{name: halved(linear) for name, linear in own.items()} for own in exact.layers]
+    floats = [
+        {n: Linear(w.weight.astype(np.float32), w.bias) for n, w in own.items()} for own in halves
+    ]
+    rows = drawn_rows(shape, [9, 20, 1, 14], [33])
+    made = rows.run(replace(exact, layers=halves))
+    np.testing.assert_array_equal(made, rows.run(replace(exact, layers=floats)))
 
 
 @pytest.mark.parametrize("precision", ["int8", "mixed", "rows", "down by rows"])
@@ -403,13 +420,18 @@ def test_a_past_that_is_shorter_than_it_says_is_refused(drawn: Drawn) -> None:
 
 @pytest.mark.parametrize("outputs", [1, 97, 320])
 @pytest.mark.parametrize("count", [0, 1, 15])
-def test_a_layer_of_byte_blocks_is_that_of_its_floats(
-    outputs: int, count: int, kernel: str
+@pytest.mark.parametrize("stored", ["bytes", "halves"])
+def test_a_layer_of_few_bits_is_that_of_its_floats(
+    outputs: int, count: int, stored: str, kernel: str
 ) -> None:
     head = drawn_head(96, outputs)
+    if stored == "halves":
+        head = halved(head.in_floats())
     rows = np.random.default_rng(count).standard_normal((count, 96), np.float32)
     made = Projection(head, kernel).of(rows, 1)
-    exact = head.in_floats()
+    exact = (
+        head.in_floats() if stored == "bytes" else Linear(head.weight.astype(np.float32), head.bias)
+    )
     np.testing.assert_array_equal(made, Projection(exact, kernel).of(rows, 1))
     wanted = rows.astype(np.float64) @ exact.weight + exact.bias
     np.testing.assert_allclose(made, wanted, atol=1e-4, rtol=0)
