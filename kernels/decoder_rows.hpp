@@ -295,16 +295,17 @@ float soften(float* scores, std::size_t seen, std::size_t count) {
 
 struct Attending {
     std::size_t width;                     // of a head
-    std::size_t before, count;             // keys before the row's first query, all keys
+    std::size_t count;                     // all keys
     const float *keys, *values;            // in panels
     const float* queries;                  // of the first query of the tile
-    std::size_t first, stride;             // first query's step; from one query to the next
+    std::size_t seen, more;                // keys that it sees, and that each next one sees more
+    std::size_t stride;                    // from one query to the next
     float* scores;                         // kTile rows of all keys, padded
     float* out;                            // of the first query
 
     template <std::size_t ROWS>
     void operator()() const {
-        const std::size_t visible = before + first + ROWS;
+        const std::size_t visible = seen + (ROWS - 1) * more;
         const std::size_t padded = rounded_up(count, kPanel);
         for (std::size_t panel = 0; panel * kPanel < visible; ++panel) {
             Pair sums[ROWS];
@@ -317,8 +318,7 @@ struct Attending {
         }
         float share[ROWS];
         for (std::size_t r = 0; r < ROWS; ++r)
-            share[r] = soften(scores + r * padded, visible - ROWS + r + 1,
-                              rounded_up(visible, kLanes));
+            share[r] = soften(scores + r * padded, seen + r * more, rounded_up(visible, kLanes));
         for (std::size_t channel = 0; channel < width; channel += kPanel) {
             Pair sums[ROWS];
             multiply<ROWS>(scores, padded, values + channel * count, visible, sums);
@@ -468,17 +468,28 @@ struct Heads {
         pack_values(seen(head, 1, work.values), model.head_width, work.packed_values + at);
     }
 
-    // Mixes values for the queries of one head, by what was packed in that place.
-    void mix(std::size_t query_head, std::size_t place, std::size_t worker) const {
-        const std::size_t d = model.head_width, packed = place * work.packed_floats;
-        for (std::size_t step = first; step < row.steps; step += kTile) {
-            const std::size_t at = step * query_width(model) + query_head * d;
-            with_rows(least(kTile, row.steps - step),
-                      Attending{d, before(), before() + row.steps, work.packed_keys + packed,
-                                work.packed_values + packed, work.queries + at, step,
-                                query_width(model), work.scores + worker * work.score_floats,
+    // Mixes values for queries of one head, by what was packed in that place: those of its group from
+    // `g` to `end`. Of a single token all of them are a tile, and of several each one's tokens.
+    void mix(std::size_t head, std::size_t g, std::size_t end, std::size_t place,
+             std::size_t worker) const {
+        const std::size_t d = model.head_width, row_stride = query_width(model);
+        const std::size_t count = before() + row.steps, packed = place * work.packed_floats;
+        const auto tile = [&](std::size_t queries, std::size_t step, std::size_t query,
+                              std::size_t more, std::size_t stride) {
+            const std::size_t at = step * row_stride + (head * model.group + query) * d;
+            with_rows(queries,
+                      Attending{d, count, work.packed_keys + packed, work.packed_values + packed,
+                                work.queries + at, before() + step + 1, more, stride,
+                                work.scores + worker * work.score_floats,
                                 work.attended.floats + at});
+        };
+        if (row.steps - first == 1) {
+            for (; g < end; g += kTile) tile(least(kTile, end - g), first, g, 0, d);
+            return;
         }
+        for (; g < end; ++g)
+            for (std::size_t step = first; step < row.steps; step += kTile)
+                tile(least(kTile, row.steps - step), step, g, 1, row_stride);
     }
 };
 
@@ -491,13 +502,15 @@ void attend(const Crew& all, const Heads& heads) {
     if (crew.size == 1) {
         for (std::size_t head = 0; head < count; ++head) {
             heads.pack(head, 0);
-            for (std::size_t g = 0; g < group; ++g) heads.mix(head * group + g, 0, 0);
+            heads.mix(head, 0, group, 0, 0);
         }
         return;
     }
     shared(crew, count, [&](std::size_t head, std::size_t) { heads.pack(head, head); });
-    shared(crew, count * group, [&](std::size_t head, std::size_t worker) {
-        heads.mix(head, head / group, worker);
+    const std::size_t parts = least(group, (crew.size + count - 1) / count);
+    shared(crew, count * parts, [&](std::size_t task, std::size_t worker) {
+        const std::size_t head = task / parts, part = task % parts;
+        heads.mix(head, part * group / parts, (part + 1) * group / parts, head, worker);
     });
 }
 
