@@ -35,6 +35,8 @@ using Out = nb::ndarray<float, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 constexpr std::size_t kLine = 64;
 // Last tokens that are finished together: what AVX-512 has registers for, and a few tiles elsewhere.
 constexpr std::size_t kRowsAtOnce = 14;
+// Multiplications of a row, some milliseconds, whose products are worth sharing rather than rows.
+constexpr std::size_t kLongRow = std::size_t{1} << 30;
 
 struct Free {
     void operator()(void* part) const { std::free(part); }
@@ -143,7 +145,7 @@ class Decoder {
         const Rotary rotary{cosines.data(), sines.data()};
         const Aligned<float> attended = aligned<float>(count * query_width(model_));
         Pool::gather(threads, [&](const Crew& crew) {
-            share_rows(crew, count, [&](const Crew& own, std::size_t index) {
+            share_rows(crew, count, most, [&](const Crew& own, std::size_t index) {
                 const std::size_t at = prefixes.size() == 1 ? 0 : index;
                 Row row = row_of(embeds, positions, steps, index);
                 row.prefix = {prefixes[at].data(),
@@ -154,7 +156,7 @@ class Decoder {
                                  attended.get() + index * query_width(model_), nullptr});
             });
             const std::size_t groups = (count + kRowsAtOnce - 1) / kRowsAtOnce;
-            share_rows(crew, groups, [&](const Crew& own, std::size_t group) {
+            share_rows(crew, groups, kRowsAtOnce, [&](const Crew& own, std::size_t group) {
                 const std::size_t first = group * kRowsAtOnce;
                 kernel_.finish_rows(model_, own, std::min(kRowsAtOnce, count - first),
                                     attended.get() + first * query_width(model_),
@@ -171,9 +173,10 @@ class Decoder {
         const nb::gil_scoped_release unlocked;
         const Rotary rotary{cosines.data(), sines.data()};
         Pool::gather(threads, [&](const Crew& crew) {
-            share_rows(crew, embeds.shape(0), [&](const Crew& own, std::size_t index) {
+            const std::size_t most = embeds.shape(1);
+            share_rows(crew, embeds.shape(0), most, [&](const Crew& own, std::size_t index) {
                 const Row row = row_of(embeds, positions, steps, index);
-                kernel_.run_row(model_, own, rotary, row, scratch(own, embeds.shape(1), 0),
+                kernel_.run_row(model_, own, rotary, row, scratch(own, most, 0),
                                 {nullptr, nullptr, kept[index].data()});
             });
         });
@@ -198,14 +201,21 @@ class Decoder {
     }
 
   private:
-    // Calls work(crew, index) for rows: each has a member of the crew to itself, or all of them
-    // where there are too few rows for that.
+    // Calls work(crew, index) for rows of up to so many tokens: each has a member of the crew to
+    // itself, or all of them where there are too few rows and a row is long enough.
     template <class Work>
-    static void share_rows(const Crew& crew, std::size_t count, const Work& work) {
-        if (count < crew.size)
+    void share_rows(const Crew& crew, std::size_t count, std::size_t tokens,
+                    const Work& work) const {
+        if (count == 1 || (count < crew.size && tokens * multiplications() > kLongRow))
             for (std::size_t index = 0; index < count; ++index) work(crew, index);
         else
             shared(crew, count, [&](std::size_t index, std::size_t) { work(Crew{}, index); });
+    }
+
+    // Of linear layers, for a token.
+    std::size_t multiplications() const {
+        const std::size_t attention = 2 * (query_width(model_) + key_width(model_));
+        return model_.layer_count * model_.width * (attention + 3 * model_.inner);
     }
 
     static Row row_of(const Array<float, 3>& embeds, const Array<std::int32_t, 3>& positions,

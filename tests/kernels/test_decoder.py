@@ -366,7 +366,7 @@ def test_many_callers_at_once_get_their_own_answers(threads: int, drawn: Drawn) 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "down by rows"])
-@pytest.mark.parametrize("steps", [[1], [37, 15], [350]])
+@pytest.mark.parametrize("steps", [[1], [37, 15], [250, 350]])
 def test_threads_that_share_a_row_change_no_bit(
     precision: str, steps: list[int], drawn: Drawn
 ) -> None:
