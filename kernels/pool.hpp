@@ -2,13 +2,12 @@
 //
 // Starting a thread for a call costs as much as a comparison's softmax, and memory that is mapped
 // and unmapped for each row makes all threads of the process wait for one another. Within a call
-// work comes many times in a row: threads look for it a while before they sleep.
+// work comes many times in a row: threads look for it, or for its end, a while before they sleep.
 
 #pragma once
 
 #include "crew.hpp"
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -118,15 +117,19 @@ class Pool {
     void share(std::size_t tasks, Task task, const void* what) {
         task_ = task;
         what_ = what;
-        done_.store(0, std::memory_order_relaxed);
+        done_ = 0;
         offer_ = (std::uint64_t{helpers_} << kBits | tasks) << kBits;
         if (asleep_ > threads_ - helpers_) {
             { const std::lock_guard<std::mutex> hold(mutex_); }
             called_.notify_all();
         }
         take(0);
-        const auto all_done = [&] { return done_.load(std::memory_order_acquire) == tasks; };
-        while (!soon(all_done)) std::this_thread::yield();
+        const auto all_done = [&] { return done_ == tasks; };
+        if (soon(all_done)) return;
+        std::unique_lock<std::mutex> hold(mutex_);
+        waiting_ = true;
+        finished_.wait(hold, all_done);
+        waiting_ = false;
     }
 
     // How many helpers are called, how many tasks there are, and which is the next, in one word: who
@@ -144,7 +147,11 @@ class Pool {
         while (offers(offer, worker)) {
             if (!offer_.compare_exchange_weak(offer, offer + 1)) continue;
             task_(what_, offer & ((std::uint64_t{1} << kBits) - 1), worker);
-            done_.fetch_add(1, std::memory_order_release);
+            ++done_;
+            if (waiting_) {
+                { const std::lock_guard<std::mutex> hold(mutex_); }
+                finished_.notify_one();
+            }
             offer = offer_;
         }
     }
@@ -164,10 +171,10 @@ class Pool {
 
     const long process_ = process();
     std::mutex mutex_;
-    std::condition_variable called_;
+    std::condition_variable called_, finished_;
     std::atomic<std::uint64_t> offer_{0};
     std::atomic<std::size_t> done_{0}, asleep_{0};
-    std::atomic<bool> open_{false};
+    std::atomic<bool> open_{false}, waiting_{false};
     Task task_ = nullptr;
     const void* what_ = nullptr;
     std::size_t threads_ = 0, helpers_ = 0;
