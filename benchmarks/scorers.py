@@ -1,6 +1,6 @@
 """Other ways to judge the same photographs: sharpness, BRISQUE, NIQE, NIMA, and a plain regressor.
 
-    python -m benchmarks.peers LABELS.csv --images DIR --models PEERS --votes NIMA.hdf5 \\
+    python -m benchmarks.scorers LABELS.csv --images DIR --models PEERS --votes NIMA.hdf5 \\
         --regressor-from TABLE.csv
 
 PEERS holds the published model files of BRISQUE and NIQE, NIMA.hdf5 those of MobileNet as it was
@@ -34,25 +34,25 @@ from meiqa.labels import LabelTable
 from meiqa.memory import FEWEST_PHOTOS, Regression, token_features
 from meiqa.progress import Progress
 
-__all__ = ["judge_peers", "main", "peers_text", "published_peers", "ridge", "sharpness"]
+__all__ = ["judge_by", "main", "published_scorers", "ridge", "scorers_text", "sharpness"]
 
 Scores = NDArray[np.float64]
-Peer = Callable[[Pixels], float]
+OtherScorer = Callable[[Pixels], float]
 """Scores a photo; higher is better."""
 
 
-def published_peers(models: Path | None) -> dict[str, Peer]:
+def published_scorers(models: Path | None) -> dict[str, OtherScorer]:
     """Give sharpness, and BRISQUE and NIQE where there is a directory with their model files.
 
     Raises:
         UsageError: a model file is missing or damaged.
     """
-    peers: dict[str, Peer] = {"Laplacian sharpness": sharpness}
+    scorers: dict[str, OtherScorer] = {"Laplacian sharpness": sharpness}
     if models is not None:
         brisque, niqe = Brisque.read(models), Niqe.read(models)
-        peers |= {"BRISQUE": lambda pixels: -brisque.score(pixels.array)}
-        peers |= {"NIQE": lambda pixels: -niqe.score(pixels.array)}
-    return peers
+        scorers |= {"BRISQUE": lambda pixels: -brisque.score(pixels.array)}
+        scorers |= {"NIQE": lambda pixels: -niqe.score(pixels.array)}
+    return scorers
 
 
 def sharpness(pixels: Pixels) -> float:
@@ -62,7 +62,7 @@ def sharpness(pixels: Pixels) -> float:
 
 def ridge(
     model: Model, labels: LabelTable, images: str, on_photo: Callable[[], None] = lambda: None
-) -> Peer:
+) -> OtherScorer:
     """Fit ridge regression from visual tokens to the human scores of a table.
 
     Its time is that of the vision tower.
@@ -87,31 +87,31 @@ def ridge(
     return lambda pixels: regression.score(features_of(pixels))
 
 
-def judge_peers(
-    peers: Mapping[str, Peer],
+def judge_by(
+    scorers: Mapping[str, OtherScorer],
     photos: Sequence[str],
     human: Scores,
     on_photo: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Let peers judge photos that are known to be readable.
+    """Let scorers judge photos that are known to be readable.
 
     Args:
-        peers: Who judges, by name.
+        scorers: Who judges, by name.
         photos: Paths of N photos; human: (N,) scores.
         on_photo: Called after each photo.
 
     Returns:
-        A row for each peer: name, n (the photos that were not too small for it), srcc, plcc and
+        A row for each scorer: name, n (the photos that were not too small for it), srcc, plcc and
         krcc on those, and ms_per_image without decoding.
     """
-    scores = {name: np.full(len(photos), np.nan) for name in peers}
-    seconds = dict.fromkeys(peers, 0.0)
+    scores = {name: np.full(len(photos), np.nan) for name in scorers}
+    seconds = dict.fromkeys(scorers, 0.0)
     for at, photo in enumerate(photos):
         pixels = load_pixels(photo)
-        for name, peer in peers.items():
+        for name, scorer in scorers.items():
             started = time.perf_counter()
             with suppress(ImageTooSmall):
-                scores[name][at] = peer(pixels)
+                scores[name][at] = scorer(pixels)
             seconds[name] += time.perf_counter() - started
         on_photo()
     rows = []
@@ -129,8 +129,8 @@ def agreement(predicted: Scores, human: Scores) -> dict[str, float]:
     return {each.__name__: each(predicted, human) for each in (srcc, plcc, krcc)}
 
 
-def peers_text(report: Mapping[str, Any]) -> str:
-    """Lay out the report: this engine's rows, then those of its peers."""
+def scorers_text(report: Mapping[str, Any]) -> str:
+    """Lay out the report: this engine's rows, then those of the others."""
     n, fused_ms = report["n"], 1e3 * report["seconds_per_image"]
     own = [
         {"name": "meiqa, initial", "n": n, **report["initial"]},
@@ -144,35 +144,35 @@ def peers_text(report: Mapping[str, Any]) -> str:
         Column("krcc", "KRCC", ".4f"),
         Column("ms_per_image", "ms a photo", ".1f"),
     )
-    return table_text([*own, *report["peers"]], columns)
+    return table_text([*own, *report["scorers"]], columns)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Judge the photographs by the engine and its peers, and print a table, or JSON."""
-    parser = labelled_parser("peers", __doc__)
+    """Judge the photographs by the engine and by others, and print a table, or JSON."""
+    parser = labelled_parser("scorers", __doc__)
     parser.add_argument("--models", type=Path, help="published BRISQUE and NIQE models")
     parser.add_argument("--votes", type=Path, help="published weights of NIMA's MobileNet")
     parser.add_argument("--regressor-from", help="a table to fit a regressor on visual tokens to")
     parser.add_argument("--train-split", help="only the rows of this split of --regressor-from")
     given = parser.parse_args(arguments)
-    labels, peers = labels_of(given), published_peers(given.models)
+    labels, scorers = labels_of(given), published_scorers(given.models)
     if given.votes is not None:
         from benchmarks.nima import nima  # which needs PyTorch
 
-        peers["NIMA"] = nima(given.votes)
+        scorers["NIMA"] = nima(given.votes)
     training = other_table(given.regressor_from, given.train_split, labels)
     with engine_of(given) as engine:
         with Progress(len(labels)) as progress:
             judged = judge(engine, labels, given.images, on_result=progress.advance)
         if training is not None:
             with Progress(len(training)) as progress:
-                peers["ridge on visual tokens"] = ridge(
+                scorers["ridge on visual tokens"] = ridge(
                     engine.model, training, given.images, progress.advance
                 )
         photos = [assessment.path for assessment in judged.assessments]
         with Progress(len(photos)) as progress:
-            rows = judge_peers(peers, photos, judged.human, progress.advance)
-    print_report({**judged.report(), "peers": rows}, given, peers_text)
+            rows = judge_by(scorers, photos, judged.human, progress.advance)
+    print_report({**judged.report(), "scorers": rows}, given, scorers_text)
 
 
 if __name__ == "__main__":

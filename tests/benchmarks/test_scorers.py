@@ -1,4 +1,4 @@
-"""The peers: fits that must find what was drawn, model files, and what is known of each judge."""
+"""Other scorers: fits that must find what was drawn, model files, what is known of each."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from benchmarks.naturalness import (
     luminance,
 )
 from benchmarks.nima import nima
-from benchmarks.peers import (
-    Peer,
-    judge_peers,
+from benchmarks.scorers import (
+    OtherScorer,
+    judge_by,
     main,
-    peers_text,
-    published_peers,
+    published_scorers,
+    scorers_text,
     sharpness,
 )
 from meiqa.engine.images import Pixels, load_pixels
@@ -172,7 +172,7 @@ def test_damaged_model_files(models: Path, name: str, text: str | None, message:
     if text is not None:
         (models / name).write_text(text)
     with pytest.raises(UsageError, match=message) as caught:
-        published_peers(models)
+        published_scorers(models)
     assert name in str(caught.value)
 
 
@@ -194,18 +194,21 @@ def test_judging(tmp_path: Path) -> None:
             raise ImageTooSmall("too small")
         return float(pixels.array.mean())
 
-    peers: dict[str, Peer] = {"bright": lambda pixels: float(pixels.array.mean()), "some": bright}
+    scorers: dict[str, OtherScorer] = {
+        "bright": lambda pixels: float(pixels.array.mean()),
+        "some": bright,
+    }
     told: list[None] = []
     human = np.array([1.0, 5.0, 3.0, 2.0])
-    rows = judge_peers(peers, paths, human, lambda: told.append(None))
+    rows = judge_by(scorers, paths, human, lambda: told.append(None))
     assert [(row["name"], row["n"], row["srcc"]) for row in rows] == [
         ("bright", 4, 1),
         ("some", 3, 1),
     ]
     assert len(told) == 4
     own = {"srcc": 0.5, "plcc": 0.5, "krcc": 0.5}
-    report = {"n": 4, "seconds_per_image": 0.1, "initial": own, "fused": own, "peers": rows}
-    assert "some                 3  1.0000" in peers_text(report)
+    report = {"n": 4, "seconds_per_image": 0.1, "initial": own, "fused": own, "scorers": rows}
+    assert "some                 3  1.0000" in scorers_text(report)
 
 
 def test_it_stands_beside_the_engine(
