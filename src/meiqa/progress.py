@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Self
 
 LONG_S = 60.0
@@ -41,6 +42,15 @@ class Progress:
         """Free the line, so that results can be printed to the same terminal."""
         if self._drawn:
             self._put("")
+
+    def over(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """Give a way to say lines on a terminal where something may be drawn."""
+
+        def said(line: str) -> None:
+            self.clear()
+            say(line)
+
+        return said
 
     def advance(self, *_: object, images: int = 1) -> None:
         """Count one more image, or several, and draw the bar again."""

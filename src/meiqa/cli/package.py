@@ -77,17 +77,19 @@ def export_command(options: Options) -> int:
     # Whoever ends the process by a signal gets the same tidy end as with Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.checkpoint is not None:
-        chosen = ExportOptions(
-            precision=options.precision,
-            prompt=None if options.prompt is None else prompt_family(options.prompt),
-            pictures=pictures,
-            max_pixels=options.max_pixels,
-            sensitivity=not options.no_sensitivity,
-            key_pictures=options.key_pictures,
-            score_head=options.score_head,
-            say=say,
-        )
-        export_package(local_folder(options.checkpoint), package, chosen)
+        with Progress() as progress:
+            chosen = ExportOptions(
+                precision=options.precision,
+                prompt=None if options.prompt is None else prompt_family(options.prompt),
+                pictures=pictures,
+                max_pixels=options.max_pixels,
+                sensitivity=not options.no_sensitivity,
+                key_pictures=options.key_pictures,
+                score_head=options.score_head,
+                say=progress.over(say),
+                show=progress.show,
+            )
+            export_package(local_folder(options.checkpoint), package, chosen)
     if options.patterns is not None:
         from meiqa.export.patterns import add_patterns
 
