@@ -13,6 +13,7 @@ import importlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,14 +136,25 @@ class FromScratch(WithPrefixCache):
         return np.concatenate([self._text.logits(rows[part]) for part in calls])
 
 
+@cache
+def llama_cpp() -> Any:
+    """Import llama.cpp's library, and let it say nothing but by what it returns."""
+    api = importlib.import_module("llama_cpp")
+    api.llama_log_set(silence(), ctypes.c_void_p(0))
+    return api
+
+
+@cache
+def silence() -> Any:
+    """Give a function that tells nobody; cached, since the library goes on calling it."""
+    return importlib.import_module("llama_cpp").llama_log_callback(lambda *_: None)
+
+
 class LlamaCpp:
     """llama.cpp with the weights of a GGUF file; sequences share the cells of the prefix."""
 
     def __init__(self, gguf: Path, work: Work) -> None:
-        self._api = importlib.import_module("llama_cpp")
-        self._mute = self._api.llama_log_callback(lambda *_: None)  # kept alive for the library
-        self._api.llama_log_set(self._mute, ctypes.c_void_p(0))
-        self._work = work
+        self._api, self._work = llama_cpp(), work
         self._model = self._api.llama_model_load_from_file(
             str(gguf).encode(), self._api.llama_model_default_params()
         )
@@ -158,7 +170,7 @@ class LlamaCpp:
     @classmethod
     def in_q8_0(cls, gguf: Path, work: Work) -> LlamaCpp:
         """Store the weights anew, in 8 bits, as llama.cpp's own quantiser does it."""
-        api = importlib.import_module("llama_cpp")
+        api = llama_cpp()
         settings = api.llama_model_quantize_default_params()
         settings.ftype, settings.allow_requantize = Q8_0, True
         with tempfile.TemporaryDirectory() as folder:
