@@ -153,7 +153,7 @@ def whole_prompt(model: LocalModel, first: VisualTokens, second: VisualTokens) -
 def on_kernel(graph: Decoder, package: EnginePackage, threads: int, kernel: str) -> Decoder:
     """Give a decoder on a native kernel; the graph itself where the package has no layers."""
     layers = read_layers(package, kernel)
-    return graph if layers is None else NativeDecoder(graph, *layers, threads)
+    return graph if layers is None else NativeDecoder(*layers, threads)
 
 
 def without_reuse(asked: Asked, decoder: Decoder) -> Callable[[], Answers]:

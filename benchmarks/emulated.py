@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.kernels.decoder import FusedDecoder, Packing, as_read
+from meiqa.kernels.decoder import FusedDecoder, Linear, Packing, as_read
 
 Floats = NDArray[np.float32]
 SOURCE = Path(__file__).parents[1] / "tests" / "kernels" / "rows"
@@ -50,7 +50,10 @@ class Program:
     def kernels(self) -> dict[str, Packing]:
         """Ask which kernels run on the processor, the fastest first."""
         listed = (line.split() for line in self._run().decode().splitlines())
-        return {name: Packing(int(together), int(lowest)) for name, together, lowest in listed}
+        return {
+            name: Packing(int(together), int(lowest), halves == "1")
+            for name, together, lowest, halves in listed
+        }
 
     def last_hidden(
         self,
@@ -61,9 +64,27 @@ class Program:
         times: int = 1,
     ) -> Floats:
         """Give what `FusedDecoder.last_hidden` gives on another processor, (R, D)."""
-        asked = b"".join(as_bytes(array) for array in call_of(decoder, packing, rows))
-        made = self._run(kernel, str(times), given=asked)
-        return np.frombuffer(made, np.float32).reshape(len(rows.embeds), -1)
+        none = Linear(np.zeros((decoder.shape.width, 0), np.float32), np.zeros(0, np.float32))
+        return self._called((kernel, str(times)), packing, (decoder, none), rows)[0]
+
+    def logits(
+        self, kernel: str, packing: Packing, decoder: FusedDecoder, head: Linear, rows: Rows
+    ) -> Floats:
+        """Give what `Projection.of` gives of these hidden states on another processor, (R, V)."""
+        made = self._called((kernel, "1"), packing, (decoder, head), rows)[1]
+        return made[:, : head.weight.shape[1]]
+
+    def _called(
+        self,
+        how: tuple[str, str],
+        packing: Packing,
+        model: tuple[FusedDecoder, Linear],
+        rows: Rows,
+    ) -> tuple[Floats, Floats]:
+        asked = b"".join(as_bytes(array) for array in call_of(*model, packing, rows))
+        made = np.frombuffer(self._run(*how, given=asked), np.float32)
+        hidden, count = len(rows.embeds) * model[0].shape.width, len(rows.embeds)
+        return made[:hidden].reshape(count, -1), made[hidden:].reshape(count, -1)
 
     def _run(self, *arguments: str, given: bytes = b"") -> bytes:
         command = [*self.emulator, str(self.path), *arguments]
@@ -79,7 +100,9 @@ class Rows:
     prefixes: Sequence[Floats]
 
 
-def call_of(decoder: FusedDecoder, packing: Packing, rows: Rows) -> Iterator[NDArray[np.generic]]:
+def call_of(
+    decoder: FusedDecoder, head: Linear, packing: Packing, rows: Rows
+) -> Iterator[NDArray[np.generic]]:
     """Give all arrays of a call, in the order in which the program asks for them."""
     s = decoder.shape
     shape = (s.width, s.inner, s.kv_heads, s.heads // s.kv_heads, s.head_width, len(decoder.layers))
@@ -90,9 +113,7 @@ def call_of(decoder: FusedDecoder, packing: Packing, rows: Rows) -> Iterator[NDA
     for norms, linears in zip(decoder.norms, decoder.layers, strict=True):
         yield from norms
         for linear in as_read(linears):
-            *arrays, steps, zero = linear.packed(packing)
-            yield from arrays
-            yield np.array([steps, zero], np.float32)
+            yield from arrays_of(linear, packing)
     places = max(int(positions.max()) for positions in rows.positions) + 1
     yield from decoder.turned(places)
     yield np.array([len(embeds) for embeds in rows.embeds], np.int64)
@@ -101,6 +122,14 @@ def call_of(decoder: FusedDecoder, packing: Packing, rows: Rows) -> Iterator[NDA
         yield from positions.astype(np.int32)
         yield np.array([prefix.shape[3]], np.int64)
         yield prefix
+    yield from arrays_of(head, packing)
+
+
+def arrays_of(linear: Linear, packing: Packing) -> Iterator[NDArray[np.generic]]:
+    """Give the arrays of a linear layer."""
+    *arrays, steps, zero = linear.packed(packing)
+    yield from arrays
+    yield np.array([steps, zero, arrays[0].dtype == np.float16], np.float32)
 
 
 def as_bytes(array: NDArray[np.generic]) -> bytes:

@@ -100,6 +100,12 @@ def held_bytes(prefix: Prefix) -> int:
     return int(prefix.key_values.nbytes + prefix.tokens.values.nbytes)
 
 
+def largest_prefix_bytes(photo: Prefix, pictures: Sequence[VisualTokens]) -> int:
+    """Estimate the largest prefix, of a photo or of pictures, by what the photo's holds a token."""
+    tokens = max((len(picture.values) for picture in pictures), default=0)
+    return held_bytes(photo) * max(tokens, len(photo.tokens.values)) // len(photo.tokens.values)
+
+
 class Pictured(Protocol):
     """What can be compared: a remembered case, or another photo of the same set."""
 
@@ -133,7 +139,8 @@ class Comparer:
         logits[:, 0] = self.model.prefer_first([photo], pictures)
         reused = photo.opening.length * len(others)
         if both_orders:
-            for part in parts_of(len(others), self.prefixes.at_once(held_bytes(photo))):
+            largest = largest_prefix_bytes(photo, pictures)
+            for part in parts_of(len(others), self.prefixes.at_once(largest)):
                 firsts, kept = self._prefilled(others[part], pictures[part])
                 logits[part, 1] = -self.model.prefer_first(firsts, [photo.tokens] * len(firsts))
                 reused += kept

@@ -53,6 +53,7 @@ from meiqa.engine.model import (
 )
 from meiqa.engine.patterns import PatternScore, PatternScorer, ReferencePhoto, required
 from meiqa.engine.prompts import LEVEL_WORDS
+from meiqa.engine.shots import ALIKE, likenesses, view_of
 from meiqa.errors import StoreError
 from meiqa.memory import (
     Case,
@@ -527,6 +528,9 @@ class Scorer:
             quality=patterns.judge(reference.tokens_beside(scored.pixels)).score,
             moved=scored.posterior.score - without.score,
         )
+        one, other = (view_of(photo.array) for photo in (scored.pixels, reference.pixels))
+        if not reference.is_same(scored.pixels) and likenesses([one], [other]) < ALIKE:
+            scored = scored.noted("the reference may show another scene")
         return replace(scored, reference=brought)
 
     def _learn(self, scored: Scored) -> Scored:

@@ -13,6 +13,7 @@ from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import (
     PREFIX_STEPS,
     STEPS,
+    NativeDecoder,
     comparisons,
     read_layers,
     thread_counts,
@@ -20,7 +21,7 @@ from meiqa.engine.runtime.decoder import (
 from meiqa.errors import UsageError
 from meiqa.evaluation.measuring import Column, run_on, table_text
 from meiqa.kernels.cores import usable_cores
-from meiqa.kernels.decoder import FASTEST, KERNELS, FusedDecoder
+from meiqa.kernels.decoder import FASTEST, KERNELS, FusedDecoder, Projection
 
 ROWS = 8
 """Comparisons of a thread."""
@@ -59,8 +60,9 @@ def bench_device(
         for kernel in KERNELS
         for precision, decoder in _decoders(package, kernel).items()
     }
+    shape = package.manifest.decoder
     calls = {
-        (*of, threads): comparisons(decoder, ROWS * threads, threads)
+        (*of, threads): comparisons(NativeDecoder(*decoder, threads), shape, ROWS * threads)
         for of, decoder in decoders.items()
         for threads in thread_counts(usable_cores())
     }
@@ -71,7 +73,7 @@ def bench_device(
             began = clock()
             call()
             best[way] = min(best[way], clock() - began)
-    one = next(iter(decoders.values()))
+    one, _ = next(iter(decoders.values()))
     work = sum(one.shape.multiplications(len(one.layers), STEPS, PREFIX_STEPS))
     rows = [
         {
@@ -102,8 +104,10 @@ def device_text(result: Mapping[str, Any]) -> str:
     return f"{table_text(result['rows'], _COLUMNS)}\n\n{line}"
 
 
-def _decoders(package: EnginePackage, kernel: str) -> dict[str, FusedDecoder]:
-    """Give a package's layers for a kernel, in bytes where it has such, and in floats."""
+def _decoders(package: EnginePackage, kernel: str) -> dict[str, tuple[FusedDecoder, Projection]]:
+    """Give a package's layers for a kernel, in bytes where it has such, and in floats; and what
+    makes logits.
+    """
     read = read_layers(package, kernel)
     if read is None:
         raise UsageError(
@@ -111,12 +115,13 @@ def _decoders(package: EnginePackage, kernel: str) -> dict[str, FusedDecoder]:
             seen=str(package.path),
             hint="take the default package, which does",
         )
+    layers, head = read
     exact = replace(
-        read[0],
-        layers=[{n: linear.in_floats() for n, linear in own.items()} for own in read[0].layers],
+        layers,
+        layers=[{n: linear.in_floats() for n, linear in own.items()} for own in layers.layers],
     )
-    rounded = any(w.scale is not None for own in read[0].layers for w in own.values())
-    return {"int8": read[0], "fp32": exact} if rounded else {"fp32": exact}
+    rounded = any(w.scale is not None for own in layers.layers for w in own.values())
+    return {"int8": read, "fp32": (exact, head)} if rounded else {"fp32": (exact, head)}
 
 
 def _features() -> list[str]:

@@ -1,6 +1,7 @@
-"""The layers of a small decoder a second time, for the native kernel of the last token.
+"""A decoder's layers for the native kernel: what it reads, and where that lies among the weights.
 
 They are taken from the finished graph, so both compute with the same rounded weights and ranges.
+Nothing is stored twice: of what the graph keeps as it is, the place in its file is written down.
 """
 
 from __future__ import annotations
@@ -15,30 +16,35 @@ from numpy.typing import NDArray
 from meiqa.engine.manifest import DecoderShape
 from meiqa.engine.runtime.decoder import (
     LAYERS_FILE,
+    VIEWED,
+    VIEWS,
     GraphDecoder,
     KeyValues,
     NativeDecoder,
     Row,
     floats,
-    layers_of,
+    layers_beside,
 )
 from meiqa.errors import PackageCorrupted
 from meiqa.export.decoder import DecoderConfig, axis_frequencies
 from meiqa.export.layers import read
-from meiqa.export.rounding import BLOCK, BY_ROWS
+from meiqa.export.rounding import BY_ROWS
 from meiqa.export.verify import PiecewiseSession, random_feeds
 from meiqa.kernels.decoder import LAYER_LINEARS, MIDDLE, OF_EACH_ROW, FusedShape
-from meiqa.memory.segment import Segment, write_segment
+from meiqa.memory.segment import write_segment
 
-LARGEST_BYTES = 32 << 20
-"""Layers beyond a processor's cache gain little; those of large models are not stored twice."""
-FUSED_PRECISIONS = ("fp32", "int8")
-COMPARED = ((5, 7, 11), (3, 1, 0), (2, 33, 17))
-"""Rows, steps and prefix steps of the calls on which layers and graph are compared."""
-LARGEST_SHARE = {"fp32": 1e-5, "int8": 5e-3}
-"""Mean difference of the logits that is allowed, as a share of the largest. Between two roundings
-to bytes, a value may fall on the other side of a step."""
+FUSED_PRECISIONS = ("fp32", "fp16", "int8")
+COMPARED, COMPARED_ROWS = (0, 11, 33), 8
+"""Prefix steps of the calls on which layers and graph are compared, and rows of each: of one token,
+since what is rounded otherwise in one is seen by all that follow it."""
+UNMOVED = 0.25
+"""Share of the rows that have to agree. Between two roundings to bytes, a value may fall on the
+other side of a step, which moves a deep decoder's answer; layers that differ move all of them."""
+LARGEST_SHARE = {"fp32": 1e-5, "fp16": 5e-3, "int8": 5e-3}
+"""Mean difference of a row's logits up to which it agrees, as a share of the largest. The kernel
+multiplies halves in single precision, and graphs halve what they are multiplied with."""
 Arrays = dict[str, NDArray[np.generic]]
+Tensors = dict[str, ir.TensorProtocol]
 
 
 def write_fused_layers(
@@ -46,8 +52,8 @@ def write_fused_layers(
 ) -> dict[str, float] | None:
     """Write the layers of `decoder.onnx` beside it, if the kernel can run them.
 
-    It can where the architecture is Qwen2.5-VL's, widths fit, and the layers are small. Given back
-    is the mean difference of their logits from the graph's, and the largest value it is of.
+    It can where the architecture is Qwen2.5-VL's and widths fit. Given back is the difference of
+    their logits from the graph's, see `fused_difference`, and the largest value it is of.
     """
     shape = FusedShape(
         width=text.hidden_size,
@@ -60,12 +66,10 @@ def write_fused_layers(
     others = text.qk_norm, text.deepstack, text.rotary_dim, text.attention_gate, text.delta
     if any(others) or precision not in FUSED_PRECISIONS or not shape.fits:
         return None
-    model = ir.load(folder / "decoder.onnx")
-    stored = model.graph.initializers.values()
-    layers = [v.const_value for v in stored if str(v.name).startswith("layers.")]
-    if sum(tensor.nbytes for tensor in layers if tensor is not None) > LARGEST_BYTES:
-        return None
-    write_segment(folder / LAYERS_FILE, fused_arrays(model, text), asdict(shape))
+    arrays, tensors = fused_layers(ir.load(folder / "decoder.onnx"), text)
+    views = {n: place_of(tensor) for n, tensor in tensors.items() if lies_as_it_is(tensor)}
+    arrays |= {name: read(tensor) for name, tensor in tensors.items() if name not in views}
+    write_segment(folder / LAYERS_FILE, arrays, {**asdict(shape), VIEWS: views})
     difference, largest = fused_difference(folder, text.shape)
     allowed = LARGEST_SHARE[precision] * largest
     if not difference <= allowed:
@@ -78,67 +82,83 @@ def write_fused_layers(
 
 
 def fused_difference(folder: Path, shape: DecoderShape) -> tuple[float, float]:
-    """Compare the stored layers with the graph beside them: mean difference and largest logit."""
-    segment = Segment.open(folder / LAYERS_FILE)
+    """Compare the layers with the graph beside them: mean difference of logits up to which
+    `UNMOVED` rows differ, and largest logit.
+    """
     graph = GraphDecoder(PiecewiseSession(folder / "decoder.onnx"), shape)
-    layers = layers_of(segment.arrays, segment.attributes)
-    native = NativeDecoder(graph, layers, floats(segment.arrays["lm_head"]), 1)
-    differences, largest = [], 0.0
-    rng = np.random.default_rng(0)
-    for count, steps, before in COMPARED:
-        feeds = random_feeds(shape, (1, count, steps, before, 0, 1), rng)
+    native = NativeDecoder(*layers_beside(folder / "decoder.onnx.data"), 1)
+    differences: list[float] = []
+    largest, rng = 0.0, np.random.default_rng(0)
+    for before in COMPARED:
+        feeds = random_feeds(shape, (1, COMPARED_ROWS, 1, before, 0, 1), rng)
         embeds, positions = floats(feeds["embeds"][0]), floats(feeds["positions"][:, 0])
-        rows = [Row(embeds[index], positions[:, index]) for index in range(count)]
+        rows = [Row(embeds[index], positions[:, index]) for index in range(COMPARED_ROWS)]
         prefix = KeyValues(floats(feeds["prefix"][:, :, 0]), before)
         wanted, made = (decoder.last_logits(rows, [prefix]) for decoder in (graph, native))
-        differences.append(float(np.abs(made - wanted).mean()))
+        differences.extend(np.abs(made - wanted).mean(axis=1).tolist())
         largest = max(largest, float(np.abs(wanted).max()))
-    return max(differences), largest
+    return float(np.quantile(differences, UNMOVED)), largest
 
 
-def fused_arrays(model: ir.Model, text: DecoderConfig) -> Arrays:
-    """Take what `meiqa.engine.runtime.decoder` reads from a decoder's float or INT8 graph."""
-    arrays: Arrays = {
-        "frequencies": axis_frequencies(text).numpy(),
-        "norm": stored(model, "norm.weight"),
-        "lm_head": head_of(model),
-    }
+def lies_as_it_is(tensor: ir.TensorProtocol) -> bool:
+    """Say whether a tensor can be read in the graph's file of weights, where it is."""
+    return isinstance(tensor, ir.ExternalTensor) and tensor.dtype.numpy().str in VIEWED
+
+
+def place_of(tensor: ir.TensorProtocol) -> tuple[int, str, list[int]]:
+    """Give the offset, dtype and shape of a tensor in the graph's file of weights."""
+    assert isinstance(tensor, ir.ExternalTensor)
+    return tensor.offset or 0, tensor.dtype.numpy().str, [*tensor.shape.numpy()]
+
+
+def fused_layers(model: ir.Model, text: DecoderConfig) -> tuple[Arrays, Tensors]:
+    """Take what `meiqa.engine.runtime.decoder` reads from a decoder's float or INT8 graph.
+
+    Given are arrays that the graph has in no such form, and tensors that it has.
+    """
+    arrays: Arrays = {"frequencies": axis_frequencies(text).numpy()}
+    tensors = {"norm": stored(model, "norm.weight")}
+    add_head(model, arrays, tensors)
     for index in range(text.num_hidden_layers):
         layer = f"layers.{index}"
         for norm, source in (("input", "input"), ("post", "post_attention")):
             weight = stored(model, f"{layer}.{source}_layernorm.weight")
-            arrays[f"{layer}.{norm}_layernorm"] = weight
+            tensors[f"{layer}.{norm}_layernorm"] = weight
         for linear in LAYER_LINEARS:
             part = "mlp" if linear in LAYER_LINEARS[4:] else "self_attn"
             name, source = f"{layer}.{linear}", f"{layer}.{part}.{linear}"
-            weight = arrays[name] = weight_of(model, f"{source}.weight")
-            biased = f"{source}.bias" in model.graph.initializers
-            width = weight.shape[1]
-            bias = stored(model, f"{source}.bias") if biased else np.zeros(width, np.float32)
-            arrays[f"{name}.bias"] = bias
-            if weight.dtype == np.int8:
-                arrays[f"{name}.scale"] = stored(model, f"{source}.weight.scale")
+            weight = tensors[name] = weight_of(model, f"{source}.weight")
+            if f"{source}.bias" in model.graph.initializers:
+                tensors[f"{name}.bias"] = stored(model, f"{source}.bias")
+            else:
+                arrays[f"{name}.bias"] = np.zeros(weight.shape.numpy()[1], np.float32)
+            if weight.dtype == ir.DataType.INT8:
+                tensors[f"{name}.scale"] = stored(model, f"{source}.weight.scale")
                 arrays[f"{name}.input"] = input_range(model, f"{source}.weight.int8")
-    return arrays
+    return arrays, tensors
 
 
-def head_of(model: ir.Model) -> NDArray[np.float32]:
-    """Read what makes logits (inputs, vocabulary), in floats."""
+def add_head(model: ir.Model, arrays: Arrays, tensors: Tensors) -> None:
+    """Take what makes logits (inputs, vocabulary): in floats, or as bytes with steps of blocks.
+
+    Bytes with a step for each word are made floats, as what they are multiplied with is here.
+    """
     weight = weight_of(model, "lm_head.weight")
-    if weight.dtype != np.int8:
-        return weight.astype(np.float32)
-    steps = floats(stored(model, "lm_head.weight.scale"))
-    if steps.ndim == 2:
-        steps = np.repeat(steps, BLOCK, axis=0)[: len(weight)]
-    return weight.astype(np.float32) * steps
+    if weight.dtype != ir.DataType.INT8:
+        tensors["lm_head"] = weight
+        return
+    scale = stored(model, "lm_head.weight.scale")
+    if len(scale.shape) == 1:
+        arrays["lm_head"] = read(weight).astype(np.float32) * floats(read(scale))
+    else:
+        tensors |= {"lm_head": weight, "lm_head.scale": scale}
 
 
-def weight_of(model: ir.Model, name: str) -> NDArray[np.generic]:
-    """Read a weight (inputs, outputs): signed bytes, or floats that may have been halved."""
+def weight_of(model: ir.Model, name: str) -> ir.TensorProtocol:
+    """Find a weight (inputs, outputs): signed bytes, or floats that may have been halved."""
     for form in (f"{name}.int8", f"{name}.half", f"{name}.transposed", name):
         if form in model.graph.initializers:
-            found = stored(model, form)
-            return found if found.dtype == np.int8 else found.astype(np.float32)
+            return stored(model, form)
     raise KeyError(f"the decoder's graph has no weight {name}")
 
 
@@ -156,5 +176,8 @@ def input_range(model: ir.Model, codes: str) -> NDArray[np.float32]:
     return np.array([read(scale), read(zero)], np.float32)
 
 
-def stored(model: ir.Model, name: str) -> NDArray[np.generic]:
-    return read(model.graph.initializers[name].const_value)
+def stored(model: ir.Model, name: str) -> ir.TensorProtocol:
+    """Find an initialiser's tensor."""
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor

@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include "crew.hpp"
+
 #include <cstddef>
 #include <cstdint>
 
@@ -15,16 +17,20 @@
 namespace meiqa {
 
 constexpr std::size_t kLanes = 16, kPanel = 2 * kLanes;
+// Inputs of a column that share a step, where a matrix of bytes is multiplied with floats.
+constexpr std::size_t kBlock = 32;
 
 // In place of steps: 127 of them, on either side of zero, are the largest value of each row.
 constexpr float kOfEachRow = -1.0f;
 
 // A product with a stored matrix of `inputs` rows. A panel holds its columns row after row. Where the
 // input is rounded to codes first, the matrix is one of bytes, of which a kernel wants some rows at
-// a time (`Kernel::together`).
+// a time (`Kernel::together`). With steps of blocks it is one of bytes for an input in floats.
 struct Linear {
     std::size_t inputs = 0, panels = 0;
     const void* weights = nullptr;
+    bool halves = false;                  // floats in half precision
+    const float* blocks = nullptr;        // step of each block: panels, inputs / kBlock, 32
     const float* bias = nullptr;          // panels * 32
     const float* scale = nullptr;         // of codes: float value of one step of a sum
     const std::int32_t* start = nullptr;  // of codes: what a sum begins with, so that zero gives 0
@@ -61,13 +67,27 @@ inline std::size_t key_width(const Model& model) { return model.kv_heads * model
 
 }  // namespace
 
-// One row: the tokens that continue a prefix.
+// Keys and values of tokens that came before, (layers, 2, kv heads, capacity, head width).
+struct Before {
+    const float* array;
+    std::size_t steps, capacity;
+};
+
+// One row: the tokens that continue a prefix and what was written behind that.
 struct Row {
     const float* embeds;               // (steps, width)
     const std::int32_t* positions[3];  // each (steps)
     std::size_t steps;
-    const float* prefix;               // (layers, 2, kv heads, capacity, head width)
-    std::size_t prefix_steps, prefix_capacity;
+    Before prefix, past;
+};
+
+// What is wanted of a row. Without hidden states, of the last layer nothing but keys and values is
+// computed; with what the last token attended to, nothing but that is computed of other tokens.
+struct Wanted {
+    float* hidden;    // (steps, width) normalised; with `attended` (width) of the last token, which
+                      // the last layer has still to be finished for
+    float* attended;  // (queries), or none
+    float* kept;      // the row's keys and values, (layers, 2, kv heads, steps, head width), or none
 };
 
 // Cosines and sines by position and channel, (positions, head_width / 2) each.
@@ -81,21 +101,25 @@ struct Kernel {
     const char* name;
     std::size_t together;  // bytes of a column side by side in a panel; 0: floats that hold them
     int lowest;            // the code that stands for 0 of 0 to 255
+    bool halves;           // whether it takes weights in half precision; else they are made floats
     bool (*runs_here)();
 
-    // Floats that a row of so many steps on such a prefix works in.
-    std::size_t (*row_scratch)(const Model& model, std::size_t steps, std::size_t prefix_steps);
+    // Floats that a row of so many steps behind so many others works in.
+    std::size_t (*row_scratch)(const Model& model, const Crew& crew, std::size_t steps,
+                               std::size_t before);
 
-    // Runs a row up to the attention of the last layer, of which only the last token is wanted: its
-    // hidden state (width) and what it attended to (queries). With `kept`, the row's own keys and
-    // values, (layers, 2, kv heads, steps, head width), are all that is wanted.
-    void (*attend_row)(const Model& model, const Rotary& rotary, const Row& row, float* scratch,
-                       float* hidden, float* attended, float* kept);
+    // Runs a row; its products and heads are shared among the crew.
+    void (*run_row)(const Model& model, const Crew& crew, const Rotary& rotary, const Row& row,
+                    float* scratch, const Wanted& wanted);
 
     // What is left of the last layer, for `rows` tokens at once; their hidden states (rows, width)
     // are replaced by the normalised ones. The scratch is that of a row of as many steps.
-    void (*finish_rows)(const Model& model, std::size_t rows, const float* attended,
-                        float* scratch, float* hidden);
+    void (*finish_rows)(const Model& model, const Crew& crew, std::size_t rows,
+                        const float* attended, float* scratch, float* hidden);
+
+    // A product (rows, panels * 32) of floats (rows, inputs), which are not rounded.
+    void (*multiply_rows)(const Linear& w, const Crew& crew, std::size_t rows, const float* a,
+                          float* out);
 };
 
 extern const Kernel kAvx512, kAvxVnni, kAvx2, kI8mm, kDotprod, kPortable;

@@ -24,7 +24,7 @@ from meiqa.kernels import _decoder
 
 Floats = NDArray[np.float32]
 Number = TypeVar("Number", bound=np.generic)
-PANEL, LANES = 32, 16
+PANEL, LANES, BLOCK = 32, 16, 32
 OF_EACH_ROW = -1.0
 """In place of an input's scale: each row of it has its own."""
 MIDDLE = 128
@@ -37,13 +37,15 @@ class Packing(NamedTuple):
     Attributes:
         together: inputs of an output that lie side by side; 0 for floats that hold the bytes.
         lowest: the code that stands for 0 of a rounded input's 0 to 255.
+        halves: whether weights in half precision stay so; else they are made floats.
     """
 
     together: int
     lowest: int
+    halves: bool
 
 
-KERNELS = {name: Packing(together, lowest) for name, together, lowest in _decoder.kernels()}
+KERNELS = {name: Packing(*packing) for name, packing in _decoder.kernels()}
 """Kernels that run on this processor, the fastest first."""
 FASTEST = next(iter(KERNELS))
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -94,9 +96,10 @@ class Linear:
     """A linear layer.
 
     Attributes:
-        weight: (inputs, outputs), float32 or int8.
+        weight: (inputs, outputs), float32, float16 or int8.
         bias: (outputs,).
-        scale: of an int8 weight, (outputs,).
+        scale: of an int8 weight, (outputs,); or (inputs / `BLOCK`, outputs), where each block of
+            inputs has its own and the input is not rounded.
         input_scale, input_zero: range of its input, rounded to unsigned bytes; a scale of
             `OF_EACH_ROW` gives each row its own, with which its largest value is 127 steps from 0.
     """
@@ -111,7 +114,10 @@ class Linear:
         """The same weight in floats, for an input that is not rounded."""
         if self.scale is None:
             return self
-        return Linear((self.weight * self.scale).astype(np.float32), self.bias)
+        steps = self.scale
+        if steps.ndim == 2:
+            steps = np.repeat(steps, BLOCK, axis=0)[: len(self.weight)]
+        return Linear((self.weight * steps).astype(np.float32), self.bias)
 
     def beside(self, other: Linear) -> Linear:
         """Both layers' outputs in turns, `LANES` of one and `LANES` of the other."""
@@ -128,10 +134,13 @@ class Linear:
 
     def packed(self, packing: Packing) -> Packed:
         """Cut the layer into panels of `PANEL` outputs, as a kernel wants it."""
-        bias = whole_panels(self.bias)
-        if self.scale is None:
-            none = np.zeros(0, np.int32)
-            return Packed(in_panels(self.weight, 1), bias, none.astype(np.float32), none, 0.0, 0.0)
+        bias, none = whole_panels(self.bias), np.zeros(0, np.int32)
+        no_blocks, no_scale = np.zeros((0, 0, 0), np.float32), none.astype(np.float32)
+        if self.scale is None or self.scale.ndim == 2:
+            blocks = no_blocks if self.scale is None else in_panels(self.scale, 1)[..., 0]
+            single = self.weight.dtype == np.float16 and not packing.halves
+            weight = self.weight.astype(np.float32) if single else self.weight
+            return Packed(in_panels(weight, 1), blocks, bias, no_scale, none, 0.0, 0.0)
         own = self.input_scale == OF_EACH_ROW
         scale = np.float32(1.0 if own else self.input_scale)
         steps = OF_EACH_ROW if own else float(np.float32(1.0) / scale)
@@ -140,6 +149,7 @@ class Linear:
         weight = self.weight if packing.together else self.weight.astype(np.float32)
         return Packed(
             in_panels(weight, max(1, packing.together)),
+            no_blocks,
             bias,
             whole_panels(self.scale * scale),
             whole_panels(-code * self.weight.sum(axis=0, dtype=np.int32)),
@@ -152,7 +162,9 @@ class Packed(NamedTuple):
     """A linear layer as a kernel reads it.
 
     Attributes:
-        panels: (panels, inputs / together, `PANEL`, together), float32 or int8, filled with 0.
+        panels: (panels, inputs / together, `PANEL`, together), of floats, halves or bytes, filled
+            with 0.
+        blocks: (panels, inputs / `BLOCK`, `PANEL`) steps of blocks; empty where there are none.
         bias: (outputs,), padded to whole panels, as are the next two.
         scale: of a sum of codes; start: what it begins with, so that an input of zero gives 0.
             Both are empty for an input that is not rounded.
@@ -160,6 +172,7 @@ class Packed(NamedTuple):
     """
 
     panels: NDArray[Any]
+    blocks: Floats
     bias: Floats
     scale: Floats
     start: NDArray[np.int32]
@@ -289,15 +302,13 @@ class FusedDecoder:
         Raises:
             ValueError: shapes do not agree.
         """
-        s, rows = self.shape, len(embeds)
+        rows = len(embeds)
         places, angles = self._checked_rows(embeds, positions, steps)
         if len(prefixes) not in (1, rows) or len(prefixes) != len(prefix_steps):
             raise ValueError(f"{len(prefixes)} prefixes do not fit {rows} rows")
         for prefix, length in zip(prefixes, prefix_steps, strict=True):
-            checked(prefix, (len(self.layers), 2, s.kv_heads, prefix.shape[3], s.head_width))
-            if not 0 <= length <= prefix.shape[3]:
-                raise ValueError(f"a prefix of {prefix.shape[3]} tokens has no {length}")
-        out = np.empty((rows, s.width), np.float32)
+            self._check_before(prefix, length)
+        out = np.empty((rows, self.shape.width), np.float32)
         if rows:
             self._native.run(
                 np.ascontiguousarray(embeds),
@@ -339,6 +350,56 @@ class FusedDecoder:
             )
         return kept
 
+    def step(
+        self,
+        embeds: Floats,
+        positions: Floats,
+        prefix: tuple[Floats, int],
+        past: tuple[Floats, int],
+        threads: int,
+    ) -> tuple[Floats, Floats]:
+        """Read one row behind a prefix and what was written after it.
+
+        Args:
+            embeds: (S, D).
+            positions: (3, S), whole numbers from 0 on.
+            prefix, past: keys and values (L, 2, H, T, d), and how many of the T tokens count.
+            threads: among which the row's products and heads are shared.
+
+        Returns:
+            Normalised hidden states (S, D), and the row's keys and values (L, 2, H, S, d).
+
+        Raises:
+            ValueError: shapes do not agree.
+        """
+        s, count = self.shape, len(embeds)
+        steps = np.array([count])
+        places, angles = self._checked_rows(embeds[None], positions[:, None], steps)
+        for before in (prefix, past):
+            self._check_before(*before)
+        hidden = np.empty((count, s.width), np.float32)
+        kept = np.empty((len(self.layers), 2, s.kv_heads, count, s.head_width), np.float32)
+        self._native.step(
+            np.ascontiguousarray(embeds[None]),
+            places,
+            steps,
+            np.ascontiguousarray(prefix[0]),
+            prefix[1],
+            np.ascontiguousarray(past[0]),
+            past[1],
+            *angles,
+            threads,
+            hidden,
+            kept,
+        )
+        return hidden, kept
+
+    def _check_before(self, array: Floats, length: int) -> None:
+        s, capacity = self.shape, array.shape[3]
+        checked(array, (len(self.layers), 2, s.kv_heads, capacity, s.head_width))
+        if not 0 <= length <= capacity:
+            raise ValueError(f"a prefix of {capacity} tokens has no {length}")
+
     def _checked_rows(
         self, embeds: Floats, positions: Floats, steps: NDArray[np.int64]
     ) -> tuple[NDArray[np.int32], tuple[Floats, Floats]]:
@@ -358,6 +419,40 @@ class FusedDecoder:
         if (farthest := int(places.max(initial=0))) >= len(angles[0]):
             self._angles = angles = self.turned(2 * farthest)
         return places, angles
+
+
+class Projection:
+    """A linear layer by itself, of floats that are not rounded: what makes logits.
+
+    Args:
+        linear: in floats, or in bytes with steps of blocks; else ValueError.
+        kernel: one of `KERNELS`; the fastest by default.
+    """
+
+    def __init__(self, linear: Linear, kernel: str = FASTEST) -> None:
+        if linear.scale is not None and linear.scale.ndim != 2:
+            raise ValueError("the input of a layer by itself is not rounded")
+        self.inputs, self.outputs = checked_blocks(linear).weight.shape
+        self._kernel = kernel
+        self._stored = _decoder.StoredLinear(*linear.packed(KERNELS[kernel]))
+
+    def of(self, rows: Floats, threads: int) -> Floats:
+        """Multiply rows (R, inputs): (R, outputs), each the same in any company."""
+        checked(rows, (len(rows), self.inputs))
+        whole = -(-self.outputs // PANEL) * PANEL
+        out = np.empty((len(rows), whole), np.float32)
+        _decoder.multiply(self._kernel, self._stored, np.ascontiguousarray(rows), threads, out)
+        return out[:, : self.outputs]
+
+
+def checked_blocks(linear: Linear) -> Linear:
+    """Give a layer whose inputs make whole blocks, if it has steps of them; else ValueError."""
+    if linear.scale is not None:
+        inputs, outputs = linear.weight.shape
+        if inputs % BLOCK:
+            raise ValueError(f"{inputs} inputs are no whole blocks of {BLOCK}")
+        checked(linear.scale, (inputs // BLOCK, outputs))
+    return linear
 
 
 def as_read(linears: Mapping[str, Linear]) -> list[Linear]:

@@ -50,11 +50,14 @@ inline void multiply_codes(const Code* a, std::size_t stride, const Weight* pane
 namespace meiqa {
 namespace {
 
-bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool runs_here() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+}
 
 }  // namespace
 
-const Kernel kAvx2{"avx2",      kTogether,  kLowest,    runs_here,
-                   row_scratch, attend_row, finish_rows};
+const Kernel kAvx2{"avx2",    kTogether, kLowest,     kTakesHalves, runs_here,
+                   row_scratch, run_row,   finish_rows, multiply_rows};
 
 }  // namespace meiqa

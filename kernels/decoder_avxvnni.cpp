@@ -54,12 +54,13 @@ namespace {
 bool runs_here() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c") &&
            __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 
 }  // namespace
 
-const Kernel kAvxVnni{"avxvnni",   kTogether,  kLowest,    runs_here,
-                      row_scratch, attend_row, finish_rows};
+const Kernel kAvxVnni{"avxvnni",    kTogether, kLowest,     kTakesHalves, runs_here,
+                   row_scratch, run_row,   finish_rows, multiply_rows};
 
 }  // namespace meiqa

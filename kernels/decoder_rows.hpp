@@ -3,7 +3,8 @@
 //
 // Everything between two products happens on the way: a product's tile is turned to floats, biased,
 // gated and rounded before it leaves the registers. All sums run over their inputs in order, however
-// many rows a tile has: a row's result depends on nothing but the row.
+// many rows a tile has: a row's result depends on nothing but the row. Who shares its work, panel by
+// panel and head by head, takes no part in any sum.
 
 #pragma once
 
@@ -11,6 +12,13 @@ namespace meiqa {
 namespace {
 
 constexpr float kUnseen = -1e30f;
+// Weights that stay in a core's cache beside what else is there, tiles of rows that do, and parts of a
+// product for each of a crew.
+constexpr std::size_t kCacheBytes = 512 << 10, kManyTiles = 8, kPartsEach = 4;
+// Multiplications that are worth sharing. To read a weight takes as long as ten of bytes.
+constexpr std::size_t kWorth = 4 << 20, kReading = 10;
+// The same of one in floats, and of what is done to a value between products.
+constexpr std::size_t kInFloats = 4, kBetween = 32;
 // A row's largest value, and the largest code, where each row is rounded by itself.
 constexpr float kLeastLargest = 1e-30f, kLargestCode = 127.0f;
 
@@ -30,8 +38,17 @@ template <std::size_t ROWS>
 void layer_of(const Linear& w, const float* a, const float*, std::size_t stride, std::size_t panel,
               Pair (&made)[ROWS]) {
     const std::size_t at = panel * kPanel;
-    const float* const weights = static_cast<const float*>(w.weights) + at * w.inputs;
-    multiply<ROWS>(a, stride, weights, w.inputs, made);
+    if (w.blocks) {
+        const auto* const weights = static_cast<const std::int8_t*>(w.weights) + at * w.inputs;
+        const float* const steps = w.blocks + at * (w.inputs / kBlock);
+        multiply_blocks<ROWS>(a, stride, weights, steps, w.inputs, made);
+    } else if (w.halves) {
+        const auto* const weights = static_cast<const Half*>(w.weights) + at * w.inputs;
+        multiply_halves<ROWS>(a, stride, weights, w.inputs, made);
+    } else {
+        const float* const weights = static_cast<const float*>(w.weights) + at * w.inputs;
+        multiply<ROWS>(a, stride, weights, w.inputs, made);
+    }
     const Lanes low = load(w.bias + at), high = load(w.bias + at + kLanes);
     for (std::size_t r = 0; r < ROWS; ++r) made[r] = {made[r].low + low, made[r].high + high};
 }
@@ -93,34 +110,64 @@ struct Input {
     }
 };
 
+// Panels from `first` to `end`. A tile of rows stays in the first cache while it meets all of them,
+// unless they are more than a core's cache holds: then many rows meet a panel before the next one
+// comes, so that it is read once for all of them.
 template <class Value, class Take>
 void product_of(const Linear& w, const Value* a, const Input& input, std::size_t rows,
-                const Take& take) {
-    for (std::size_t first = 0; first < rows; first += kTile)
-        for (std::size_t panel = 0; panel < w.panels; ++panel)
-            with_rows(least(kTile, rows - first),
-                      Tile<Value, Take>{w, a, input.step, input.width, first, panel, take});
+                std::size_t first, std::size_t end, const Take& take) {
+    const std::size_t bytes = (end - first) * kPanel * w.inputs * sizeof(Value);
+    const std::size_t together = bytes > kCacheBytes ? kManyTiles * kTile : kTile;
+    for (std::size_t group = 0; group < rows; group += together)
+        for (std::size_t panel = first; panel < end; ++panel)
+            for (std::size_t row = group; row < least(rows, group + together); row += kTile)
+                with_rows(least(kTile, rows - row),
+                          Tile<Value, Take>{w, a, input.step, input.width, row, panel, take});
+}
+
+// The crew where so many multiplications take some 20 µs, else nobody but the caller: others would
+// come too late.
+Crew worth(const Crew& crew, std::size_t multiplications) {
+    return multiplications < kWorth ? Crew{} : crew;
 }
 
 template <class Take>
-void product(const Linear& w, const Input& input, std::size_t rows, const Take& take) {
-    if (rounds(w)) product_of(w, input.codes, input, rows, take);
-    else product_of(w, input.floats, input, rows, take);
+void product(const Crew& all, const Linear& w, const Input& input, std::size_t rows,
+             const Take& take) {
+    const Crew crew = worth(all, w.panels * kPanel * w.inputs * (rows + kReading));
+    const std::size_t parts = least(w.panels, crew.size == 1 ? 1 : kPartsEach * crew.size);
+    shared(crew, parts, [&](std::size_t part, std::size_t) {
+        const std::size_t first = part * w.panels / parts, end = (part + 1) * w.panels / parts;
+        if (rounds(w)) product_of(w, input.codes, input, rows, first, end, take);
+        else product_of(w, input.floats, input, rows, first, end, take);
+    });
 }
 
-void stored(const Linear& w, const Input& input, std::size_t rows, float* out, std::size_t width) {
-    product(w, input, rows, [=](std::size_t row, std::size_t panel, const Pair& made) {
+void stored(const Crew& crew, const Linear& w, const Input& input, std::size_t rows, float* out,
+            std::size_t width) {
+    product(crew, w, input, rows, [=](std::size_t row, std::size_t panel, const Pair& made) {
         float* const at = out + row * width + panel * kPanel;
         store(at, made.low);
         store(at + kLanes, made.high);
     });
 }
 
-void added(const Linear& w, const Input& input, std::size_t rows, float* out, std::size_t width) {
-    product(w, input, rows, [=](std::size_t row, std::size_t panel, const Pair& made) {
+void added(const Crew& crew, const Linear& w, const Input& input, std::size_t rows, float* out,
+           std::size_t width) {
+    product(crew, w, input, rows, [=](std::size_t row, std::size_t panel, const Pair& made) {
         float* const at = out + row * width + panel * kPanel;
         store(at, load(at) + made.low);
         store(at + kLanes, load(at + kLanes) + made.high);
+    });
+}
+
+// Calls work(first, count) for groups of rows of that width.
+template <class Work>
+void by_rows(const Crew& all, std::size_t rows, std::size_t width, const Work& work) {
+    const Crew crew = worth(all, rows * width * kBetween);
+    const std::size_t together = crew.size == 1 ? rows : kTile;
+    shared(crew, (rows + together - 1) / together, [&](std::size_t group, std::size_t) {
+        work(group * together, least(together, rows - group * together));
     });
 }
 
@@ -184,18 +231,17 @@ void rotate(const Model& model, const float* cosines, const float* sines, std::s
 
 // ---- attention ---------------------------------------------------------------------------------
 
-// Keys or values of one head: those of the prefix, then the row's own.
+// Keys or values of one head: those of the prefix, those written behind it, then the row's own.
 struct Seen {
-    const float* prefix;
-    std::size_t prefix_steps;
-    const float* own;
-    std::size_t own_stride, steps;
+    const float *prefix, *past, *own;
+    std::size_t prefix_steps, past_steps, steps, own_stride;
 
-    std::size_t count() const { return prefix_steps + steps; }
+    std::size_t count() const { return prefix_steps + past_steps + steps; }
 
     const float* at(std::size_t index, std::size_t width) const {
-        return index < prefix_steps ? prefix + index * width
-                                    : own + (index - prefix_steps) * own_stride;
+        if (index < prefix_steps) return prefix + index * width;
+        index -= prefix_steps;
+        return index < past_steps ? past + index * width : own + (index - past_steps) * own_stride;
     }
 };
 
@@ -249,16 +295,17 @@ float soften(float* scores, std::size_t seen, std::size_t count) {
 
 struct Attending {
     std::size_t width;                     // of a head
-    std::size_t prefix_steps, count;       // keys before the first query, all keys
+    std::size_t count;                     // all keys
     const float *keys, *values;            // in panels
     const float* queries;                  // of the first query of the tile
-    std::size_t first, stride;             // first query's step; from one query to the next
+    std::size_t seen, more;                // keys that it sees, and that each next one sees more
+    std::size_t stride;                    // from one query to the next
     float* scores;                         // kTile rows of all keys, padded
     float* out;                            // of the first query
 
     template <std::size_t ROWS>
     void operator()() const {
-        const std::size_t visible = prefix_steps + first + ROWS;
+        const std::size_t visible = seen + (ROWS - 1) * more;
         const std::size_t padded = rounded_up(count, kPanel);
         for (std::size_t panel = 0; panel * kPanel < visible; ++panel) {
             Pair sums[ROWS];
@@ -271,8 +318,7 @@ struct Attending {
         }
         float share[ROWS];
         for (std::size_t r = 0; r < ROWS; ++r)
-            share[r] = soften(scores + r * padded, visible - ROWS + r + 1,
-                              rounded_up(visible, kLanes));
+            share[r] = soften(scores + r * padded, seen + r * more, rounded_up(visible, kLanes));
         for (std::size_t channel = 0; channel < width; channel += kPanel) {
             Pair sums[ROWS];
             multiply<ROWS>(scores, padded, values + channel * count, visible, sums);
@@ -301,21 +347,26 @@ struct Arena {
 };
 
 struct Work {
-    float *hidden, *cosines, *sines, *queries, *keys, *values, *packed_keys, *packed_values,
-        *scores;
+    float *hidden, *cosines, *sines, *queries, *keys, *values;
+    float *packed_keys, *packed_values;  // of a head at a time, or of all heads where a crew shares
+    float* scores;                       // of each of a crew
+    std::size_t packed_floats, score_floats;
     Input normed, attended, gated;
 
-    Work(const Model& model, std::size_t steps, std::size_t prefix_steps, Arena arena) {
-        const std::size_t seen = rounded_up(prefix_steps + steps, kPanel);
+    Work(const Model& model, const Crew& crew, std::size_t steps, std::size_t before, Arena arena) {
+        const std::size_t seen = rounded_up(before + steps, kPanel);
+        packed_floats = seen * model.head_width;
+        score_floats = kTile * seen;
         hidden = arena.take(steps * model.width);
         cosines = arena.take(steps * model.head_width / 2);
         sines = arena.take(steps * model.head_width / 2);
         queries = arena.take(steps * query_width(model));
         keys = arena.take(steps * key_width(model));
         values = arena.take(steps * key_width(model));
-        packed_keys = arena.take(seen * model.head_width);
-        packed_values = arena.take(seen * model.head_width);
-        scores = arena.take(kTile * seen);
+        const std::size_t heads = crew.size == 1 ? 1 : model.kv_heads;
+        packed_keys = arena.take(heads * packed_floats);
+        packed_values = arena.take(heads * packed_floats);
+        scores = arena.take(crew.size * score_floats);
         normed = input(arena, steps, model.width);
         attended = input(arena, steps, query_width(model));
         gated = input(arena, steps, model.inner);
@@ -360,46 +411,107 @@ void prepare(const Linear& reader, const Input& input, std::size_t rows) {
         round_to_codes(load(input.floats + i), input.codes + i, reader);
 }
 
-void mlp(const Model& model, const Layer& layer, std::size_t rows, const Work& work,
-         float* hidden) {
-    normalise(model, hidden, layer.mlp_norm, rows, work.normed.floats);
-    prepare(layer.gate_up, work.normed, rows);
+// Normalises rows and gives a linear layer its input of them.
+void norm_for(const Model& model, const Crew& crew, const float* x, const float* weight,
+              const Linear& reader, std::size_t rows, const Input& out) {
+    by_rows(crew, rows, model.width, [&](std::size_t first, std::size_t count) {
+        const Input part = out.from(first);
+        normalise(model, x + first * model.width, weight, count, part.floats);
+        prepare(reader, part, count);
+    });
+}
+
+void prepare_all(const Crew& crew, const Linear& reader, const Input& input, std::size_t rows) {
+    if (rounds(reader))
+        by_rows(crew, rows, input.width, [&](std::size_t first, std::size_t count) {
+            prepare(reader, input.from(first), count);
+        });
+}
+
+void mlp(const Model& model, const Crew& crew, const Layer& layer, std::size_t rows,
+         const Work& work, float* hidden) {
+    norm_for(model, crew, hidden, layer.mlp_norm, layer.gate_up, rows, work.normed);
     const Input gated = work.gated;
     const Linear& down = layer.down;
     const bool at_once = rounds(down) && !each_row_by_itself(down);
-    product(layer.gate_up, work.normed, rows,
+    product(crew, layer.gate_up, work.normed, rows,
             [&](std::size_t row, std::size_t panel, const Pair& made) {
                 const Lanes value = silu(made.low) * made.high;
                 const std::size_t at = row * gated.width + panel * kLanes;
                 if (at_once) round_to_codes(value, gated.codes + at, down);
                 else store(gated.floats + at, value);
             });
-    if (!at_once) prepare(down, gated, rows);
-    added(down, gated, rows, hidden, model.width);
+    if (!at_once) prepare_all(crew, down, gated, rows);
+    added(crew, down, gated, rows, hidden, model.width);
 }
 
-// Mixes values for the queries from step `first` on.
-void attend(const Model& model, const Row& row, std::size_t layer, std::size_t first,
-            const Work& work) {
-    const std::size_t d = model.head_width, head_floats = row.prefix_capacity * d;
-    for (std::size_t head = 0; head < model.kv_heads; ++head) {
-        const float* const prefix =
-            row.prefix + (2 * layer * model.kv_heads + head) * head_floats;
-        const Seen keys{prefix, row.prefix_steps, work.keys + head * d, key_width(model), row.steps};
-        const Seen values{prefix + model.kv_heads * head_floats, row.prefix_steps,
-                          work.values + head * d, key_width(model), row.steps};
-        pack_keys(keys, d, work.packed_keys);
-        pack_values(values, d, work.packed_values);
-        for (std::size_t g = 0; g < model.group; ++g)
-            for (std::size_t step = first; step < row.steps; step += kTile) {
-                const std::size_t at =
-                    step * query_width(model) + (head * model.group + g) * d;
-                with_rows(least(kTile, row.steps - step),
-                          Attending{d, row.prefix_steps, keys.count(), work.packed_keys,
-                                    work.packed_values, work.queries + at, step,
-                                    query_width(model), work.scores, work.attended.floats + at});
-            }
+// What of attention is shared: the keys and values of a head, and the queries that read them.
+struct Heads {
+    const Model& model;
+    const Row& row;
+    const Work& work;
+    std::size_t layer, first;  // the step of the first query
+
+    std::size_t before() const { return row.prefix.steps + row.past.steps; }
+
+    // Of one head, keys (0) or values (1).
+    Seen seen(std::size_t head, std::size_t which, const float* own) const {
+        const std::size_t at = (2 * layer + which) * model.kv_heads + head, d = model.head_width;
+        return {row.prefix.array + at * row.prefix.capacity * d,
+                row.past.array + at * row.past.capacity * d,
+                own + head * d, row.prefix.steps, row.past.steps, row.steps, key_width(model)};
     }
+
+    void pack(std::size_t head, std::size_t place) const {
+        const std::size_t at = place * work.packed_floats;
+        pack_keys(seen(head, 0, work.keys), model.head_width, work.packed_keys + at);
+        pack_values(seen(head, 1, work.values), model.head_width, work.packed_values + at);
+    }
+
+    // Mixes values for queries of one head, by what was packed in that place: those of its group from
+    // `g` to `end`. Of a single token all of them are a tile, and of several each one's tokens.
+    void mix(std::size_t head, std::size_t g, std::size_t end, std::size_t place,
+             std::size_t worker) const {
+        const std::size_t d = model.head_width, row_stride = query_width(model);
+        const std::size_t count = before() + row.steps, packed = place * work.packed_floats;
+        const auto tile = [&](std::size_t queries, std::size_t step, std::size_t query,
+                              std::size_t more, std::size_t stride) {
+            const std::size_t at = step * row_stride + (head * model.group + query) * d;
+            with_rows(queries,
+                      Attending{d, count, work.packed_keys + packed, work.packed_values + packed,
+                                work.queries + at, before() + step + 1, more, stride,
+                                work.scores + worker * work.score_floats,
+                                work.attended.floats + at});
+        };
+        if (row.steps - first == 1) {
+            for (; g < end; g += kTile) tile(least(kTile, end - g), first, g, 0, d);
+            return;
+        }
+        for (; g < end; ++g)
+            for (std::size_t step = first; step < row.steps; step += kTile)
+                tile(least(kTile, row.steps - step), step, g, 1, row_stride);
+    }
+};
+
+void attend(const Crew& all, const Heads& heads) {
+    const std::size_t group = heads.model.group, count = heads.model.kv_heads;
+    const std::size_t steps = heads.row.steps - heads.first, seen = heads.before() + heads.row.steps;
+    const std::size_t multiplications = 2 * seen * steps * query_width(heads.model);
+    const std::size_t packed = 2 * seen * key_width(heads.model);
+    const Crew crew = worth(all, multiplications * kInFloats + packed * kBetween);
+    if (crew.size == 1) {
+        for (std::size_t head = 0; head < count; ++head) {
+            heads.pack(head, 0);
+            heads.mix(head, 0, group, 0, 0);
+        }
+        return;
+    }
+    shared(crew, count, [&](std::size_t head, std::size_t) { heads.pack(head, head); });
+    const std::size_t parts = least(group, (crew.size + count - 1) / count);
+    shared(crew, count * parts, [&](std::size_t task, std::size_t worker) {
+        const std::size_t head = task / parts, part = task % parts;
+        heads.mix(head, part * group / parts, (part + 1) * group / parts, head, worker);
+    });
 }
 
 // Lays what all heads made of a token side by side head by head; gives the end of what it wrote.
@@ -421,62 +533,82 @@ void turn_tables(const Model& model, const Rotary& rotary, const Row& row, const
         }
 }
 
-std::size_t row_scratch(const Model& model, std::size_t steps, std::size_t prefix_steps) {
-    return Work(model, steps, prefix_steps, Arena{nullptr}).floats;
+// Of the layers that read a normed row, one that wants it rounded, if any does: all want it alike,
+// as an activation has one range.
+const Linear& rounding(const Layer& layer) {
+    if (rounds(layer.query)) return layer.query;
+    return rounds(layer.key) ? layer.key : layer.value;
 }
 
-void attend_row(const Model& model, const Rotary& rotary, const Row& row, float* scratch,
-                float* hidden, float* attended, float* kept) {
-    const Work work(model, row.steps, row.prefix_steps, Arena{scratch});
+std::size_t row_scratch(const Model& model, const Crew& crew, std::size_t steps,
+                        std::size_t before) {
+    return Work(model, crew, steps, before, Arena{nullptr}).floats;
+}
+
+void run_row(const Model& model, const Crew& crew, const Rotary& rotary, const Row& row,
+             float* scratch, const Wanted& wanted) {
+    const Work work(model, crew, row.steps, row.prefix.steps + row.past.steps, Arena{scratch});
     const std::size_t heads = model.kv_heads * model.group, half = model.head_width / 2;
     const float scale = 1.0f / root(static_cast<float>(model.head_width));
+    float* kept = wanted.kept;
     std::memcpy(work.hidden, row.embeds, row.steps * model.width * sizeof(float));
     turn_tables(model, rotary, row, work);
     for (std::size_t index = 0; index < model.layer_count; ++index) {
         const Layer& layer = model.layers[index];
         const bool last = index + 1 == model.layer_count;
-        const std::size_t first = last ? row.steps - 1 : 0, wanted = row.steps - first;
-        normalise(model, work.hidden, layer.attention_norm, row.steps, work.normed.floats);
-        // Layers that want it rounded want it alike: an activation has one range.
-        const Linear* const readers[] = {&layer.query, &layer.key, &layer.value};
-        for (const Linear* const reader : readers)
-            if (rounds(*reader)) {
-                prepare(*reader, work.normed, row.steps);
-                break;
-            }
-        stored(layer.key, work.normed, row.steps, work.keys, key_width(model));
-        stored(layer.value, work.normed, row.steps, work.values, key_width(model));
-        rotate(model, work.cosines, work.sines, row.steps, model.kv_heads, 1.0f, work.keys);
+        const std::size_t first = last && wanted.attended ? row.steps - 1 : 0;
+        norm_for(model, crew, work.hidden, layer.attention_norm, rounding(layer), row.steps,
+                 work.normed);
+        stored(crew, layer.key, work.normed, row.steps, work.keys, key_width(model));
+        stored(crew, layer.value, work.normed, row.steps, work.values, key_width(model));
+        by_rows(crew, row.steps, key_width(model), [&](std::size_t from, std::size_t count) {
+            rotate(model, work.cosines + from * half, work.sines + from * half, count,
+                   model.kv_heads, 1.0f, work.keys + from * key_width(model));
+        });
         if (kept) {
             kept = keep(model, row.steps, work.keys, kept);
             kept = keep(model, row.steps, work.values, kept);
-            if (last) return;
+            if (last && !wanted.hidden) return;
         }
-        stored(layer.query, work.normed.from(first), wanted,
+        stored(crew, layer.query, work.normed.from(first), row.steps - first,
                work.queries + first * query_width(model), query_width(model));
-        rotate(model, work.cosines + first * half, work.sines + first * half, wanted, heads, scale,
-               work.queries + first * query_width(model));
-        attend(model, row, index, first, work);
-        if (last) break;
-        prepare(layer.mix, work.attended, row.steps);
-        added(layer.mix, work.attended, row.steps, work.hidden, model.width);
-        mlp(model, layer, row.steps, work, work.hidden);
+        by_rows(crew, row.steps - first, query_width(model), [&](std::size_t from,
+                                                                 std::size_t count) {
+            from += first;
+            rotate(model, work.cosines + from * half, work.sines + from * half, count, heads,
+                   scale, work.queries + from * query_width(model));
+        });
+        attend(crew, {model, row, work, index, first});
+        if (last && wanted.attended) break;
+        prepare_all(crew, layer.mix, work.attended, row.steps);
+        added(crew, layer.mix, work.attended, row.steps, work.hidden, model.width);
+        mlp(model, crew, layer, row.steps, work, work.hidden);
+    }
+    if (!wanted.attended) {
+        normalise(model, work.hidden, model.last_norm, row.steps, wanted.hidden);
+        return;
     }
     const std::size_t end = row.steps - 1;
-    std::memcpy(hidden, work.hidden + end * model.width, model.width * sizeof(float));
-    std::memcpy(attended, work.attended.floats + end * query_width(model),
+    std::memcpy(wanted.hidden, work.hidden + end * model.width, model.width * sizeof(float));
+    std::memcpy(wanted.attended, work.attended.floats + end * query_width(model),
                 query_width(model) * sizeof(float));
 }
 
-void finish_rows(const Model& model, std::size_t rows, const float* attended, float* scratch,
-                 float* hidden) {
-    const Work work(model, rows, 0, Arena{scratch});
+void finish_rows(const Model& model, const Crew& crew, std::size_t rows, const float* attended,
+                 float* scratch, float* hidden) {
+    const Work work(model, crew, rows, 0, Arena{scratch});
     const Layer& layer = model.layers[model.layer_count - 1];
     std::memcpy(work.attended.floats, attended, rows * query_width(model) * sizeof(float));
-    prepare(layer.mix, work.attended, rows);
-    added(layer.mix, work.attended, rows, hidden, model.width);
-    mlp(model, layer, rows, work, hidden);
+    prepare_all(crew, layer.mix, work.attended, rows);
+    added(crew, layer.mix, work.attended, rows, hidden, model.width);
+    mlp(model, crew, layer, rows, work, hidden);
     normalise(model, hidden, model.last_norm, rows, hidden);
+}
+
+void multiply_rows(const Linear& w, const Crew& crew, std::size_t rows, const float* a,
+                   float* out) {
+    const Input input{const_cast<float*>(a), nullptr, nullptr, w.inputs};
+    stored(crew, w, input, rows, out, w.panels * kPanel);
 }
 
 }  // namespace

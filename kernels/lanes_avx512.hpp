@@ -17,6 +17,8 @@ using Lanes = __m512;
 using Ints = __m512i;
 using Code = std::uint8_t;
 using Weight = std::int8_t;
+using Half = std::uint16_t;
+constexpr bool kTakesHalves = true;
 constexpr std::size_t kTogether = 4;
 constexpr int kLowest = 0;
 constexpr std::size_t kHalves = 2;  // of a panel, that products of codes take at once
@@ -107,6 +109,56 @@ __attribute__((noinline)) void multiply_codes(const Code* a, std::size_t stride,
     }
 #pragma GCC unroll 16
     for (std::size_t r = 0; r < ROWS; ++r) sums[r][0] = lows[r], sums[r][1] = highs[r];
+}
+
+// Sums of products of rows with one panel in half precision.
+template <std::size_t ROWS>
+inline void multiply_halves(const float* a, std::size_t stride, const Half* panel,
+                            std::size_t inputs, Pair (&sums)[ROWS]) {
+    __m512 lows[ROWS], highs[ROWS];
+#pragma GCC unroll 16
+    for (std::size_t r = 0; r < ROWS; ++r) lows[r] = highs[r] = _mm512_setzero_ps();
+    const auto floats = [](const Half* at) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+    };
+    for (std::size_t k = 0; k < inputs; ++k, panel += kPanel) {
+        const __m512 low = floats(panel), high = floats(panel + kLanes);
+#pragma GCC unroll 16
+        for (std::size_t r = 0; r < ROWS; ++r) {
+            const __m512 value = _mm512_set1_ps(a[r * stride + k]);
+            lows[r] = _mm512_fmadd_ps(value, low, lows[r]);
+            highs[r] = _mm512_fmadd_ps(value, high, highs[r]);
+        }
+    }
+#pragma GCC unroll 16
+    for (std::size_t r = 0; r < ROWS; ++r) sums[r] = {lows[r], highs[r]};
+}
+
+// Sums of products of rows with one panel of bytes, whose blocks have steps of their own.
+template <std::size_t ROWS>
+inline void multiply_blocks(const float* a, std::size_t stride, const std::int8_t* panel,
+                            const float* steps, std::size_t inputs, Pair (&sums)[ROWS]) {
+    __m512 lows[ROWS], highs[ROWS];
+#pragma GCC unroll 16
+    for (std::size_t r = 0; r < ROWS; ++r) lows[r] = highs[r] = _mm512_setzero_ps();
+    const auto floats = [](const std::int8_t* at) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+    };
+    for (std::size_t block = 0; block < inputs; block += kBlock, steps += kPanel) {
+        const __m512 low_step = _mm512_loadu_ps(steps), high_step = _mm512_loadu_ps(steps + kLanes);
+        for (std::size_t k = block; k < block + kBlock; ++k, panel += kPanel) {
+            const __m512 low = floats(panel) * low_step, high = floats(panel + kLanes) * high_step;
+#pragma GCC unroll 16
+            for (std::size_t r = 0; r < ROWS; ++r) {
+                const __m512 value = _mm512_set1_ps(a[r * stride + k]);
+                lows[r] = _mm512_fmadd_ps(value, low, lows[r]);
+                highs[r] = _mm512_fmadd_ps(value, high, highs[r]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (std::size_t r = 0; r < ROWS; ++r) sums[r] = {lows[r], highs[r]};
 }
 
 // The columns of 16 rows of 16 floats become rows.

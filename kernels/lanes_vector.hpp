@@ -238,6 +238,88 @@ MEIQA_INLINE void multiply(const float* a, std::size_t stride, const float* pane
     for (std::size_t r = 0; r < ROWS; ++r) sums[r] = {lows[r], highs[r]};
 }
 
+using Half = std::uint16_t;
+
+// Floats in half precision; of processors that have no operation for it there are none.
+#if defined(__F16C__)
+constexpr bool kTakesHalves = true;
+MEIQA_INLINE Native floats_of(const Half* at) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+#elif defined(__aarch64__)
+constexpr bool kTakesHalves = true;
+MEIQA_INLINE Native floats_of(const Half* at) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(at)));
+}
+#else
+constexpr bool kTakesHalves = false;
+MEIQA_INLINE Native floats_of(const Half*) { return Native{}; }
+#endif
+
+MEIQA_INLINE Native floats_of(const std::int8_t* at) {
+    typedef std::int8_t NativeBytes __attribute__((vector_size(kNative)));
+    NativeBytes bytes;
+    std::memcpy(&bytes, at, sizeof bytes);
+    return __builtin_convertvector(bytes, Native);
+}
+
+// Sums of products of rows with 16 columns of a panel of which `part_of(k, i)` reads a part of a line.
+template <std::size_t ROWS, class PartOf>
+MEIQA_INLINE void multiply_read(const float* a, std::size_t stride, std::size_t inputs,
+                                const PartOf& part_of, Lanes (&sums)[ROWS]) {
+    Native made[ROWS][kParts];
+#pragma GCC unroll 8
+    for (std::size_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < kParts; ++i) made[r][i] = Native{};
+    for (std::size_t k = 0; k < inputs; ++k) {
+        Native columns[kParts];
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < kParts; ++i) columns[i] = part_of(k, i);
+#pragma GCC unroll 8
+        for (std::size_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+            for (std::size_t i = 0; i < kParts; ++i)
+                made[r][i] = fused(a[r * stride + k] - Native{}, columns[i], made[r][i]);
+    }
+#pragma GCC unroll 8
+    for (std::size_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < kParts; ++i) sums[r].part[i] = made[r][i];
+}
+
+// Sums of products of rows with one panel, half by half.
+template <std::size_t ROWS, class PartOf>
+MEIQA_INLINE void multiply_both(const float* a, std::size_t stride, std::size_t inputs,
+                                const PartOf& part_of, Pair (&sums)[ROWS]) {
+    Lanes lows[ROWS], highs[ROWS];
+    multiply_read<ROWS>(a, stride, inputs, part_of, lows);
+    const auto behind = [&](std::size_t k, std::size_t i) { return part_of(k, i + kParts); };
+    multiply_read<ROWS>(a, stride, inputs, behind, highs);
+    for (std::size_t r = 0; r < ROWS; ++r) sums[r] = {lows[r], highs[r]};
+}
+
+// Sums of products of rows with one panel in half precision.
+template <std::size_t ROWS>
+MEIQA_INLINE void multiply_halves(const float* a, std::size_t stride, const Half* panel,
+                                  std::size_t inputs, Pair (&sums)[ROWS]) {
+    const auto part_of = [=](std::size_t k, std::size_t i) {
+        return floats_of(panel + k * kPanel + i * kNative);
+    };
+    multiply_both<ROWS>(a, stride, inputs, part_of, sums);
+}
+
+// Sums of products of rows with one panel of bytes, whose blocks have steps of their own.
+template <std::size_t ROWS>
+MEIQA_INLINE void multiply_blocks(const float* a, std::size_t stride, const std::int8_t* panel,
+                                  const float* steps, std::size_t inputs, Pair (&sums)[ROWS]) {
+    const auto part_of = [=](std::size_t k, std::size_t i) {
+        const std::size_t at = i * kNative;
+        return floats_of(panel + k * kPanel + at) * native(steps + k / kBlock * kPanel + at);
+    };
+    multiply_both<ROWS>(a, stride, inputs, part_of, sums);
+}
+
 // The columns of 16 rows of 16 floats become rows.
 inline void transpose(const float* const (&rows)[kLanes], float* out, std::size_t stride) {
     for (std::size_t column = 0; column < kLanes; ++column)

@@ -1,15 +1,18 @@
 // Threads that wait for work between calls, and memory that each of them keeps.
 //
 // Starting a thread for a call costs as much as a comparison's softmax, and memory that is mapped
-// and unmapped for each row makes all threads of the process wait for one another.
+// and unmapped for each row makes all threads of the process wait for one another. Within a call
+// work comes many times in a row: threads look for it, or for its end, a while before they sleep.
 
 #pragma once
 
-#include <algorithm>
+#include "crew.hpp"
+
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <cstdlib>
-#include <functional>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -41,22 +44,49 @@ inline float* kept_floats(std::size_t count) {
     return kept.floats;
 }
 
+// Tells the processor that a loop waits.
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Waits until something is so; false if it is not for longer than a thread may look for work.
+template <class Condition>
+bool soon(const Condition& condition) {
+    constexpr std::chrono::microseconds longest{50};
+    const auto began = std::chrono::steady_clock::now();
+    while (true) {
+        for (int look = 0; look < 32; ++look, pause())
+            if (condition()) return true;
+        if (std::chrono::steady_clock::now() - began > longest) return condition();
+    }
+}
+
 class Pool {
   public:
-    // Calls work(0) to work(tasks - 1), shared among so many threads, this one included. While
-    // another call is under way the calling thread does all of it alone.
-    static void run(std::size_t threads, std::size_t tasks,
-                    const std::function<void(std::size_t)>& work) {
-        const std::size_t helpers = std::min(threads, tasks) - 1;
+    // Calls work(crew), which may share tasks among so many threads, this one included. While
+    // another call is under way the calling thread is alone.
+    template <class Work>
+    static void gather(std::size_t threads, const Work& work) {
         const std::unique_lock<std::mutex> alone(one_at_a_time(), std::try_to_lock);
-        if (tasks < 2 || helpers == 0 || !alone.owns_lock()) {
-            for (std::size_t task = 0; task < tasks; ++task) work(task);
+        if (threads < 2 || !alone.owns_lock()) {
+            work(Crew{});
             return;
         }
-        instance().share(helpers, tasks, work);
+        Pool& pool = instance();
+        pool.open(threads - 1);
+        work(Crew{threads, &pool, [](void* self, std::size_t tasks, Task task, const void* what) {
+                      static_cast<Pool*>(self)->share(tasks, task, what);
+                  }});
+        pool.open_ = false;
     }
 
   private:
+    using Task = void (*)(const void* what, std::size_t task, std::size_t worker);
+
     // Never destroyed: its threads wait when the process ends. A fork has none of them.
     static Pool& instance() {
         static Pool* pool = nullptr;
@@ -77,48 +107,77 @@ class Pool {
 #endif
     }
 
-    void share(std::size_t helpers, std::size_t tasks,
-               const std::function<void(std::size_t)>& work) {
-        {
-            const std::lock_guard<std::mutex> hold(mutex_);
-            for (; threads_ < helpers; ++threads_)
-                std::thread([this, index = threads_] { help(index); }).detach();
-            work_ = &work;
-            tasks_ = tasks;
-            next_ = 0;
-            helpers_ = busy_ = helpers;
-            ++round_;
+    void open(std::size_t helpers) {
+        for (; threads_ < helpers; ++threads_)
+            std::thread([this, worker = threads_ + 1] { help(worker); }).detach();
+        helpers_ = helpers;
+        open_ = true;
+    }
+
+    void share(std::size_t tasks, Task task, const void* what) {
+        task_ = task;
+        what_ = what;
+        done_ = 0;
+        offer_ = (std::uint64_t{helpers_} << kBits | tasks) << kBits;
+        if (asleep_ > threads_ - helpers_) {
+            { const std::lock_guard<std::mutex> hold(mutex_); }
+            called_.notify_all();
         }
-        called_.notify_all();
-        take();
+        take(0);
+        const auto all_done = [&] { return done_ == tasks; };
+        if (soon(all_done)) return;
         std::unique_lock<std::mutex> hold(mutex_);
-        done_.wait(hold, [this] { return busy_ == 0; });
+        waiting_ = true;
+        finished_.wait(hold, all_done);
+        waiting_ = false;
     }
 
-    void take() {
-        for (std::size_t task = next_++; task < tasks_; task = next_++) (*work_)(task);
+    // How many helpers are called, how many tasks there are, and which is the next, in one word: who
+    // takes a task has one of those that are offered at that moment, and no others are offered before
+    // it is done.
+    static constexpr int kBits = 24;
+
+    static bool offers(std::uint64_t offer, std::size_t worker) {
+        constexpr std::uint64_t mask = (std::uint64_t{1} << kBits) - 1;
+        return worker <= offer >> 2 * kBits && (offer & mask) < (offer >> kBits & mask);
     }
 
-    void help(std::size_t index) {
-        std::size_t seen = 0;
-        while (true) {
-            {
-                std::unique_lock<std::mutex> hold(mutex_);
-                called_.wait(hold, [&] { return round_ != seen && index < helpers_; });
-                seen = round_;
+    void take(std::size_t worker) {
+        std::uint64_t offer = offer_;
+        while (offers(offer, worker)) {
+            if (!offer_.compare_exchange_weak(offer, offer + 1)) continue;
+            task_(what_, offer & ((std::uint64_t{1} << kBits) - 1), worker);
+            ++done_;
+            if (waiting_) {
+                { const std::lock_guard<std::mutex> hold(mutex_); }
+                finished_.notify_one();
             }
-            take();
-            const std::lock_guard<std::mutex> hold(mutex_);
-            if (--busy_ == 0) done_.notify_one();
+            offer = offer_;
+        }
+    }
+
+    void help(std::size_t worker) {
+        const auto wanted = [&] { return offers(offer_, worker); };
+        while (true) {
+            if (!soon([&] { return wanted() || !open_; }) || !wanted()) {
+                std::unique_lock<std::mutex> hold(mutex_);
+                ++asleep_;
+                called_.wait(hold, wanted);
+                --asleep_;
+            }
+            take(worker);
         }
     }
 
     const long process_ = process();
     std::mutex mutex_;
-    std::condition_variable called_, done_;
-    std::atomic<std::size_t> next_{0};
-    const std::function<void(std::size_t)>* work_ = nullptr;
-    std::size_t tasks_ = 0, threads_ = 0, helpers_ = 0, busy_ = 0, round_ = 0;
+    std::condition_variable called_, finished_;
+    std::atomic<std::uint64_t> offer_{0};
+    std::atomic<std::size_t> done_{0}, asleep_{0};
+    std::atomic<bool> open_{false}, waiting_{false};
+    Task task_ = nullptr;
+    const void* what_ = nullptr;
+    std::size_t threads_ = 0, helpers_ = 0;
 };
 
 }  // namespace meiqa

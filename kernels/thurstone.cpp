@@ -220,9 +220,11 @@ void thurstone_map(const Column& prior, const Table& known, const Table& stds,
     const Photos photos{prior.data(), known.data(), stds.data(),  preferences.data(), neighbours,
                         sigma,        lam,          score.data(), std.data()};
     const std::size_t blocks = (count + kBlock - 1) / kBlock;
-    meiqa::Pool::run(threads, blocks, [&](std::size_t block) {
-        std::vector<double> room(3 * (neighbours + kLanes));
-        solve(photos, block * kBlock, std::min((block + 1) * kBlock, count), room.data());
+    meiqa::Pool::gather(std::min(threads, blocks), [&](const meiqa::Crew& crew) {
+        meiqa::shared(crew, blocks, [&](std::size_t block, std::size_t) {
+            std::vector<double> room(3 * (neighbours + kLanes));
+            solve(photos, block * kBlock, std::min((block + 1) * kBlock, count), room.data());
+        });
     });
 }
 

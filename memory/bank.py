@@ -33,6 +33,7 @@ from meiqa.errors import (
 )
 from meiqa.locations import embedded_assets, package_memory
 from meiqa.memory import maintenance, versions
+from meiqa.memory.anchor_writer import AnchorWriter
 from meiqa.memory.cases import ORIGINS, Case, Entry, Record, Version, check_case, encode_case
 from meiqa.memory.database import REBUILD, Identity, check_identity, store_error
 from meiqa.memory.index import Building, can_be_built
@@ -161,16 +162,26 @@ def open_memory(
     return MemoryBank(anchors, cases, "r", package_digest=package_digest, policy=policy)
 
 
-def create_memory(path: str | Path, package_digest: str) -> None:
-    """Make a memory that learns beside the embedded anchors, with nothing learned yet.
+def create_memory(path: str | Path, package_digest: str, key_width: int, token_width: int) -> bool:
+    """Make a memory with nothing learned yet; tell whether it learns beside the embedded anchors.
+
+    That of another package than theirs has no anchors: questions can be asked, and it learns.
+
+    Args:
+        key_width, token_width: D_key and D of the package's; see `AnchorWriter`.
 
     Raises:
-        StoreMismatch: the embedded anchors are not of this package; the hint says what to run.
         StoreError: the directory is neither absent nor empty, or cannot be written.
     """
     refuse_taken(Path(path))
     anchors = embedded_assets() / "memory"
-    MemoryBank(anchors, path, "rw", package_digest=package_digest).close()
+    beside = versions.package_digest_of(anchors) == package_digest
+    if beside:
+        MemoryBank(anchors, path, "rw", package_digest=package_digest).close()
+    else:
+        with AnchorWriter(path, package_digest, key_width, token_width) as writer:
+            writer.finish()
+    return beside
 
 
 class MemoryBank:

@@ -30,7 +30,10 @@ from meiqa.errors import (
 from meiqa.memory.segment import disk_errors, publish, sync
 from meiqa.types import KeyKind
 
-REBUILD = "build it again: meiqa memory build LABELS.csv --images DIR --package P --out MEMORY"
+REBUILD = (
+    "build one: meiqa memory build LABELS.csv --images DIR --package P --out MEMORY; for questions "
+    "of your own an empty one does: meiqa memory create MEMORY --package P"
+)
 _ONE_KIND = (
     "use another directory for what is learned, or anchors of its kind:"
     " meiqa memory rekey ANCHORS --key KIND --out NEW"

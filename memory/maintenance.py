@@ -237,9 +237,10 @@ def thin(views: Views, uses: Mapping[str, Uses], identity: Identity, path: Path,
         raise UsageError("a memory needs anchors", seen=keep, allowed="1 or more")
     anchors = views["anchor"]
     if anchors.recent:
-        hint = "compact it first: meiqa memory compact"
         raise StoreMismatch(
-            "there are anchors outside segments", seen=len(anchors.recent), hint=hint
+            "anchors that were added are not merged yet",
+            seen=len(anchors.recent),
+            hint="merge them first: meiqa memory compact MEMORY",
         )
     ids = [record.id for record in sorted(anchors.records(), key=lambda r: (r.score, r.id))]
     places = np.linspace(0, len(ids) - 1, min(keep, len(ids))).round().astype(int)

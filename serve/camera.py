@@ -705,7 +705,7 @@ class Capture:
             raise UsageError(
                 f"{source} can't be opened as a {'camera' if live else 'video'}: {reason}",
                 allowed=_devices() if live else None,
-                hint="is another program using it?" if live else "check the path",
+                hint="or play a file: --video FILE" if live else "choose a video file",
             ) from None
         if not self._container.streams.video:
             self._container.close()
@@ -781,4 +781,6 @@ class Capture:
 
 
 def _devices() -> str:
-    return ", ".join(sorted(map(str, Path("/dev").glob("video*")))) or "no camera is plugged in"
+    """Name the cameras that are plugged in."""
+    found = ", ".join(sorted(map(str, Path("/dev").glob("video*"))))
+    return f"{found}, which no other program uses" if found else "a camera, and none is plugged in"

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from meiqa.engine.manifest import DEVICES, GRAPHS, PATTERNS
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import (
+    LAYERS_FILE,
+    ROWS_PER_CALL,
     Decoder,
     GraphDecoder,
     GraphSession,
     NativeDecoder,
-    fastest_threads,
+    comparisons,
+    fastest,
     read_layers,
+    thread_counts,
 )
 from meiqa.errors import UsageError
 from meiqa.kernels.cores import cores_differ, usable_cores
-from meiqa.kernels.decoder import FASTEST
+from meiqa.kernels.decoder import FASTEST, KERNELS
 from meiqa.locations import user_cache
 
 LOG = logging.getLogger(__name__)
+LARGEST_CACHED_BYTES = 32 << 20
+"""Decoders up to here stay in a processor's cache, where the kernel beats any graph; how larger
+ones are faster is measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +61,19 @@ def open_runtime(
         DeviceUnavailable: there is no such device, or no runtime or engine for it.
         PackageCorrupted: a graph can't be loaded, or is not the one that the manifest describes.
     """
-    if threads is None and device == "cpu" and cores_differ():
-        threads = _measured_threads(package)
-    cores = usable_threads(threads)
-    names = [*GRAPHS, PATTERNS] if patterns and package.manifest.patterns else [*GRAPHS]
+    threads = None if threads is None else usable_threads(threads)
+    way = _way(package, threads) if device == "cpu" else Way(native=False, threads=threads)
+    names = [name for name in GRAPHS if name != "decoder" or not way.native]
+    names += [PATTERNS] if patterns and package.manifest.patterns else []
     with ThreadPoolExecutor(1) as beside:
-        opening = beside.submit(open_graphs, package, names, device, threads and cores)
-        layers = read_layers(package) if device == "cpu" else None
+        opening = beside.submit(open_graphs, package, names, device, way.threads)
+        layers = read_layers(package) if way.native else None
         opened = dict(zip(names, opening.result(), strict=True))
-    decoder: Decoder = GraphDecoder(opened["decoder"], package.manifest.decoder)
-    if layers is not None:
-        decoder = NativeDecoder(decoder, *layers, cores)
+    decoder: Decoder
+    if layers is None:
+        decoder = GraphDecoder(opened["decoder"], package.manifest.decoder)
+    else:
+        decoder = NativeDecoder(*layers, usable_threads(way.threads))
     return Runtime(opened["vision"], decoder, opened.get(PATTERNS))
 
 
@@ -83,25 +93,75 @@ def open_graphs(
     return open_onnx(package, names, device, usable)
 
 
-def _measured_threads(package: EnginePackage) -> int | None:
-    """Give the threads that are fastest here; None where the decoder is not in the kernels."""
-    kept = user_cache() / "costs" / f"{package.digest[:16]}-{FASTEST}-threads-{usable_cores()}"
+@dataclass(frozen=True)
+class Way:
+    """How a decoder runs on a CPU: by the kernel or by its graph, among so many threads.
+
+    None stands for the runtime's own choice of threads, which is all cores.
+    """
+
+    native: bool
+    threads: int | None
+
+    def __str__(self) -> str:
+        return f"{'kernel' if self.native else 'graph'} {self.threads or 'all'}"
+
+
+def _way(package: EnginePackage, threads: int | None) -> Way:
+    """Choose how a decoder runs; where that is in doubt, by what was measured, once."""
+    graph = Way(native=False, threads=threads)
+    stored = [(package.path / file) for file in package.manifest.every_graph["decoder"].files]
+    large = sum(file.stat().st_size for file in stored) > LARGEST_CACHED_BYTES
+    # A kernel without products of bytes holds them as floats, four times as large.
+    in_floats = not KERNELS[FASTEST].together
+    if LAYERS_FILE not in package.manifest.files or (large and in_floats):
+        return graph
+    counts: list[int | None] = [threads]
+    if threads is None and cores_differ():
+        counts = [*thread_counts(usable_cores())]
+    ways = [Way(native=True, threads=count) for count in counts] + [graph] * large
+    return ways[0] if len(ways) == 1 else _measured(package, ways)
+
+
+def _measured(package: EnginePackage, ways: Sequence[Way]) -> Way:
+    """Give the way that comparisons are fastest; it is kept for later processes."""
+    of = f"{package.digest[:16]}-{FASTEST}-decoder-{usable_cores()}-{ways[-1]}"
+    kept = user_cache() / "costs" / of.replace(" ", "-")
     try:
-        return usable_threads(int(kept.read_text()))
+        return {str(way): way for way in ways}[kept.read_text()]
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:
-        LOG.warning("%s cannot be read, and threads are measured again: %s", kept, error)
-    read = read_layers(package)
-    if read is None:
-        return None
-    threads = fastest_threads(read[0], usable_cores())
+    except (OSError, KeyError, ValueError) as error:
+        LOG.warning("%s cannot be read, and the decoder is measured again: %s", kept, error)
+    shape = package.manifest.decoder
+    rows = ROWS_PER_CALL if all(way.native for way in ways) else 1
+    decoders = zip(ways, _decoders(package, ways), strict=True)
+    found = fastest({way: comparisons(decoder, shape, rows) for way, decoder in decoders})
+    _trim()
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(str(threads))
+        kept.write_text(str(found))
     except OSError as error:
-        LOG.warning("%s is not kept, and threads are measured each time: %s", kept, error)
-    return threads
+        LOG.warning("%s is not kept, and the decoder is measured each time: %s", kept, error)
+    return found
+
+
+def _trim() -> None:
+    """Return to the system what measured decoders held: glibc would keep it for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _decoders(package: EnginePackage, ways: Sequence[Way]) -> Iterator[Decoder]:
+    """Open a decoder in several ways, which share its layers."""
+    layers = read_layers(package)
+    for way in ways:
+        if way.native and layers is not None:
+            yield NativeDecoder(*layers, usable_threads(way.threads))
+        else:
+            (session,) = open_graphs(package, ["decoder"], "cpu", way.threads)
+            yield GraphDecoder(session, package.manifest.decoder)
 
 
 def usable_threads(threads: int | None) -> int:

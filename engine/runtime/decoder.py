@@ -4,17 +4,20 @@ A *row* is some tokens of one prompt; a *prefix* is what an earlier row left for
 it: keys and values, and the state of layers that keep one instead. Rows are padded, stacked and cut
 into calls here, so that a model says what it asks and never how that lies in memory.
 
-A package whose decoder stays in a processor's cache holds its layers a second time, in the segment
-`decoder.layers`, which `meiqa.export.fused` wrote from the very graph beside it.
+A decoder that the native kernel can run has its layers in the segment `decoder.layers`, which
+`meiqa.export.fused` wrote from the very graph beside it: arrays, or where they lie among the
+graph's weights. Whether kernel or graph is faster is measured where that is in doubt.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +25,14 @@ from numpy.typing import NDArray
 from meiqa.engine.manifest import DecoderShape
 from meiqa.engine.package import EnginePackage
 from meiqa.errors import AnswerNotFinite, PackageCorrupted
-from meiqa.kernels.decoder import FASTEST, LAYER_LINEARS, FusedDecoder, FusedShape, Linear
+from meiqa.kernels.decoder import (
+    FASTEST,
+    LAYER_LINEARS,
+    FusedDecoder,
+    FusedShape,
+    Linear,
+    Projection,
+)
 from meiqa.memory.segment import Segment
 
 Floats = NDArray[np.float32]
@@ -38,13 +48,15 @@ ROWS_BY_THEMSELVES = 64
 """Rows of one call of the kernel, which works on each row by itself; bounds the memory."""
 NO_STATE = np.zeros((0, 0), np.float32)
 """What decoders leave whose layers all keep keys and values."""
-HEAD_COLUMNS = 16
-"""Columns of the head in one product: for a larger one BLAS wakes threads, which takes longer."""
+VIEWS = "graph"
+"""Attribute of the layers' segment: offset, dtype and shape of arrays among the graph's weights."""
+VIEWED = ("|i1", "<f2", "<f4")
 STEPS, PREFIX_STEPS = 80, 80
 """Tokens of a comparison and of its prefix, photos of 512 x 512 pixels: what is measured."""
-_TRIALS = 5
+_TRIALS, _TRIAL_SECONDS = 5, 1.0
 _AS_FAST = 1.03
 Stored = Mapping[str, NDArray[np.generic]]
+Way = TypeVar("Way")
 
 
 class GraphSession(Protocol):
@@ -328,15 +340,13 @@ def require_finite(values: Floats) -> None:
 
 
 class NativeDecoder:
-    """A decoder's layers in the native kernel, and its graph for what is written.
+    """A decoder's layers and what makes logits, in the native kernel.
 
-    `head` (D, V) makes logits of hidden states; rows are shared among the threads.
+    Rows are shared among the threads, or each row where there are fewer of them.
     """
 
-    def __init__(self, graph: Decoder, layers: FusedDecoder, head: Floats, threads: int) -> None:
-        self.graph, self._layers, self.threads = graph, layers, threads
-        cuts = range(HEAD_COLUMNS, head.shape[1], HEAD_COLUMNS)
-        self._head = [*map(np.ascontiguousarray, np.split(head, cuts, axis=1))]
+    def __init__(self, layers: FusedDecoder, head: Projection, threads: int) -> None:
+        self._layers, self._head, self.threads = layers, head, threads
 
     def prefill(self, rows: Sequence[Row], ahead: Floats | None = None) -> list[KeyValues]:
         """Read rows that begin a prompt, and what follows them; see `Decoder`."""
@@ -351,7 +361,7 @@ class NativeDecoder:
 
     def last_logits(self, rows: Sequence[Row], prefixes: Sequence[KeyValues]) -> Floats:
         """Give logits behind rows, over prefixes that are read where they lie; see `Decoder`."""
-        found = [np.zeros((0, sum(part.shape[1] for part in self._head)), np.float32)]
+        found = [np.zeros((0, self._head.outputs), np.float32)]
         for part in parts_of(len(rows), ROWS_BY_THEMSELVES):
             continued = prefixes if len(prefixes) == 1 else prefixes[part]
             hidden = self._layers.last_hidden(
@@ -360,42 +370,48 @@ class NativeDecoder:
                 np.array([prefix.length for prefix in continued], np.int64),
                 self.threads,
             )
-            found.append(np.hstack([hidden @ columns for columns in self._head]))
+            found.append(self._head.of(hidden, self.threads))
             require_finite(found[-1])
         return np.concatenate(found)
 
     def step(self, prefix: KeyValues, past: KeyValues, row: Row, wanted: int = 1) -> Step:
-        """Read a row behind a prefix and a past, by the graph; see `Decoder`."""
-        return self.graph.step(prefix, past, row, wanted)
+        """Read a row behind a prefix and a past; see `Decoder`."""
+        before, written = ((each.array, each.length) for each in (prefix, past))
+        hidden, own = self._layers.step(row.embeds, row.positions, before, written, self.threads)
+        return Step(self._head.of(hidden[-wanted:], self.threads), hidden, own)
 
 
-def comparisons(layers: FusedDecoder, rows: int, threads: int) -> Callable[[], object]:
+def comparisons(decoder: Decoder, shape: DecoderShape, rows: int) -> Callable[[], object]:
     """Give a call of so many comparisons of random content, photos of 512 x 512 pixels."""
-    s, rng = layers.shape, np.random.default_rng(0)
-    prefix = (len(layers.layers), 2, s.kv_heads, PREFIX_STEPS, s.head_width)
-    prefixes, lengths = [rng.standard_normal(prefix, np.float32)], np.array([PREFIX_STEPS])
-    embeds = rng.standard_normal((rows, STEPS, s.width), np.float32)
-    positions = np.tile(np.arange(STEPS, dtype=np.float32), (3, rows, 1))
-    steps = np.full(rows, STEPS)
-    return lambda: layers.last_hidden(embeds, positions, steps, prefixes, lengths, threads)
+    rng = np.random.default_rng(0)
+    keys = (shape.layers, 2, shape.kv_heads, PREFIX_STEPS, shape.head_dim)
+    prefix = KeyValues(rng.standard_normal(keys, np.float32), PREFIX_STEPS)
+    positions = np.tile(np.arange(STEPS, dtype=np.float32), (3, 1))
+    asked = [
+        Row(rng.standard_normal((STEPS, shape.embed_width), np.float32), positions)
+        for _ in range(rows)
+    ]
+    return lambda: decoder.last_logits(asked, [prefix])
 
 
-def fastest_threads(
-    layers: FusedDecoder, most: int, *, clock: Callable[[], float] = time.perf_counter
-) -> int:
-    """Measure how many threads a wave of comparisons wants: 1, 2, 4 … or the `most`.
+def fastest(
+    calls: Mapping[Way, Callable[[], object]], *, clock: Callable[[], float] = time.perf_counter
+) -> Way:
+    """Measure which of some calls is fastest, in a second or with one trial of each.
 
     Slow cores beside fast ones, or units of the processor that cores share, may hold up the others.
-    Of counts that are about as fast the least is given.
+    Of those that are about as fast the first is given.
     """
-    calls = {count: comparisons(layers, ROWS_PER_CALL, count) for count in thread_counts(most)}
     best = dict.fromkeys(calls, math.inf)
+    first = clock()
     for _ in range(_TRIALS):
-        for count, call in calls.items():
+        for way, call in calls.items():
             began = clock()
             call()
-            best[count] = min(best[count], clock() - began)
-    return next(n for n, seconds in best.items() if seconds <= _AS_FAST * min(best.values()))
+            best[way] = min(best[way], clock() - began)
+        if clock() - first > _TRIAL_SECONDS:
+            break
+    return next(way for way, took in best.items() if took <= _AS_FAST * min(best.values()))
 
 
 def thread_counts(most: int) -> list[int]:
@@ -409,30 +425,62 @@ def thread_counts(most: int) -> list[int]:
 
 def read_layers(
     package: EnginePackage, kernel: str = FASTEST
-) -> tuple[FusedDecoder, Floats] | None:
-    """Read a package's layers for a kernel, and its head (D, V); None where it has none."""
+) -> tuple[FusedDecoder, Projection] | None:
+    """Read a package's layers for a kernel, and what makes logits; None where it has none."""
     if LAYERS_FILE not in package.manifest.files:
         return None
-    # The manifest's digest of the file was compared when the package was opened.
-    segment = Segment.open(package.path / LAYERS_FILE, verify=False)
+    path, graph = package.path / LAYERS_FILE, package.manifest.every_graph["decoder"]
     try:
-        layers = layers_of(segment.arrays, segment.attributes, kernel)
-        head = floats(segment.arrays["lm_head"])
+        layers, head = layers_beside(package.path / (graph.weights or graph.file), kernel)
     except (KeyError, TypeError, ValueError) as error:
-        what, hint = f"{segment.path} does not hold the decoder's layers", EXPORT_AGAIN
+        what, hint = f"{path} does not hold the decoder's layers", EXPORT_AGAIN
         raise PackageCorrupted(what, seen=str(error), hint=hint) from error
     shape, own = package.manifest.decoder, layers.shape
-    found = (len(layers.layers), own.kv_heads, own.head_width, own.width, *head.shape)
+    found = (len(layers.layers), own.kv_heads, own.head_width, own.width, head.inputs, head.outputs)
     width = shape.hidden_size
     listed = (shape.layers, shape.kv_heads, shape.head_dim, width, width, shape.vocab_size)
     if found != listed:
         raise PackageCorrupted(
-            f"{segment.path} holds another decoder than the manifest describes",
+            f"{path} holds another decoder than the manifest describes",
             seen=found,
             allowed=listed,
             hint=EXPORT_AGAIN,
         )
     return layers, head
+
+
+def layers_beside(weights: Path, kernel: str = FASTEST) -> tuple[FusedDecoder, Projection]:
+    """Read the layers in the folder of a decoder graph's weights, and what makes logits.
+
+    KeyError, TypeError or ValueError if something is missing or does not fit.
+    """
+    # The manifest's digests of both files were compared when the package was opened.
+    segment = Segment.open(weights.with_name(LAYERS_FILE), verify=False)
+    attributes = {**segment.attributes}
+    views = attributes.pop(VIEWS, {})
+    with weights.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    arrays = {**segment.arrays, **{name: _view(mapped, *place) for name, place in views.items()}}
+    layers = layers_of(arrays, attributes, kernel)
+    head = Projection(head_of(arrays), kernel)
+    # All of it was packed: what stays in memory is the packed copy alone.
+    mapped.madvise(mmap.MADV_DONTNEED)
+    return layers, head
+
+
+def _view(mapped: mmap.mmap, offset: int, dtype: str, shape: list[int]) -> NDArray[np.generic]:
+    if dtype not in VIEWED or any(type(size) is not int or size < 0 for size in (offset, *shape)):
+        raise ValueError(f"an array lies at {offset}, of {dtype} and {shape}")
+    return np.frombuffer(mapped, dtype, math.prod(shape), offset).reshape(shape)
+
+
+def head_of(arrays: Stored) -> Linear:
+    """Give what makes logits, of what `meiqa.export.fused` stored: floats or bytes in blocks."""
+    weight = arrays["lm_head"]
+    no_bias = np.zeros(weight.shape[-1], np.float32)
+    if "lm_head.scale" not in arrays:
+        return Linear(weights(weight), no_bias)
+    return Linear(np.asarray(weight, np.int8), no_bias, floats(arrays["lm_head.scale"]))
 
 
 def layers_of(
@@ -456,12 +504,17 @@ def layers_of(
 def _linear(arrays: Stored, name: str) -> Linear:
     bias = floats(arrays[f"{name}.bias"])
     if f"{name}.scale" not in arrays:
-        return Linear(floats(arrays[name]), bias)
+        return Linear(weights(arrays[name]), bias)
     scale, zero = arrays[f"{name}.input"].tolist()
-    weights, scales = np.asarray(arrays[name], np.int8), floats(arrays[f"{name}.scale"])
-    return Linear(weights, bias, scales, scale, int(zero))
+    codes, scales = np.asarray(arrays[name], np.int8), floats(arrays[f"{name}.scale"])
+    return Linear(codes, bias, scales, scale, int(zero))
+
+
+def weights(array: NDArray[np.generic]) -> NDArray[np.floating[Any]]:
+    """Take weights in half or single precision as contiguous and aligned, see `floats`."""
+    return np.require(array, np.float16 if array.dtype == np.float16 else np.float32, ["C", "A"])
 
 
 def floats(array: NDArray[np.generic]) -> Floats:
-    """Take an array as contiguous float32, copied only where it isn't."""
-    return np.ascontiguousarray(array, np.float32)
+    """Take an array as contiguous and aligned float32, copied only where it isn't."""
+    return np.require(array, np.float32, ["C", "A"])

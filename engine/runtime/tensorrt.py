@@ -28,8 +28,15 @@ from numpy.typing import NDArray
 from meiqa.engine.manifest import Profile, TensorRtEngine
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import Array
-from meiqa.errors import DeviceUnavailable, PackageCorrupted, UsageError, install_hint
+from meiqa.errors import (
+    TENSORRT_EXTRA,
+    DeviceUnavailable,
+    PackageCorrupted,
+    UsageError,
+    install_hint,
+)
 
+JETPACK = "apt install python3-libnvinfer, in an environment that sees the system's packages"
 RUNTIMES = ("tensorrt_rtx", "tensorrt")
 """Import names, in the order of preference: the first is on PyPI and builds without a GPU."""
 MASKED_WHEN_EMPTY = frozenset({"prefix", "past"})
@@ -71,7 +78,7 @@ def installed_tensorrts() -> list[TensorRt]:
             "TensorRT can't be used here",
             seen="; ".join(reasons),
             allowed=" or ".join(RUNTIMES),
-            hint=install_hint("rtx"),
+            hint=install_hint("rtx") if TENSORRT_EXTRA == "rtx" else JETPACK,
         )
     return found
 
@@ -168,7 +175,7 @@ def open_gpu() -> Gpu:
     try:
         cudart = importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
-        what, hint = "CUDA's Python package is not installed", install_hint("rtx")
+        what, hint = "CUDA's Python package is not installed", install_hint(TENSORRT_EXTRA)
         raise DeviceUnavailable(what, seen=error, hint=hint) from error
     return Gpu(cudart)
 

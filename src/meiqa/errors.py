@@ -16,6 +16,11 @@ MeiqaError
 
 from __future__ import annotations
 
+import os
+
+TENSORRT_EXTRA = "tensorrt" if os.uname().machine == "aarch64" else "rtx"
+"""What `--device tensorrt` needs; on aarch64 TensorRT itself is JetPack's, not pip's."""
+
 
 def install_hint(extra: str) -> str:
     """Give the command that installs an extra of this very installation.

@@ -218,9 +218,10 @@ class BulkOutput:
             UsageError: there is a run, and neither `resume` nor `force`, or it was another one.
         """
         record = f"{_OWN}/record.json"
-        known, terms = self.directory.read(record), {"format": self.format, **terms}
-        rows = self.directory.names()
+        rows, terms = self.directory.names(), {"format": self.format, **terms}
         own = [f"{_OWN}/{name}" for name in self.directory.names(_OWN)]
+        # A run of which nothing was planned is none.
+        known = self.directory.read(record) if any("/plan-" in name for name in own) else None
         for name in [*rows, *own]:
             if name.startswith((".meiqa-part-", f"{_OWN}/.meiqa-")):
                 self.directory.remove(name)  # a killed worker's

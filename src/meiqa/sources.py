@@ -260,6 +260,8 @@ def _text(where: str) -> IO[str]:
     try:
         system, path = located(where)
         return io.TextIOWrapper(system.open_input_stream(path), "utf-8", "surrogateescape")
+    except FileNotFoundError as error:
+        raise UsageError(f"{where}: no such file", hint="check the path") from error
     except (OSError, pa.ArrowException) as error:
         raise UsageError(f"{where} cannot be read: {error}") from error
 
@@ -269,7 +271,8 @@ def _local(source: Source, tell: Callable[[str], None]) -> Iterator[str]:
     where = source.where.removeprefix("file://")
     names = [where] if os.path.lexists(where) else sorted(glob.glob(where, recursive=True))
     if not names:
-        raise UsageError(f"no such file, folder or glob: {where}")
+        hint = "check the path; a glob stands in quotes"
+        raise UsageError(f"no such file, folder or glob: {where}", hint=hint)
     found = gather(names, hidden=source.hidden)
     if found.failures and not found.photos:
         raise found.failures[0].error

@@ -57,6 +57,11 @@ def toned(score: float, seed: int = 0, size: tuple[int, int] = (64, 96)) -> Pict
     return (level + contrast * (shapes - shapes.mean())).clip(0, 255).astype(np.uint8)
 
 
+def relative_difference(exact: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """How long the difference is, as a share of the exact vector."""
+    return float(np.linalg.norm(exact - other) / np.linalg.norm(exact))
+
+
 def open_model(package: EnginePackage, threads: int = 1) -> LocalModel:
     """The package's model on the CPU."""
     return LocalModel.open(package, "cpu", threads)

@@ -25,8 +25,8 @@ class Biased(FakeModel):
         return super().prefer_first(firsts, seconds) + 0.7
 
 
-def case(quality: float) -> Case:
-    tokens = seen(FakeModel(), toned(quality))
+def case(quality: float, size: tuple[int, int] = (64, 96)) -> Case:
+    tokens = seen(FakeModel(), toned(quality, size=size))
     key = np.ones(2, np.float32)
     return Case(f"{quality}", "anchor", f"{quality}", 3.0, 0.1, "", key, tokens.values, tokens.grid)
 
@@ -48,10 +48,15 @@ def test_both_orders_are_asked_and_the_second_is_turned(photo: Prefix) -> None:
     assert logits[:, 1] == pytest.approx([2.3, -0.7, -3.7], abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("size", "parts"),
+    [((64, 96), [3, 3, 2]), ((32, 96), [3, 3, 2]), ((128, 96), [1] * 8)],
+    ids=["as large as the photo", "smaller", "larger"],
+)
 def test_prefixes_beyond_the_memory_are_read_in_parts(
-    photo: Prefix, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int], parts: list[int], photo: Prefix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cases = [case(1.0 + 0.5 * number) for number in range(8)]
+    cases = [case(1.0 + 0.5 * number, size) for number in range(8)]
     wanted, _ = comparer().ask(photo, cases, both_orders=True)
     asked = Comparer(Biased(), PrefixCache(0, 3 * held_bytes(photo)))
     read: list[int] = []
@@ -63,7 +68,7 @@ def test_prefixes_beyond_the_memory_are_read_in_parts(
 
     monkeypatch.setattr(Biased, "prefill", noted)
     np.testing.assert_array_equal(asked.ask(photo, cases, both_orders=True)[0], wanted)
-    assert read == [3, 3, 2]
+    assert read == parts
 
 
 def test_one_order_leaves_the_other_unasked(photo: Prefix) -> None:

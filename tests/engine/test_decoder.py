@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.runtime import open_runtime
+from meiqa.engine.runtime import open_graphs, open_runtime
 from meiqa.engine.runtime.decoder import (
     ROWS_PER_CALL,
     Array,
@@ -18,6 +18,7 @@ from meiqa.engine.runtime.decoder import (
     GraphSession,
     KeyValues,
     NativeDecoder,
+    Past,
     Row,
 )
 from meiqa.engine.runtime.onnx import OnnxSession
@@ -200,8 +201,8 @@ def both() -> tuple[EnginePackage, GraphDecoder, NativeDecoder]:
     package = EnginePackage.open(embedded_assets() / "package", verify=False)
     native = open_runtime(package, threads=2).decoder
     assert isinstance(native, NativeDecoder)
-    assert isinstance(native.graph, GraphDecoder)
-    return package, native.graph, native
+    (session,) = open_graphs(package, ["decoder"], "cpu", 2)
+    return package, GraphDecoder(session, package.manifest.decoder), native
 
 
 def test_the_kernel_answers_as_the_graph_does(
@@ -224,6 +225,23 @@ def test_the_kernel_answers_as_the_graph_does(
         assert float(np.abs(made - expected).mean()) < 5e-3 * float(np.abs(expected).max())
     assert native.prefill([]) == []
     assert native.last_logits([], []).shape[0] == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_the_kernel_writes_as_the_graph_does(
+    both: tuple[EnginePackage, GraphDecoder, NativeDecoder], tokens: int
+) -> None:
+    package, graph, native = both
+    (prefix,) = graph.prefill([some_row(package, 1, 9)])
+    past = Past(prefix, 24)
+    past.read(graph.step(prefix, past.key_values, some_row(package, 2, 5, 9)), 5, 0)
+    row = some_row(package, 3, tokens, 14)
+    wanted = min(2, tokens)
+    expected, made = (d.step(prefix, past.key_values, row, wanted) for d in (graph, native))
+    for name in ("logits", "hidden", "key_values"):
+        one, other = getattr(expected, name), getattr(made, name)
+        assert one.shape == other.shape
+        assert float(np.abs(one - other).mean()) < 5e-3 * float(np.abs(one).max()), name
 
 
 def test_the_kernel_reads_ahead_what_it_would_read_later(

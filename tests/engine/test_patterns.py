@@ -78,6 +78,13 @@ def test_a_photo_that_is_its_reference_has_the_top_of_the_scale(judge: Engine) -
     assert not judge.patterns(PHOTO, PHOTO).map.any()
 
 
+def test_a_reference_of_another_scene_is_noted(judge: Engine) -> None:
+    note = "the reference may show another scene"
+    assert note in judge.score(WORSE, reference=picture(1, PHOTO.shape[:2])).degraded
+    for photo in (WORSE, PHOTO):
+        assert note not in judge.score(photo, reference=PHOTO).degraded
+
+
 def test_one_reference_serves_many_photos(judge: Engine) -> None:
     together = list(judge.score_many([WORSE, PHOTO], reference=PHOTO, learn=False))
     apart = [judge.score(photo, reference=PHOTO) for photo in (WORSE, PHOTO)]

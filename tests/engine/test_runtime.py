@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -12,11 +14,10 @@ import pytest
 from meiqa.engine import runtime
 from meiqa.engine.engine import Engine
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.runtime import open_runtime, usable_threads
-from meiqa.engine.runtime.decoder import NativeDecoder, fastest_threads, read_layers
+from meiqa.engine.runtime import Way, open_graphs, open_runtime, usable_threads
+from meiqa.engine.runtime.decoder import GraphDecoder, GraphSession, NativeDecoder, fastest
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, StoreMismatch, UsageError
 from meiqa.kernels.cores import usable_cores
-from meiqa.kernels.decoder import FusedDecoder
 from meiqa.locations import embedded_assets
 
 
@@ -60,37 +61,56 @@ def shipped() -> EnginePackage:
 
 
 class Stopwatch:
-    """A clock that a kernel's calls advance, by what each number of threads is said to take."""
+    """A clock that calls advance, each by what it is said to take."""
 
-    def __init__(self, seconds: dict[int, float]) -> None:
-        self.now, self._seconds = 0.0, seconds
+    def __init__(self) -> None:
+        self.now, self.calls = 0.0, 0
 
     def __call__(self) -> float:
         return self.now
 
-    def last_hidden(self, *given: object) -> None:
-        self.now += self._seconds[given[-1]]  # type: ignore[index]
+    def taking(self, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            self.now += seconds
+            self.calls += 1
+
+        return call
 
 
 @pytest.mark.parametrize(
-    ("seconds", "fastest"),
+    ("seconds", "found"),
     [
-        ({1: 8.0, 2: 4.0, 4: 2.0, 6: 3.0}, 4),  # two slow cores hold up the others
-        ({1: 8.0, 2: 4.0, 4: 2.0, 6: 1.5}, 6),
-        ({1: 2.01, 2: 2.0, 4: 2.0, 6: 2.0}, 1),  # they share what they need
+        ({"1": 0.08, "2": 0.04, "4": 0.02, "6": 0.03}, "4"),  # two slow cores hold up the others
+        ({"1": 0.08, "2": 0.04, "4": 0.02, "6": 0.015}, "6"),
+        ({"1": 0.0201, "2": 0.02, "4": 0.02, "6": 0.02}, "1"),  # they share what they need
+        ({"kernel": 0.02, "graph": 0.01}, "graph"),
     ],
 )
-def test_threads_are_chosen_by_measurement(
-    shipped: EnginePackage,
-    monkeypatch: pytest.MonkeyPatch,
-    seconds: dict[int, float],
-    fastest: int,
-) -> None:
-    read = read_layers(shipped)
-    assert read is not None
-    watch = Stopwatch(seconds)
-    monkeypatch.setattr(FusedDecoder, "last_hidden", watch.last_hidden)
-    assert fastest_threads(read[0], 6, clock=watch) == fastest
+def test_the_fastest_is_found_by_measurement(seconds: dict[str, float], found: str) -> None:
+    watch = Stopwatch()
+    calls = {way: watch.taking(took) for way, took in seconds.items()}
+    assert fastest(calls, clock=watch) == found
+    assert watch.calls == 5 * len(calls)
+
+
+def test_what_takes_long_is_measured_once() -> None:
+    watch = Stopwatch()
+    calls = {"kernel": watch.taking(3.0), "graph": watch.taking(4.0)}
+    assert fastest(calls, clock=watch) == "kernel"
+    assert watch.calls == 2
+
+
+class Measuring:
+    """Stands for the measurement, with what it is to find, and counts."""
+
+    def __init__(self, found: Way) -> None:
+        self.found, self.asked = found, list[list[Way]]()
+
+    def __call__(self, calls: Mapping[Way, Callable[[], object]]) -> Way:
+        self.asked.append([*calls])
+        for call in calls.values():
+            call()
+        return self.found
 
 
 def test_where_cores_differ_the_choice_is_measured_once(
@@ -99,25 +119,52 @@ def test_where_cores_differ_the_choice_is_measured_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    measured: list[int] = []
-
-    def fastest(layers: FusedDecoder, most: int) -> int:
-        measured.append(most)
-        return 1
-
+    measuring = Measuring(Way(native=True, threads=1))
     monkeypatch.setenv("MEIQA_CACHE", str(tmp_path))
     monkeypatch.setattr(runtime, "cores_differ", lambda: True)
-    monkeypatch.setattr(runtime, "fastest_threads", fastest)
+    monkeypatch.setattr(runtime, "fastest", measuring)
     for _ in range(2):
         decoder = open_runtime(shipped).decoder
         assert isinstance(decoder, NativeDecoder)
         assert decoder.threads == 1
-    assert measured == [usable_cores()]
+    ((*_, last),) = measuring.asked
+    assert last == Way(native=True, threads=usable_cores())
     (kept,) = (tmp_path / "costs").iterdir()
     kept.write_text("many")
     open_runtime(shipped)
-    assert len(measured) == 2
+    assert len(measuring.asked) == 2
     assert "measured again" in caplog.text
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_large_decoder_runs_as_it_was_measured_to_be_faster(
+    shipped: EnginePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    measuring = Measuring(Way(native=native, threads=None))
+    opened: list[str] = []
+
+    def noting(package: EnginePackage, names: Sequence[str], *how: Any) -> Sequence[GraphSession]:
+        opened.extend(names)
+        return open_graphs(package, names, *how)
+
+    monkeypatch.setenv("MEIQA_CACHE", str(tmp_path))
+    monkeypatch.setattr(runtime, "cores_differ", lambda: False)
+    monkeypatch.setattr(runtime, "LARGEST_CACHED_BYTES", 0)
+    monkeypatch.setattr(runtime, "fastest", measuring)
+    open_runtime(shipped)
+    monkeypatch.setattr(runtime, "open_graphs", noting)
+    decoder = open_runtime(shipped).decoder
+    assert measuring.asked == [[Way(native=True, threads=None), Way(native=False, threads=None)]]
+    assert isinstance(decoder, NativeDecoder if native else GraphDecoder)
+    assert opened == (["vision"] if native else ["vision", "decoder"])
+
+
+def test_a_large_decoder_is_not_held_in_floats(
+    shipped: EnginePackage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "LARGEST_CACHED_BYTES", 0)
+    monkeypatch.setattr(runtime, "FASTEST", "portable")
+    assert isinstance(open_runtime(shipped).decoder, GraphDecoder)
 
 
 @pytest.mark.parametrize("threads", [0, -1])

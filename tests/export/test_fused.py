@@ -1,35 +1,40 @@
-"""A small decoder's layers are stored a second time, and answer as its graph does."""
+"""A decoder's layers are read from its graph's weights, and answer as the graph does."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from meiqa.engine.runtime.decoder import (
     LAYERS_FILE,
+    VIEWS,
     GraphDecoder,
     KeyValues,
     NativeDecoder,
     Row,
     floats,
+    layers_beside,
     layers_of,
 )
-from meiqa.export import fused
 from meiqa.export.calibration import Quantisation, observe
 from meiqa.export.checkpoint import weightless
 from meiqa.export.decoder import DecoderConfig, SharedPrefixDecoder
 from meiqa.export.fused import (
     LARGEST_SHARE,
-    fused_arrays,
     fused_difference,
+    fused_layers,
     write_fused_layers,
 )
 from meiqa.export.graphs import decoder_interface, traced
-from meiqa.export.layers import save_graph
+from meiqa.export.layers import halve, read, save_graph
+from meiqa.export.rounding import store_in_blocks
 from meiqa.export.verify import PiecewiseSession, random_feeds
 from meiqa.kernels.decoder import LAYER_LINEARS, OF_EACH_ROW
 from meiqa.memory.segment import Segment, write_segment
@@ -45,6 +50,7 @@ TEXT = DecoderConfig(
 )
 SHAPE = TEXT.shape
 ROWS, STEPS, PREFIX_STEPS = 5, 7, 11
+WEIGHTS = "decoder.onnx.data"
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +83,22 @@ def int8_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def whole(folder: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Give the arrays of a decoder's layers, those in the graph's weights too, and its shape."""
+    segment = Segment.open(folder / LAYERS_FILE)
+    arrays, tensors = fused_layers(ir.load(folder / "decoder.onnx"), TEXT)
+    shape = {name: value for name, value in segment.attributes.items() if name != VIEWS}
+    return arrays | {name: read(tensor) for name, tensor in tensors.items()}, shape
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_layers_answer_as_the_graph_does(
     folder: Path, int8_folder: Path, precision: str
 ) -> None:
     place = folder if precision == "fp32" else int8_folder
     assert write_fused_layers(place, TEXT, precision)
-    segment = Segment.open(place / LAYERS_FILE)
     graph = GraphDecoder(PiecewiseSession(place / "decoder.onnx"), SHAPE)
-    layers = layers_of(segment.arrays, segment.attributes)
-    native = NativeDecoder(graph, layers, floats(segment.arrays["lm_head"]), 2)
+    native = NativeDecoder(*layers_beside(place / WEIGHTS), 2)
     sizes = (1, ROWS, STEPS, PREFIX_STEPS, 0, 1)
     feeds = random_feeds(SHAPE, sizes, np.random.default_rng(2))
     prefix = KeyValues(floats(feeds["prefix"][:, :, 0]), PREFIX_STEPS)
@@ -101,6 +113,17 @@ def test_the_layers_answer_as_the_graph_does(
     assert np.ptp(wanted) > 100 * 1e-4
 
 
+def test_halves_answer_as_the_graph_does(folder: Path, tmp_path: Path) -> None:
+    model = ir.load(folder / "decoder.onnx")
+    halve(model)
+    save_graph(model, tmp_path / "decoder.onnx")
+    made = write_fused_layers(tmp_path, TEXT, "fp16")
+    assert made
+    assert made["difference"] > 0
+    arrays, _ = whole(tmp_path)
+    assert arrays["layers.1.down_proj"].dtype == arrays["lm_head"].dtype == np.float16
+
+
 def test_rows_that_are_rounded_by_themselves(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +136,7 @@ def test_rows_that_are_rounded_by_themselves(
     plan = quantisation.default()["decoder"]
     save_graph(quantisation.graph("decoder", plan), tmp_path / "decoder.onnx")
     assert write_fused_layers(tmp_path, TEXT, "int8")
-    arrays = Segment.open(tmp_path / LAYERS_FILE).arrays
+    arrays, _ = fused_layers(ir.load(tmp_path / "decoder.onnx"), TEXT)
     for linear in LAYER_LINEARS:
         assert arrays[f"layers.0.{linear}.input"][0] == OF_EACH_ROW
 
@@ -126,11 +149,8 @@ def test_layers_that_answer_otherwise_are_noticed(
     assert write_fused_layers(place, TEXT, precision)
     found = fused_difference(place, SHAPE)
     assert found[0] <= LARGEST_SHARE[precision] * found[1]
-    segment = Segment.open(place / LAYERS_FILE)
-    arrays = {name: np.array(values) for name, values in segment.arrays.items()}
-    arrays["layers.1.o_proj"][:] = arrays["layers.1.o_proj"][::-1].copy()
-    attributes = segment.attributes
-    (place / LAYERS_FILE).unlink()
+    arrays, attributes = whole(place)
+    arrays["layers.1.o_proj"] = arrays["layers.1.o_proj"][::-1].copy()
     write_segment(place / LAYERS_FILE, arrays, attributes)
     damaged = fused_difference(place, SHAPE)
     assert damaged[0] > LARGEST_SHARE[precision] * damaged[1]
@@ -139,25 +159,69 @@ def test_layers_that_answer_otherwise_are_noticed(
 @pytest.mark.parametrize("part", ["bias", "scale", "input"])
 def test_layers_of_other_shapes_are_refused(int8_folder: Path, part: str) -> None:
     assert write_fused_layers(int8_folder, TEXT, "int8")
-    segment = Segment.open(int8_folder / LAYERS_FILE)
-    arrays = {name: np.array(values) for name, values in segment.arrays.items()}
+    arrays, attributes = whole(int8_folder)
     name = f"layers.1.k_proj.{part}"
     # A range of its own is not another shape, but cannot be meant: its input is also the query's.
     arrays[name] = 2 * arrays[name] if part == "input" else arrays[name][:-1]
     with pytest.raises(ValueError, match=r"should have|round the same input"):
-        layers_of(arrays, segment.attributes)
+        layers_of(arrays, attributes)
 
 
 def test_int8_layers_are_bytes(int8_folder: Path) -> None:
-    arrays = fused_arrays(ir.load(int8_folder / "decoder.onnx"), TEXT)
+    assert write_fused_layers(int8_folder, TEXT, "int8")
+    arrays, _ = whole(int8_folder)
     assert arrays["layers.1.down_proj"].dtype == np.int8
     assert arrays["layers.1.down_proj.input"].shape == (2,)
-    assert arrays["lm_head"].dtype == np.float32
 
 
-def test_large_and_other_decoders_are_not_stored_twice(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_no_weight_is_stored_twice(folder: Path, int8_folder: Path, precision: str) -> None:
+    place = folder if precision == "fp32" else int8_folder
+    assert write_fused_layers(place, TEXT, precision)
+    twice = Segment.open(place / LAYERS_FILE).arrays
+    assert not [name for name, array in twice.items() if array.ndim > 1 and name != "frequencies"]
+
+
+def test_layers_that_hold_all_of_their_arrays_can_still_be_read(int8_folder: Path) -> None:
+    """As packages had them whose layers were stored twice."""
+    assert write_fused_layers(int8_folder, TEXT, "int8")
+    found = fused_difference(int8_folder, SHAPE)
+    write_segment(int8_folder / LAYERS_FILE, *whole(int8_folder))
+    assert fused_difference(int8_folder, SHAPE) == found
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ([1 << 40, "<f4", [64]], "offset"),
+        ([0, "<f4", [1 << 40]], "buffer"),
+        ([-4, "<f4", [64]], "lies at -4"),
+        ([0, "|O", [8]], r"of \|O"),
+    ],
+)
+def test_places_outside_the_weights_are_refused(
+    int8_folder: Path, place: list[object], message: str
 ) -> None:
-    assert not write_fused_layers(folder, TEXT, "fp16")
-    monkeypatch.setattr(fused, "LARGEST_BYTES", 1000)
-    assert not write_fused_layers(folder, TEXT, "fp32")
+    assert write_fused_layers(int8_folder, TEXT, "int8")
+    segment = Segment.open(int8_folder / LAYERS_FILE)
+    views = {**segment.attributes[VIEWS], "norm": place}
+    write_segment(int8_folder / LAYERS_FILE, segment.arrays, {**segment.attributes, VIEWS: views})
+    with pytest.raises(ValueError, match=message):
+        layers_beside(int8_folder / WEIGHTS)
+
+
+def test_a_head_of_byte_blocks_stays_in_bytes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ir.load(folder / "decoder.onnx")
+    store_in_blocks(model, lambda layer: layer.name.startswith("lm_head"))
+    save_graph(model, tmp_path / "decoder.onnx")
+    assert write_fused_layers(tmp_path, TEXT, "fp32")
+    arrays, _ = whole(tmp_path)
+    assert arrays["lm_head"].dtype == np.int8
+    assert arrays["lm_head.scale"].shape == (2, 53)
+
+
+def test_other_decoders_have_no_layers(folder: Path) -> None:
+    assert not write_fused_layers(folder, TEXT, "int4")
+    assert not write_fused_layers(folder, replace(TEXT, qk_norm=True), "fp32")

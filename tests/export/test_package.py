@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from meiqa.engine.calibration import NEUTRAL_GRADED
@@ -31,13 +30,9 @@ from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.layers import temporary_folder
 from meiqa.export.package import Export, ExportOptions, export_package
 from meiqa.export.verify import PiecewiseSession
-from tests.engine.samples import copy_graphs, open_model, picture, seen
+from tests.engine.samples import copy_graphs, open_model, picture, relative_difference, seen
 
 PICTURES = [picture(0)]
-
-
-def relative_difference(exact: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    return float(np.linalg.norm(exact - other) / np.linalg.norm(exact))
 
 
 def test_the_package_is_complete(package: EnginePackage) -> None:

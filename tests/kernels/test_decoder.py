@@ -12,12 +12,14 @@ import pytest
 from numpy.typing import NDArray
 
 from meiqa.kernels.decoder import (
+    BLOCK,
     KERNELS,
     LAYER_LINEARS,
     OF_EACH_ROW,
     FusedDecoder,
     FusedShape,
     Linear,
+    Projection,
 )
 from tests.kernels import naive_decoder
 
@@ -25,6 +27,8 @@ Floats = NDArray[np.float32]
 SHAPE = FusedShape(width=64, inner=80, heads=4, kv_heads=2, head_width=32, epsilon=1e-6)
 NARROW = FusedShape(width=32, inner=16, heads=1, kv_heads=1, head_width=32, epsilon=1e-5)
 WIDE = FusedShape(width=96, inner=208, heads=6, kv_heads=2, head_width=64, epsilon=1e-6)
+SHARED = FusedShape(width=384, inner=1024, heads=6, kv_heads=2, head_width=64, epsilon=1e-6)
+"""Large enough for threads to share a single token."""
 LAYERS, PLACES = 3, 40
 Drawn = Callable[..., FusedDecoder]
 
@@ -108,15 +112,35 @@ def drawn_decoder(kernel: str, shape: FusedShape, precision: str, seed: int = 0)
 
 
 @pytest.fixture(params=KERNELS)
-def drawn(request: pytest.FixtureRequest) -> Drawn:
+def kernel(request: pytest.FixtureRequest) -> str:
+    """Each kernel that runs here."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def drawn(kernel: str) -> Drawn:
     """Draw decoders for each kernel that runs here."""
-    return partial(drawn_decoder, request.param)
+    return partial(drawn_decoder, kernel)
 
 
 def rounded(linear: Linear, input_scale: float, input_zero: int) -> Linear:
     scale = (np.abs(linear.weight).max(axis=0) / 127).astype(np.float32)
     codes = np.rint(linear.weight / scale).astype(np.int8)
     return Linear(codes, linear.bias, scale, input_scale, input_zero)
+
+
+def drawn_head(inputs: int, outputs: int) -> Linear:
+    """Draw a layer of bytes whose blocks have steps of their own."""
+    rng = np.random.default_rng(outputs)
+    codes = rng.integers(-127, 128, (inputs, outputs)).astype(np.int8)
+    steps = rng.uniform(1e-3, 1e-2, (inputs // BLOCK, outputs)).astype(np.float32)
+    return Linear(codes, rng.standard_normal(outputs, np.float32), steps)
+
+
+def halved(linear: Linear) -> Linear:
+    """Store the weight of a layer in half precision."""
+    return Linear(linear.weight.astype(np.float16), linear.bias)
 
 
 def drawn_rows(shape: FusedShape, steps: list[int], lengths: list[int], seed: int = 0) -> Rows:
@@ -148,6 +172,18 @@ def test_agrees_with_the_naive_twin(
     decoder = drawn(shape, "fp32")
     rows = drawn_rows(shape, steps, lengths)
     np.testing.assert_allclose(rows.run(decoder), rows.twins(decoder), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, WIDE])
+def test_halves_are_multiplied_as_the_floats_that_they_are(shape: FusedShape, drawn: Drawn) -> None:
+    exact = drawn(shape, "fp32")
+    halves = [{name: halved(linear) for name, linear in own.items()} for own in exact.layers]
+    floats = [
+        {n: Linear(w.weight.astype(np.float32), w.bias) for n, w in own.items()} for own in halves
+    ]
+    rows = drawn_rows(shape, [9, 20, 1, 14], [33])
+    made = rows.run(replace(exact, layers=halves))
+    np.testing.assert_array_equal(made, rows.run(replace(exact, layers=floats)))
 
 
 @pytest.mark.parametrize("precision", ["int8", "mixed", "rows", "down by rows"])
@@ -327,3 +363,90 @@ def test_many_callers_at_once_get_their_own_answers(threads: int, drawn: Drawn) 
         found = list(callers.map(lambda _: rows.run(decoder, threads), range(40)))
     for answer in found:
         np.testing.assert_array_equal(answer, wanted)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "down by rows"])
+@pytest.mark.parametrize("steps", [[1], [37, 15], [250, 350]])
+def test_threads_that_share_a_row_change_no_bit(
+    precision: str, steps: list[int], drawn: Drawn
+) -> None:
+    decoder = drawn(SHARED, precision)
+    rows = drawn_rows(SHARED, steps, [21])
+    alone = rows.run(decoder)
+    read = decoder.keys_and_values(rows.embeds, rows.positions, rows.steps, 1)
+    for threads in (3, 8):
+        np.testing.assert_array_equal(rows.run(decoder, threads), alone)
+        shared = decoder.keys_and_values(rows.embeds, rows.positions, rows.steps, threads)
+        for one, other in zip(read, shared, strict=True):
+            np.testing.assert_array_equal(other, one)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "down by rows"])
+@pytest.mark.parametrize(("tokens", "before", "written"), [(1, 23, 16), (5, 23, 12), (9, 0, 31)])
+def test_what_is_written_continues_prefix_and_past(
+    precision: str, tokens: int, before: int, written: int, drawn: Drawn
+) -> None:
+    decoder = drawn(SHARED, precision)
+    whole = drawn_rows(SHARED, [40], [0])
+    (own,) = decoder.keys_and_values(whole.embeds, whole.positions, whole.steps, 1)
+    behind = before + written
+    prefix, past = own[:, :, :, :before], np.full_like(own, np.nan)
+    past[:, :, :, :written] = own[:, :, :, before:behind]
+    row = slice(behind, behind + tokens)
+    given = whole.embeds[0, row], whole.positions[:, 0, row], (prefix, before), (past, written)
+    hidden, kept = decoder.step(*given, 1)
+    np.testing.assert_allclose(kept, own[:, :, :, row], atol=1e-5, rtol=0)
+    for count in range(tokens):
+        rows = Rows(
+            whole.embeds[:, row][:, : count + 1],
+            whole.positions[:, :, row][:, :, : count + 1],
+            np.array([count + 1]),
+            [own],
+            np.array([behind]),
+        )
+        np.testing.assert_array_equal(hidden[count], rows.run(decoder)[0])
+    for threads in (2, 3, 8):
+        for one, other in zip((hidden, kept), decoder.step(*given, threads), strict=True):
+            np.testing.assert_array_equal(other, one)
+
+
+def test_a_past_that_is_shorter_than_it_says_is_refused(drawn: Drawn) -> None:
+    decoder = drawn(SHAPE, "fp32")
+    rows = drawn_rows(SHAPE, [2], [3])
+    (prefix,) = rows.prefixes
+    with pytest.raises(ValueError, match="has no 99"):
+        decoder.step(rows.embeds[0], rows.positions[:, 0], (prefix, 3), (prefix, 99), 1)
+
+
+@pytest.mark.parametrize("outputs", [1, 97, 320])
+@pytest.mark.parametrize("count", [0, 1, 15])
+@pytest.mark.parametrize("stored", ["bytes", "halves"])
+def test_a_layer_of_few_bits_is_that_of_its_floats(
+    outputs: int, count: int, stored: str, kernel: str
+) -> None:
+    head = drawn_head(96, outputs)
+    if stored == "halves":
+        head = halved(head.in_floats())
+    rows = np.random.default_rng(count).standard_normal((count, 96), np.float32)
+    made = Projection(head, kernel).of(rows, 1)
+    exact = (
+        head.in_floats() if stored == "bytes" else Linear(head.weight.astype(np.float32), head.bias)
+    )
+    np.testing.assert_array_equal(made, Projection(exact, kernel).of(rows, 1))
+    wanted = rows.astype(np.float64) @ exact.weight + exact.bias
+    np.testing.assert_allclose(made, wanted, atol=1e-4, rtol=0)
+    for threads in (2, 5):
+        np.testing.assert_array_equal(Projection(head, kernel).of(rows, threads), made)
+    for row in range(count):
+        alone = Projection(head, kernel).of(rows[row : row + 1], 3)
+        np.testing.assert_array_equal(alone[0], made[row])
+
+
+def test_projections_that_do_not_fit_are_refused() -> None:
+    head = drawn_head(96, 5)
+    with pytest.raises(ValueError, match="whole blocks"):
+        Projection(replace(head, weight=head.weight[:80]))
+    with pytest.raises(ValueError, match="should have"):
+        Projection(head).of(np.zeros((2, 64), np.float32), 1)
+    with pytest.raises(ValueError, match="not rounded"):
+        Projection(rounded(head.in_floats(), 0.1, 3))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.emulated import ARM64, COMPILER, EMULATOR, Program, Rows, built
-from meiqa.kernels.decoder import FASTEST, KERNELS, FusedShape, Packing
+from meiqa.kernels.decoder import FASTEST, KERNELS, FusedShape, Packing, Projection
 from tests.kernels import test_decoder as native
 
 PROCESSORS = {
@@ -60,6 +60,10 @@ def require_the_same(program: Program, kernel: str, packing: Packing) -> None:
                 np.testing.assert_allclose(found, drawn.twins(decoder), atol=1e-5, rtol=1e-5)
             alone = program.last_hidden(kernel, packing, decoder, only(rows, 1))
             np.testing.assert_array_equal(alone[0], found[1])
+        blocks = native.drawn_head(shape.width, 97)
+        for head in (blocks, native.halved(blocks.in_floats())):
+            logits = program.logits(kernel, packing, decoder, head, rows)
+            np.testing.assert_array_equal(logits, Projection(head).of(found, 1))
 
 
 @pytest.mark.skipif(FASTEST == "portable", reason="no kernel here fuses products with sums")

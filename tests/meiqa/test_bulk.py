@@ -103,10 +103,19 @@ def test_a_run_is_gone_on_with_and_takes_in_what_is_new(
     (folder / "new.jpg").write_bytes(jpeg(30))
     (folder / "00.jpg").unlink()
     assert bulk(f"{folder}/", "out", "--resume") == 1  # as a shell completes it
-    assert "out: 1 photos are new" in capsys.readouterr().err
+    assert "out: new photos: 1" in capsys.readouterr().err
     after = {row["id"]: row for row in rows_in("out")}
     assert before.items() <= after.items()
     assert [Path(row["path"]).name for id, row in after.items() if id not in before] == ["new.jpg"]
+
+
+def test_a_run_that_could_not_be_planned_leaves_its_directory_free(
+    bulk: Any, folder: Path, capsys: Output
+) -> None:
+    assert bulk(folder.parent / "missing.txt") == 2
+    assert "missing.txt: no such file" in capsys.readouterr().err
+    assert bulk(folder) == 1
+    assert rows_in("out")
 
 
 def test_a_photo_that_vanishes_is_an_error_row(bulk: Any, folder: Path) -> None:

@@ -79,7 +79,7 @@ def test_what_is_kept_replaces_nothing(
     before = path.read_bytes()
     assert cli.main([*command[:-1], str(path), "--force"]) == 2
     assert path.read_bytes() == before
-    assert cli.main([*command[:-1], str(tmp_path / "best.txt")]) == 2
+    assert cli.main([*command[:-1], str(tmp_path / "best.gif")]) == 2
     assert "is no picture's name" in capsys.readouterr().err
 
 

@@ -300,7 +300,9 @@ def test_ask(engine: Any, grey: Grey, capsys: Output) -> None:
     dark, bright = str(grey("dark.png", 20)), str(grey("bright.png", 200))
     command = ["ask", dark, "Is it well exposed?", "--options", "no, yes"]
     assert cli.main(command) == 0
-    told = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert not printed.err
+    told = printed.out.splitlines()
     assert told[0] == f"{dark}: Is it well exposed?"
     assert [line.split()[1] for line in told[1:]] == ["no", "yes"]
     assert cli.main([*command, "Is it dark?", "--second", bright, "--format", "json"]) == 0
@@ -312,6 +314,14 @@ def test_ask(engine: Any, grey: Grey, capsys: Output) -> None:
     header, row, _ = capsys.readouterr().out.splitlines()
     assert header == "path,question,second,option,probability,logprob"
     assert row.startswith(f"{dark},Is it well exposed?,,no,0.9")
+
+
+def test_options_that_a_model_would_not_reply_are_warned_of(
+    engine: Any, grey: Grey, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meiqa.cli.score.UNLIKELY", 1.0)
+    assert cli.main(["ask", str(grey("a.png")), "Is it dark?", "--options", "no,yes"]) == 0
+    assert "warning: the model would reply something else to 'Is it dark?'" in errors_of(capsys)[0]
 
 
 @pytest.mark.parametrize("given", ["yes,", "yes,yes", ","])

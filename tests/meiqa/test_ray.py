@@ -61,7 +61,7 @@ def test_ray_is_quiet_and_leaves_nothing(tiny_files: Path, tmp_path: Path) -> No
     )
     assert run.returncode == 0, run.stderr
     assert [line.partition(", ")[0] for line in run.stderr.splitlines()] == [
-        "meiqa: out: 4 photos are new",
+        "meiqa: out: new photos: 4",
         "meiqa: out: 4 photos",
     ]
     assert not list((tmp_path / "home").rglob("*"))

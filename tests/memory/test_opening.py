@@ -9,7 +9,15 @@ import pytest
 
 from meiqa.errors import StoreError, StoreMismatch, StoreNotFound, StoreUnwritable, UsageError
 from meiqa.memory import MemoryBank, bank, create_memory, open_memory
-from tests.memory.samples import DIGEST, build_anchors, make_case, make_cases, python_child
+from tests.memory.samples import (
+    DIGEST,
+    KEY_WIDTH,
+    TOKEN_WIDTH,
+    build_anchors,
+    make_case,
+    make_cases,
+    python_child,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +46,7 @@ def test_a_memory_that_is_named_must_be_there(tmp_path: Path, name: str, learn: 
 
 
 def test_a_memory_is_created_by_name_and_learns_beside_the_embedded_anchors(tmp_path: Path) -> None:
-    create_memory(tmp_path / "new" / "memory", DIGEST)
+    assert create_memory(tmp_path / "new" / "memory", DIGEST, KEY_WIDTH, TOKEN_WIDTH)
     with open_memory(tmp_path / "new" / "memory", DIGEST) as opened:
         opened.remember(make_case("a"), provenance="a test")
     with open_memory(tmp_path / "new" / "memory", DIGEST, learn=False) as opened:
@@ -46,15 +54,20 @@ def test_a_memory_is_created_by_name_and_learns_beside_the_embedded_anchors(tmp_
     assert (snapshot.count_anchors, snapshot.count_contrast) == (3, 1)
 
 
-def test_a_memory_is_created_where_none_is_and_for_the_package_of_the_anchors(
-    tmp_path: Path,
-) -> None:
+def test_a_memory_is_created_where_none_is(tmp_path: Path) -> None:
     own = build_anchors(tmp_path / "own")
     with pytest.raises(StoreError, match="already exists"):
-        create_memory(own, DIGEST)
-    with pytest.raises(StoreMismatch, match="meiqa memory build"):
-        create_memory(tmp_path / "new", "cd34")
-    assert not (tmp_path / "new").exists()
+        create_memory(own, DIGEST, KEY_WIDTH, TOKEN_WIDTH)
+
+
+def test_the_memory_of_another_package_begins_without_anchors(tmp_path: Path) -> None:
+    with pytest.raises(StoreMismatch, match=r"meiqa memory build.*meiqa memory create"):
+        open_memory(None, "cd34", learn=False)
+    assert not create_memory(tmp_path / "new", "cd34", KEY_WIDTH, TOKEN_WIDTH)
+    with open_memory(tmp_path / "new", "cd34") as opened:
+        opened.remember(make_case("a"), provenance="a test")
+        snapshot = opened.snapshot()
+    assert (snapshot.count_anchors, snapshot.count_contrast) == (0, 1)
 
 
 def test_an_empty_directory_may_be_learned_into(tmp_path: Path) -> None:
@@ -145,7 +158,7 @@ from tests.memory.samples import make_case, build_anchors
 path, indexed = sys.argv[1:]
 anchors = memory.bank.embedded_assets() / "memory"
 digest = memory.package_digest_of(anchors)
-memory.create_memory(path, digest)
+memory.create_memory(path, digest, 8, 6)
 with memory.open_memory(path, digest, learn="all") as bank:
     snapshot = bank.snapshot()
     case = next(bank.cases("anchor"))

@@ -71,7 +71,7 @@ def test_what_cannot_be_thinned_is_refused(whole: Path) -> None:
         with pytest.raises(StoreError, match="already exists"):
             bank.thin(whole, KEPT)
         bank.add_anchor(make_case("added", "anchor"), provenance="a test")
-        with pytest.raises(StoreMismatch, match=r"outside segments.*memory compact"):
+        with pytest.raises(StoreMismatch, match=r"not merged yet.*memory compact"):
             bank.thin(whole.with_name("thin"), KEPT)
         with pytest.raises(UsageError, match=r"0.*1 or more"):
             bank.thin(whole.with_name("thin"), 0)

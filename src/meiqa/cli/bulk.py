@@ -71,7 +71,8 @@ def bulk_command(options: Options) -> int:
     prefix or glob of s3://, gs:// or az://, parquet tables with a column of paths or encoded
     photos, or tars. Nothing is learned. See docs/bulk.md.
     """
-    with cli.optional_packages("parquet" if options.address == HERE else "ray"):
+    needed = ("parquet",) if options.address == HERE else ("ray", "--address none")
+    with cli.optional_packages(*needed):
         from meiqa.batches import BatchScorer, Condition
         from meiqa.parts import BulkOutput, PartScorer
         from meiqa.sources import Source, pictures_of
@@ -99,7 +100,7 @@ def bulk_command(options: Options) -> int:
         grows = selection.is_open and options.source not in cli.STDIN
         if grows or not output.plans:
             with _tolerated(bool(output.plans)):
-                say(f"{options.out}: {output.plan(unplanned(say))} photos are new")
+                say(f"{options.out}: new photos: {output.plan(unplanned(say))}")
         code = _score(PartScorer(output, BatchScorer(scoring, "bytes"), model, condition), options)
         if grows and not options.by_content:  # by which each file would be read once more
             with _tolerated(True):

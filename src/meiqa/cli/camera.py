@@ -120,18 +120,18 @@ def _log(path: str | None, outputs: dict[str, Any]) -> Iterator[Callable[[dict[s
         yield write
 
 
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+
+
 def _picture_format(path: str) -> str:
     """Give Pillow's name of the format that a file's name asks for.
 
     Raises:
         UsageError: there is none.
     """
-    from PIL import Image
-
-    Image.init()
-    format = "JPEG" if path in STDOUT else Image.EXTENSION.get(Path(path).suffix.lower(), "")
-    if format not in Image.SAVE:
-        raise UsageError(f"--best {path} is no picture's name", allowed=".jpg, .png")
+    format = "JPEG" if path in STDOUT else FORMATS.get(Path(path).suffix.lower(), "")
+    if not format:
+        raise UsageError(f"--best {path} is no picture's name", allowed=", ".join(FORMATS))
     return format
 
 

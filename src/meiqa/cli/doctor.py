@@ -16,14 +16,17 @@ from typing import Any
 import meiqa
 from meiqa.cli import options as cli
 from meiqa.cli.options import Options
-from meiqa.errors import MeiqaError, install_hint
+from meiqa.errors import TENSORRT_EXTRA, MeiqaError, install_hint
 from meiqa.formats import tree_text
 from meiqa.locations import package_memory, user_memory
 
 REQUIRED = ("numpy", "pillow", "tokenizers", "nanobind-backend", "click", "platformdirs")
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 OPTIONAL = ("numba", "hnswlib", "scipy")
-EXTRAS = ("photos", "serve")
+EXTRAS = (
+    *("photos", "serve", "camera", "index", "eval", "parquet", "ray", "hub", "export"),
+    TENSORRT_EXTRA,
+)
 MAPPINGS, STATUS = Path("/proc/self/smaps"), Path("/proc/self/status")
 _FILES_SHOWN = 4
 _PEAK = re.compile(r"^VmHWM:\s*(\d+) kB", re.MULTILINE)

@@ -76,13 +76,13 @@ ANCHORING = cli.together(
 @cli.argument("memory", "DIR")
 @cli.PACKAGE
 def create(options: Options) -> int:
-    """Make an empty memory, to learn into beside the embedded anchors."""
+    """Make an empty memory, to learn into; of the default package, beside the embedded anchors."""
     from meiqa.engine.package import EnginePackage
     from meiqa.memory import create_memory
 
     package = EnginePackage.open(options.package or embedded_assets() / "package", verify=False)
-    create_memory(options.memory, package.digest)
-    say(f"{options.memory}: learns beside the embedded anchors")
+    beside = create_memory(options.memory, package.digest, *package.widths)
+    say(f"{options.memory}: {'learns beside the embedded anchors' if beside else 'no anchors'}")
     return 0
 
 

@@ -535,15 +535,15 @@ def sources(paths: Sequence[str]) -> list[str | NamedBytes]:
 
 
 @contextmanager
-def optional_packages(extra: str) -> Iterator[None]:
-    """Say how to install what the engine itself does without."""
+def optional_packages(extra: str, without: str = "") -> Iterator[None]:
+    """Say how to install what the engine itself does without, or how to do without it."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise UsageError(
             "this command needs packages that are not installed",
             seen=f"no {error.name}",
-            hint=install_hint(extra),
+            hint=install_hint(extra) + (without and f", or do without: {without}"),
         ) from error
 
 

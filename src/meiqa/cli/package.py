@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from meiqa.cli import options as cli
 from meiqa.cli.options import Options, say
-from meiqa.errors import UsageError
+from meiqa.errors import TENSORRT_EXTRA, UsageError
 from meiqa.formats import tree_text
+from meiqa.locations import embedded_assets
 from meiqa.progress import Progress
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def export_command(options: Options) -> int:
 @cli.option("--max-past N", "most written tokens, the question included", cli.POSITIVE)
 def build_command(options: Options) -> int:
     """Compile a package's graphs with TensorRT."""
-    with cli.optional_packages("rtx"):
+    with cli.optional_packages(TENSORRT_EXTRA):
         from meiqa.export.engines import Limits, build_engines
 
         limits = Limits(options.max_batch, options.max_suffix, options.max_prefix, options.max_past)
@@ -131,14 +132,15 @@ def build_command(options: Options) -> int:
 
 
 @cli.command()
-@cli.argument("package", "PACKAGE")
+@cli.argument("package", "[PACKAGE]", required=False)
 @cli.format_option("text", "json")
 @cli.NO_VERIFY
 def inspect_command(options: Options) -> int:
-    """Print what is inside an engine package."""
+    """Print what is inside an engine package; by default the embedded one."""
     from meiqa.engine.package import EnginePackage
 
-    package = EnginePackage.open(options.package, verify=not options.no_verify)
+    path = options.package or embedded_assets() / "package"
+    package = EnginePackage.open(path, verify=not options.no_verify)
     cli.print_report(describe_package(package), options.format, inspection_text)
     return 0
 

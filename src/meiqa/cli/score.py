@@ -267,6 +267,10 @@ def _terms(engine: Engine, options: Options) -> dict[str, Any]:
 _FILES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
 
+UNLIKELY = -7.0
+"""Log-probability of an option, one in a thousand, below which shares among options mean little."""
+
+
 def texts(given: str) -> tuple[str, ...]:
     """Read options between commas; spaces around them are dropped."""
     options = tuple(map(str.strip, given.split(",")))
@@ -300,7 +304,11 @@ def ask_command(options: Options) -> int:
 
         pairs: Sequence[ImageSource | None] = seconds or [None]
         asked = [Question(text, options.options, p) for text in options.questions for p in pairs]
-        write_answers(engine.options_many(image, asked), options.format, sys.stdout)
+        answers = engine.options_many(image, asked)
+        write_answers(answers, options.format, sys.stdout)
+    for answer in answers:
+        if max(answer.logprobs.values()) < UNLIKELY:
+            say(f"warning: the model would reply something else to {answer.question!r}")
     return 0
 
 

@@ -1,8 +1,8 @@
 // Runs the decoder's kernels without Python, for processors that are emulated.
 //
-//     rows                       says which kernels run here: name, together, lowest
-//     rows KERNEL [TIMES] <in    hidden states of the rows in `in`, by a kernel whether it says so
-//                                or not
+//     rows                       says which kernels run here: name, together, lowest, halves
+//     rows KERNEL [TIMES] <in    hidden states of the rows in `in`, then their products with a head,
+//                                by a kernel whether it says so or not
 //
 // The input is a sequence of arrays in the order in which they are asked for here, each behind its
 // number of bytes.
@@ -35,7 +35,9 @@ Linear next_linear(std::size_t inputs) {
     Linear linear;
     linear.inputs = inputs;
     linear.weights = next<char>();
-    std::size_t outputs;
+    std::size_t outputs, blocks;
+    linear.blocks = next<float>(&blocks);
+    if (!blocks) linear.blocks = nullptr;
     linear.bias = next<float>(&outputs);
     linear.panels = outputs / kPanel;
     linear.scale = next<float>();
@@ -43,6 +45,7 @@ Linear next_linear(std::size_t inputs) {
     const float* const range = next<float>();
     linear.steps = range[0];
     linear.zero = range[1];
+    linear.halves = range[2];
     return linear;
 }
 
@@ -77,21 +80,29 @@ int run(const Kernel& kernel, int times) {
         row.steps = steps[index];
         row.embeds = next<float>();
         for (auto& places : row.positions) places = next<std::int32_t>();
-        row.prefix_steps = row.prefix_capacity = *next<std::int64_t>();
-        row.prefix = next<float>();
+        row.prefix.steps = row.prefix.capacity = *next<std::int64_t>();
+        row.prefix.array = next<float>();
+        row.past = {nullptr, 0, 0};
         most = std::max(most, row.steps);
-        longest = std::max(longest, row.prefix_steps);
+        longest = std::max(longest, row.prefix.steps);
     }
-    const std::size_t floats = kernel.row_scratch(model, std::max(most, count), longest);
+    const Linear head = next_linear(model.width);
+    const Crew alone;
+    const std::size_t floats = kernel.row_scratch(model, alone, std::max(most, count), longest);
     auto* const scratch = static_cast<float*>(aligned(floats * sizeof(float)));
     std::vector<float> hidden(count * model.width), attended(count * query_width(model));
     for (int time = 0; time < times; ++time) {
         for (std::size_t index = 0; index < count; ++index)
-            kernel.attend_row(model, rotary, rows[index], scratch, &hidden[index * model.width],
-                              &attended[index * query_width(model)], nullptr);
-        kernel.finish_rows(model, count, attended.data(), scratch, hidden.data());
+            kernel.run_row(model, alone, rotary, rows[index], scratch,
+                           {&hidden[index * model.width], &attended[index * query_width(model)],
+                            nullptr});
+        kernel.finish_rows(model, alone, count, attended.data(), scratch, hidden.data());
     }
-    return std::fwrite(hidden.data(), sizeof(float), hidden.size(), stdout) != hidden.size();
+    std::vector<float> made(count * head.panels * kPanel);
+    kernel.multiply_rows(head, alone, count, hidden.data(), made.data());
+    for (const auto* const out : {&hidden, &made})
+        if (std::fwrite(out->data(), sizeof(float), out->size(), stdout) != out->size()) return 1;
+    return 0;
 }
 
 }  // namespace
@@ -99,7 +110,7 @@ int run(const Kernel& kernel, int times) {
 int main(int count, char** arguments) {
     for (const Kernel* const kernel : kKernels) {
         if (count < 2 && kernel->runs_here())
-            std::printf("%s %zu %d\n", kernel->name, kernel->together, kernel->lowest);
+            std::printf("%s %zu %d %d\n", kernel->name, kernel->together, kernel->lowest, kernel->halves);
         else if (count > 1 && !std::strcmp(kernel->name, arguments[1]))
             return run(*kernel, count > 2 ? std::atoi(arguments[2]) : 1);
     }
