@@ -52,6 +52,8 @@ def steps_of(given: argparse.Namespace, table: Path, photo: Path) -> dict[str, l
         export += ["--calibration", given.images, "--pictures", given.pictures]
     if given.max_pixels is not None:
         export += ["--max-pixels", given.max_pixels]
+    if given.largest_move is not None:
+        export += ["--largest-move", given.largest_move]
     if given.no_sensitivity:
         export.append("--no-sensitivity")
     steps = {
@@ -140,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--anchors", type=int, default=ANCHORS)
     parser.add_argument("--pictures", type=int, default=PICTURES, help="to calibrate the export on")
     parser.add_argument("--max-pixels", type=int)
+    parser.add_argument("--largest-move", type=float)
     parser.add_argument("--no-sensitivity", action="store_true")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args(arguments)

@@ -98,6 +98,8 @@ class ExportOptions:
             exceed `PIECE_BYTES`, since writing with a large model takes hours on a CPU.
         score_head: what makes the first score unless another is asked for: "text", "levels" or
             "grm", which is neutral until it is fitted.
+        largest_move: mean change of a grade from PyTorch's that is accepted, on the 1-5 scale; that
+            of `LARGEST_MOVES` by default.
         say: told of each step; show: how much of one is done (0-1), where one takes long.
     """
 
@@ -108,6 +110,7 @@ class ExportOptions:
     sensitivity: bool = True
     key_pictures: int | None = None
     score_head: str = "text"
+    largest_move: float | None = None
     say: Callable[[str], None] = lambda step: None
     show: Callable[[str, float], None] = lambda step, share: None
 
@@ -166,7 +169,7 @@ def require_room(checkpoint: Checkpoint, folder: Path, precision: str) -> str:
         )
     held = HELD_AT_ONCE * min(held_bytes(), 4 * sum(sizes)) + RUNTIME_BYTES
     return (
-        f"{sum(sizes) / 1e9:.2g} billion weights: about {held / 2**30:.0f} GiB of memory, and up to"
+        f"{sum(sizes) / 1e9:.2g} billion weights: up to {held / 2**30:.0f} GiB of memory, and"
         f" {needed / 2**30:.1f} GiB on the disk until it is done"
     )
 
@@ -305,14 +308,16 @@ class Export:
             "mean_move": mean,
             "largest_move": largest,
         }
-        allowed = LARGEST_MOVES[self.options.precision]
+        wanted = self.options.largest_move
+        allowed = LARGEST_MOVES[self.options.precision] if wanted is None else wanted
         if not mean <= allowed:
             raise PackageCorrupted(
                 f"{self.options.precision} moves the grades too much",
                 seen=f"{mean:.3f} on average",
                 allowed=f"{allowed} on the 1-5 scale",
                 hint="give more and more varied pictures, or a higher --precision"
-                + ("" if self.options.sensitivity else ", or leave out --no-sensitivity"),
+                + ("" if self.options.sensitivity else ", or leave out --no-sensitivity")
+                + ", or accept it by --largest-move",
             )
 
     def fit_key_projection(self) -> None:

@@ -212,7 +212,7 @@ def test_what_an_export_needs_and_how_far_it_is_are_told(
     pictures = [*PICTURES] * 4
     export(pictures=pictures, say=said.append, show=lambda *step: shown.append(step))
     assert re.fullmatch(
-        r"\S+ billion weights: about \d GiB of memory, and up to \S+ GiB on the disk until .*",
+        r"\S+ billion weights: up to \d GiB of memory, and \S+ GiB on the disk until .*",
         said[0],
     )
     assert shown == [("describing pictures", at / 4) for at in range(4)]
@@ -287,11 +287,10 @@ def test_graphs_that_differ_from_pytorch_are_refused(
 
 
 def test_grades_that_move_too_much_are_refused(
-    export: Callable[..., EnginePackage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Callable[..., EnginePackage], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(packaging.LARGEST_MOVES, "int8", 0.0)
     with pytest.raises(PackageCorrupted, match=r"int8 moves the grades too much.*--no-sens"):
-        export(precision="int8", sensitivity=False)
+        export(precision="int8", sensitivity=False, largest_move=0.0)
     assert nothing_left(tmp_path)
 
 

@@ -57,6 +57,13 @@ if TYPE_CHECKING:
     needs="checkpoint",
 )
 @cli.option(
+    "--largest-move M",
+    "mean change of a grade (1-5) from PyTorch's that is accepted (default: 0.001 in fp32, 0.01 in "
+    "fp16, 0.03 in int8, 0.06 in int4)",
+    cli.number(0, 4),
+    needs="checkpoint",
+)
+@cli.option(
     "--patterns CODEBOOK",
     "distortion patterns to add (default: patterns.safetensors beside the checkpoint's weights); "
     "without a checkpoint, to the package that is there",
@@ -87,6 +94,7 @@ def export_command(options: Options) -> int:
                 sensitivity=not options.no_sensitivity,
                 key_pictures=options.key_pictures,
                 score_head=options.score_head,
+                largest_move=options.largest_move,
                 say=progress.over(say),
                 show=progress.show,
             )
