@@ -22,15 +22,17 @@ from numpy.typing import NDArray
 
 from benchmarks.compare import Transformers
 from meiqa.engine.package import EnginePackage
-from meiqa.engine.runtime import open_graphs, open_runtime
+from meiqa.engine.runtime import open_graphs
 from meiqa.engine.runtime.decoder import (
     ROWS_PER_CALL,
     Array,
     Decoder,
     GraphDecoder,
+    NativeDecoder,
     Past,
     Row,
     parts_of,
+    read_layers,
 )
 from meiqa.errors import MeiqaError
 
@@ -253,12 +255,12 @@ class OnDecoder:
 
     @classmethod
     def natively(cls, folder: Path, work: Work) -> OnDecoder:
-        """Take the native kernel, if that is what the package is run by here."""
+        """Run the layers in the native kernel."""
         package = EnginePackage.open(folder)
-        decoder = open_runtime(package, threads=work.threads).decoder
-        if isinstance(decoder, GraphDecoder):
-            raise MeiqaError("the package is run by its graph here", seen=folder)
-        return cls(package, decoder, work)
+        layers = read_layers(package)
+        if layers is None:
+            raise MeiqaError("the package has no layers for the kernel", seen=folder)
+        return cls(package, NativeDecoder(*layers, work.threads), work)
 
     @classmethod
     def by_graph(cls, folder: Path, work: Work) -> OnDecoder:

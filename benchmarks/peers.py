@@ -7,7 +7,7 @@ Every engine reads a prefix of 300 tokens and 64 continuations of 80 tokens, for
 each, and writes 80 tokens one by one behind the prefix. The text is this documentation's. Engines
 are transformers, from scratch and with its cache of the prefix; llama.cpp with the weights of FILE,
 in Q4_K_M, and with these in Q8_0; OpenVINO with the graph of a package in fp32; and each PACKAGE,
-by its graph in ONNX Runtime, and by the native kernel where that is what runs it.
+by its graph in ONNX Runtime, and by the native kernel where it has the layers for it.
 
 CHECKPOINT, FILE and packages should hold the same weights, as `benchmarks.real_checkpoint` makes
 them of FILE. How far each one's last tokens are from transformers' stands beside its time, as the

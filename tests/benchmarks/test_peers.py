@@ -76,7 +76,7 @@ def test_what_is_missing_is_named(work: Work, checkpoint: Path, package: EngineP
     assert [row["name"] for row in found["rows"]] == [REFERENCE] == told[:1]
     assert found["rows"][0]["kl"] == 0
     assert found["missing"][absent.name] == "no no_such_module installed"
-    assert "run by its graph here" in found["missing"][native.name]
+    assert "no layers for the kernel" in found["missing"][native.name]
     assert absent.name not in told
 
 
