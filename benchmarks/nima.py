@@ -1,4 +1,4 @@
-"""NIMA as published, one of the peers: MobileNet trained on people's votes on AVA."""
+"""NIMA as published, one of the other scorers: MobileNet trained on people's votes on AVA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from benchmarks.peers import Peer
+from benchmarks.scorers import OtherScorer
 from meiqa.engine.images import Pixels
 from meiqa.export.families.conv_hybrid import Overview
 from training.backbone import begin_from_votes
@@ -19,7 +19,7 @@ from training.towers import conv_config, normalised
 SIDE = 224
 
 
-def nima(weights: Path) -> Peer:
+def nima(weights: Path) -> OtherScorer:
     """Open NIMA as published: a picture at 224 x 224, and the mean of ten grades of beauty."""
     eye = Overview(conv_config(16)).eval()
     begin_from_votes(eye, weights)

@@ -1,13 +1,14 @@
 """What few bits do to a real decoder's text, beside other quantisers of the same weights.
 
-    python -m benchmarks.text_quantisation CHECKPOINT --work DIR [--output FILE]
+    python -m benchmarks.text_quantisation CHECKPOINT --work DIR [--variant NAME …] [--output FILE]
 
 The decoder of a checkpoint (such as `benchmarks.real_checkpoint` makes) reads pages of this
 project's documentation: on some of them activations are observed, on others every variant is
 compared with the float graph. Given are the mean Kullback-Leibler divergence of the next token's
 distribution, in nats, the share of tokens whose most probable successor is another, the mean loss,
 and the bytes of the graph's weights. `ort` are ONNX Runtime's own quantisers of the same graph. The
-float graph stays in DIR for another run, since tracing takes minutes.
+float graph stays in DIR for another run, since tracing takes minutes. Rows go to FILE as they are
+measured; a run leaves out those that are there, so one that was cut short can be taken up again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from meiqa.engine.manifest import DecoderShape
 from meiqa.engine.runtime.decoder import GraphSession
+from meiqa.errors import UsageError
 from meiqa.evaluation.measuring import Column, run_on, table_text
 from meiqa.export import calibration, rounding
 from meiqa.export.calibration import Quantisation, observe
@@ -45,6 +48,7 @@ COMPARED = ("decisions.md", "privacy.md", "reference-mode.md")
 TOKENS, FIRST = 192, 8
 """Tokens of a page that are read, and that are not judged, since little is known of them."""
 DOWN = "down_proj"
+FLOAT = "float"
 _COLUMNS = (
     Column("variant", "variant"),
     Column("kl", "KL", ".4f"),
@@ -174,20 +178,18 @@ def heads_of(source: Path) -> list[str]:
     return [str(made.name)] if made is not None else []
 
 
-def variants(observed: Mapping[str, Any]) -> Iterator[tuple[str, Variant]]:
-    """Name what is compared."""
-    yield "int8", ours("int8", observed)
-    yield "int8, gated products alone by rows", ours("int8", observed, own_rows=np.inf)
-    yield (
-        "int8, gated products in fp16",
-        ours("int8", observed, own_rows=np.inf, float_layers=DOWN),
-    )
-    yield "int8, all rows by themselves", ours("int8", observed, own_rows=0.0)
-    yield "int8, ort dynamic", ort_dynamic
-    yield "int4", ours("int4", observed)
-    yield "int4, no clipping or weighting", ours("int4", {}, clips=False)
-    yield "int4, ort", ort_four_bits(symmetric=False)
-    yield "int4, ort symmetric", ort_four_bits(symmetric=True)
+VARIANTS: Mapping[str, Callable[[Mapping[str, Any]], Variant]] = {
+    "int8": partial(ours, "int8"),
+    "int8, gated products alone by rows": partial(ours, "int8", own_rows=np.inf),
+    "int8, gated products in fp16": partial(ours, "int8", own_rows=np.inf, float_layers=DOWN),
+    "int8, all rows by themselves": partial(ours, "int8", own_rows=0.0),
+    "int8, ort dynamic": lambda observed: ort_dynamic,
+    "int4": partial(ours, "int4"),
+    "int4, no clipping or weighting": lambda observed: ours("int4", {}, clips=False),
+    "int4, ort": lambda observed: ort_four_bits(symmetric=False),
+    "int4, ort symmetric": lambda observed: ort_four_bits(symmetric=True),
+}
+"""Makes each variant by name, of what was observed."""
 
 
 def float_graph(checkpoint: Checkpoint, work: Path) -> Path:
@@ -201,15 +203,16 @@ def float_graph(checkpoint: Checkpoint, work: Path) -> Path:
 
 
 def measured(
-    folder: Path, work: Path, tokens: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Give a row for each variant of a checkpoint's decoder."""
+    folder: Path, work: Path, tokens: int, names: Collection[str], say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Give a row for the float graph of a checkpoint's decoder, and for each of these variants."""
     checkpoint = Checkpoint.open(folder)
     reader = Reader(checkpoint, tokens)
     say("tracing")
     source = float_graph(checkpoint, work)
     whole = PiecewiseSession(source)
     exact = {page: reader.log_probabilities(whole, page) for page in COMPARED}
+    yield {"variant": FLOAT, **compared(reader, exact, whole), "mb": size_mb(source)}
     say("observing")
 
     def read_all(sessions: Mapping[str, GraphSession]) -> None:
@@ -217,20 +220,33 @@ def measured(
             sessions["decoder"].run(reader.feeds(reader.ids(page)))
 
     observed = observe({"decoder": source}, read_all)
-    rows = [{"variant": "float", **compared(reader, exact, whole), "mb": size_mb(source)}]
-    for name, write in variants(observed):
+    for name in names:
         say(name)
         with tempfile.TemporaryDirectory(dir=work) as made:
             out = Path(made) / "decoder.onnx"
-            write(source, out)
+            VARIANTS[name](observed)(source, out)
             found = compared(reader, exact, PiecewiseSession(out))
-            rows.append({"variant": name, **found, "mb": size_mb(out)})
-    return rows
+            yield {"variant": name, **found, "mb": size_mb(out)}
 
 
 def size_mb(graph: Path) -> float:
     """Megabytes of a graph and its weights."""
     return sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*")) / 1e6
+
+
+def rows_in(output: Path | None, tokens: int) -> list[dict[str, Any]]:
+    """Give the rows that a run before wrote.
+
+    Raises:
+        UsageError: they are of pages cut elsewhere.
+    """
+    if output is None or not output.exists():
+        return []
+    report = json.loads(output.read_text())
+    if report["tokens"] != tokens:
+        raise UsageError(f"{output} has other pages", seen=tokens, allowed=report["tokens"])
+    found: list[dict[str, Any]] = report["rows"]
+    return found
 
 
 def main() -> None:
@@ -241,18 +257,24 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="may be repeated")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    rows = rows_in(given.output, given.tokens)
 
     def say(step: str) -> None:
         sys.stderr.write(f"{step}\n")
 
     logging.disable(logging.INFO)  # ONNX Runtime's quantisers make the exporter tell all it does
-    rows = measured(given.checkpoint, given.work, given.tokens, say)
-    result = {"tokens": given.tokens, "rows": rows, **run_on("onnxruntime")}
+    known = {row["variant"] for row in rows}
+    names = [name for name in given.variant or VARIANTS if name not in known]
+    for row in measured(given.checkpoint, given.work, given.tokens, names, say):
+        if row["variant"] not in known:
+            rows.append(row)
+        if given.output is not None:
+            report = {"tokens": given.tokens, "rows": rows, **run_on("onnxruntime")}
+            given.output.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(f"{table_text(rows, _COLUMNS)}\n")
-    if given.output is not None:
-        given.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

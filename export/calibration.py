@@ -357,10 +357,16 @@ class SensitivityStudy:
         self._exact = Answers.of(model, self._tokens)
         self.table: list[dict[str, Any]] = []
 
-    def plan(self) -> dict[str, Assignment]:
-        """Choose the precision of every layer; `table` then holds all measurements."""
+    def plan(self, show: Callable[[float], None] = lambda share: None) -> dict[str, Assignment]:
+        """Choose the precision of every layer; `table` then holds all measurements.
+
+        Args:
+            show: told which share of the groups is done.
+        """
         plan: dict[str, Assignment] = {name: {} for name in self._quantisation.files}
-        for group in groups_of(self._quantisation):
+        groups = groups_of(self._quantisation)
+        for at, group in enumerate(groups):
+            show(at / len(groups))
             assigned = self._cut if group.chained else self._assigned
             plan[group.graph] |= assigned(group, self._ladder(group))
         return plan

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from meiqa.export.verify import (
     PiecewiseSession,
     decoder_feeds,
     grade_moves,
+    held_bytes,
     require_parity,
     vision_feeds,
 )
@@ -70,6 +72,10 @@ OBSERVED_TOKENS = 96
 SYNTHETIC_PICTURES, SYNTHETIC_SIDE = 4, 256
 PEAK_BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 9, "int4": 9}
 """Bytes of a weight on the disk when an export takes most: float graphs beside a trial of them."""
+HELD_AT_ONCE = 3
+"""Graphs, or as much of them as is held at a time, that are in memory when an export takes most."""
+RUNTIME_BYTES = 1 << 30
+"""What PyTorch, ONNX Runtime and activations take beside them."""
 ABSOLUTE, RELATIVE = 1e-4, {"fp32": 1e-3, "fp16": 2e-2}
 """Each token of an output may differ from PyTorch by so much, or by this share of its size."""
 LARGEST_MOVES = {"fp32": 1e-3, "fp16": 1e-2, "int8": 0.03, "int4": 0.06}
@@ -92,7 +98,9 @@ class ExportOptions:
             exceed `PIECE_BYTES`, since writing with a large model takes hours on a CPU.
         score_head: what makes the first score unless another is asked for: "text", "levels" or
             "grm", which is neutral until it is fitted.
-        say: told of each step.
+        largest_move: mean change of a grade from PyTorch's that is accepted, on the 1-5 scale; that
+            of `LARGEST_MOVES` by default.
+        say: told of each step; show: how much of one is done (0-1), where one takes long.
     """
 
     precision: str = "int8"
@@ -102,7 +110,9 @@ class ExportOptions:
     sensitivity: bool = True
     key_pictures: int | None = None
     score_head: str = "text"
+    largest_move: float | None = None
     say: Callable[[str], None] = lambda step: None
+    show: Callable[[str, float], None] = lambda step, share: None
 
     def __post_init__(self) -> None:
         check_score_head(self.score_head)
@@ -130,7 +140,7 @@ def export_package(source: Path, out: Path, options: ExportOptions) -> EnginePac
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(out.parent, f".{out.name}.partial-") as folder:
-            require_space(checkpoint, folder, options.precision)
+            options.say(require_room(checkpoint, folder, options.precision))
             Export(checkpoint, folder, options).write()
             (folder / LOCK).unlink()
             folder.chmod(0o755)
@@ -144,8 +154,8 @@ def export_package(source: Path, out: Path, options: ExportOptions) -> EnginePac
     return EnginePackage.open(out)
 
 
-def require_space(checkpoint: Checkpoint, folder: Path, precision: str) -> None:
-    """Refuse at once what would fill the disk after minutes."""
+def require_room(checkpoint: Checkpoint, folder: Path, precision: str) -> str:
+    """Refuse at once what would fill the disk after minutes; one line of what will be needed."""
     sizes = [tensor.numel() for tensor in checkpoint.weights.headers().values()]
     # The largest tensor, the embedding, is written as a file and, where it is tied, as a head.
     needed = (sum(sizes) + max(sizes)) * PEAK_BYTES_A_WEIGHT[precision]
@@ -157,6 +167,11 @@ def require_space(checkpoint: Checkpoint, folder: Path, precision: str) -> None:
             allowed=f"{needed / 2**30:.1f} GiB or more",
             hint="choose another place for --out",
         )
+    held = HELD_AT_ONCE * min(held_bytes(), 4 * sum(sizes)) + RUNTIME_BYTES
+    return (
+        f"{sum(sizes) / 1e9:.2g} billion weights: up to {held / 2**30:.0f} GiB of memory, and"
+        f" {needed / 2**30:.1f} GiB on the disk until it is done"
+    )
 
 
 class Export:
@@ -252,15 +267,18 @@ class Export:
             writes = PiecewiseSession(files["decoder"]).writes_quickly
             asked = "described, graded and compared" if writes else "graded and compared"
             self.options.say(f"observing activations: {len(calibrated)} photographs are {asked}")
+            show = partial(self.options.show, "observing activations")
             observed = observe(
-                files, lambda running: exercise(self.model(running), calibrated, writes=writes)
+                files,
+                lambda running: exercise(self.model(running), calibrated, show, writes=writes),
             )
         quantisation = Quantisation(files, self.options.precision, observed)
         plan, studied = quantisation.default(), self.pictures[STUDIED]
         if studied and self.options.sensitivity:
             self.options.say("measuring how many bits each group of layers needs")
             study = SensitivityStudy(quantisation, self.model, studied, self.folder)
-            plan, self.report["sensitivity"] = study.plan(), study.table
+            plan = study.plan(partial(self.options.show, "measuring groups of layers"))
+            self.report["sensitivity"] = study.table
         self.options.say(f"rounding weights to {self.options.precision}")
         made = self.folder / "quantised"  # beside the graphs whose weights it reads
         made.mkdir()
@@ -290,13 +308,16 @@ class Export:
             "mean_move": mean,
             "largest_move": largest,
         }
-        allowed = LARGEST_MOVES[self.options.precision]
+        wanted = self.options.largest_move
+        allowed = LARGEST_MOVES[self.options.precision] if wanted is None else wanted
         if not mean <= allowed:
             raise PackageCorrupted(
                 f"{self.options.precision} moves the grades too much",
                 seen=f"{mean:.3f} on average",
                 allowed=f"{allowed} on the 1-5 scale",
-                hint="give more and more varied pictures, or a higher --precision",
+                hint="give more and more varied pictures, or a higher --precision"
+                + ("" if self.options.sensitivity else ", or leave out --no-sensitivity")
+                + ", or accept it by --largest-move",
             )
 
     def fit_key_projection(self) -> None:
@@ -314,7 +335,8 @@ class Export:
         self.options.say(f"describing {len(pictures)} pictures to fit the image key")
         package = EnginePackage.open(self.folder, verify=False)
         model = LocalModel.open(package)
-        np.save(self.folder / "key_projection.npy", fitted_projection(model, pictures))
+        show = partial(self.options.show, "describing pictures")
+        np.save(self.folder / "key_projection.npy", fitted_projection(model, pictures, show))
 
     def add_patterns(self) -> None:
         """Add the distortion patterns, if they lie beside the checkpoint's weights."""
@@ -367,13 +389,17 @@ def synthetic_pictures(image: ImageProcessing) -> Pictures:
     return [np.clip(picture, 0, 255).astype(np.uint8) for picture in noisy]
 
 
-def exercise(model: LocalModel, pictures: Pictures, *, writes: bool) -> None:
+def exercise(
+    model: LocalModel, pictures: Pictures, show: Callable[[float], None], *, writes: bool
+) -> None:
     """Ask everything that the engine asks: read, grade, compare and write, or read a description.
 
     A text that is read shows what layers see of one that is written, in a single call.
     """
     prefixes = model.prefill([model.encode(picture) for picture in pictures])
-    for prefix, other in zip(prefixes, prefixes[1:] + prefixes[:1], strict=True):
+    for at, prefix in enumerate(prefixes):
+        show(at / len(prefixes))
+        other = prefixes[(at + 1) % len(prefixes)]
         model.grade(prefix)
         model.prefer_first([prefix], [other.tokens])
         if writes:
@@ -386,11 +412,16 @@ def exercise(model: LocalModel, pictures: Pictures, *, writes: bool) -> None:
             model.log_probabilities([prefix], [reading])
 
 
-def fitted_projection(model: LocalModel, pictures: Pictures) -> NDArray[np.float32]:
+def fitted_projection(
+    model: LocalModel, pictures: Pictures, show: Callable[[float], None]
+) -> NDArray[np.float32]:
     """Fit the linear map (embed width + 1, D) from the mean visual token to a unit key."""
     tokens = [model.encode(picture) for picture in pictures]
     limit = model.prompts.family.summary_tokens
-    keys = [model.describe(prefix, limit).key for prefix in model.prefill(tokens)]
+    keys = []
+    for at, prefix in enumerate(model.prefill(tokens)):
+        show(at / len(tokens))
+        keys.append(model.describe(prefix, limit).key)
     known = [(t, key) for t, key in zip(tokens, keys, strict=True) if key is not None]
     if not known:
         raise PackageCorrupted("the model describes none of the pictures", seen="empty texts")

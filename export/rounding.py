@@ -82,6 +82,12 @@ class Observed:
         """(C,) largest absolute value of each channel."""
         return np.maximum(np.abs(self.low), np.abs(self.high))
 
+    def evened(self) -> Observed:
+        """Give the sample alone, each row as loud as any other."""
+        rows = evened(self.rows)
+        squares = np.square(rows, dtype=np.float64).mean(0)
+        return replace(self, low=rows.min(0), high=rows.max(0), square=squares, rows=rows)
+
     def divided(self, scales: Floats) -> Observed:
         """Divide each channel by a positive number (C,)."""
         return replace(
@@ -391,8 +397,12 @@ def smoothing_scales(model: ir.Model, observed: Mapping[str, Observed]) -> dict[
 def best_scales(foldable: Foldable, seen: Observed) -> Floats:
     """Choose the scales (C,) with the least error of the layers' outputs over the sample.
 
-    Candidates balance each channel's largest activation and weight; their mean logarithm is 0.
+    Candidates balance each channel's largest activation and weight; their mean logarithm is 0. Of
+    gated products, whose rows are rounded by themselves, every row counts alike: the loudest would
+    choose for all.
     """
+    by_rows = is_gated(foldable.value)
+    seen = seen.evened() if by_rows else seen
     weights = np.concatenate([read(layer.weight.const_value) for layer in foldable.layers], 1)
     activation, weight = seen.magnitude, np.abs(weights).max(1)
     known = (activation > 0) & (weight > 0)
@@ -402,15 +412,16 @@ def best_scales(foldable: Foldable, seen: Observed) -> Floats:
         logs[known] = strength * np.log(activation[known]) - (1 - strength) * np.log(weight[known])
         logs[known] -= logs[known].mean() if known.any() else 0.0
         candidates.append(np.exp(logs).astype(np.float32))
-    errors = [output_error(seen.divided(s), weights * s[:, None]) for s in candidates]
+    errors = [output_error(seen.divided(s), weights * s[:, None], by_rows) for s in candidates]
     best: Floats = candidates[int(np.argmin(errors))]
     return best
 
 
-def output_error(seen: Observed, weight: Floats) -> float:
+def output_error(seen: Observed, weight: Floats, by_rows: bool) -> float:
     """Measure a layer's squared error when its input and its weight are rounded to 8 bits."""
     rows, step = seen.rows[:COMPARED_ROWS], channel_steps(weight, 1)
-    product = Range.of(seen).rounded(rows) @ (np.rint(weight / step) * step)
+    made = rounded_by_rows(rows) if by_rows else Range.of(seen).rounded(rows)
+    product = made @ (np.rint(weight / step) * step)
     return float(np.square(product - rows @ weight).mean(0).sum())
 
 

@@ -1,239 +1,122 @@
-"""The peers: fits that must find what was drawn, model files, and what is known of each judge."""
+"""Engines beside each other: the same tokens give the same logits, and bars say what was found."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
-from scipy.io import savemat
-from scipy.ndimage import gaussian_filter
 
-from benchmarks import naturalness
-from benchmarks.naturalness import (
-    BRISQUE_MODEL,
-    BRISQUE_RANGES,
-    NIQE_STATISTICS,
-    Brisque,
-    Niqe,
-    luminance,
-)
-from benchmarks.nima import nima
+from benchmarks.peer_engines import FromScratch, OnDecoder, PeerEngine, WithPrefixCache, Work
 from benchmarks.peers import (
-    Peer,
-    judge_peers,
+    REFERENCE,
+    bars,
     main,
+    markdown_text,
+    peers_of,
     peers_text,
-    published_peers,
-    sharpness,
+    run,
+    text_work,
 )
-from meiqa.engine.images import Pixels, load_pixels
 from meiqa.engine.package import EnginePackage
-from meiqa.errors import ImageTooSmall, UsageError
-from meiqa.memory import FEWEST_PHOTOS
-from tests.engine.samples import picture
-
-SIDE = 288
-NIMA = Path(__file__).parents[3] / "shared" / "data" / "weights" / "nima_mobilenet_aesthetic.hdf5"
-
-
-def textured(seed: int, blur: float = 0.0, noise: float = 0.0) -> np.ndarray:
-    """A picture with detail at all scales, as nature has it, perhaps blurred or noisy."""
-    random = np.random.default_rng(seed)
-    layers = [
-        gaussian_filter(random.normal(size=(SIDE, SIDE)), scale) * scale**1.3
-        for scale in (0.7, 1.5, 3, 6, 12, 24)
-    ]
-    plane = gaussian_filter(np.sum(layers, axis=0), blur) if blur else np.sum(layers, axis=0)
-    grey = 128 + 40 * plane / plane.std() + noise * random.normal(size=plane.shape)
-    return np.repeat(np.rint(grey.clip(0, 255)).astype(np.uint8)[..., None], 3, axis=2)
+from meiqa.errors import UsageError
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
-    """Give model files in the published formats: two support vectors, made statistics."""
-    ranges = [f"{number} {-number / 10} {number / 5}" for number in range(1, 37)]
-    (tmp_path / BRISQUE_RANGES).write_text("\n".join(["x", "-1 1", *ranges]) + "\n")
-    (tmp_path / BRISQUE_MODEL).write_text(
-        "svm_type epsilon_svr\nkernel_type rbf\ngamma 0.05\nnr_class 2\ntotal_sv 2\n"
-        "rho -50\nSV\n-10 1:-0.5 36:0.25 \n20 2:1e-1 \n"
-    )
-    features = [block_features(textured(seed)) for seed in range(8)]
-    stacked = np.concatenate(features)
-    savemat(
-        tmp_path / NIQE_STATISTICS,
-        {
-            "mu_prisparam": stacked.mean(axis=0)[None],
-            "cov_prisparam": np.cov(stacked, rowvar=False),
-        },
-    )
-    return tmp_path
+def work(checkpoint: Path) -> Work:
+    return text_work(checkpoint, prefix=12, continuations=3, steps=5, threads=1)
 
 
-def block_features(pixels: np.ndarray) -> np.ndarray:
-    """Features (B, 36) of the blocks of a picture, block by block."""
-    grey = luminance(pixels)
-    half = naturalness._halved(grey)
-    planes = [
-        (naturalness._normalised(plane, "nearest"), side)
-        for plane, side in ((grey, 96), (half, 48))
-    ]
-    return np.array(
-        [
-            np.concatenate(
-                [
-                    naturalness._niqe_features(
-                        plane[row * side : (row + 1) * side, at * side : (at + 1) * side]
-                    )
-                    for plane, side in planes
-                ]
-            )
-            for row in range(SIDE // 96)
-            for at in range(SIDE // 96)
-        ]
-    )
+@pytest.fixture
+def opened(checkpoint: Path, package: EnginePackage) -> dict[str, Callable[[Work], PeerEngine]]:
+    return {
+        "scratch": partial(FromScratch, checkpoint),
+        "cache": partial(WithPrefixCache, checkpoint),
+        "graph": partial(OnDecoder.by_graph, package.path),
+    }
 
 
-@pytest.mark.parametrize(("shape", "draw"), [(2.0, "normal"), (1.0, "laplace")])
-def test_fits_find_the_shape_that_was_drawn(shape: float, draw: str) -> None:
-    random = np.random.default_rng(0)
-    values = getattr(random, draw)(size=200_000)
-    found, variance = naturalness._symmetric(values)
-    assert found == pytest.approx(shape, rel=0.03)
-    assert variance == pytest.approx(values.var(), rel=0.01)
-    # A side that is twice as wide holds twice as much.
-    twice = random.random(200_000) < 2 / 3
-    sides = np.where(twice, -2 * np.abs(values), np.abs(values))
-    found, left, right = naturalness._asymmetric(sides)
-    assert found == pytest.approx(shape, rel=0.05)
-    assert left == pytest.approx(2 * right, rel=0.03)
+def test_text_is_cut_without_a_gap(work: Work, checkpoint: Path) -> None:
+    assert work.prefix.shape == (12,)
+    assert work.continuations.shape == (3, 5)
+    longer = text_work(checkpoint, prefix=27, continuations=1, steps=1, threads=1)
+    assert np.array_equal(np.append(work.prefix, work.continuations), longer.prefix)
+    with pytest.raises(UsageError, match="too few tokens"):
+        text_work(checkpoint, prefix=10**6, continuations=1, steps=1, threads=1)
 
 
-def test_a_flat_plane_can_be_fitted() -> None:
-    flat = np.zeros((96, 96))
-    assert np.isfinite(naturalness._brisque_features(flat)).all()
-    assert np.isfinite(naturalness._niqe_features(flat)).all()
+def test_all_read_the_same(work: Work, opened: dict[str, Callable[[Work], PeerEngine]]) -> None:
+    wanted = opened["scratch"](work).score()
+    assert wanted.shape[0] == 3
+    for name in ("cache", "graph"):
+        np.testing.assert_allclose(opened[name](work).score(), wanted, atol=1e-4)
 
 
-def test_brisque_is_the_sum_over_support_vectors(models: Path) -> None:
-    brisque = Brisque.read(models)
-    assert brisque.vectors.shape == (2, 36)
-    assert (brisque.vectors[0, 0], brisque.vectors[0, 35], brisque.vectors[1, 1]) == (
-        -0.5,
-        0.25,
-        0.1,
-    )
-    grey = luminance(textured(1))
-    features = np.concatenate(
-        [
-            naturalness._brisque_features(naturalness._normalised(plane, "constant"))
-            for plane in (grey, naturalness._halved(grey))
-        ]
-    )
-    lows, highs = -np.arange(1, 37) / 10, np.arange(1, 37) / 5
-    scaled = -1 + 2 * (features - lows) / (highs - lows)
-    kernel = [np.exp(-0.05 * np.sum((scaled - vector) ** 2)) for vector in brisque.vectors]
-    assert brisque.score(textured(1)) == pytest.approx(-10 * kernel[0] + 20 * kernel[1] + 50)
-
-
-def test_niqe_rises_with_blur_and_with_noise(models: Path) -> None:
-    niqe = Niqe.read(models)
-    clean = niqe.score(textured(20))
-    blurred = [niqe.score(textured(20, blur=amount)) for amount in (1.0, 2.0)]
-    noisy = [niqe.score(textured(20, noise=amount)) for amount in (10.0, 30.0)]
-    assert clean < blurred[0] < blurred[1]
-    assert clean < noisy[0] < noisy[1]
-
-
-def test_niqe_of_too_small_a_photo(models: Path) -> None:
-    with pytest.raises(ImageTooSmall, match="two blocks"):
-        Niqe.read(models).score(picture(0, (96, 190)))
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        (BRISQUE_MODEL, "svm_type c_svc\nkernel_type rbf\nSV\n", "c_svc with kernel rbf"),
-        (
-            BRISQUE_MODEL,
-            "svm_type nu_svr\nkernel_type rbf\ngamma 1\nrho 0\ntotal_sv 2\nSV\n1 1:1\n",
-            "1 of 2 support vectors",
-        ),
-        (BRISQUE_MODEL, "something else", "not a model file"),
-        (BRISQUE_RANGES, "x\n-1 1\n1 0 1\n", "1 features"),
-        (BRISQUE_RANGES, "x\n0 1\n", "x 0 1"),
-        (NIQE_STATISTICS, "text", "not a model file"),
-        (NIQE_STATISTICS, None, "No such file"),
-    ],
-)
-def test_damaged_model_files(models: Path, name: str, text: str | None, message: str) -> None:
-    (models / name).unlink()
-    if text is not None:
-        (models / name).write_text(text)
-    with pytest.raises(UsageError, match=message) as caught:
-        published_peers(models)
-    assert name in str(caught.value)
-
-
-def test_sharpness_falls_with_blur() -> None:
-    pictures = [load_pixels(textured(3, blur=blur)) for blur in (0, 1, 2)]
-    clean, blurred, lost = (sharpness(pixels) for pixels in pictures)
-    assert clean > blurred > lost
-
-
-def test_judging(tmp_path: Path) -> None:
-    paths = []
-    for at, level in enumerate((10, 200, 90, 30)):
-        path = tmp_path / f"{at}.png"
-        Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(path)
-        paths.append(str(path))
-
-    def bright(pixels: Pixels) -> float:
-        if pixels.array.mean() > 150:
-            raise ImageTooSmall("too small")
-        return float(pixels.array.mean())
-
-    peers: dict[str, Peer] = {"bright": lambda pixels: float(pixels.array.mean()), "some": bright}
-    told: list[None] = []
-    human = np.array([1.0, 5.0, 3.0, 2.0])
-    rows = judge_peers(peers, paths, human, lambda: told.append(None))
-    assert [(row["name"], row["n"], row["srcc"]) for row in rows] == [
-        ("bright", 4, 1),
-        ("some", 3, 1),
-    ]
-    assert len(told) == 4
-    own = {"srcc": 0.5, "plcc": 0.5, "krcc": 0.5}
-    report = {"n": 4, "seconds_per_image": 0.1, "initial": own, "fused": own, "peers": rows}
-    assert "some                 3  1.0000" in peers_text(report)
-
-
-def test_it_stands_beside_the_engine(
-    package: EnginePackage,
-    anchors: Path,
-    models: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("name", ["cache", "graph"])
+def test_what_is_written_is_what_is_read(
+    name: str, work: Work, opened: dict[str, Callable[[Work], PeerEngine]]
 ) -> None:
-    table = tmp_path / "labels.csv"
-    names = [f"{at}.png" for at in range(FEWEST_PHOTOS + 2)]
-    for at, name in enumerate(names):
-        Image.fromarray(picture(at, (96, 192))).save(tmp_path / name)
-    rows = [f"{name},{at / 100},{'train' if at > 1 else 'val'}" for at, name in enumerate(names)]
-    table.write_text("file,mos,split\n" + "\n".join(rows) + "\n")
-    arguments = [str(table), "--images", str(tmp_path), "--models", str(models), "--split", "val"]
-    arguments += ["--package", str(package.path), "--memory", str(anchors), "--threads", "1"]
-    main([*arguments, "--regressor-from", str(table), "--train-split", "train"])
-    text = capsys.readouterr().out
-    for name in ("meiqa, initial", "meiqa, fused", "BRISQUE", "NIQE", "ridge on visual tokens"):
-        assert name in text
-    with pytest.raises(UsageError, match="holds photos that are to be judged"):
-        main([*arguments, "--regressor-from", str(table)])
+    engine = opened[name](work)
+    write = engine.writer()
+    for _ in range(2):  # what the first call appended is gone
+        np.testing.assert_allclose(write(), engine.score()[0], atol=1e-4)
 
 
-@pytest.mark.skipif(not NIMA.exists(), reason="no weights of NIMA beside the checkout")
-def test_nima_grades_on_its_scale() -> None:
-    judged = nima(NIMA)
-    grades = [judged(load_pixels(textured(seed, blur=seed))) for seed in range(3)]
-    assert all(1.0 < grade < 10.0 for grade in grades)
-    assert np.ptp(grades) > 0.05
+def test_what_is_missing_is_named(work: Work, checkpoint: Path, package: EnginePackage) -> None:
+    scratch, _, *others = peers_of(checkpoint, Path("a.gguf"), [package.path])
+    absent = replace(others[0], needs=("no_such_module",))
+    native = next(each for each in others if each.name.endswith("native"))
+    told: list[str] = []
+    found = run([scratch, absent, native], work, told.append)
+    assert [row["name"] for row in found["rows"]] == [REFERENCE] == told[:1]
+    assert found["rows"][0]["kl"] == 0
+    assert found["missing"][absent.name] == "no no_such_module installed"
+    assert "no layers for the kernel" in found["missing"][native.name]
+    assert absent.name not in told
+
+
+def row(name: str, bits: int, ratio: float, written: float, kl: float = 0.0) -> dict[str, Any]:
+    seconds = {"wall_s": 1 / ratio, "cpu_s": 2 / ratio, "ratio": ratio, "cpu_ratio": ratio}
+    return {
+        "name": name,
+        "bits": bits,
+        "written_per_s": written,
+        "kl": kl,
+        "peak_mb": 1.0,
+        **seconds,
+    }
+
+
+ROWS = [
+    row(REFERENCE, 32, 1.0, 5.0),
+    row("llama.cpp, Q8_0", 8, 9.0, 40.0),
+    row("OpenVINO, f32", 32, 5.0, 10.0),
+    row("meiqa fp32, graph", 32, 6.0, 10.0),
+    row("meiqa int8, graph", 8, 17.0, 20.0, kl=0.01),
+    row("meiqa int8, native", 8, 99.0, 38.0, kl=0.5),
+]
+
+
+def test_bars_leave_out_what_is_wrong() -> None:
+    beside, scratch, whole, writing = bars(ROWS)
+    assert beside.found == pytest.approx(17 / 9)
+    assert "1.89x, wanted 2x: MISSED" in beside.text
+    assert scratch.text.endswith("17.00x, wanted 16x: met")
+    assert whole.found == pytest.approx(6 / 5)
+    assert writing.found == pytest.approx(38 / 40)
+
+
+def test_a_report_is_read_and_laid_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = {"rows": ROWS, "missing": {"llama.cpp, Q4_K_M": "no llama_cpp installed"}}
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report))
+    assert "llama.cpp, Q4_K_M: not measured, no llama_cpp installed" in peers_text(report)
+    main(["--read", str(file), "--format", "markdown"])
+    printed = capsys.readouterr().out
+    assert printed == markdown_text(report) + "\n"
+    assert "| meiqa int8, graph | 0.06 | 0.1 | 17.0 | 17.0 | 20.0 | 0.0100 | 1 |" in printed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import resource
 import shutil
 import signal
@@ -203,6 +204,20 @@ def test_a_disk_that_is_too_small_is_refused_at_once(
     assert nothing_left(tmp_path)
 
 
+def test_what_an_export_needs_and_how_far_it_is_are_told(
+    export: Callable[..., EnginePackage],
+) -> None:
+    said: list[str] = []
+    shown: list[tuple[str, float]] = []
+    pictures = [*PICTURES] * 4
+    export(pictures=pictures, say=said.append, show=lambda *step: shown.append(step))
+    assert re.fullmatch(
+        r"\S+ billion weights: up to \d GiB of memory, and \S+ GiB on the disk until .*",
+        said[0],
+    )
+    assert shown == [("describing pictures", at / 4) for at in range(4)]
+
+
 def test_what_a_killed_export_left_is_removed_and_what_another_makes_is_not(
     export: Callable[..., EnginePackage], tmp_path: Path
 ) -> None:
@@ -272,11 +287,10 @@ def test_graphs_that_differ_from_pytorch_are_refused(
 
 
 def test_grades_that_move_too_much_are_refused(
-    export: Callable[..., EnginePackage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Callable[..., EnginePackage], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(packaging.LARGEST_MOVES, "int8", 0.0)
-    with pytest.raises(PackageCorrupted, match="int8 moves the grades too much"):
-        export(precision="int8")
+    with pytest.raises(PackageCorrupted, match=r"int8 moves the grades too much.*--no-sens"):
+        export(precision="int8", sensitivity=False, largest_move=0.0)
     assert nothing_left(tmp_path)
 
 

@@ -323,6 +323,29 @@ def test_rounding_hurts_less_after_smoothing(tmp_path: Path) -> None:
     assert errors[1] < 0.5 * errors[0]
 
 
+def with_a_loud_row() -> tuple[ir.Model, Floats]:
+    """A gated layer and rows, the first of which is a thousand times as loud in one channel."""
+    gate, up, x = 0.1 * normal(1, 48, 40), normal(2, 48, 40), normal(4, 64, 48)
+    up[:, 7] *= 50
+    gate[5], up[5], x[:, 5] = 0, 0, 0
+    gate[5, 3], up[5, 3], x[0, 5] = 3, 30, 40
+    return gated(np.ones(48, np.float32), gate, up, normal(3, 40, 24)), x
+
+
+def test_a_loud_row_does_not_choose_the_smoothing_for_all(tmp_path: Path) -> None:
+    made, x = with_a_loud_row()
+    exact = result(made, x, tmp_path)
+    errors = []
+    for smoothing in (False, True):
+        made, _ = with_a_loud_row()
+        seen = observed(made, x, tmp_path)
+        seen = smooth(made, seen) if smoothing else seen
+        ranges = {n: Range.of(s) for n, s in seen.items()}
+        quantise_int8(made, ranges, lambda layer: True, by_rows=seen)
+        errors.append(np.abs(result(made, x, tmp_path) - exact)[1:].mean())
+    assert errors[1] < 1.5 * errors[0]
+
+
 def test_channels_without_signal_or_weight_are_left_alone(tmp_path: Path) -> None:
     made = gated(
         np.concatenate([np.zeros(1, np.float32), normal(0, 47)]),

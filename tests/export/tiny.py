@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from meiqa.engine.calibration import IDENTITY, PatternCalibration
 from meiqa.engine.package import EnginePackage
-from meiqa.export import package as packaging
 from meiqa.export.checkpoint import Checkpoint, give_weights
 from meiqa.export.decoder import DecoderConfig
 from meiqa.export.families.conv_hybrid import ConvHybridConfig
@@ -124,8 +123,8 @@ def export_from(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Export, "write_graphs", lambda made: copy_graphs(float_package, made.folder))
         # Random weights have no grades worth keeping; the shipped package is held to the limit.
-        patch.setitem(packaging.LARGEST_MOVES, precision, 1.0)
-        return export_package(checkpoint, out, ExportOptions(precision, pictures=pictures))
+        chosen = ExportOptions(precision, pictures=pictures, largest_move=1.0)
+        return export_package(checkpoint, out, chosen)
 
 
 def reference_sessions(checkpoint: Checkpoint) -> tuple[TorchSession, TorchSession]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,17 @@ def test_a_built_memory_holds_the_scores(built: Path, package: EnginePackage) ->
     ]
     assert {record.provenance for record in records} == {"label table labels.csv"}
     assert {record.package_digest for record in records} == {package.digest}
+
+
+def test_what_a_build_will_take_on_the_disk_is_told(
+    package: EnginePackage, images: Path, labels: Path, tmp_path: Path, capsys: Output
+) -> None:
+    command = ["build", labels, "--images", images, "--out", tmp_path / "memory"]
+    said = ran(capsys, *command, "--package", package.path, "--mos-range", "1", "5")
+    told = re.search(rf"{PHOTOGRAPHS} photographs: up to (\S+) MB on the disk", said)
+    assert told is not None
+    segments = sum(file.stat().st_size for file in tmp_path.rglob("*.seg"))
+    assert 0 < segments <= 1e6 * float(told[1]) + 10 * 4096  # each array begins a page
 
 
 def test_a_memory_is_created_and_learned_into(tmp_path: Path, capsys: Output) -> None:

@@ -57,6 +57,34 @@ def test_speed_and_time_left_follow_from_the_latest_images(
     assert drawn_last.endswith("140/200  0.25 images/s  240 s left")
 
 
+def test_long_work_says_once_a_minute_what_is_left_where_nobody_sees_a_bar(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, stream = 0.0, io.StringIO()
+    monkeypatch.setattr("meiqa.progress.time.monotonic", lambda: now)
+    with redirect_stderr(stream), Progress(10) as progress:
+        for _ in range(10):
+            now += 25.0
+            progress.advance()
+    assert stream.getvalue().splitlines() == [
+        "meiqa: 1/10  0.04 images/s  225 s left",
+        "meiqa: 4/10  0.04 images/s  150 s left",
+        "meiqa: 7/10  0.04 images/s  75 s left",
+    ]
+
+
+def test_a_step_says_what_is_left_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, stream = 0.0, Terminal()
+    monkeypatch.setattr("meiqa.progress.time.monotonic", lambda: now)
+    with redirect_stderr(stream), Progress() as progress:
+        for step in ("observing", "measuring"):
+            progress.show(step, 0.0)
+            assert stream.getvalue().endswith(f"] {step}")  # nothing is known yet
+            now += 30.0
+            progress.show(step, 0.25)
+            assert stream.getvalue().endswith(f"{step}  90 s left")
+
+
 @pytest.mark.parametrize(
     ("total", "stream"), [(3, io.StringIO()), (1, Terminal()), (0, Terminal())]
 )

@@ -127,6 +127,7 @@ def build(options: Options) -> int:
 
             opened = partial(_local_model, options)
             make = partial(mapped, AnchorMaker(opened, Path(options.images), kept))
+        say(_needed(model, len(labels)))
         progress = stack.enter_context(Progress(len(labels)))
         failures = build_anchors(
             model,
@@ -398,6 +399,14 @@ def _describer(options: Options, memory: str | None = None) -> Iterator[Model]:
         yield model
     finally:
         model.close()
+
+
+def _needed(model: Model, photos: int) -> str:
+    """Say what the anchors of so many photographs will take at most."""
+    key, token = model.widths
+    tokens = model.image.max_pixels // model.image.cell_pixels**2
+    stored = photos * (tokens * (token + 4) + 2 * key)  # as of `quantise_tokens`, `encode_key`
+    return f"{photos} photographs: up to {stored / 1e6:.3g} MB on the disk"
 
 
 def _local_model(options: Options) -> Model:
