@@ -5,7 +5,7 @@
 Exports a checkpoint, looks into the package, makes a memory of a hundred photographs, calibrates on
 them and scores one that is not among them, each by the command that a user gives. Told are the
 wall time and the processor's, the most memory that was resident, and what lies on the disk
-afterwards. Logs lie in WORK, and steps that an earlier run finished there are not repeated.
+afterwards. Logs lie in WORK, and commands that an earlier run finished there are not repeated, up to the first that is new.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def size_mb(folder: Path) -> float:
 
 
 def done_in(work: Path) -> list[dict[str, Any]]:
-    """Give the rows of the steps that an earlier run finished."""
+    """Give the rows of the commands that an earlier run finished."""
     kept = work / "steps.json"
     found: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
     return found
@@ -109,15 +109,16 @@ def rows_of(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     given.work.mkdir(parents=True, exist_ok=True)
     table = given.work / "anchors.csv"
     photo = write_anchors(LabelTable.read(given.labels), given.anchors, table)
-    rows = done_in(given.work)
-    yield from rows
-    known = {row["step"] for row in rows}
+    known = {row["command"]: row for row in done_in(given.work)}
+    rows: list[dict[str, Any]] = []
     for name, arguments in steps_of(given, table, given.images / photo).items():
-        if name not in known:
-            sys.stderr.write(f"meiqa {shlex.join(arguments)}\n")
-            rows.append(run(name, arguments, given.work))
-            (given.work / "steps.json").write_text(json.dumps(rows, indent=2) + "\n")
-            yield rows[-1]
+        command = f"meiqa {shlex.join(arguments)}"
+        if command not in known:
+            known.clear()  # what comes after it stands on it
+            sys.stderr.write(f"{command}\n")
+        rows.append(known.get(command) or run(name, arguments, given.work))
+        (given.work / "steps.json").write_text(json.dumps(rows, indent=2) + "\n")
+        yield rows[-1]
 
 
 def markdown_text(rows: Sequence[Mapping[str, Any]]) -> str:

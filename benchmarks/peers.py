@@ -50,7 +50,7 @@ from benchmarks.peer_engines import (
 )
 from benchmarks.processes import peak_kb
 from meiqa.engine.package import EnginePackage
-from meiqa.errors import MeiqaError, UsageError
+from meiqa.errors import UsageError, one_line
 from meiqa.evaluation.measuring import Column, run_on, table_text
 
 __all__ = ["bars", "main", "markdown_text", "peers_of", "peers_text", "run", "text_work"]
@@ -63,6 +63,8 @@ ROUNDS, LONG_S = 3, 60.0
 REFERENCE = "transformers from scratch, fp32"
 OURS = "meiqa"
 SMALL_KL = 0.02
+LARGEST_KL = {32: 1e-3, 16: SMALL_KL, 8: SMALL_KL, 4: 0.1}
+"""By the bits of a weight, up to where an engine of this project's counts."""
 MANY_TIMES, MORE_TIMES, AS_FAST, ABOUT_AS_FAST = 16.0, 2.0, 1.0, 0.9
 COLUMNS = (
     Column("name", "engine"),
@@ -76,7 +78,7 @@ COLUMNS = (
 )
 PACKAGES = ("numpy", "onnxruntime", "torch", "transformers", "openvino", "llama_cpp_python")
 Measured = tuple[dict[str, Any], Floats]
-"""The row of an engine, and its logits (N, V) behind the continuations."""
+"""The row of an engine, and its logits (N + 1, V) behind the continuations and what is written."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def measured(peer: Peer, work: Work) -> Measured:
     """Measure an engine in this process."""
     engine = peer.open(work)
     logits, rounds = timed(engine.score)
-    _, writing = timed(engine.writer())
+    written, writing = timed(engine.writer())
     wall_s, cpu_s = (min(times) for times in zip(*rounds, strict=True))
     row = {
         "name": peer.name,
@@ -146,7 +148,7 @@ def measured(peer: Peer, work: Work) -> Measured:
         "peak_mb": peak_kb() / 1e3,
         "rounds": rounds,
     }
-    return row, logits
+    return row, np.vstack([logits, written])
 
 
 def timed(call: Callable[[], Floats]) -> tuple[Floats, list[tuple[float, float]]]:
@@ -189,8 +191,8 @@ def run(peers: Iterable[Peer], work: Work, say: Callable[[str], None]) -> dict[s
         say(peer.name)
         try:
             row, logits = in_a_process(partial(measured, peer, work))
-        except MeiqaError as error:
-            missing[peer.name] = str(error)
+        except Exception as error:  # of a peer's own, or the process was killed
+            missing[peer.name] = f"{type(error).__name__}: {one_line(str(error))}"
             continue
         if peer.name == REFERENCE:
             exact = logits
@@ -236,9 +238,13 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> Iterator[Bar]:
     def fastest(chosen: Iterable[Mapping[str, Any]], key: str = "ratio") -> float:
         return max((row[key] for row in chosen), default=math.nan)
 
-    ours = [row for row in rows if row["name"].startswith(OURS) and "ratio" in row]
+    ours = [
+        row
+        for row in rows
+        if row["name"].startswith(OURS) and "ratio" in row and row["kl"] <= LARGEST_KL[row["bits"]]
+    ]
     others = [row for row in rows if not row["name"].startswith(OURS) and "ratio" in row]
-    small = fastest(row for row in ours if row["bits"] == 8 and row["kl"] <= SMALL_KL)
+    small = fastest(row for row in ours if row["bits"] == 8)
     whole = fastest(row for row in ours if row["bits"] == 32)
     found = [
         Bar(f"INT8, KL <= {SMALL_KL}, beside every other", MORE_TIMES, small / fastest(others)),

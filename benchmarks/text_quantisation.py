@@ -40,6 +40,7 @@ from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.graphs import decoder_interface, traced
 from meiqa.export.layers import save_graph
 from meiqa.export.verify import Feeds, PiecewiseSession
+from meiqa.memory.segment import file_sha256
 
 Floats = NDArray[np.float32]
 DOCS = Path(__file__).parents[1] / "docs"
@@ -234,17 +235,17 @@ def size_mb(graph: Path) -> float:
     return sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*")) / 1e6
 
 
-def rows_in(output: Path | None, tokens: int) -> list[dict[str, Any]]:
+def rows_in(output: Path | None, of: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Give the rows that a run before wrote.
 
     Raises:
-        UsageError: they are of pages cut elsewhere.
+        UsageError: they are of other weights, of pages cut elsewhere, or of other versions.
     """
     if output is None or not output.exists():
         return []
     report = json.loads(output.read_text())
-    if report["tokens"] != tokens:
-        raise UsageError(f"{output} has other pages", seen=tokens, allowed=report["tokens"])
+    if others := [name for name, value in of.items() if report.get(name) != value]:
+        raise UsageError(f"{output} was measured otherwise", seen=f"other {', '.join(others)}")
     found: list[dict[str, Any]] = report["rows"]
     return found
 
@@ -260,7 +261,13 @@ def main() -> None:
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="may be repeated")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    rows = rows_in(given.output, given.tokens)
+    weights = sorted(given.checkpoint.glob("*.safetensors"))
+    settings = {
+        "tokens": given.tokens,
+        "weights": [file_sha256(file)[:16] for file in weights],
+        "versions": run_on("onnxruntime")["versions"],
+    }
+    rows = rows_in(given.output, settings)
 
     def say(step: str) -> None:
         sys.stderr.write(f"{step}\n")
@@ -272,7 +279,7 @@ def main() -> None:
         if row["variant"] not in known:
             rows.append(row)
         if given.output is not None:
-            report = {"tokens": given.tokens, "rows": rows, **run_on("onnxruntime")}
+            report = {**settings, "rows": rows, **run_on("onnxruntime")}
             given.output.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(f"{table_text(rows, _COLUMNS)}\n")
 

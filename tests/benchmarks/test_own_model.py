@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.own_model import main, markdown_text, run, write_anchors
+from benchmarks import own_model
+from benchmarks.own_model import main, run, write_anchors
 from meiqa.errors import MeiqaError
 from meiqa.labels import LabelTable
 
@@ -34,14 +36,21 @@ def test_a_step_is_weighed_and_a_failure_says_what_failed(tmp_path: Path) -> Non
 
 
 def test_finished_steps_are_not_repeated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mos.csv").write_text("file,mos\na.jpg,0.1\nb.jpg,0.5\nc.jpg,0.9\n")
     used: dict[str, Any] = {"wall_s": 90.0, "cpu_s": 120.0, "peak_mb": 1234}
     names = ("export", "inspect", "memory", "calibrate", "score")
-    rows = [{"step": name, **used, "disk_mb": {"package": 600.0}} for name in names]
-    (tmp_path / "steps.json").write_text(json.dumps(rows))
-    main(["nowhere", str(tmp_path / "mos.csv"), "--images", "x", "--work", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert printed == markdown_text(rows) + "\n"
-    assert "| memory | 1.5 | 2.0 | 1,234 | package 600 |" in printed
+    ran: list[str] = []
+
+    def noted(name: str, arguments: Sequence[str], work: Path) -> dict[str, Any]:
+        ran.append(name)
+        command = f"meiqa {shlex.join(arguments)}"
+        return {"step": name, "command": command, **used, "disk_mb": {"package": 600.0}}
+
+    monkeypatch.setattr(own_model, "run", noted)
+    way = [str(tmp_path / "mos.csv"), "--images", "x", "--work", str(tmp_path)]
+    for checkpoint in ("nowhere", "nowhere", "elsewhere"):
+        main([checkpoint, *way])
+        assert "| memory | 1.5 | 2.0 | 1,234 | package 600 |" in capsys.readouterr().out
+    assert ran == [*names, *names]

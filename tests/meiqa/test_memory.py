@@ -77,7 +77,7 @@ def test_what_a_build_will_take_on_the_disk_is_told(
 ) -> None:
     command = ["build", labels, "--images", images, "--out", tmp_path / "memory"]
     said = ran(capsys, *command, "--package", package.path, "--mos-range", "1", "5")
-    told = re.search(rf"{PHOTOGRAPHS} photographs: up to (\S+) MB on the disk", said)
+    told = re.search(rf"{PHOTOGRAPHS} photographs: about (\S+) MB on the disk", said)
     assert told is not None
     segments = sum(file.stat().st_size for file in tmp_path.rglob("*.seg"))
     assert 0 < segments <= 1e6 * float(told[1]) + 10 * 4096  # each array begins a page
@@ -97,13 +97,17 @@ def test_a_memory_is_created_and_learned_into(tmp_path: Path, capsys: Output) ->
     assert "already exists" in capsys.readouterr().err
 
 
-def test_an_empty_memory_is_of_the_package_of_the_embedded_anchors(
-    package: EnginePackage, tmp_path: Path, capsys: Output
+def test_the_empty_memory_of_another_package_answers_questions(
+    package: EnginePackage, images: Path, tmp_path: Path, capsys: Output
 ) -> None:
-    made = tmp_path / "made"
-    assert cli.main(["memory", "create", str(made), "--package", str(package.path)]) == 2
-    assert "meiqa memory build" in capsys.readouterr().err
-    assert not made.exists()
+    made, of = tmp_path / "made", ["--package", str(package.path)]
+    asked = ["ask", str(images / "0.png"), "Is it dark?", "--options", "a,b", *of]
+    assert cli.main(asked) == 2
+    assert "meiqa memory create MEMORY --package P" in capsys.readouterr().err
+    assert cli.main(["memory", "create", str(made), *of]) == 0
+    assert "made: no anchors" in capsys.readouterr().err
+    assert cli.main([*asked, "--memory", str(made)]) == 0
+    assert "Is it dark?" in capsys.readouterr().out
 
 
 def test_photographs_that_cannot_be_judged_are_left_out(

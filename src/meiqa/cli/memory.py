@@ -402,11 +402,12 @@ def _describer(options: Options, memory: str | None = None) -> Iterator[Model]:
 
 
 def _needed(model: Model, photos: int) -> str:
-    """Say what the anchors of so many photographs will take at most."""
+    """Say what the anchors of so many photographs will take, of the largest size."""
     key, token = model.widths
     tokens = model.image.max_pixels // model.image.cell_pixels**2
     stored = photos * (tokens * (token + 4) + 2 * key)  # as of `quantise_tokens`, `encode_key`
-    return f"{photos} photographs: up to {stored / 1e6:.3g} MB on the disk"
+    size = f"about {stored / 1e6:.3g} MB on the disk, twice that while it is built"
+    return f"{photos} photographs: {size}"
 
 
 def _local_model(options: Options) -> Model:
