@@ -5,7 +5,8 @@
 Exports a checkpoint, looks into the package, makes a memory of a hundred photographs, calibrates on
 them and scores one that is not among them, each by the command that a user gives. Told are the
 wall time and the processor's, the most memory that was resident, and what lies on the disk
-afterwards. Logs lie in WORK, and commands that an earlier run finished there are not repeated, up to the first that is new.
+afterwards. Logs lie in WORK, and commands that an earlier run finished there are not repeated, up
+to the first that is new.
 """
 
 from __future__ import annotations
