@@ -60,9 +60,8 @@ def bench_device(
         for kernel in KERNELS
         for precision, decoder in _decoders(package, kernel).items()
     }
-    shape = package.manifest.decoder
     calls = {
-        (*of, threads): comparisons(NativeDecoder(*decoder, threads), shape, ROWS * threads)
+        (*of, threads): comparisons(NativeDecoder(*decoder, threads), package, ROWS * threads)
         for of, decoder in decoders.items()
         for threads in thread_counts(usable_cores())
     }

@@ -13,9 +13,11 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 
 #ifndef _WIN32
 #include <unistd.h>
@@ -78,13 +80,19 @@ class Pool {
         }
         Pool& pool = instance();
         pool.open(threads - 1);
+        const Closing closing{pool};
         work(Crew{threads, &pool, [](void* self, std::size_t tasks, Task task, const void* what) {
                       static_cast<Pool*>(self)->share(tasks, task, what);
                   }});
-        pool.open_ = false;
     }
 
   private:
+    // Ends the looking for work, also where something was thrown.
+    struct Closing {
+        Pool& pool;
+        ~Closing() { pool.open_ = false; }
+    };
+
     using Task = void (*)(const void* what, std::size_t task, std::size_t worker);
 
     // Never destroyed: its threads wait when the process ends. A fork has none of them.
@@ -125,11 +133,23 @@ class Pool {
         }
         take(0);
         const auto all_done = [&] { return done_ == tasks; };
-        if (soon(all_done)) return;
-        std::unique_lock<std::mutex> hold(mutex_);
-        waiting_ = true;
-        finished_.wait(hold, all_done);
-        waiting_ = false;
+        if (!soon(all_done)) {
+            std::unique_lock<std::mutex> hold(mutex_);
+            waiting_ = true;
+            finished_.wait(hold, all_done);
+            waiting_ = false;
+        }
+        if (failed_) std::rethrow_exception(std::exchange(failed_, nullptr));
+    }
+
+    // What a task throws waits for the others to end: they use what its thrower holds.
+    void run(std::size_t task, std::size_t worker) noexcept {
+        try {
+            task_(what_, task, worker);
+        } catch (...) {
+            const std::lock_guard<std::mutex> hold(mutex_);
+            failed_ = std::current_exception();
+        }
     }
 
     // How many helpers are called, how many tasks there are, and which is the next, in one word: who
@@ -146,7 +166,7 @@ class Pool {
         std::uint64_t offer = offer_;
         while (offers(offer, worker)) {
             if (!offer_.compare_exchange_weak(offer, offer + 1)) continue;
-            task_(what_, offer & ((std::uint64_t{1} << kBits) - 1), worker);
+            run(offer & ((std::uint64_t{1} << kBits) - 1), worker);
             ++done_;
             if (waiting_) {
                 { const std::lock_guard<std::mutex> hold(mutex_); }
@@ -177,6 +197,7 @@ class Pool {
     std::atomic<bool> open_{false}, waiting_{false};
     Task task_ = nullptr;
     const void* what_ = nullptr;
+    std::exception_ptr failed_;
     std::size_t threads_ = 0, helpers_ = 0;
 };
 

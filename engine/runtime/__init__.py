@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from meiqa.engine.runtime.decoder import (
     thread_counts,
 )
 from meiqa.errors import UsageError
-from meiqa.kernels.cores import cores_differ, usable_cores
+from meiqa.kernels.cores import cores_differ, usable_cores, usable_memory
 from meiqa.kernels.decoder import FASTEST, KERNELS
 from meiqa.locations import user_cache
 
@@ -31,6 +33,8 @@ LOG = logging.getLogger(__name__)
 LARGEST_CACHED_BYTES = 32 << 20
 """Decoders up to here stay in a processor's cache, where the kernel beats any graph; how larger
 ones are faster is measured."""
+HELD_WHILE_MEASURED = 3
+"""Times its weights that measuring a decoder holds, at most: packed twice, and as they lie."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,39 +112,55 @@ class Way:
 
 
 def _way(package: EnginePackage, threads: int | None) -> Way:
-    """Choose how a decoder runs; where that is in doubt, by what was measured, once."""
-    graph = Way(native=False, threads=threads)
-    stored = [(package.path / file) for file in package.manifest.every_graph["decoder"].files]
-    large = sum(file.stat().st_size for file in stored) > LARGEST_CACHED_BYTES
+    """Choose how a decoder runs; where that is in doubt, by what was measured, once.
+
+    Whether the kernel runs it does not hang on the threads that are asked for.
+    """
+    graph, kernel = (Way(native=native, threads=None) for native in (False, True))
+    stored = sum(
+        (package.path / file).stat().st_size
+        for file in package.manifest.every_graph["decoder"].files
+    )
+    large = stored > LARGEST_CACHED_BYTES
     # A kernel without products of bytes holds them as floats, four times as large.
     in_floats = not KERNELS[FASTEST].together
     if LAYERS_FILE not in package.manifest.files or (large and in_floats):
-        return graph
-    counts: list[int | None] = [threads]
-    if threads is None and cores_differ():
-        counts = [*thread_counts(usable_cores())]
-    ways = [Way(native=True, threads=count) for count in counts] + [graph] * large
-    return ways[0] if len(ways) == 1 else _measured(package, ways)
+        found = graph
+    elif large and stored * HELD_WHILE_MEASURED > usable_memory():
+        LOG.info("there is no memory to measure the decoder: the kernel runs it")
+        found = kernel
+    elif threads is None and cores_differ():
+        kernels = [Way(native=True, threads=count) for count in thread_counts(usable_cores())]
+        found = _measured(package, [*kernels, *([graph] if large else [])])
+    else:
+        found = _measured(package, [kernel, graph]) if large else kernel
+    return found if threads is None else Way(found.native, threads)
 
 
 def _measured(package: EnginePackage, ways: Sequence[Way]) -> Way:
     """Give the way that comparisons are fastest; it is kept for later processes."""
-    of = f"{package.digest[:16]}-{FASTEST}-decoder-{usable_cores()}-{ways[-1]}"
-    kept = user_cache() / "costs" / of.replace(" ", "-")
+    import onnxruntime
+
+    from meiqa.engine.runtime.onnx import processor
+
+    on = (onnxruntime.__version__, FASTEST, processor() or "", str(usable_cores()))
+    of = hashlib.sha256("\0".join([package.digest, *on, *map(str, ways)]).encode()).hexdigest()
+    kept = user_cache() / "costs" / f"{of[:32]}-decoder"
     try:
         return {str(way): way for way in ways}[kept.read_text()]
     except FileNotFoundError:
         pass
     except (OSError, KeyError, ValueError) as error:
         LOG.warning("%s cannot be read, and the decoder is measured again: %s", kept, error)
-    shape = package.manifest.decoder
-    rows = ROWS_PER_CALL if all(way.native for way in ways) else 1
+    rows = min(usable_cores(), ROWS_PER_CALL)
     decoders = zip(ways, _decoders(package, ways), strict=True)
-    found = fastest({way: comparisons(decoder, shape, rows) for way, decoder in decoders})
+    found = fastest({way: comparisons(decoder, package, rows) for way, decoder in decoders})
     _trim()
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(str(found))
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(str(found))
+        os.replace(unfinished, kept)
     except OSError as error:
         LOG.warning("%s is not kept, and the decoder is measured each time: %s", kept, error)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -90,14 +91,14 @@ def test_the_fastest_is_found_by_measurement(seconds: dict[str, float], found: s
     watch = Stopwatch()
     calls = {way: watch.taking(took) for way, took in seconds.items()}
     assert fastest(calls, clock=watch) == found
-    assert watch.calls == 5 * len(calls)
+    assert watch.calls == 6 * len(calls)
 
 
-def test_what_takes_long_is_measured_once() -> None:
+def test_what_takes_long_is_measured_twice_behind_a_call_that_does_not_count() -> None:
     watch = Stopwatch()
     calls = {"kernel": watch.taking(3.0), "graph": watch.taking(4.0)}
     assert fastest(calls, clock=watch) == "kernel"
-    assert watch.calls == 2
+    assert watch.calls == 6
 
 
 class Measuring:
@@ -157,6 +158,19 @@ def test_a_large_decoder_runs_as_it_was_measured_to_be_faster(
     assert measuring.asked == [[Way(native=True, threads=None), Way(native=False, threads=None)]]
     assert isinstance(decoder, NativeDecoder if native else GraphDecoder)
     assert opened == (["vision"] if native else ["vision", "decoder"])
+    by_one = open_runtime(shipped, threads=1).decoder  # whose answers are the same
+    assert type(by_one) is type(decoder)
+    assert len(measuring.asked) == 1
+
+
+def test_without_memory_to_measure_the_kernel_runs_a_large_decoder(
+    shipped: EnginePackage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runtime, "LARGEST_CACHED_BYTES", 0)
+    monkeypatch.setattr(runtime, "usable_memory", lambda: 1 << 20)
+    with caplog.at_level(logging.INFO):
+        assert isinstance(open_runtime(shipped).decoder, NativeDecoder)
+    assert "no memory to measure" in caplog.text
 
 
 def test_a_large_decoder_is_not_held_in_floats(

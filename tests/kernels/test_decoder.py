@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -452,3 +454,9 @@ def test_projections_that_do_not_fit_are_refused() -> None:
         Projection(head).of(np.zeros((2, 64), np.float32), 1)
     with pytest.raises(ValueError, match="not rounded"):
         Projection(rounded(head.in_floats(), 0.1, 3))
+
+
+def test_threads_without_memory_are_an_error_and_work_again_afterwards() -> None:
+    run = [sys.executable, "-m", "tests.kernels.no_memory"]
+    said = subprocess.run(run, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert said.split() == ["MemoryError", "MemoryError", "MemoryError", "same"]
