@@ -133,7 +133,15 @@ class Linear:
         )
 
     def packed(self, packing: Packing) -> Packed:
-        """Cut the layer into panels of `PANEL` outputs, as a kernel wants it."""
+        """Cut the layer into panels of `PANEL` outputs, as a kernel wants it.
+
+        Raises:
+            ValueError: the weight is not of float32, float16, or int8 with a scale.
+        """
+        allowed = (np.float32, np.float16) if self.scale is None else (np.int8,)
+        if self.weight.dtype not in allowed:
+            names = " or ".join(each.__name__ for each in allowed)
+            raise ValueError(f"a weight of {self.weight.dtype} should be of {names}")
         bias, none = whole_panels(self.bias), np.zeros(0, np.int32)
         no_blocks, no_scale = np.zeros((0, 0, 0), np.float32), none.astype(np.float32)
         if self.scale is None or self.scale.ndim == 2:
@@ -213,8 +221,9 @@ class FusedDecoder:
         kernel: one of `KERNELS`; the fastest by default.
 
     Raises:
-        ValueError: the kernel is none of these, the shape does not fit, or a weight has another; or
-            layers that read the same input round it in different ways.
+        ValueError: the kernel is none of these, the shape does not fit, or a weight has another, or
+            a type that no kernel reads; or layers that read the same input round it in different
+            ways.
     """
 
     shape: FusedShape

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -460,3 +461,19 @@ def test_threads_without_memory_are_an_error_and_work_again_afterwards() -> None
     run = [sys.executable, "-m", "tests.kernels.no_memory"]
     said = subprocess.run(run, check=True, capture_output=True, text=True, timeout=120).stdout
     assert said.split() == ["MemoryError", "MemoryError", "MemoryError", "same"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "scaled"),
+    [
+        (np.ones((64, 32)), False),
+        (np.ones((64, 32), np.int8), False),
+        (np.ones((64, 32), ">f4"), False),
+        (np.ones((64, 32), np.uint8), True),
+        (np.ones((64, 32), np.float32), True),
+    ],
+)
+def test_weights_of_other_types_are_refused(weight: NDArray[Any], scaled: bool) -> None:
+    bias, scale = np.zeros(32, np.float32), np.ones((64 // BLOCK, 32), np.float32)
+    with pytest.raises(ValueError, match=f"a weight of {weight.dtype} should be"):
+        Projection(Linear(weight, bias, scale if scaled else None))
