@@ -51,6 +51,7 @@ TEXT = DecoderConfig(
 SHAPE = TEXT.shape
 ROWS, STEPS, PREFIX_STEPS = 5, 7, 11
 WEIGHTS = "decoder.onnx.data"
+MAPS = Path("/proc/self/maps")
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +213,20 @@ def test_places_outside_the_weights_are_refused(
     write_segment(int8_folder / LAYERS_FILE, segment.arrays, {**segment.attributes, VIEWS: views})
     with pytest.raises(ValueError, match=message):
         layers_beside(int8_folder / WEIGHTS)
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="the system does not list what is mapped")
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_layers_that_were_packed_need_no_file(
+    folder: Path, int8_folder: Path, precision: str
+) -> None:
+    """A file that is cut off while it is mapped ends the process that reads it."""
+    place = folder if precision == "fp32" else int8_folder
+    assert write_fused_layers(place, TEXT, precision)
+    layers, head = layers_beside(place / WEIGHTS)
+    assert layers.layer_count == SHAPE.layers
+    assert head.outputs == SHAPE.vocab_size
+    assert str(place) not in MAPS.read_text()
 
 
 def test_a_head_of_byte_blocks_stays_in_bytes(
