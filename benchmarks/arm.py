@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +155,11 @@ def instructions_in(log: Path) -> int:
 
 
 def comparison() -> tuple[Any, Rows]:
-    """Give the default model's decoder and a comparison whose values mean nothing."""
+    """Give the default model's layers and a comparison whose values mean nothing."""
     packages = importlib.import_module("meiqa.engine.package")
     runtime = importlib.import_module("meiqa.engine.runtime.decoder")
     assets = importlib.import_module("meiqa.locations").embedded_assets()
-    decoder, _ = runtime.read_layers(packages.EnginePackage.open(assets / "package"))
+    decoder, _ = runtime.stored_layers(packages.EnginePackage.open(assets / "package"))
     s, rng = decoder.shape, np.random.default_rng(0)
     prefix = (len(decoder.layers), 2, s.kv_heads, PREFIX_STEPS, s.head_width)
     row = Rows(
@@ -188,10 +188,7 @@ def elementwise(shape: Any) -> int:
 def instruction_rows(program: Path, folder: Path) -> list[dict[str, Any]]:
     """Tell of each kernel and precision what a comparison takes, and what it cannot do without."""
     decoder, row = comparison()
-    exact = replace(
-        decoder,
-        layers=[{name: w.in_floats() for name, w in each.items()} for each in decoder.layers],
-    )
+    exact = decoder.in_floats()
     linear, attention = decoder.shape.multiplications(LAYERS, STEPS, PREFIX_STEPS)
     between = elementwise(decoder.shape) // 4
     rows = []

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.kernels.decoder import FusedDecoder, Linear, Packing, as_read
+from meiqa.kernels.decoder import FusedWeights, Linear, Packing, as_read, turned
 
 Floats = NDArray[np.float32]
 SOURCE = Path(__file__).parents[1] / "tests" / "kernels" / "rows"
@@ -59,7 +59,7 @@ class Program:
         self,
         kernel: str,
         packing: Packing,
-        decoder: FusedDecoder,
+        decoder: FusedWeights,
         rows: Rows,
         times: int = 1,
     ) -> Floats:
@@ -68,7 +68,7 @@ class Program:
         return self._called((kernel, str(times)), packing, (decoder, none), rows)[0]
 
     def logits(
-        self, kernel: str, packing: Packing, decoder: FusedDecoder, head: Linear, rows: Rows
+        self, kernel: str, packing: Packing, decoder: FusedWeights, head: Linear, rows: Rows
     ) -> Floats:
         """Give what `Projection.of` gives of these hidden states on another processor, (R, V)."""
         made = self._called((kernel, "1"), packing, (decoder, head), rows)[1]
@@ -78,7 +78,7 @@ class Program:
         self,
         how: tuple[str, str],
         packing: Packing,
-        model: tuple[FusedDecoder, Linear],
+        model: tuple[FusedWeights, Linear],
         rows: Rows,
     ) -> tuple[Floats, Floats]:
         asked = b"".join(as_bytes(array) for array in call_of(*model, packing, rows))
@@ -101,7 +101,7 @@ class Rows:
 
 
 def call_of(
-    decoder: FusedDecoder, head: Linear, packing: Packing, rows: Rows
+    decoder: FusedWeights, head: Linear, packing: Packing, rows: Rows
 ) -> Iterator[NDArray[np.generic]]:
     """Give all arrays of a call, in the order in which the program asks for them."""
     s = decoder.shape
@@ -115,7 +115,7 @@ def call_of(
         for linear in as_read(linears):
             yield from arrays_of(linear, packing)
     places = max(int(positions.max()) for positions in rows.positions) + 1
-    yield from decoder.turned(places)
+    yield from turned(decoder.frequencies, places)
     yield np.array([len(embeds) for embeds in rows.embeds], np.int64)
     for embeds, positions, prefix in zip(rows.embeds, rows.positions, rows.prefixes, strict=True):
         yield embeds

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from meiqa.engine.runtime.decoder import (
     STEPS,
     NativeDecoder,
     comparisons,
-    read_layers,
+    packed,
+    stored_layers,
     thread_counts,
 )
 from meiqa.errors import UsageError
@@ -73,7 +73,7 @@ def bench_device(
             call()
             best[way] = min(best[way], clock() - began)
     one, _ = next(iter(decoders.values()))
-    work = sum(one.shape.multiplications(len(one.layers), STEPS, PREFIX_STEPS))
+    work = sum(one.shape.multiplications(one.layer_count, STEPS, PREFIX_STEPS))
     rows = [
         {
             **{"kernel": kernel, "precision": precision, "threads": threads},
@@ -107,20 +107,17 @@ def _decoders(package: EnginePackage, kernel: str) -> dict[str, tuple[FusedDecod
     """Give a package's layers for a kernel, in bytes where it has such, and in floats; and what
     makes logits.
     """
-    read = read_layers(package, kernel)
-    if read is None:
+    stored = stored_layers(package)
+    if stored is None:
         raise UsageError(
             "the package's decoder does not run in the kernels",
             seen=str(package.path),
             hint="take the default package, which does",
         )
-    layers, head = read
-    exact = replace(
-        layers,
-        layers=[{n: linear.in_floats() for n, linear in own.items()} for own in layers.layers],
-    )
+    layers, head = stored
+    exact = {"fp32": packed(layers.in_floats(), head, kernel)}
     rounded = any(w.scale is not None for own in layers.layers for w in own.values())
-    return {"int8": read, "fp32": (exact, head)} if rounded else {"fp32": (exact, head)}
+    return {"int8": packed(layers, head, kernel), **exact} if rounded else exact
 
 
 def _features() -> list[str]:

@@ -34,14 +34,18 @@ from meiqa.kernels.decoder import LAYER_LINEARS, MIDDLE, OF_EACH_ROW, FusedShape
 from meiqa.memory.segment import write_segment
 
 FUSED_PRECISIONS = ("fp32", "fp16", "int8")
-COMPARED, COMPARED_ROWS = (0, 11, 33), 8
-"""Prefix steps of the calls on which layers and graph are compared, and rows of each: of one token,
-since what is rounded otherwise in one is seen by all that follow it."""
-UNMOVED = 0.25
-"""Share of the rows that have to agree. Between two roundings to bytes, a value may fall on the
-other side of a step, which moves a deep decoder's answer; layers that differ move all of them."""
-LARGEST_SHARE = {"fp32": 1e-5, "fp16": 5e-3, "int8": 5e-3}
-"""Mean difference of a row's logits up to which it agrees, as a share of the largest. The kernel
+COMPARED, COMPARED_ROWS = (1, 11, 33), 8
+"""Prefix steps of the calls on which layers and graph are compared, and rows of each. Behind no
+prefix a lone token attends to itself alone, whatever its query and key are."""
+COMPARED_STEPS = {"fp32": 7, "fp16": 7, "int8": 1}
+"""Tokens of a row. What is rounded otherwise in one is seen by all that follow it."""
+AGREEING = {"fp32": 1.0, "fp16": 1.0, "int8": 0.25}
+"""Share of a call's rows that have to agree. Between two roundings to bytes, a value may fall on
+the other side of a step, which moves a deep decoder's answer; layers that differ move all rows."""
+LARGEST_SHARE = {"fp32": 1e-3, "fp16": 5e-3, "int8": 5e-3}
+"""Mean difference of a row's logits up to which it agrees, as a share of the largest. In fp32 it is
+the share by which a graph may differ from PyTorch: where scores of attention are large, as trained
+decoders have them, sums in another order move some rows by far more than others. The kernel
 multiplies halves in single precision, and graphs halve what they are multiplied with."""
 Arrays = dict[str, NDArray[np.generic]]
 Tensors = dict[str, ir.TensorProtocol]
@@ -70,7 +74,7 @@ def write_fused_layers(
     views = {n: place_of(tensor) for n, tensor in tensors.items() if lies_as_it_is(tensor)}
     arrays |= {name: read(tensor) for name, tensor in tensors.items() if name not in views}
     write_segment(folder / LAYERS_FILE, arrays, {**asdict(shape), VIEWS: views})
-    difference, largest = fused_difference(folder, text.shape)
+    difference, largest = fused_difference(folder, text.shape, precision)
     allowed = LARGEST_SHARE[precision] * largest
     if not difference <= allowed:
         raise PackageCorrupted(
@@ -81,23 +85,25 @@ def write_fused_layers(
     return {"difference": difference, "of": largest}
 
 
-def fused_difference(folder: Path, shape: DecoderShape) -> tuple[float, float]:
-    """Compare the layers with the graph beside them: mean difference of logits up to which
-    `UNMOVED` rows differ, and largest logit.
+def fused_difference(folder: Path, shape: DecoderShape, precision: str) -> tuple[float, float]:
+    """Compare the layers with the graph beside them: mean difference of a row's logits up to which
+    `AGREEING` rows of each call differ, of the worst call, and largest logit.
     """
     graph = GraphDecoder(PiecewiseSession(folder / "decoder.onnx"), shape)
     native = NativeDecoder(*layers_beside(folder / "decoder.onnx.data"), 1)
     differences: list[float] = []
     largest, rng = 0.0, np.random.default_rng(0)
     for before in COMPARED:
-        feeds = random_feeds(shape, (1, COMPARED_ROWS, 1, before, 0, 1), rng)
+        sizes = (1, COMPARED_ROWS, COMPARED_STEPS[precision], before, 0, 1)
+        feeds = random_feeds(shape, sizes, rng)
         embeds, positions = floats(feeds["embeds"][0]), floats(feeds["positions"][:, 0])
         rows = [Row(embeds[index], positions[:, index]) for index in range(COMPARED_ROWS)]
         prefix = KeyValues(floats(feeds["prefix"][:, :, 0]), before)
         wanted, made = (decoder.last_logits(rows, [prefix]) for decoder in (graph, native))
-        differences.extend(np.abs(made - wanted).mean(axis=1).tolist())
+        of_rows = np.abs(made - wanted).mean(axis=1)
+        differences.append(float(np.quantile(of_rows, AGREEING[precision])))
         largest = max(largest, float(np.abs(wanted).max()))
-    return float(np.quantile(differences, UNMOVED)), largest
+    return max(differences), largest
 
 
 def lies_as_it_is(tensor: ir.TensorProtocol) -> bool:

@@ -14,7 +14,7 @@ Sums of rounded inputs are whole numbers, and all kernels have the same ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -133,7 +133,15 @@ class Linear:
         )
 
     def packed(self, packing: Packing) -> Packed:
-        """Cut the layer into panels of `PANEL` outputs, as a kernel wants it."""
+        """Cut the layer into panels of `PANEL` outputs, as a kernel wants it.
+
+        Raises:
+            ValueError: the weight is not of float32, float16, or int8 with a scale.
+        """
+        allowed = (np.float32, np.float16) if self.scale is None else (np.int8,)
+        if self.weight.dtype not in allowed:
+            names = " or ".join(each.__name__ for each in allowed)
+            raise ValueError(f"a weight of {self.weight.dtype} should be of {names}")
         bias, none = whole_panels(self.bias), np.zeros(0, np.int32)
         no_blocks, no_scale = np.zeros((0, 0, 0), np.float32), none.astype(np.float32)
         if self.scale is None or self.scale.ndim == 2:
@@ -199,22 +207,21 @@ def in_turns(one: NDArray[Number], two: NDArray[Number]) -> NDArray[Number]:
     return np.ascontiguousarray(both.reshape(*one.shape[:-1], -1))
 
 
-@dataclass
-class FusedDecoder:
-    """A decoder's layers, ready to run.
+@dataclass(frozen=True, eq=False)
+class FusedWeights:
+    """A decoder's layers as they are stored; nothing is copied.
 
-    Args:
+    Attributes:
         shape: of the decoder; it has to fit.
         frequencies: (3, d / 2) rotary frequency of each channel of half a head on the axis that
             turns it, 0 on the others.
         last_norm: (D,).
         norms: (before the attention, before the MLP) of each layer.
         layers: of each layer, its linears by the names of `LAYER_LINEARS`.
-        kernel: one of `KERNELS`; the fastest by default.
 
     Raises:
-        ValueError: the kernel is none of these, the shape does not fit, or a weight has another; or
-            layers that read the same input round it in different ways.
+        ValueError: the shape does not fit, or a weight has another; or layers that read the same
+            input round it in different ways.
     """
 
     shape: FusedShape
@@ -222,28 +229,16 @@ class FusedDecoder:
     last_norm: Floats
     norms: Sequence[tuple[Floats, Floats]]
     layers: Sequence[Mapping[str, Linear]]
-    kernel: str = FASTEST
-    _native: _decoder.Decoder = field(init=False, repr=False)
-    _angles: tuple[Floats, Floats] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         s = self.shape
         if not s.fits:
             raise ValueError(f"the kernel has no panels for {s}")
         checked(self.frequencies, (3, s.head_width // 2))
-        self._native = _decoder.Decoder(
-            self.kernel,
-            s.width,
-            s.inner,
-            s.kv_heads,
-            s.heads // s.kv_heads,
-            s.head_width,
-            s.epsilon,
-            self.frequencies.argmax(axis=0).astype(np.int32),
-            checked(self.last_norm, (s.width,)),
-        )
-        packing = KERNELS[self.kernel]
+        checked(self.last_norm, (s.width,))
         for norms, linears in zip(self.norms, self.layers, strict=True):
+            for norm in norms:
+                checked(norm, (s.width,))
             for name, linear in linears.items():
                 inputs, outputs = self._extents(name)
                 checked(linear.weight, (inputs, outputs))
@@ -252,12 +247,11 @@ class FusedDecoder:
                     checked(linear.scale, (outputs,))
             for readers in (LAYER_LINEARS[:3], LAYER_LINEARS[4:6]):
                 require_one_range([linears[name] for name in readers])
-            self._native.add_layer(
-                checked(norms[0], (s.width,)),
-                checked(norms[1], (s.width,)),
-                *(_decoder.StoredLinear(*each.packed(packing)) for each in as_read(linears)),
-            )
-        self._angles = self.turned(FIRST_POSITIONS)
+
+    def in_floats(self) -> FusedWeights:
+        """The same weights in floats, for inputs that are not rounded."""
+        layers = [{name: each.in_floats() for name, each in own.items()} for own in self.layers]
+        return replace(self, layers=layers)
 
     def _extents(self, name: str) -> tuple[int, int]:
         """Inputs and outputs of a linear layer."""
@@ -273,11 +267,41 @@ class FusedDecoder:
             "down_proj": (s.inner, s.width),
         }[name]
 
-    def turned(self, positions: int) -> tuple[Floats, Floats]:
-        """Cosines and sines of the first positions, (positions, d / 2) each."""
-        place = np.arange(positions, dtype=np.float32)[:, None]
-        angles = place * self.frequencies.sum(axis=0)
-        return np.cos(angles), np.sin(angles)
+
+class FusedDecoder:
+    """A decoder's layers, ready to run. It keeps nothing of the weights but what it packed.
+
+    Args:
+        weights: of the layers.
+        kernel: one of `KERNELS`; the fastest by default.
+
+    Attributes:
+        shape: of the decoder; layer_count: how many layers it has, L.
+
+    Raises:
+        ValueError: the kernel is none of these, or reads no weights of such a type.
+    """
+
+    def __init__(self, weights: FusedWeights, kernel: str = FASTEST) -> None:
+        s = self.shape = weights.shape
+        self.layer_count = len(weights.layers)
+        self._native = _decoder.Decoder(
+            kernel,
+            s.width,
+            s.inner,
+            s.kv_heads,
+            s.heads // s.kv_heads,
+            s.head_width,
+            s.epsilon,
+            weights.frequencies.argmax(axis=0).astype(np.int32),
+            weights.last_norm,
+        )
+        packing = KERNELS[kernel]
+        for norms, linears in zip(weights.norms, weights.layers, strict=True):
+            packed = (_decoder.StoredLinear(*each.packed(packing)) for each in as_read(linears))
+            self._native.add_layer(*norms, *packed)
+        self._frequencies = weights.frequencies.copy()
+        self._angles = turned(self._frequencies, FIRST_POSITIONS)
 
     def last_hidden(
         self,
@@ -336,7 +360,7 @@ class FusedDecoder:
         s = self.shape
         places, angles = self._checked_rows(embeds, positions, steps)
         kept = [
-            np.empty((len(self.layers), 2, s.kv_heads, count, s.head_width), np.float32)
+            np.empty((self.layer_count, 2, s.kv_heads, count, s.head_width), np.float32)
             for count in steps.tolist()
         ]
         if kept:
@@ -378,7 +402,7 @@ class FusedDecoder:
         for before in (prefix, past):
             self._check_before(*before)
         hidden = np.empty((count, s.width), np.float32)
-        kept = np.empty((len(self.layers), 2, s.kv_heads, count, s.head_width), np.float32)
+        kept = np.empty((self.layer_count, 2, s.kv_heads, count, s.head_width), np.float32)
         self._native.step(
             np.ascontiguousarray(embeds[None]),
             places,
@@ -396,7 +420,7 @@ class FusedDecoder:
 
     def _check_before(self, array: Floats, length: int) -> None:
         s, capacity = self.shape, array.shape[3]
-        checked(array, (len(self.layers), 2, s.kv_heads, capacity, s.head_width))
+        checked(array, (self.layer_count, 2, s.kv_heads, capacity, s.head_width))
         if not 0 <= length <= capacity:
             raise ValueError(f"a prefix of {capacity} tokens has no {length}")
 
@@ -417,7 +441,7 @@ class FusedDecoder:
             raise ValueError("positions begin at 0")
         angles = self._angles
         if (farthest := int(places.max(initial=0))) >= len(angles[0]):
-            self._angles = angles = self.turned(2 * farthest)
+            self._angles = angles = turned(self._frequencies, 2 * farthest)
         return places, angles
 
 
@@ -453,6 +477,13 @@ def checked_blocks(linear: Linear) -> Linear:
             raise ValueError(f"{inputs} inputs are no whole blocks of {BLOCK}")
         checked(linear.scale, (inputs // BLOCK, outputs))
     return linear
+
+
+def turned(frequencies: Floats, positions: int) -> tuple[Floats, Floats]:
+    """Cosines and sines of the first positions, (positions, d / 2) each."""
+    place = np.arange(positions, dtype=np.float32)[:, None]
+    angles = place * frequencies.sum(axis=0)
+    return np.cos(angles), np.sin(angles)
 
 
 def as_read(linears: Mapping[str, Linear]) -> list[Linear]:

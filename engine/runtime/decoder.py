@@ -30,8 +30,10 @@ from meiqa.kernels.decoder import (
     LAYER_LINEARS,
     FusedDecoder,
     FusedShape,
+    FusedWeights,
     Linear,
     Projection,
+    checked_blocks,
 )
 from meiqa.memory.segment import Segment
 
@@ -427,16 +429,22 @@ def read_layers(
     package: EnginePackage, kernel: str = FASTEST
 ) -> tuple[FusedDecoder, Projection] | None:
     """Read a package's layers for a kernel, and what makes logits; None where it has none."""
+    stored = stored_layers(package)
+    return None if stored is None else packed(*stored, kernel)
+
+
+def stored_layers(package: EnginePackage) -> tuple[FusedWeights, Linear] | None:
+    """Map a package's layers, and what makes logits; None where it has none."""
     if LAYERS_FILE not in package.manifest.files:
         return None
     path, graph = package.path / LAYERS_FILE, package.manifest.every_graph["decoder"]
     try:
-        layers, head = layers_beside(package.path / (graph.weights or graph.file), kernel)
+        layers, head = stored_beside(package.path / (graph.weights or graph.file))
     except (KeyError, TypeError, ValueError) as error:
         what, hint = f"{path} does not hold the decoder's layers", EXPORT_AGAIN
         raise PackageCorrupted(what, seen=str(error), hint=hint) from error
     shape, own = package.manifest.decoder, layers.shape
-    found = (len(layers.layers), own.kv_heads, own.head_width, own.width, head.inputs, head.outputs)
+    found = (len(layers.layers), own.kv_heads, own.head_width, own.width, *head.weight.shape)
     width = shape.hidden_size
     listed = (shape.layers, shape.kv_heads, shape.head_dim, width, width, shape.vocab_size)
     if found != listed:
@@ -454,18 +462,27 @@ def layers_beside(weights: Path, kernel: str = FASTEST) -> tuple[FusedDecoder, P
 
     KeyError, TypeError or ValueError if something is missing or does not fit.
     """
-    # The manifest's digests of both files were compared when the package was opened.
+    return packed(*stored_beside(weights), kernel)
+
+
+def packed(layers: FusedWeights, head: Linear, kernel: str) -> tuple[FusedDecoder, Projection]:
+    """Pack layers for a kernel, and what makes logits: a copy, which outlives their files."""
+    return FusedDecoder(layers, kernel), Projection(head, kernel)
+
+
+def stored_beside(weights: Path) -> tuple[FusedWeights, Linear]:
+    """Map the layers in the folder of a decoder graph's weights; see `layers_beside`.
+
+    The files have to stay as they are while any of the arrays is used.
+    """
+    # Opening a package compares the manifest's digests of both files, unless it is told not to.
     segment = Segment.open(weights.with_name(LAYERS_FILE), verify=False)
     attributes = {**segment.attributes}
     views = attributes.pop(VIEWS, {})
     with weights.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     arrays = {**segment.arrays, **{name: _view(mapped, *place) for name, place in views.items()}}
-    layers = layers_of(arrays, attributes, kernel)
-    head = Projection(head_of(arrays), kernel)
-    # All of it was packed: what stays in memory is the packed copy alone.
-    mapped.madvise(mmap.MADV_DONTNEED)
-    return layers, head
+    return layers_of(arrays, attributes), head_of(arrays)
 
 
 def _view(mapped: mmap.mmap, offset: int, dtype: str, shape: list[int]) -> NDArray[np.generic]:
@@ -480,13 +497,12 @@ def head_of(arrays: Stored) -> Linear:
     no_bias = np.zeros(weight.shape[-1], np.float32)
     if "lm_head.scale" not in arrays:
         return Linear(weights(weight), no_bias)
-    return Linear(np.asarray(weight, np.int8), no_bias, floats(arrays["lm_head.scale"]))
+    scale = floats(arrays["lm_head.scale"])
+    return checked_blocks(Linear(np.asarray(weight, np.int8), no_bias, scale))
 
 
-def layers_of(
-    arrays: Stored, attributes: Mapping[str, object], kernel: str = FASTEST
-) -> FusedDecoder:
-    """Make the kernel's layers of what `meiqa.export.fused` stored.
+def layers_of(arrays: Stored, attributes: Mapping[str, object]) -> FusedWeights:
+    """Give the layers, of what `meiqa.export.fused` stored.
 
     KeyError, TypeError or ValueError if something is missing or does not fit.
     """
@@ -498,7 +514,7 @@ def layers_of(
     linears = [{n: _linear(arrays, f"{name}.{n}") for n in LAYER_LINEARS} for name in names]
     norms = list(zip(before, after, strict=True))
     common = floats(arrays["frequencies"]), floats(arrays["norm"])
-    return FusedDecoder(shape, *common, norms, linears, kernel)
+    return FusedWeights(shape, *common, norms, linears)
 
 
 def _linear(arrays: Stored, name: str) -> Linear:

@@ -51,6 +51,7 @@ TEXT = DecoderConfig(
 SHAPE = TEXT.shape
 ROWS, STEPS, PREFIX_STEPS = 5, 7, 11
 WEIGHTS = "decoder.onnx.data"
+MAPS = Path("/proc/self/maps")
 
 
 @pytest.fixture(scope="module")
@@ -142,17 +143,21 @@ def test_rows_that_are_rounded_by_themselves(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    "part",
+    ["frequencies", *(f"layers.1.{n}" for n in LAYER_LINEARS), "layers.1.k_proj.bias"],
+)
 def test_layers_that_answer_otherwise_are_noticed(
-    folder: Path, int8_folder: Path, precision: str
+    folder: Path, int8_folder: Path, part: str, precision: str
 ) -> None:
     place = folder if precision == "fp32" else int8_folder
     assert write_fused_layers(place, TEXT, precision)
-    found = fused_difference(place, SHAPE)
+    found = fused_difference(place, SHAPE, precision)
     assert found[0] <= LARGEST_SHARE[precision] * found[1]
     arrays, attributes = whole(place)
-    arrays["layers.1.o_proj"] = arrays["layers.1.o_proj"][::-1].copy()
+    arrays[part] = 3 * arrays[part] if part == "frequencies" else arrays[part][::-1].copy()
     write_segment(place / LAYERS_FILE, arrays, attributes)
-    damaged = fused_difference(place, SHAPE)
+    damaged = fused_difference(place, SHAPE, precision)
     assert damaged[0] > LARGEST_SHARE[precision] * damaged[1]
 
 
@@ -185,9 +190,9 @@ def test_no_weight_is_stored_twice(folder: Path, int8_folder: Path, precision: s
 def test_layers_that_hold_all_of_their_arrays_can_still_be_read(int8_folder: Path) -> None:
     """As packages had them whose layers were stored twice."""
     assert write_fused_layers(int8_folder, TEXT, "int8")
-    found = fused_difference(int8_folder, SHAPE)
+    found = fused_difference(int8_folder, SHAPE, "int8")
     write_segment(int8_folder / LAYERS_FILE, *whole(int8_folder))
-    assert fused_difference(int8_folder, SHAPE) == found
+    assert fused_difference(int8_folder, SHAPE, "int8") == found
 
 
 @pytest.mark.parametrize(
@@ -208,6 +213,20 @@ def test_places_outside_the_weights_are_refused(
     write_segment(int8_folder / LAYERS_FILE, segment.arrays, {**segment.attributes, VIEWS: views})
     with pytest.raises(ValueError, match=message):
         layers_beside(int8_folder / WEIGHTS)
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="the system does not list what is mapped")
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_layers_that_were_packed_need_no_file(
+    folder: Path, int8_folder: Path, precision: str
+) -> None:
+    """A file that is cut off while it is mapped ends the process that reads it."""
+    place = folder if precision == "fp32" else int8_folder
+    assert write_fused_layers(place, TEXT, precision)
+    layers, head = layers_beside(place / WEIGHTS)
+    assert layers.layer_count == SHAPE.layers
+    assert head.outputs == SHAPE.vocab_size
+    assert str(place) not in MAPS.read_text()
 
 
 def test_a_head_of_byte_blocks_stays_in_bytes(

@@ -22,7 +22,7 @@ from tests.engine.samples import open_model, picture, relative_difference, write
 from tests.export.tiny import export_from, reference_sessions
 from tests.export.twins import LLAVA, QWEN3_5, SHAPES, TRACED, TinyShape, Twins
 
-TOLERANCE = 1e-4
+TOLERANCE, ONE_ELEMENT = 1e-4, 1e-3
 ONE_CODE = 0.05
 TRACED_HERE_ALONE = tuple(shape for shape in (*QWEN3_5, *LLAVA) if shape.traced)
 SIZES = ((128, 128), (64, 256), (256, 64), (112, 144))
@@ -129,9 +129,11 @@ def test_the_decoder_graph_equals_pytorch(twins: Twins) -> None:
         sizes[2] *= 1 + 9 * (seed % 4 == 3)  # several chunks, too
         feeds = random_feeds(twins.package.manifest.decoder, sizes.tolist(), rng)
         wanted, made = reference.run(feeds), decoder.run(feeds)
-        # Single elements may be off by more: some are in PyTorch itself, beside float64.
         for name, values in wanted.items():
             assert relative_difference(values, made[name]) < TOLERANCE, name
+            # Single elements may be off by more: of PyTorch's own, in fp32, some are 6e-4 from
+            # float64, and the graph's sums are in another order.
+            np.testing.assert_allclose(made[name], values, atol=ONE_ELEMENT, rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("int8", 0.25), ("int4", 0.5)])

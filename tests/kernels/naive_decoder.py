@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from meiqa.kernels.decoder import OF_EACH_ROW, FusedDecoder, Linear
+from meiqa.kernels.decoder import OF_EACH_ROW, FusedWeights, Linear
 
 Doubles = NDArray[np.float64]
 
 
 def last_hidden(
-    decoder: FusedDecoder,
+    decoder: FusedWeights,
     embeds: NDArray[np.float32],
     positions: NDArray[np.float32],
     prefix: NDArray[np.float32],

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from meiqa.kernels.decoder import (
     OF_EACH_ROW,
     FusedDecoder,
     FusedShape,
+    FusedWeights,
     Linear,
     Projection,
 )
@@ -50,14 +52,14 @@ class Rows:
             self.embeds, self.positions, self.steps, self.prefixes, self.lengths, threads
         )
 
-    def twins(self, decoder: FusedDecoder) -> NDArray[np.float64]:
+    def twins(self, weights: FusedWeights) -> NDArray[np.float64]:
         wanted = []
         for row, steps in enumerate(self.steps):
             prefix = self.prefixes[row if len(self.prefixes) > 1 else 0]
             length = self.lengths[row if len(self.lengths) > 1 else 0]
             wanted.append(
                 naive_decoder.last_hidden(
-                    decoder,
+                    weights,
                     self.embeds[row, :steps],
                     self.positions[:, row, :steps],
                     prefix[:, :, :, :length],
@@ -76,8 +78,8 @@ class Rows:
         )
 
 
-def drawn_decoder(kernel: str, shape: FusedShape, precision: str, seed: int = 0) -> FusedDecoder:
-    rng = np.random.default_rng(seed)
+def drawn_weights(shape: FusedShape, precision: str) -> FusedWeights:
+    rng = np.random.default_rng(0)
     queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     extents = {
         "q_proj": (shape.width, queries),
@@ -103,14 +105,17 @@ def drawn_decoder(kernel: str, shape: FusedShape, precision: str, seed: int = 0)
         own = precision == "rows" or (precision == "down by rows" and name == "down_proj")
         return exact if in_floats else rounded(exact, OF_EACH_ROW if own else 0.06, 77)
 
-    return FusedDecoder(
+    return FusedWeights(
         shape,
         frequencies,
         normal(shape.width),
         [(1 + 0.2 * normal(shape.width), 1 + 0.2 * normal(shape.width)) for _ in range(LAYERS)],
         [{name: linear(name) for name in LAYER_LINEARS} for _ in range(LAYERS)],
-        kernel,
     )
+
+
+def drawn_decoder(kernel: str, shape: FusedShape, precision: str) -> FusedDecoder:
+    return FusedDecoder(drawn_weights(shape, precision), kernel)
 
 
 @pytest.fixture(params=KERNELS)
@@ -171,45 +176,45 @@ def drawn_rows(shape: FusedShape, steps: list[int], lengths: list[int], seed: in
 def test_agrees_with_the_naive_twin(
     shape: FusedShape, steps: list[int], lengths: list[int], drawn: Drawn
 ) -> None:
-    decoder = drawn(shape, "fp32")
     rows = drawn_rows(shape, steps, lengths)
-    np.testing.assert_allclose(rows.run(decoder), rows.twins(decoder), atol=1e-4, rtol=0)
+    wanted = rows.twins(drawn_weights(shape, "fp32"))
+    np.testing.assert_allclose(rows.run(drawn(shape, "fp32")), wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, WIDE])
-def test_halves_are_multiplied_as_the_floats_that_they_are(shape: FusedShape, drawn: Drawn) -> None:
-    exact = drawn(shape, "fp32")
+def test_halves_are_multiplied_as_the_floats_that_they_are(shape: FusedShape, kernel: str) -> None:
+    exact = drawn_weights(shape, "fp32")
     halves = [{name: halved(linear) for name, linear in own.items()} for own in exact.layers]
     floats = [
         {n: Linear(w.weight.astype(np.float32), w.bias) for n, w in own.items()} for own in halves
     ]
     rows = drawn_rows(shape, [9, 20, 1, 14], [33])
-    made = rows.run(replace(exact, layers=halves))
-    np.testing.assert_array_equal(made, rows.run(replace(exact, layers=floats)))
+    made, wanted = (
+        rows.run(FusedDecoder(replace(exact, layers=layers), kernel)) for layers in (halves, floats)
+    )
+    np.testing.assert_array_equal(made, wanted)
 
 
 @pytest.mark.parametrize("precision", ["int8", "mixed", "rows", "down by rows"])
 @pytest.mark.parametrize("shape", [SHAPE, WIDE])
 def test_bytes_agree_with_the_naive_twin(shape: FusedShape, precision: str, drawn: Drawn) -> None:
-    decoder = drawn(shape, precision)
+    twin = drawn_weights(shape, precision)
     if precision == "mixed":
         # A pair that is read in turns multiplies bytes only if both do.
-        layers = [dict(layer, gate_proj=layer["gate_proj"].in_floats()) for layer in decoder.layers]
-        twin = replace(decoder, layers=layers)
-    else:
-        twin = decoder
+        layers = [dict(layer, gate_proj=layer["gate_proj"].in_floats()) for layer in twin.layers]
+        twin = replace(twin, layers=layers)
     rows = drawn_rows(shape, [9, 20, 1, 14], [33])
-    found, wanted = rows.run(decoder), rows.twins(twin)
+    found, wanted = rows.run(drawn(shape, precision)), rows.twins(twin)
     # Now and then a value lies so near the middle of two steps that it falls on the other one.
     difference = np.abs(found - wanted)
     assert np.median(difference) < 1e-3
     assert difference.max() < 0.15
-    exact = rows.twins(drawn(shape, "fp32"))
+    exact = rows.twins(drawn_weights(shape, "fp32"))
     assert np.median(np.abs(wanted - exact)) > 10 * np.median(difference)
 
 
 @pytest.mark.parametrize("zero", [0, 77, 255])
-def test_sums_of_bytes_are_those_of_whole_numbers(zero: int, drawn: Drawn) -> None:
+def test_sums_of_bytes_are_those_of_whole_numbers(zero: int, kernel: str) -> None:
     """Also where sixteen bits, or a float's twenty-four, could not hold them."""
     shape = FusedShape(width=640, inner=16, heads=1, kv_heads=1, head_width=32, epsilon=0)
     rng = np.random.default_rng(zero)
@@ -217,12 +222,12 @@ def test_sums_of_bytes_are_those_of_whole_numbers(zero: int, drawn: Drawn) -> No
     weight[:, :2] = 127, -128
     by = np.full(32, 0.25, np.float32)
     value = Linear(weight, np.zeros(32, np.float32), by, 0.5, zero)
-    decoder = drawn(shape, "fp32")
+    weights = drawn_weights(shape, "fp32")
     # Inputs of ones have norm one: what is rounded is the norm's weight, with the input's sign.
     gains = rng.integers(-300, 300, shape.width).astype(np.float32)
     gains[: shape.width // 2] = 300
-    readers = {**decoder.layers[0], "v_proj": value}
-    alone = replace(decoder, layers=[readers], norms=[(gains, gains)])
+    readers = {**weights.layers[0], "v_proj": value}
+    alone = FusedDecoder(replace(weights, layers=[readers], norms=[(gains, gains)]), kernel)
     rows = drawn_rows(shape, [7, 1], [0, 0])
     signs = np.where(rows.embeds < 0, np.float32(-1), np.float32(1))
     signs[0, 0] = 1
@@ -267,14 +272,16 @@ def test_rows_that_are_rounded_by_themselves_lose_nothing_to_loud_ones(
     rows.embeds[1] *= np.float32(loudest)
     found = rows.run(decoder)
     np.testing.assert_array_equal(found[0], sound[0])
-    np.testing.assert_allclose(found[1], rows.twins(decoder)[1], atol=0.2, rtol=0)
+    wanted = rows.twins(drawn_weights(SHAPE, "rows"))
+    np.testing.assert_allclose(found[1], wanted[1], atol=0.2, rtol=0)
 
 
 def test_positions_beyond_the_first_table(drawn: Drawn) -> None:
     decoder = drawn(SHAPE, "fp32")
     rows = drawn_rows(SHAPE, [5], [4])
     far = replace(rows, positions=rows.positions + 700)
-    np.testing.assert_allclose(far.run(decoder), far.twins(decoder), atol=1e-3, rtol=0)
+    wanted = far.twins(drawn_weights(SHAPE, "fp32"))
+    np.testing.assert_allclose(far.run(decoder), wanted, atol=1e-3, rtol=0)
     assert np.abs(far.run(decoder) - rows.run(decoder)).max() > 1e-2
 
 
@@ -326,14 +333,14 @@ def test_a_shape_without_panels_is_refused(drawn: Drawn) -> None:
 def test_what_is_read_agrees_with_the_naive_twin(
     shape: FusedShape, steps: list[int], drawn: Drawn
 ) -> None:
-    decoder = drawn(shape, "fp32")
+    decoder, weights = drawn(shape, "fp32"), drawn_weights(shape, "fp32")
     rows = drawn_rows(shape, steps, [0] * len(steps))
     found = decoder.keys_and_values(rows.embeds, rows.positions, rows.steps, 2)
     nothing = np.zeros((LAYERS, 2, shape.kv_heads, 0, shape.head_width), np.float32)
     for row, (count, made) in enumerate(zip(steps, found, strict=True)):
         wanted: list[NDArray[np.float64]] = []
         place = rows.positions[:, row, :count]
-        naive_decoder.last_hidden(decoder, rows.embeds[row, :count], place, nothing, wanted)
+        naive_decoder.last_hidden(weights, rows.embeds[row, :count], place, nothing, wanted)
         np.testing.assert_allclose(made, np.stack(wanted), atol=1e-4, rtol=0)
 
 
@@ -460,3 +467,19 @@ def test_threads_without_memory_are_an_error_and_work_again_afterwards() -> None
     run = [sys.executable, "-m", "tests.kernels.no_memory"]
     said = subprocess.run(run, check=True, capture_output=True, text=True, timeout=120).stdout
     assert said.split() == ["MemoryError", "MemoryError", "MemoryError", "same"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "scaled"),
+    [
+        (np.ones((64, 32)), False),
+        (np.ones((64, 32), np.int8), False),
+        (np.ones((64, 32), ">f4"), False),
+        (np.ones((64, 32), np.uint8), True),
+        (np.ones((64, 32), np.float32), True),
+    ],
+)
+def test_weights_of_other_types_are_refused(weight: NDArray[Any], scaled: bool) -> None:
+    bias, scale = np.zeros(32, np.float32), np.ones((64 // BLOCK, 32), np.float32)
+    with pytest.raises(ValueError, match=f"a weight of {weight.dtype} should be"):
+        Projection(Linear(weight, bias, scale if scaled else None))

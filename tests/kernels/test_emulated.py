@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.emulated import ARM64, COMPILER, EMULATOR, Program, Rows, built
-from meiqa.kernels.decoder import FASTEST, KERNELS, FusedShape, Packing, Projection
+from meiqa.kernels.decoder import FASTEST, KERNELS, FusedDecoder, FusedShape, Packing, Projection
 from tests.kernels import test_decoder as native
 
 PROCESSORS = {
@@ -53,16 +53,16 @@ def require_the_same(program: Program, kernel: str, packing: Packing) -> None:
     for shape in SHAPES:
         drawn, rows = rows_of(shape)
         for precision in PRECISIONS:
-            decoder = native.drawn_decoder(FASTEST, shape, precision)
-            found = program.last_hidden(kernel, packing, decoder, rows)
-            np.testing.assert_array_equal(found, drawn.run(decoder))
+            weights = native.drawn_weights(shape, precision)
+            found = program.last_hidden(kernel, packing, weights, rows)
+            np.testing.assert_array_equal(found, drawn.run(FusedDecoder(weights)))
             if precision == "fp32":
-                np.testing.assert_allclose(found, drawn.twins(decoder), atol=1e-5, rtol=1e-5)
-            alone = program.last_hidden(kernel, packing, decoder, only(rows, 1))
+                np.testing.assert_allclose(found, drawn.twins(weights), atol=1e-5, rtol=1e-5)
+            alone = program.last_hidden(kernel, packing, weights, only(rows, 1))
             np.testing.assert_array_equal(alone[0], found[1])
         blocks = native.drawn_head(shape.width, 97)
         for head in (blocks, native.halved(blocks.in_floats())):
-            logits = program.logits(kernel, packing, decoder, head, rows)
+            logits = program.logits(kernel, packing, weights, head, rows)
             np.testing.assert_array_equal(logits, Projection(head).of(found, 1))
 
 
