@@ -30,6 +30,7 @@ from meiqa.labels import LabelTable
 __all__ = ["main", "markdown_text", "run", "steps_of"]
 
 ANCHORS, PICTURES = 100, 24
+SETTINGS = ("precision", "prompt", "anchors", "pictures", "max_pixels")
 
 
 def write_anchors(table: LabelTable, count: int, out: Path) -> str:
@@ -150,7 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     rows = [*rows_of(given)]
     if given.output is not None:
-        report = {"rows": rows, **run_on("onnxruntime", "torch", "transformers")}
+        report = {
+            "settings": {name: vars(given)[name] for name in SETTINGS},
+            "rows": [{n: v for n, v in row.items() if n != "command"} for row in rows],
+            **run_on("onnxruntime", "torch", "transformers"),
+        }
         given.output.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(markdown_text(rows) + "\n")
 
