@@ -44,8 +44,8 @@ AGREEING = {"fp32": 1.0, "fp16": 1.0, "int8": 0.25}
 the other side of a step, which moves a deep decoder's answer; layers that differ move all rows."""
 LARGEST_SHARE = {"fp32": 1e-4, "fp16": 5e-3, "int8": 5e-3}
 """Mean difference of a row's logits up to which it agrees, as a share of the largest. Where scores
-of attention are large, as trained decoders have them, sums in another order move some rows. The kernel
-multiplies halves in single precision, and graphs halve what they are multiplied with."""
+of attention are large, as trained decoders have them, sums in another order move some rows. The
+kernel multiplies halves in single precision, and graphs halve what they are multiplied with."""
 Arrays = dict[str, NDArray[np.generic]]
 Tensors = dict[str, ir.TensorProtocol]
 
