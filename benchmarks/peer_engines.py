@@ -259,7 +259,7 @@ class OnDecoder:
         package = EnginePackage.open(folder)
         layers = read_layers(package)
         if layers is None:
-            raise MeiqaError("the package has no layers for the kernel", seen=folder)
+            raise MeiqaError("the package has no layers for the kernel", seen=folder.name)
         return cls(package, NativeDecoder(*layers, work.threads), work)
 
     @classmethod
