@@ -225,7 +225,11 @@ def _nearest_grid(aspect: float, fewest: int, most: int) -> tuple[int, int]:
         if max(1, -(-fewest // rows)) <= most // rows
     ]
     if not grids:
-        raise UsageError("no image size lies within the package's pixel limits")
+        raise UsageError(
+            "no image size lies within the package's pixel limits",
+            seen=f"{fewest} visual tokens at least and {most} at most",
+            hint="export it with a larger --max-pixels",
+        )
     return min(grids, key=lambda grid: (abs(math.log(grid[1] / grid[0] / aspect)), grid))
 
 

@@ -324,6 +324,11 @@ def test_options_that_a_model_would_not_reply_are_warned_of(
     assert "warning: the model would reply something else to 'Is it dark?'" in errors_of(capsys)[0]
 
 
+def test_a_question_without_words_is_refused(engine: Any, grey: Grey, capsys: Output) -> None:
+    assert cli.main(["ask", str(grey("a.png")), "", "--options", "yes,no"]) == 2
+    assert "a question has a text" in errors_of(capsys)[0]
+
+
 @pytest.mark.parametrize("given", ["yes,", "yes,yes", ","])
 def test_options_that_are_none_are_refused(given: str, grey: Grey, capsys: Output) -> None:
     assert cli.main(["ask", str(grey("a.png")), "Why?", "--options", given]) == 2

@@ -192,9 +192,11 @@ def flag(name: str, help: str, **settings: Any) -> Decorator:
     return click.option(name, cls=Option, is_flag=True, help=help, **settings)
 
 
-def argument(name: str, metavar: str, **settings: Any) -> Decorator:
-    """Add an argument; it isn't empty."""
-    return click.argument(name, type=path, metavar=metavar, **settings)
+def argument(
+    name: str, metavar: str, type: Callable[[str], Any] = path, **settings: Any
+) -> Decorator:
+    """Add an argument: a path, unless another type reads it."""
+    return click.argument(name, type=type, metavar=metavar, **settings)
 
 
 def together(*options: Decorator) -> Decorator:

@@ -281,7 +281,7 @@ def texts(given: str) -> tuple[str, ...]:
 
 @cli.command()
 @cli.argument("image", "IMAGE")
-@cli.argument("questions", "QUESTION...", nargs=-1, required=True)
+@cli.argument("questions", "QUESTION...", str, nargs=-1, required=True)
 @cli.option("--options A,B,C", "how the reply may begin", texts, required=True)
 @cli.option(
     "--second PHOTO",
