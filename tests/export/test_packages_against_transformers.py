@@ -6,6 +6,7 @@ quicker to open. With MEIQA_EXPORT_EVERY_SHAPE=1 in the environment all are trac
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ from meiqa.export.verify import random_feeds
 from tests.engine.cold import logits_anew
 from tests.engine.samples import open_model, picture, relative_difference, write_anchors
 from tests.export.tiny import export_from, reference_sessions
-from tests.export.twins import LLAVA, QWEN3_5, SHAPES, TRACED, TinyShape, Twins
+from tests.export.twins import EVERY_SHAPE, LLAVA, QWEN3_5, SHAPES, TRACED, TinyShape, Twins
 
-TOLERANCE, ONE_ELEMENT = 1e-4, 1e-3
+TOLERANCE = 1e-4
+ONE_ELEMENT = 1e-3 if EVERY_SHAPE in os.environ else TOLERANCE
+"""Shapes that only EVERY_SHAPE traces are off by 8e-4, PyTorch itself by 6e-4 from float64."""
 ONE_CODE = 0.05
 TRACED_HERE_ALONE = tuple(shape for shape in (*QWEN3_5, *LLAVA) if shape.traced)
 SIZES = ((128, 128), (64, 256), (256, 64), (112, 144))
@@ -131,8 +134,6 @@ def test_the_decoder_graph_equals_pytorch(twins: Twins) -> None:
         wanted, made = reference.run(feeds), decoder.run(feeds)
         for name, values in wanted.items():
             assert relative_difference(values, made[name]) < TOLERANCE, name
-            # Single elements may be off by more: of PyTorch's own, in fp32, some are 6e-4 from
-            # float64, and the graph's sums are in another order.
             np.testing.assert_allclose(made[name], values, atol=ONE_ELEMENT, rtol=0, err_msg=name)
 
 
