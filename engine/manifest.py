@@ -215,9 +215,11 @@ class Manifest(Record):
         patterns: None in a package without a reference mode.
         score_head: what makes the first score unless another is asked for.
         ends: tokens beside the prompt family's `stop` that end a turn of this model.
+        bf16: whether the decoder may multiply floats in bf16 where a processor can: grades were
+            measured so, and move no more than the precision allows.
     """
 
-    later = ("patterns", "score_head", "ends")
+    later = ("patterns", "score_head", "ends", "bf16")
 
     architecture: str
     source: Mapping[str, str]
@@ -233,6 +235,7 @@ class Manifest(Record):
     patterns: PatternGraph | None = field(default=None, metadata={"part": PatternGraph})
     score_head: ScoreHead = "text"
     ends: tuple[str, ...] = ()
+    bf16: bool = field(default=False, metadata=YES_OR_NO)
 
     @property
     def every_graph(self) -> Mapping[str, Graph]:

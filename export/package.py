@@ -23,7 +23,13 @@ from meiqa.engine.manifest import PRECISIONS, ImageProcessing, Manifest
 from meiqa.engine.model import Asked
 from meiqa.engine.package import EnginePackage, file_digest, write_manifest
 from meiqa.engine.prompts import PromptFamily, Prompts, prompt_family
-from meiqa.engine.runtime.decoder import LAYERS_FILE, GraphDecoder, GraphSession
+from meiqa.engine.runtime.decoder import (
+    LAYERS_FILE,
+    GraphDecoder,
+    GraphSession,
+    NativeDecoder,
+    layers_beside,
+)
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export.calibration import (
     Pictures,
@@ -46,11 +52,13 @@ from meiqa.export.verify import (
     PIECE_BYTES,
     PiecewiseSession,
     decoder_feeds,
-    grade_moves,
+    grades_of,
     held_bytes,
     require_parity,
     vision_feeds,
 )
+from meiqa.kernels.cores import usable_cores
+from meiqa.kernels.decoder import FASTEST_IN_BF16, KERNELS
 
 RIDGE = 1e-2
 CALIBRATED, STUDIED, CHECKED = slice(0, 40), slice(40, 80), slice(80, 120)
@@ -80,6 +88,8 @@ ABSOLUTE, RELATIVE = 1e-4, {"fp32": 1e-3, "fp16": 2e-2}
 """Each token of an output may differ from PyTorch by so much, or by this share of its size."""
 LARGEST_MOVES = {"fp32": 1e-3, "fp16": 1e-2, "int8": 0.03, "int4": 0.06}
 """Largest mean change of a grade, on the 1-5 scale, from PyTorch to the package."""
+MAY_BE_BF16 = ("fp16", "int8")
+"""Precisions whose decoder may multiply floats in bf16."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +202,7 @@ class Export:
         source = checkpoint.folder
         self.source = {"name": source.resolve().name, "sha256": digest_of(source)}
         self.report: dict[str, Any] = {}
+        self.bf16 = False
         self.pictures = [fit_to_grid(load_pixels(p), self.image) for p in options.pictures]
 
     def write(self) -> None:
@@ -290,9 +301,12 @@ class Export:
 
     def model(self, sessions: Mapping[str, GraphSession]) -> LocalModel:
         """Open the model on some sessions of its graphs."""
-        package = EnginePackage.open(self.folder, verify=False)
-        decoder = GraphDecoder(sessions["decoder"], package.manifest.decoder)
-        return LocalModel(package, sessions["vision"], decoder)
+        decoder = GraphDecoder(sessions["decoder"], self.shape)
+        return LocalModel(self.opened(), sessions["vision"], decoder)
+
+    def opened(self) -> EnginePackage:
+        """Open the package as far as it is made."""
+        return EnginePackage.open(self.folder, verify=False)
 
     def check_grades(self, reference: Mapping[str, GraphSession]) -> None:
         """Compare the package with PyTorch on pictures, calibrated on others if there are any."""
@@ -300,13 +314,15 @@ class Export:
         made = {name: PiecewiseSession(self.folder / f"{name}.onnx") for name in reference}
         held_out = self.pictures[CHECKED]
         pictures = held_out or self.pictures or synthetic_pictures(self.image)
-        mean, largest = grade_moves(self.model(reference), self.model(made), pictures)
+        exact = grades_of(self.model(reference), pictures)
+        moves = np.abs(grades_of(self.model(made), pictures) - exact)
+        mean = float(moves.mean())
         self.report["grades"] = {
             "pictures": len(pictures),
             "synthetic": not self.pictures,
             "held_out": bool(held_out),
             "mean_move": mean,
-            "largest_move": largest,
+            "largest_move": float(moves.max()),
         }
         wanted = self.options.largest_move
         allowed = LARGEST_MOVES[self.options.precision] if wanted is None else wanted
@@ -319,6 +335,21 @@ class Export:
                 + ("" if self.options.sensitivity else ", or leave out --no-sensitivity")
                 + ", or accept it by --largest-move",
             )
+        if (decoder := self.decoder_in_bf16()) is not None:
+            self.options.say("comparing grades in bf16")
+            model = LocalModel(self.opened(), made["vision"], decoder)
+            moved = float(np.abs(grades_of(model, pictures) - exact).mean())
+            self.report["grades"]["mean_move_in_bf16"] = moved
+            self.bf16 = moved <= allowed
+
+    def decoder_in_bf16(self) -> NativeDecoder | None:
+        """Open what the kernel reads in bf16, where that is less than was asked for anyway and
+        this processor can."""
+        there = (self.folder / LAYERS_FILE).is_file() and KERNELS[FASTEST_IN_BF16].in_bf16
+        if self.options.precision not in MAY_BE_BF16 or not there:
+            return None
+        layers = layers_beside(self.folder / "decoder.onnx.data", FASTEST_IN_BF16)
+        return NativeDecoder(*layers, usable_cores())
 
     def fit_key_projection(self) -> None:
         """Fit the linear map from visual tokens to a summary's key (ridge regression)."""
@@ -333,8 +364,7 @@ class Export:
             )
             return
         self.options.say(f"describing {len(pictures)} pictures to fit the image key")
-        package = EnginePackage.open(self.folder, verify=False)
-        model = LocalModel.open(package)
+        model = LocalModel.open(self.opened())
         show = partial(self.options.show, "describing pictures")
         np.save(self.folder / "key_projection.npy", fitted_projection(model, pictures, show))
 
@@ -363,6 +393,7 @@ class Export:
             files=files,
             score_head=check_score_head(self.options.score_head),
             ends=self.ends,
+            bf16=self.bf16,
         )
         write_manifest(self.folder, manifest)
 

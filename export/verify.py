@@ -263,14 +263,7 @@ def root_mean_square(values: NDArray[Any]) -> NDArray[np.float64]:
     return np.sqrt(squares)
 
 
-def grade_moves(
-    wanted: Model, made: Model, pictures: Sequence[NDArray[np.uint8]]
-) -> tuple[float, float]:
-    """Measure the mean and largest change of the expected grade from one model to its twin."""
-
-    def grades(model: Model) -> NDArray[np.float64]:
-        prefixes = model.prefill([model.encode(picture) for picture in pictures])
-        return np.array([expected_grade(model.grade(prefix)) for prefix in prefixes])
-
-    moves = np.abs(grades(wanted) - grades(made))
-    return float(moves.mean()), float(moves.max())
+def grades_of(model: Model, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float64]:
+    """Give the expected grades (N,) of pictures, 1-5."""
+    prefixes = model.prefill([model.encode(picture) for picture in pictures])
+    return np.array([expected_grade(model.grade(prefix)) for prefix in prefixes])

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-def kernels() -> list[tuple[str, tuple[int, int, bool]]]: ...
+def kernels() -> list[tuple[str, tuple[int, int, bool, int]]]: ...
 
 class StoredLinear:
     def __init__(

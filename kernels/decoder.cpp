@@ -76,7 +76,9 @@ class StoredLinear {
         linear_.panels = panels.shape(0);
         linear_.inputs = panels.shape(1) * panels.shape(3);
         linear_.weights = weights_.get();
-        linear_.halves = panels.dtype().bits == 16;
+        const bool is_float = panels.dtype().code == std::uint8_t(nb::dlpack::dtype_code::Float);
+        linear_.halves = is_float && panels.dtype().bits == 16;
+        linear_.beside = !is_float && panels.dtype().bits == 16;
         linear_.blocks = blocks.size() ? blocks_.get() : nullptr;
         linear_.bias = bias_.get();
         linear_.scale = scale_.get();
@@ -94,14 +96,15 @@ class StoredLinear {
     Aligned<std::int32_t> start_;
 };
 
-using Packing = std::tuple<std::size_t, int, bool>;
+using Packing = std::tuple<std::size_t, int, bool, std::size_t>;
 
 std::vector<std::tuple<std::string, Packing>> kernels() {
     std::vector<std::tuple<std::string, Packing>> found;
     for (const Kernel* const kernel : kKernels)
         if (kernel->runs_here())
             found.emplace_back(kernel->name,
-                               Packing(kernel->together, kernel->lowest, kernel->halves));
+                               Packing(kernel->together, kernel->lowest, kernel->halves,
+                                       kernel->factors));
     return found;
 }
 

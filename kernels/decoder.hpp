@@ -30,6 +30,7 @@ struct Linear {
     std::size_t inputs = 0, panels = 0;
     const void* weights = nullptr;
     bool halves = false;                  // floats in half precision
+    bool beside = false;                  // factors, several of a column side by side
     const float* blocks = nullptr;        // step of each block: panels, inputs / kBlock, 32
     const float* bias = nullptr;          // panels * 32
     const float* scale = nullptr;         // of codes: float value of one step of a sum
@@ -56,6 +57,9 @@ struct Model {
 namespace {
 
 inline bool rounds(const Linear& linear) { return linear.steps != 0; }
+
+// Whether it is given its input as it is.
+inline bool takes_floats(const Linear& linear) { return !rounds(linear) && !linear.beside; }
 
 inline bool each_row_by_itself(const Linear& linear) { return linear.steps == kOfEachRow; }
 
@@ -102,6 +106,7 @@ struct Kernel {
     std::size_t together;  // bytes of a column side by side in a panel; 0: floats that hold them
     int lowest;            // the code that stands for 0 of 0 to 255
     bool halves;           // whether it takes weights in half precision; else they are made floats
+    std::size_t factors;   // of a column side by side, where it multiplies in bf16; else 1
     bool (*runs_here)();
 
     // Floats that a row of so many steps behind so many others works in.
@@ -122,12 +127,12 @@ struct Kernel {
                           float* out);
 };
 
-extern const Kernel kAvx512, kAvxVnni, kAvx2, kI8mm, kDotprod, kPortable;
+extern const Kernel kAvx512Bf16, kAvx512, kAvxVnni, kAvx2, kI8mm, kDotprod, kPortable;
 
 // Those of this architecture, the fastest first.
 constexpr const Kernel* kKernels[] = {
 #if defined(__x86_64__)
-    &kAvx512, &kAvxVnni, &kAvx2,
+    &kAvx512Bf16, &kAvx512, &kAvxVnni, &kAvx2,
 #elif defined(__aarch64__) && defined(__linux__)
     &kI8mm, &kDotprod,
 #endif

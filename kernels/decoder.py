@@ -38,16 +38,27 @@ class Packing(NamedTuple):
         together: inputs of an output that lie side by side; 0 for floats that hold the bytes.
         lowest: the code that stands for 0 of a rounded input's 0 to 255.
         halves: whether weights in half precision stay so; else they are made floats.
+        factors: inputs of an output that lie side by side in bf16, of a kernel that multiplies
+            floats in it; else 1.
     """
 
     together: int
     lowest: int
     halves: bool
+    factors: int
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether products of floats round what they are given to bf16."""
+        return self.factors > 1
 
 
 KERNELS = {name: Packing(*packing) for name, packing in _decoder.kernels()}
 """Kernels that run on this processor, the fastest first."""
-FASTEST = next(iter(KERNELS))
+FASTEST_IN_BF16 = next(iter(KERNELS))
+"""For packages that allow it; without such products it is the fastest."""
+FASTEST = next(name for name, packing in KERNELS.items() if not packing.in_bf16)
+"""Of the kernels that multiply floats as they are."""
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -132,8 +143,11 @@ class Linear:
             self.input_zero,
         )
 
-    def packed(self, packing: Packing) -> Packed:
+    def packed(self, packing: Packing, *, in_bf16: bool = False) -> Packed:
         """Cut the layer into panels of `PANEL` outputs, as a kernel wants it.
+
+        Args:
+            in_bf16: round a weight of floats to bf16; only for a kernel that multiplies in it.
 
         Raises:
             ValueError: the weight is not of float32, float16, or int8 with a scale.
@@ -146,9 +160,13 @@ class Linear:
         no_blocks, no_scale = np.zeros((0, 0, 0), np.float32), none.astype(np.float32)
         if self.scale is None or self.scale.ndim == 2:
             blocks = no_blocks if self.scale is None else in_panels(self.scale, 1)[..., 0]
-            single = self.weight.dtype == np.float16 and not packing.halves
-            weight = self.weight.astype(np.float32) if single else self.weight
-            return Packed(in_panels(weight, 1), blocks, bias, no_scale, none, 0.0, 0.0)
+            if in_bf16:
+                panels = in_panels(bf16(self.weight), packing.factors)
+            elif self.weight.dtype == np.float16 and not packing.halves:
+                panels = in_panels(self.weight.astype(np.float32), 1)
+            else:
+                panels = in_panels(self.weight, 1)
+            return Packed(panels, blocks, bias, no_scale, none, 0.0, 0.0)
         own = self.input_scale == OF_EACH_ROW
         scale = np.float32(1.0 if own else self.input_scale)
         steps = OF_EACH_ROW if own else float(np.float32(1.0) / scale)
@@ -170,8 +188,8 @@ class Packed(NamedTuple):
     """A linear layer as a kernel reads it.
 
     Attributes:
-        panels: (panels, inputs / together, `PANEL`, together), of floats, halves or bytes, filled
-            with 0.
+        panels: (panels, inputs / together, `PANEL`, together), of floats, halves, bf16 in uint16
+            or bytes, filled with 0.
         blocks: (panels, inputs / `BLOCK`, `PANEL`) steps of blocks; empty where there are none.
         bias: (outputs,), padded to whole panels, as are the next two.
         scale: of a sum of codes; start: what it begins with, so that an input of zero gives 0.
@@ -186,6 +204,12 @@ class Packed(NamedTuple):
     start: NDArray[np.int32]
     steps: float
     zero: float
+
+
+def bf16(array: NDArray[np.floating[Any]]) -> NDArray[np.uint16]:
+    """Round to the upper halves of float32, the nearest one and of two the even one."""
+    bits = array.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def in_panels(weight: NDArray[Number], together: int) -> NDArray[Number]:
@@ -248,6 +272,11 @@ class FusedWeights:
             for readers in (LAYER_LINEARS[:3], LAYER_LINEARS[4:6]):
                 require_one_range([linears[name] for name in readers])
 
+    @property
+    def of_floats(self) -> bool:
+        """Whether no layer has bytes."""
+        return all(each.scale is None for own in self.layers for each in own.values())
+
     def in_floats(self) -> FusedWeights:
         """The same weights in floats, for inputs that are not rounded."""
         layers = [{name: each.in_floats() for name, each in own.items()} for own in self.layers]
@@ -271,9 +300,12 @@ class FusedWeights:
 class FusedDecoder:
     """A decoder's layers, ready to run. It keeps nothing of the weights but what it packed.
 
+    A kernel of bf16 multiplies all layers in it where all have floats. Beside layers of bytes those
+    in floats stay as they are: they were left so on purpose.
+
     Args:
         weights: of the layers.
-        kernel: one of `KERNELS`; the fastest by default.
+        kernel: one of `KERNELS`; by default the fastest that multiplies floats as they are.
 
     Attributes:
         shape: of the decoder; layer_count: how many layers it has, L.
@@ -297,8 +329,12 @@ class FusedDecoder:
             weights.last_norm,
         )
         packing = KERNELS[kernel]
+        in_bf16 = packing.in_bf16 and weights.of_floats
         for norms, linears in zip(weights.norms, weights.layers, strict=True):
-            packed = (_decoder.StoredLinear(*each.packed(packing)) for each in as_read(linears))
+            packed = (
+                _decoder.StoredLinear(*each.packed(packing, in_bf16=in_bf16))
+                for each in as_read(linears)
+            )
             self._native.add_layer(*norms, *packed)
         self._frequencies = weights.frequencies.copy()
         self._angles = turned(self._frequencies, FIRST_POSITIONS)
@@ -450,7 +486,7 @@ class Projection:
 
     Args:
         linear: in floats, or in bytes with steps of blocks; else ValueError.
-        kernel: one of `KERNELS`; the fastest by default.
+        kernel: one of `KERNELS`; all of them multiply it with floats as they are.
     """
 
     def __init__(self, linear: Linear, kernel: str = FASTEST) -> None:

@@ -57,7 +57,7 @@ bool runs_here() {
 
 }  // namespace
 
-const Kernel kAvx2{"avx2",    kTogether, kLowest,     kTakesHalves, runs_here,
-                   row_scratch, run_row,   finish_rows, multiply_rows};
+const Kernel kAvx2{"avx2", kTogether, kLowest, kTakesHalves, kFactors, runs_here,
+                   row_scratch, run_row, finish_rows, multiply_rows};
 
 }  // namespace meiqa

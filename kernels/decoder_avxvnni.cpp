@@ -60,7 +60,7 @@ bool runs_here() {
 
 }  // namespace
 
-const Kernel kAvxVnni{"avxvnni",    kTogether, kLowest,     kTakesHalves, runs_here,
-                   row_scratch, run_row,   finish_rows, multiply_rows};
+const Kernel kAvxVnni{"avxvnni", kTogether, kLowest, kTakesHalves, kFactors, runs_here,
+                      row_scratch, run_row, finish_rows, multiply_rows};
 
 }  // namespace meiqa

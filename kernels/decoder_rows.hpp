@@ -8,6 +8,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 namespace meiqa {
 namespace {
 
@@ -49,6 +51,17 @@ void layer_of(const Linear& w, const float* a, const float*, std::size_t stride,
         const float* const weights = static_cast<const float*>(w.weights) + at * w.inputs;
         multiply<ROWS>(a, stride, weights, w.inputs, made);
     }
+    const Lanes low = load(w.bias + at), high = load(w.bias + at + kLanes);
+    for (std::size_t r = 0; r < ROWS; ++r) made[r] = {made[r].low + low, made[r].high + high};
+}
+
+// Of factors that lie side by side.
+template <std::size_t ROWS, class Beside,
+          std::enable_if_t<std::is_same_v<Beside, Factor> && kFactors != 1, int> = 0>
+void layer_of(const Linear& w, const Beside* a, const float*, std::size_t stride,
+              std::size_t panel, Pair (&made)[ROWS]) {
+    const std::size_t at = panel * kPanel;
+    multiply<ROWS>(a, stride, static_cast<const Factor*>(w.weights) + at * w.inputs, w.inputs, made);
     const Lanes low = load(w.bias + at), high = load(w.bias + at + kLanes);
     for (std::size_t r = 0; r < ROWS; ++r) made[r] = {made[r].low + low, made[r].high + high};
 }
@@ -98,15 +111,17 @@ struct Tile {
     }
 };
 
-// What a linear layer may be given: rows of `width` values as floats or rounded.
+// What a linear layer may be given: rows of `width` values as floats, factors or rounded.
 struct Input {
     float* floats;
+    Factor* factors;
     Code* codes;
     float* step;  // value of a row's codes, where each has its own
     std::size_t width;
 
     Input from(std::size_t row) const {
-        return {floats + row * width, codes + row * width, step + row, width};
+        const std::size_t at = row * width;
+        return {floats + at, factors + at, codes + at, step + row, width};
     }
 };
 
@@ -139,6 +154,7 @@ void product(const Crew& all, const Linear& w, const Input& input, std::size_t r
     shared(crew, parts, [&](std::size_t part, std::size_t) {
         const std::size_t first = part * w.panels / parts, end = (part + 1) * w.panels / parts;
         if (rounds(w)) product_of(w, input.codes, input, rows, first, end, take);
+        else if (w.beside) product_of(w, input.factors, input, rows, first, end, take);
         else product_of(w, input.floats, input, rows, first, end, take);
     });
 }
@@ -245,63 +261,77 @@ struct Seen {
     }
 };
 
-// Panels of 32 keys, channel after channel. The last key fills its half of a panel; what lies behind
-// is not set, and its scores are not read.
-void pack_keys(const Seen& seen, std::size_t width, float* out) {
+// Panels of 32 keys, channel after channel, or as many of them as lie side by side. The last key fills
+// its half of a panel; what lies behind is not set, and its scores are not read.
+void pack_keys(const Seen& seen, std::size_t width, Factor* out) {
     for (std::size_t first = 0; first < seen.count(); first += kLanes) {
         const float* rows[kLanes];
         for (std::size_t i = 0; i < kLanes; ++i)
             rows[i] = seen.at(least(first + i, seen.count() - 1), width);
-        float* const panel = out + first / kPanel * kPanel * width + first % kPanel;
-        for (std::size_t channel = 0; channel < width; channel += kLanes) {
-            transpose(rows, panel + channel * kPanel, kPanel);
-            for (auto& row : rows) row += kLanes;
+        Factor* const panel = out + first / kPanel * kPanel * width + first % kPanel * kFactors;
+        for (std::size_t channel = 0; channel < width; channel += kLanes * kFactors) {
+            transpose(rows, reinterpret_cast<float*>(panel + channel * kPanel), kPanel);
+            for (auto& row : rows) row += kLanes * kFactors;
         }
     }
 }
 
-// Panels of 32 channels, value after value.
-void pack_values(const Seen& seen, std::size_t width, float* out) {
-    for (std::size_t index = 0; index < seen.count(); ++index) {
-        const float* const value = seen.at(index, width);
-        for (std::size_t channel = 0; channel < width; channel += kPanel)
-            std::memcpy(out + (channel * seen.count() + index * kPanel), value + channel,
-                        kPanel * sizeof(float));
+// Panels of 32 channels, value after value, or as many of them as lie side by side. A last one that has
+// nobody beside it is there twice: it is multiplied with zero.
+void pack_values(const Seen& seen, std::size_t width, Factor* out) {
+    const std::size_t count = rounded_up(seen.count(), kFactors);
+    for (std::size_t index = 0; index < count; index += kFactors) {
+        const float* const one = seen.at(index, width);
+        const float* const other = seen.at(least(index + 1, seen.count() - 1), width);
+        for (std::size_t channel = 0; channel < width; channel += kLanes)
+            store_both(out + channel / kPanel * kPanel * count + index * kPanel +
+                           channel % kPanel * kFactors,
+                       one + channel, other + channel);
     }
 }
 
-// Exponentials of `seen` scores above their largest, then zeros up to `count`; gives one over
-// their sum.
+// Makes rows of floats factors, each where it lies.
+void make_factors(float* rows, std::size_t count, std::size_t width) {
+    if constexpr (kFactors > 1)
+        for (std::size_t row = 0; row < count; ++row, rows += width)
+            for (std::size_t i = 0; i < width; i += kLanes)
+                store_factors(reinterpret_cast<Factor*>(rows) + i, load(rows + i));
+}
+
+// Exponentials of `seen` scores above their largest, then zeros up to `count`, as factors that begin
+// where the scores do; gives one over their sum.
 float soften(float* scores, std::size_t seen, std::size_t count) {
     const std::size_t whole = seen / kLanes * kLanes, some = seen - whole;
     Lanes top = load_some(scores + whole, some, kUnseen);
     for (std::size_t i = 0; i < whole; i += kLanes) top = larger(top, load(scores + i));
     const Lanes largest = all(largest_of(top));
     Lanes sum = all(0.0f);
+    Factor* const out = reinterpret_cast<Factor*>(scores);
     for (std::size_t i = 0; i < whole; i += kLanes) {
         const Lanes value = exponential(load(scores + i) - largest);
-        store(scores + i, value);
+        store_factors(out + i, value);
         sum = sum + value;
     }
     if (whole < count) {
         const Lanes rest = load_some(scores + whole, some, kUnseen);
         const Lanes value = only_first(exponential(rest - largest), some);
-        store(scores + whole, value);
+        store_factors(out + whole, value);
         sum = sum + value;
     }
-    for (std::size_t i = whole + kLanes; i < count; i += kLanes) store(scores + i, all(0.0f));
+    for (std::size_t i = whole + kLanes; i < count; i += kLanes) store_factors(out + i, all(0.0f));
     return 1.0f / sum_of(sum);
 }
 
 struct Attending {
     std::size_t width;                     // of a head
     std::size_t count;                     // all keys
-    const float *keys, *values;            // in panels
-    const float* queries;                  // of the first query of the tile
+    const Factor *keys, *values;           // in panels
+    const Factor* queries;                 // of the first query of the tile
+    std::size_t apart;                     // from one query to the next
     std::size_t seen, more;                // keys that it sees, and that each next one sees more
-    std::size_t stride;                    // from one query to the next
     float* scores;                         // kTile rows of all keys, padded
     float* out;                            // of the first query
+    std::size_t stride;                    // from there to the next
 
     template <std::size_t ROWS>
     void operator()() const {
@@ -309,7 +339,7 @@ struct Attending {
         const std::size_t padded = rounded_up(count, kPanel);
         for (std::size_t panel = 0; panel * kPanel < visible; ++panel) {
             Pair sums[ROWS];
-            multiply<ROWS>(queries, stride, keys + panel * kPanel * width, width, sums);
+            multiply<ROWS>(queries, apart, keys + panel * kPanel * width, width, sums);
             for (std::size_t r = 0; r < ROWS; ++r) {
                 float* const at = scores + r * padded + panel * kPanel;
                 store(at, sums[r].low);
@@ -319,9 +349,11 @@ struct Attending {
         float share[ROWS];
         for (std::size_t r = 0; r < ROWS; ++r)
             share[r] = soften(scores + r * padded, seen + r * more, rounded_up(visible, kLanes));
+        const auto* const shares = reinterpret_cast<const Factor*>(scores);
         for (std::size_t channel = 0; channel < width; channel += kPanel) {
             Pair sums[ROWS];
-            multiply<ROWS>(scores, padded, values + channel * count, visible, sums);
+            multiply<ROWS>(shares, padded * kFactors,
+                           values + channel * rounded_up(count, kFactors), visible, sums);
             for (std::size_t r = 0; r < ROWS; ++r) {
                 const Lanes factor = all(share[r]);
                 float* const at = out + r * stride + channel;
@@ -348,14 +380,14 @@ struct Arena {
 
 struct Work {
     float *hidden, *cosines, *sines, *queries, *keys, *values;
-    float *packed_keys, *packed_values;  // of a head at a time, or of all heads where a crew shares
-    float* scores;                       // of each of a crew
-    std::size_t packed_floats, score_floats;
+    Factor *packed_keys, *packed_values;  // of a head at a time, or of all heads where a crew shares
+    float* scores;                        // of each of a crew
+    std::size_t packed, score_floats;     // factors of a head
     Input normed, attended, gated;
 
     Work(const Model& model, const Crew& crew, std::size_t steps, std::size_t before, Arena arena) {
         const std::size_t seen = rounded_up(before + steps, kPanel);
-        packed_floats = seen * model.head_width;
+        packed = seen * model.head_width;
         score_floats = kTile * seen;
         hidden = arena.take(steps * model.width);
         cosines = arena.take(steps * model.head_width / 2);
@@ -364,8 +396,8 @@ struct Work {
         keys = arena.take(steps * key_width(model));
         values = arena.take(steps * key_width(model));
         const std::size_t heads = crew.size == 1 ? 1 : model.kv_heads;
-        packed_keys = arena.take(heads * packed_floats);
-        packed_values = arena.take(heads * packed_floats);
+        packed_keys = reinterpret_cast<Factor*>(arena.take(heads * packed / kFactors));
+        packed_values = reinterpret_cast<Factor*>(arena.take(heads * packed / kFactors));
         scores = arena.take(crew.size * score_floats);
         normed = input(arena, steps, model.width);
         attended = input(arena, steps, query_width(model));
@@ -378,8 +410,10 @@ struct Work {
   private:
     static Input input(Arena& arena, std::size_t rows, std::size_t width) {
         float* const floats = arena.take(rows * width);
+        float* const factors = kFactors == 1 ? floats : arena.take(rows * width / kFactors);
         float* const codes = arena.take(rows * width * sizeof(Code) / sizeof(float));
-        return {floats, reinterpret_cast<Code*>(codes), arena.take(rows), width};
+        return {floats, reinterpret_cast<Factor*>(factors), reinterpret_cast<Code*>(codes),
+                arena.take(rows), width};
     }
 };
 
@@ -397,9 +431,16 @@ float round_by_itself(const float* row, std::size_t width, Code* out) {
     return largest / kLargestCode;
 }
 
-// Gives a linear layer its input rounded, where it wants that.
+// Gives a linear layer values of its input as it wants them, if it needs no other of the row for it.
+MEIQA_INLINE void put(Lanes x, const Input& input, std::size_t at, const Linear& reader) {
+    if (rounds(reader)) round_to_codes(x, input.codes + at, reader);
+    else if (reader.beside) store_factors(input.factors + at, x);
+    else store(input.floats + at, x);
+}
+
+// Gives a linear layer its input as it wants it.
 void prepare(const Linear& reader, const Input& input, std::size_t rows) {
-    if (!rounds(reader)) return;
+    if (takes_floats(reader)) return;
     if (each_row_by_itself(reader)) {
         for (std::size_t row = 0; row < rows; ++row) {
             const Input own = input.from(row);
@@ -408,7 +449,7 @@ void prepare(const Linear& reader, const Input& input, std::size_t rows) {
         return;
     }
     for (std::size_t i = 0; i < rows * input.width; i += kLanes)
-        round_to_codes(load(input.floats + i), input.codes + i, reader);
+        put(load(input.floats + i), input, i, reader);
 }
 
 // Normalises rows and gives a linear layer its input of them.
@@ -422,7 +463,7 @@ void norm_for(const Model& model, const Crew& crew, const float* x, const float*
 }
 
 void prepare_all(const Crew& crew, const Linear& reader, const Input& input, std::size_t rows) {
-    if (rounds(reader))
+    if (!takes_floats(reader))
         by_rows(crew, rows, input.width, [&](std::size_t first, std::size_t count) {
             prepare(reader, input.from(first), count);
         });
@@ -433,15 +474,15 @@ void mlp(const Model& model, const Crew& crew, const Layer& layer, std::size_t r
     norm_for(model, crew, hidden, layer.mlp_norm, layer.gate_up, rows, work.normed);
     const Input gated = work.gated;
     const Linear& down = layer.down;
-    const bool at_once = rounds(down) && !each_row_by_itself(down);
+    const bool later = each_row_by_itself(down);
     product(crew, layer.gate_up, work.normed, rows,
             [&](std::size_t row, std::size_t panel, const Pair& made) {
                 const Lanes value = silu(made.low) * made.high;
                 const std::size_t at = row * gated.width + panel * kLanes;
-                if (at_once) round_to_codes(value, gated.codes + at, down);
-                else store(gated.floats + at, value);
+                if (later) store(gated.floats + at, value);
+                else put(value, gated, at, down);
             });
-    if (!at_once) prepare_all(crew, down, gated, rows);
+    if (later) prepare_all(crew, down, gated, rows);
     added(crew, down, gated, rows, hidden, model.width);
 }
 
@@ -463,7 +504,7 @@ struct Heads {
     }
 
     void pack(std::size_t head, std::size_t place) const {
-        const std::size_t at = place * work.packed_floats;
+        const std::size_t at = place * work.packed;
         pack_keys(seen(head, 0, work.keys), model.head_width, work.packed_keys + at);
         pack_values(seen(head, 1, work.values), model.head_width, work.packed_values + at);
     }
@@ -473,15 +514,16 @@ struct Heads {
     void mix(std::size_t head, std::size_t g, std::size_t end, std::size_t place,
              std::size_t worker) const {
         const std::size_t d = model.head_width, row_stride = query_width(model);
-        const std::size_t count = before() + row.steps, packed = place * work.packed_floats;
-        const auto tile = [&](std::size_t queries, std::size_t step, std::size_t query,
+        const std::size_t count = before() + row.steps, packed = place * work.packed;
+        const auto* const queries = reinterpret_cast<const Factor*>(work.queries);
+        const auto tile = [&](std::size_t rows, std::size_t step, std::size_t query,
                               std::size_t more, std::size_t stride) {
-            const std::size_t at = step * row_stride + (head * model.group + query) * d;
-            with_rows(queries,
-                      Attending{d, count, work.packed_keys + packed, work.packed_values + packed,
-                                work.queries + at, before() + step + 1, more, stride,
-                                work.scores + worker * work.score_floats,
-                                work.attended.floats + at});
+            const std::size_t begin = step * row_stride, at = (head * model.group + query) * d;
+            with_rows(rows, Attending{d, count, work.packed_keys + packed,
+                                      work.packed_values + packed, queries + begin * kFactors + at,
+                                      more ? stride * kFactors : stride, before() + step + 1, more,
+                                      work.scores + worker * work.score_floats,
+                                      work.attended.floats + begin + at, stride});
         };
         if (row.steps - first == 1) {
             for (; g < end; g += kTile) tile(least(kTile, end - g), first, g, 0, d);
@@ -533,11 +575,11 @@ void turn_tables(const Model& model, const Rotary& rotary, const Row& row, const
         }
 }
 
-// Of the layers that read a normed row, one that wants it rounded, if any does: all want it alike,
-// as an activation has one range.
-const Linear& rounding(const Layer& layer) {
-    if (rounds(layer.query)) return layer.query;
-    return rounds(layer.key) ? layer.key : layer.value;
+// Of the layers that read a normed row, one that wants something else than floats, if any does: all
+// such want it alike, as an activation has one range.
+const Linear& particular(const Layer& layer) {
+    if (!takes_floats(layer.query)) return layer.query;
+    return takes_floats(layer.key) ? layer.value : layer.key;
 }
 
 std::size_t row_scratch(const Model& model, const Crew& crew, std::size_t steps,
@@ -557,7 +599,7 @@ void run_row(const Model& model, const Crew& crew, const Rotary& rotary, const R
         const Layer& layer = model.layers[index];
         const bool last = index + 1 == model.layer_count;
         const std::size_t first = last && wanted.attended ? row.steps - 1 : 0;
-        norm_for(model, crew, work.hidden, layer.attention_norm, rounding(layer), row.steps,
+        norm_for(model, crew, work.hidden, layer.attention_norm, particular(layer), row.steps,
                  work.normed);
         stored(crew, layer.key, work.normed, row.steps, work.keys, key_width(model));
         stored(crew, layer.value, work.normed, row.steps, work.values, key_width(model));
@@ -575,8 +617,10 @@ void run_row(const Model& model, const Crew& crew, const Rotary& rotary, const R
         by_rows(crew, row.steps - first, query_width(model), [&](std::size_t from,
                                                                  std::size_t count) {
             from += first;
+            float* const queries = work.queries + from * query_width(model);
             rotate(model, work.cosines + from * half, work.sines + from * half, count, heads,
-                   scale, work.queries + from * query_width(model));
+                   scale, queries);
+            make_factors(queries, count, query_width(model));
         });
         attend(crew, {model, row, work, index, first});
         if (last && wanted.attended) break;
@@ -607,7 +651,7 @@ void finish_rows(const Model& model, const Crew& crew, std::size_t rows, const f
 
 void multiply_rows(const Linear& w, const Crew& crew, std::size_t rows, const float* a,
                    float* out) {
-    const Input input{const_cast<float*>(a), nullptr, nullptr, w.inputs};
+    const Input input{const_cast<float*>(a), nullptr, nullptr, nullptr, w.inputs};
     stored(crew, w, input, rows, out, w.panels * kPanel);
 }
 

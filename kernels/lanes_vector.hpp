@@ -30,6 +30,9 @@ constexpr std::size_t kParts = kLanes / kNative;
 typedef float Native __attribute__((vector_size(4 * kNative)));
 typedef std::int32_t NativeInts __attribute__((vector_size(4 * kNative)));
 
+using Factor = float;
+// Factors of attention's products that lie side by side, in one lane.
+constexpr std::size_t kFactors = sizeof(float) / sizeof(Factor);
 constexpr std::size_t kHalves = 1;
 constexpr std::size_t kTile = 6;  // rows whose sums over half a panel stay in the registers
 
@@ -65,6 +68,10 @@ MEIQA_INLINE Lanes load(const float* at) {
 }
 
 MEIQA_INLINE void store(float* at, const Lanes& x) { std::memcpy(at, x.part, sizeof x.part); }
+
+MEIQA_INLINE void store_factors(Factor* out, const Lanes& x) { store(out, x); }
+
+MEIQA_INLINE void store_both(Factor* out, const float* one, const float*) { store(out, load(one)); }
 
 MEIQA_INLINE Lanes all(float x) {
     return each([=](std::size_t) { return x - Native{}; });

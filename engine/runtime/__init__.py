@@ -21,6 +21,7 @@ from meiqa.engine.runtime.decoder import (
     NativeDecoder,
     comparisons,
     fastest,
+    kernel_for,
     read_layers,
     thread_counts,
 )
@@ -143,7 +144,7 @@ def _measured(package: EnginePackage, ways: Sequence[Way]) -> Way:
 
     from meiqa.engine.runtime.onnx import processor
 
-    on = (onnxruntime.__version__, FASTEST, processor() or "", str(usable_cores()))
+    on = (onnxruntime.__version__, kernel_for(package), processor() or "", str(usable_cores()))
     of = hashlib.sha256("\0".join([package.digest, *on, *map(str, ways)]).encode()).hexdigest()
     kept = user_cache() / "costs" / f"{of[:32]}-decoder"
     try:

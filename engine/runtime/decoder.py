@@ -27,6 +27,7 @@ from meiqa.engine.package import EnginePackage
 from meiqa.errors import AnswerNotFinite, PackageCorrupted
 from meiqa.kernels.decoder import (
     FASTEST,
+    FASTEST_IN_BF16,
     LAYER_LINEARS,
     FusedDecoder,
     FusedShape,
@@ -425,12 +426,18 @@ def thread_counts(most: int) -> list[int]:
     return [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
 
 
+def kernel_for(package: EnginePackage) -> str:
+    """Name the fastest kernel that a package allows."""
+    return FASTEST_IN_BF16 if package.manifest.bf16 else FASTEST
+
+
 def read_layers(
-    package: EnginePackage, kernel: str = FASTEST
+    package: EnginePackage, kernel: str | None = None
 ) -> tuple[FusedDecoder, Projection] | None:
-    """Read a package's layers for a kernel, and what makes logits; None where it has none."""
+    """Read a package's layers for a kernel, by default that of `kernel_for`, and what makes logits;
+    None where it has none."""
     stored = stored_layers(package)
-    return None if stored is None else packed(*stored, kernel)
+    return None if stored is None else packed(*stored, kernel or kernel_for(package))
 
 
 def stored_layers(package: EnginePackage) -> tuple[FusedWeights, Linear] | None:

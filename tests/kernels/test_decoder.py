@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from meiqa.kernels.decoder import (
     BLOCK,
+    FASTEST_IN_BF16,
     KERNELS,
     LAYER_LINEARS,
     OF_EACH_ROW,
@@ -24,6 +25,7 @@ from meiqa.kernels.decoder import (
     FusedWeights,
     Linear,
     Projection,
+    bf16,
 )
 from tests.kernels import naive_decoder
 
@@ -52,7 +54,7 @@ class Rows:
             self.embeds, self.positions, self.steps, self.prefixes, self.lengths, threads
         )
 
-    def twins(self, weights: FusedWeights) -> NDArray[np.float64]:
+    def twins(self, weights: FusedWeights, *, in_bf16: bool = False) -> NDArray[np.float64]:
         wanted = []
         for row, steps in enumerate(self.steps):
             prefix = self.prefixes[row if len(self.prefixes) > 1 else 0]
@@ -63,6 +65,7 @@ class Rows:
                     self.embeds[row, :steps],
                     self.positions[:, row, :steps],
                     prefix[:, :, :, :length],
+                    in_bf16=in_bf16,
                 )
             )
         return np.stack(wanted)
@@ -131,10 +134,22 @@ def drawn(kernel: str) -> Drawn:
     return partial(drawn_decoder, kernel)
 
 
+@pytest.fixture(params=[name for name, packing in KERNELS.items() if not packing.in_bf16])
+def exactly(request: pytest.FixtureRequest) -> Drawn:
+    """Draw decoders for each kernel that multiplies floats as they are."""
+    return partial(drawn_decoder, request.param)
+
+
 def rounded(linear: Linear, input_scale: float, input_zero: int) -> Linear:
     scale = (np.abs(linear.weight).max(axis=0) / 127).astype(np.float32)
     codes = np.rint(linear.weight / scale).astype(np.int8)
     return Linear(codes, linear.bias, scale, input_scale, input_zero)
+
+
+def as_read_in_turns(mixed: FusedWeights) -> FusedWeights:
+    """Make floats of a gate beside such: a pair multiplies bytes only if both do."""
+    layers = [dict(layer, gate_proj=layer["gate_proj"].in_floats()) for layer in mixed.layers]
+    return replace(mixed, layers=layers)
 
 
 def drawn_head(inputs: int, outputs: int) -> Linear:
@@ -174,11 +189,11 @@ def drawn_rows(shape: FusedShape, steps: list[int], lengths: list[int], seed: in
     [([1], [0]), ([1], [1]), ([3, 14, 15, 7], [33]), ([31, 1, 29], [0, 16, 47]), ([97], [3])],
 )
 def test_agrees_with_the_naive_twin(
-    shape: FusedShape, steps: list[int], lengths: list[int], drawn: Drawn
+    shape: FusedShape, steps: list[int], lengths: list[int], exactly: Drawn
 ) -> None:
     rows = drawn_rows(shape, steps, lengths)
     wanted = rows.twins(drawn_weights(shape, "fp32"))
-    np.testing.assert_allclose(rows.run(drawn(shape, "fp32")), wanted, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(rows.run(exactly(shape, "fp32")), wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, WIDE])
@@ -197,20 +212,42 @@ def test_halves_are_multiplied_as_the_floats_that_they_are(shape: FusedShape, ke
 
 @pytest.mark.parametrize("precision", ["int8", "mixed", "rows", "down by rows"])
 @pytest.mark.parametrize("shape", [SHAPE, WIDE])
-def test_bytes_agree_with_the_naive_twin(shape: FusedShape, precision: str, drawn: Drawn) -> None:
+def test_bytes_agree_with_the_naive_twin(shape: FusedShape, precision: str, exactly: Drawn) -> None:
     twin = drawn_weights(shape, precision)
-    if precision == "mixed":
-        # A pair that is read in turns multiplies bytes only if both do.
-        layers = [dict(layer, gate_proj=layer["gate_proj"].in_floats()) for layer in twin.layers]
-        twin = replace(twin, layers=layers)
+    twin = as_read_in_turns(twin) if precision == "mixed" else twin
     rows = drawn_rows(shape, [9, 20, 1, 14], [33])
-    found, wanted = rows.run(drawn(shape, precision)), rows.twins(twin)
+    found, wanted = rows.run(exactly(shape, precision)), rows.twins(twin)
     # Now and then a value lies so near the middle of two steps that it falls on the other one.
     difference = np.abs(found - wanted)
     assert np.median(difference) < 1e-3
     assert difference.max() < 0.15
     exact = rows.twins(drawn_weights(shape, "fp32"))
     assert np.median(np.abs(wanted - exact)) > 10 * np.median(difference)
+
+
+@pytest.mark.skipif(not KERNELS[FASTEST_IN_BF16].in_bf16, reason="no kernel here has bf16")
+@pytest.mark.parametrize("precision", ["fp32", "int8", "mixed", "rows"])
+@pytest.mark.parametrize("shape", [SHAPE, WIDE])
+def test_products_in_bf16_agree_with_a_twin_that_rounds_both_factors(
+    shape: FusedShape, precision: str
+) -> None:
+    weights = drawn_weights(shape, precision)
+    rows = drawn_rows(shape, [9, 20, 1, 14], [33])
+    found = rows.run(drawn_decoder(FASTEST_IN_BF16, shape, precision))
+    twin = as_read_in_turns(weights) if precision == "mixed" else weights
+    rounded_twin = rows.twins(twin, in_bf16=True)
+    difference, lost = np.abs(found - rounded_twin), np.abs(rows.twins(twin) - rounded_twin)
+    # As bytes, a factor may lie so near the middle that it is rounded to the other side.
+    assert np.median(difference) < 1e-3 * np.median(lost)
+    assert difference.max() < 0.5 * lost.max()
+
+
+def test_floats_are_rounded_to_the_nearest_bf16_and_of_two_to_the_even_one() -> None:
+    last = 2.0**-7
+    given = np.array([1.0, 1 + 0.4 * last, 1 + 0.5 * last, 1 + 1.5 * last, -(1 + 0.6 * last)])
+    wanted = np.array([1.0, 1.0, 1.0, 1 + 2 * last, -(1 + last)], np.float32)
+    found = bf16(given.astype(np.float32))
+    np.testing.assert_array_equal(found.astype(np.uint32) << 16, wanted.view(np.uint32))
 
 
 @pytest.mark.parametrize("zero", [0, 77, 255])
@@ -241,7 +278,8 @@ def test_sums_of_bytes_are_those_of_whole_numbers(zero: int, kernel: str) -> Non
 @pytest.mark.parametrize("precision", ["fp32", "int8", "mixed", "rows", "down by rows"])
 def test_kernels_that_fuse_products_with_sums_give_the_same_bits(precision: str) -> None:
     rows = drawn_rows(WIDE, [9, 20, 1, 14], [33])
-    fuse = [kernel for kernel in KERNELS if kernel != "portable"]
+    exact = [name for name, packing in KERNELS.items() if not packing.in_bf16]
+    fuse = [kernel for kernel in exact if kernel != "portable"]
     found = [rows.run(drawn_decoder(kernel, WIDE, precision)) for kernel in fuse]
     for other in found[1:]:
         np.testing.assert_array_equal(other, found[0])
@@ -276,8 +314,8 @@ def test_rows_that_are_rounded_by_themselves_lose_nothing_to_loud_ones(
     np.testing.assert_allclose(found[1], wanted[1], atol=0.2, rtol=0)
 
 
-def test_positions_beyond_the_first_table(drawn: Drawn) -> None:
-    decoder = drawn(SHAPE, "fp32")
+def test_positions_beyond_the_first_table(exactly: Drawn) -> None:
+    decoder = exactly(SHAPE, "fp32")
     rows = drawn_rows(SHAPE, [5], [4])
     far = replace(rows, positions=rows.positions + 700)
     wanted = far.twins(drawn_weights(SHAPE, "fp32"))
@@ -331,9 +369,9 @@ def test_a_shape_without_panels_is_refused(drawn: Drawn) -> None:
 @pytest.mark.parametrize("shape", [SHAPE, NARROW, WIDE])
 @pytest.mark.parametrize("steps", [[1], [3, 14, 15], [97]])
 def test_what_is_read_agrees_with_the_naive_twin(
-    shape: FusedShape, steps: list[int], drawn: Drawn
+    shape: FusedShape, steps: list[int], exactly: Drawn
 ) -> None:
-    decoder, weights = drawn(shape, "fp32"), drawn_weights(shape, "fp32")
+    decoder, weights = exactly(shape, "fp32"), drawn_weights(shape, "fp32")
     rows = drawn_rows(shape, steps, [0] * len(steps))
     found = decoder.keys_and_values(rows.embeds, rows.positions, rows.steps, 2)
     nothing = np.zeros((LAYERS, 2, shape.kv_heads, 0, shape.head_width), np.float32)
