@@ -18,19 +18,24 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from meiqa.engine.calibration import NEUTRAL_GRADED
+from meiqa.engine.model import Model
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import MEIQA
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export import package as packaging
-from meiqa.export.calibration import pictures_in
+from meiqa.export.calibration import Pictures, pictures_in
 from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.layers import temporary_folder
 from meiqa.export.package import Export, ExportOptions, export_package
-from meiqa.export.verify import PiecewiseSession
+from meiqa.export.verify import PiecewiseSession, grades_of
+from meiqa.kernels.decoder import FASTEST_IN_BF16, KERNELS
 from tests.engine.samples import copy_graphs, open_model, picture, relative_difference, seen
+from tests.export.tiny import KERNEL_WIDTH, make_checkpoint
+from training.checkpoint import save_checkpoint
 
 PICTURES = [picture(0)]
 
@@ -292,6 +297,41 @@ def test_grades_that_move_too_much_are_refused(
     with pytest.raises(PackageCorrupted, match=r"int8 moves the grades too much.*--no-sens"):
         export(precision="int8", sensitivity=False, largest_move=0.0)
     assert nothing_left(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a checkpoint that is wide enough for the native kernel."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "wide"
+    save_checkpoint(make_checkpoint(KERNEL_WIDTH), folder)
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_bf16_is_allowed_where_it_was_measured_and_less_was_asked_for(
+    wide_checkpoint: Path, tmp_path: Path, precision: str
+) -> None:
+    options = ExportOptions(precision, pictures=PICTURES, sensitivity=False, largest_move=1.0)
+    manifest = export_package(wide_checkpoint, tmp_path / "package", options).manifest
+    measured = precision != "fp32" and KERNELS[FASTEST_IN_BF16].in_bf16
+    assert manifest.bf16 == measured
+    assert ("mean_move_in_bf16" in manifest.report["grades"]) == measured
+
+
+@pytest.mark.skipif(not KERNELS[FASTEST_IN_BF16].in_bf16, reason="no kernel here has bf16")
+def test_bf16_that_moves_grades_too_much_is_not_allowed(
+    wide_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(3))
+
+    def moved(model: Model, pictures: Pictures) -> NDArray[np.float64]:
+        return grades_of(model, pictures) + (5.0 if next(calls) == 2 else 0.0)
+
+    monkeypatch.setattr(packaging, "grades_of", moved)
+    options = ExportOptions("fp16", pictures=PICTURES)
+    manifest = export_package(wide_checkpoint, tmp_path / "package", options).manifest
+    assert not manifest.bf16
+    assert manifest.report["grades"]["mean_move_in_bf16"] > 1.0
 
 
 def test_the_choice_of_pictures_does_not_depend_on_how_many(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from meiqa.engine.runtime import open_graphs
 from meiqa.engine.runtime.decoder import GraphDecoder, KeyValues, NativeDecoder, Row, layers_beside
 from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.package import ExportOptions, export_package
+from meiqa.kernels.decoder import FASTEST, FASTEST_IN_BF16, KERNELS
 from tests.engine.samples import SIZES, picture
 from tests.export.tiny import export_from
 
@@ -72,16 +73,20 @@ def test_int8_reads_a_page_as_the_float_graph_does(
     pages = {page: reader.log_probabilities(sessions[0], page) for page in COMPARED[:1]}
     found = compared(reader, pages, sessions[1])
     assert 0.0 < found["kl"] < LARGEST_KL
+    assert rounded.manifest.bf16 == KERNELS[FASTEST_IN_BF16].in_bf16
 
 
-@pytest.mark.parametrize(("precision", "largest_kl"), [("fp32", 1e-6), ("int8", 1e-3)])
+@pytest.mark.parametrize(
+    ("precision", "kernel", "largest_kl"),
+    [("fp32", FASTEST, 1e-6), ("int8", FASTEST, 1e-3), ("int8", FASTEST_IN_BF16, 1e-2)],
+)
 def test_the_kernel_reads_a_prefix_and_writes_as_the_graph_does(
-    exact: EnginePackage, rounded: EnginePackage, precision: str, largest_kl: float
+    exact: EnginePackage, rounded: EnginePackage, precision: str, kernel: str, largest_kl: float
 ) -> None:
     package = exact if precision == "fp32" else rounded
     shape = package.manifest.decoder
     (session,) = open_graphs(package, ["decoder"], "cpu", None)
-    native = NativeDecoder(*layers_beside(package.path / "decoder.onnx.data"), 2)
+    native = NativeDecoder(*layers_beside(package.path / "decoder.onnx.data", kernel), 2)
     ids = package.prompts.ids(TEXT)
     row = Row(np.asarray(package.embedding)[ids].astype(np.float32), positions_of([len(ids)])[0])
     logits = []
