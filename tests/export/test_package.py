@@ -25,6 +25,7 @@ from meiqa.engine.calibration import NEUTRAL_GRADED
 from meiqa.engine.model import Model
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import MEIQA
+from meiqa.engine.runtime.decoder import kernel_for
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export import package as packaging
 from meiqa.export.calibration import Pictures, pictures_in
@@ -32,9 +33,9 @@ from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.layers import temporary_folder
 from meiqa.export.package import Export, ExportOptions, export_package
 from meiqa.export.verify import PiecewiseSession, grades_of
-from meiqa.kernels.decoder import FASTEST_IN_BF16, KERNELS
+from meiqa.kernels.decoder import FASTEST, FASTEST_IN_BF16, KERNELS
 from tests.engine.samples import copy_graphs, open_model, picture, relative_difference, seen
-from tests.export.tiny import KERNEL_WIDTH, make_checkpoint
+from tests.export.tiny import KERNEL_WIDTH, export_float, export_from, make_checkpoint
 from training.checkpoint import save_checkpoint
 
 PICTURES = [picture(0)]
@@ -300,27 +301,29 @@ def test_grades_that_move_too_much_are_refused(
 
 
 @pytest.fixture(scope="module")
-def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a checkpoint that is wide enough for the native kernel."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "wide"
-    save_checkpoint(make_checkpoint(KERNEL_WIDTH), folder)
-    return folder
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EnginePackage]:
+    """Give a checkpoint that the native kernel runs, and its fp32 package."""
+    checkpoint = tmp_path_factory.mktemp("checkpoint") / "wide"
+    save_checkpoint(make_checkpoint(KERNEL_WIDTH), checkpoint)
+    out = tmp_path_factory.mktemp("fp32") / "package"
+    return checkpoint, export_float(checkpoint, out, PICTURES)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_bf16_is_allowed_where_it_was_measured_and_less_was_asked_for(
-    wide_checkpoint: Path, tmp_path: Path, precision: str
+def test_bf16_is_allowed_where_it_was_measured_and_less_than_fp32_was_asked_for(
+    wide: tuple[Path, EnginePackage], tmp_path: Path
 ) -> None:
-    options = ExportOptions(precision, pictures=PICTURES, sensitivity=False, largest_move=1.0)
-    manifest = export_package(wide_checkpoint, tmp_path / "package", options).manifest
-    measured = precision != "fp32" and KERNELS[FASTEST_IN_BF16].in_bf16
-    assert manifest.bf16 == measured
-    assert ("mean_move_in_bf16" in manifest.report["grades"]) == measured
+    checkpoint, exact = wide
+    rounded = export_from(exact, checkpoint, tmp_path / "package", "int8", PICTURES)
+    can = KERNELS[FASTEST_IN_BF16].in_bf16
+    for package, allowed in ((exact, False), (rounded, can)):
+        assert package.manifest.bf16 == allowed
+        assert ("mean_move_in_bf16" in package.manifest.report["grades"]) == allowed
+        assert kernel_for(package) == (FASTEST_IN_BF16 if allowed else FASTEST)
 
 
 @pytest.mark.skipif(not KERNELS[FASTEST_IN_BF16].in_bf16, reason="no kernel here has bf16")
 def test_bf16_that_moves_grades_too_much_is_not_allowed(
-    wide_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wide: tuple[Path, EnginePackage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = iter(range(3))
 
@@ -328,8 +331,8 @@ def test_bf16_that_moves_grades_too_much_is_not_allowed(
         return grades_of(model, pictures) + (5.0 if next(calls) == 2 else 0.0)
 
     monkeypatch.setattr(packaging, "grades_of", moved)
-    options = ExportOptions("fp16", pictures=PICTURES)
-    manifest = export_package(wide_checkpoint, tmp_path / "package", options).manifest
+    checkpoint, exact = wide
+    manifest = export_from(exact, checkpoint, tmp_path / "package", "int8", PICTURES).manifest
     assert not manifest.bf16
     assert manifest.report["grades"]["mean_move_in_bf16"] > 1.0
 
