@@ -1,6 +1,6 @@
 // Runs the decoder's kernels without Python, for processors that are emulated.
 //
-//     rows                       says which kernels run here: name, together, lowest, halves
+//     rows                       says which kernels run here: name, together, lowest, halves, factors
 //     rows KERNEL [TIMES] <in    hidden states of the rows in `in`, then their products with a head,
 //                                by a kernel whether it says so or not
 //
@@ -110,7 +110,8 @@ int run(const Kernel& kernel, int times) {
 int main(int count, char** arguments) {
     for (const Kernel* const kernel : kKernels) {
         if (count < 2 && kernel->runs_here())
-            std::printf("%s %zu %d %d\n", kernel->name, kernel->together, kernel->lowest, kernel->halves);
+            std::printf("%s %zu %d %d %zu\n", kernel->name, kernel->together, kernel->lowest,
+                        kernel->halves, kernel->factors);
         else if (count > 1 && !std::strcmp(kernel->name, arguments[1]))
             return run(*kernel, count > 2 ? std::atoi(arguments[2]) : 1);
     }
