@@ -9,20 +9,22 @@ The study quantises one group of layers at a time and leaves everything else in 
 moves, in grades and in preferences on pictures that were not calibrated on, decides. A group may
 spend as much of a budget for the whole model as it has a share in what quantising saves: in the
 bytes of all weights or in all multiplications, whichever is more. Where a group moves the answers
-by more than that, its layers are measured one by one, and those that do so too stay behind.
+by more than that, its worst layers stay behind: as few of them as let the rest together be borne,
+which is found by halving. The worst are those of whose output rounding by itself loses most.
 
 Convolutions feed one another, and a float one amid quantised ones costs two conversions of its wide
-result. So they stay in float up to one of them and are quantised from there on.
+result. So the first of them are those that stay behind.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,11 +38,12 @@ from meiqa.engine.files import IMAGE_SUFFIXES
 from meiqa.engine.model import Model, VisualTokens
 from meiqa.engine.runtime.decoder import Array, GraphSession
 from meiqa.errors import UsageError
-from meiqa.export.layers import Layer, layers_of, save_graph, store_as_half
+from meiqa.export.layers import Layer, layers_of, save_changes, store_as_half
 from meiqa.export.rounding import (
     Observed,
     Range,
     foldables,
+    output_share_lost,
     quantise_int4,
     quantise_int8,
     result_of,
@@ -246,12 +249,8 @@ class Quantisation:
         return plan
 
     def graph(self, name: str, assignment: Assignment) -> ir.Model:
-        """Make a graph with each layer in its precision, "fp32" for those not named."""
-        model = ir.load(self.files[name])
-        seen, scales = self._observed[name], self._scales[name]
-        for foldable in list(foldables(model)):
-            if str(foldable.value.name) in scales:
-                foldable.fold(scales[str(foldable.value.name)])
+        """Make a graph with each layer in its precision; those not named stay as they are."""
+        model, seen = self._smoothed(name, assignment), self._observed[name]
         ranges = {value: Range.of(of_value) for value, of_value in seen.items()}
 
         def stored_as(precision: str) -> Callable[[Layer], bool]:
@@ -263,6 +262,25 @@ class Quantisation:
         store_as_half(model, stored_as("fp16"))
         return model
 
+    def most_lost_first(self, name: str, layers: Collection[str], precision: str) -> list[str]:
+        """Order linear layers by the share of their output that a precision loses by itself."""
+        lost = {}
+        for layer in layers_of(self._smoothed(name, layers)):
+            if layer.name in layers:
+                value = str(layer.input.name)
+                seen, by_rows = self._observed[name][value], value in self._by_rows[name]
+                lost[layer.name] = output_share_lost(layer, precision, seen, by_rows)
+        return sorted(lost, key=lost.__getitem__, reverse=True)
+
+    def _smoothed(self, name: str, layers: Collection[str]) -> ir.Model:
+        """Load a graph and fold the scales of what some of its layers read."""
+        model, scales = ir.load(self.files[name]), self._scales[name]
+        for foldable in list(foldables(model)):
+            value = str(foldable.value.name)
+            if value in scales and any(layer.name in layers for layer in foldable.layers):
+                foldable.fold(scales[value])
+        return model
+
 
 def heads_among(layers: Sequence[Layer]) -> list[Layer]:
     """Find what makes logits."""
@@ -271,8 +289,8 @@ def heads_among(layers: Sequence[Layer]) -> list[Layer]:
 
 def large_heads(layers: Sequence[Layer]) -> list[str]:
     """Name the heads that hold more than `LARGEST_HEAD` of a decoder's weights."""
-    allowed = LARGEST_HEAD * sum(prod(layer.shape) for layer in layers)
-    return [head.name for head in heads_among(layers) if prod(head.shape) > allowed]
+    allowed = LARGEST_HEAD * sum(math.prod(layer.shape) for layer in layers)
+    return [head.name for head in heads_among(layers) if math.prod(head.shape) > allowed]
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,26 +325,46 @@ class Shares(NamedTuple):
 class Group(NamedTuple):
     """Layers of a graph that are measured together, with the shares of each by its name.
 
-    Chained ones are convolutions that feed one another.
+    Attributes:
+        budget_share: the part of the budget for the whole model that they may spend.
+        chained: they are convolutions that feed one another.
     """
 
     graph: str
     name: str
     layers: Mapping[str, Shares]
-    chained: bool = False
+    budget_share: float
+    chained: bool
+
+    @classmethod
+    def of(cls, graph: str, name: str, chained: bool, layers: Mapping[str, Shares]) -> Group:
+        """Let a group spend as much of the budget as it has a share in what quantising saves."""
+        group = cls(graph, name, layers, CHAIN_SHARE, chained)
+        return group if chained else group._replace(budget_share=max(group.shares))
 
     @property
     def shares(self) -> Shares:
         return Shares(*np.sum(list(self.layers.values()), axis=0).tolist())
 
     def only(self, names: Collection[str]) -> Group:
-        return self._replace(layers={n: shares for n, shares in self.layers.items() if n in names})
+        """Give some of the layers, with what they may spend.
+
+        Errors of layers that don't feed one another add up in squares. So parts of a group share
+        the square of what it may spend by their sizes, and together, in whatever precisions they
+        end, spend what it may. Since those that lose most are left out first, a part that is within
+        its allowance has parts that are, too. A chain's parts may each spend as much as it.
+        """
+        part = self._replace(layers={n: shares for n, shares in self.layers.items() if n in names})
+        if self.chained:
+            return part
+        size = max(part.shares) / max(self.shares)
+        return part._replace(budget_share=self.budget_share * math.sqrt(size))
 
 
 def groups_of(quantisation: Quantisation) -> list[Group]:
     """Group the convolutions of each graph, and linear layers by what they are in their block."""
     layers = [(name, layer) for name in quantisation.files for layer in quantisation.layers(name)]
-    sizes = np.array([prod(layer.shape) for _, layer in layers])
+    sizes = np.array([math.prod(layer.shape) for _, layer in layers])
     works = sizes * [quantisation.positions(graph, layer) for graph, layer in layers]
     groups: dict[tuple[str, str, bool], dict[str, Shares]] = {}
     for index, (graph, layer) in enumerate(layers):
@@ -334,7 +372,7 @@ def groups_of(quantisation: Quantisation) -> list[Group]:
         name = "convolutions" if chained else re.sub(r"\.\d+(?=\.)", ".*", layer.name, count=1)
         shares = Shares(float(sizes[index] / sizes.sum()), float(works[index] / works.sum()))
         groups.setdefault((graph, name, chained), {})[layer.name] = shares
-    return [Group(graph, name, names, chained) for (graph, name, chained), names in groups.items()]
+    return [Group.of(*key, names) for key, names in groups.items()]
 
 
 class SensitivityStudy:
@@ -343,14 +381,13 @@ class SensitivityStudy:
     Args:
         open_model: opens a model on sessions of the graphs.
         pictures: fitted to the grid, others than those calibrated on.
-        folder: where the trials' graphs are written for the time they run.
     """
 
     def __init__(
-        self, quantisation: Quantisation, open_model: OpenModel, pictures: Pictures, folder: Path
+        self, quantisation: Quantisation, open_model: OpenModel, pictures: Pictures
     ) -> None:
         self._quantisation, self._open_model = quantisation, open_model
-        self._pictures, self._folder = pictures, folder
+        self._pictures = pictures
         self._float = {n: PiecewiseSession(file) for n, file in quantisation.files.items()}
         model = open_model(self._float)
         self._tokens = [model.encode(picture) for picture in pictures]
@@ -367,8 +404,7 @@ class SensitivityStudy:
         groups = groups_of(self._quantisation)
         for at, group in enumerate(groups):
             show(at / len(groups))
-            assigned = self._cut if group.chained else self._assigned
-            plan[group.graph] |= assigned(group, self._ladder(group))
+            plan[group.graph] |= self._assigned(group, self._ladder(group))
         return plan
 
     def _ladder(self, group: Group) -> list[str]:
@@ -377,43 +413,40 @@ class SensitivityStudy:
             return [IN_BLOCKS]
         return self._quantisation.ladder(group.graph)
 
-    def _cut(self, group: Group, ladder: Sequence[str]) -> Assignment:
-        """Few bits from that convolution on from which the model bears them.
-
-        It is found by halving: a shorter rest is taken to move answers less.
-        """
-        names = list(group.layers)
-        low, high = 0, len(names)
-        while ladder and low < high:
-            middle = (low + high) // 2
-            if self._bears(group.only(names[middle:]), ladder[0]):
-                high = middle
-            else:
-                low = middle + 1
-        few = ladder[0] if ladder else LEFT_IN_FLOAT
-        return dict.fromkeys(names, few) | dict.fromkeys(names[:high], LEFT_IN_FLOAT)
-
     def _assigned(self, group: Group, ladder: Sequence[str]) -> Assignment:
-        """The smallest precision that each of a group's layers bears."""
+        """Give the smallest precision to as many layers as bear it together, wider ones to others.
+
+        Halving takes it that of two parts, one within the other, the smaller is borne if the larger
+        is; see `Group.only`.
+        """
         if not ladder:
             return dict.fromkeys(group.layers, LEFT_IN_FLOAT)
         smallest, *wider = ladder
-        assigned = dict.fromkeys(group.layers, smallest)
         if self._bears(group, smallest):
-            return assigned
-        failing: Collection[str] = group.layers
-        if len(group.layers) > 1:
-            # If none fails alone, all of them do together.
-            alone = [name for name in group.layers if not self._bears(group.only([name]), smallest)]
-            failing = alone or group.layers
-        return assigned | self._assigned(group.only(failing), wider)
+            return dict.fromkeys(group.layers, smallest)
+        order = self._worst_first(group, smallest)
+        worst = bisect_left(
+            range(len(order)),
+            True,
+            lo=1,
+            key=lambda count: self._bears(group.only(order[count:]), smallest),
+        )
+        others = self._assigned(group.only(order[:worst]), wider)
+        return dict.fromkeys(group.layers, smallest) | others
+
+    def _worst_first(self, group: Group, precision: str) -> list[str]:
+        names = list(group.layers)
+        if group.chained or len(names) == 1:
+            return names
+        return self._quantisation.most_lost_first(group.graph, names, precision)
 
     def _bears(self, group: Group, precision: str) -> bool:
         """Measure a group in a precision, note it, and say whether it stays below its share."""
         model = self._quantisation.graph(group.graph, dict.fromkeys(group.layers, precision))
-        file = self._folder / f".{group.graph}.trial.onnx"
+        float_file = self._quantisation.files[group.graph]
+        file = float_file.with_name(f".{group.graph}.trial.onnx")  # beside it: it reads its weights
         try:
-            save_graph(model, file)
+            save_changes(model, file)
             trial = self._open_model({**self._float, group.graph: PiecewiseSession(file)})
             seen = group.graph == "vision"
             tokens = [trial.encode(p) for p in self._pictures] if seen else self._tokens
@@ -421,10 +454,8 @@ class SensitivityStudy:
         finally:
             for written in (file, file.with_name(f"{file.name}.data")):
                 written.unlink(missing_ok=True)
-        # Grades span 4 and preferences 1.
-        share = CHAIN_SHARE if group.chained else max(group.shares)
-        allowed = BUDGETS[self._quantisation.precision] * share
-        # What is not a number must not pass as small.
+        allowed = BUDGETS[self._quantisation.precision] * group.budget_share
+        # Grades span 4 and preferences 1. What is not a number must not pass as small.
         bears = bool(grade <= allowed and 4 * verdict <= allowed)
         row = {
             "graph": group.graph,

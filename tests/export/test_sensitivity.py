@@ -1,0 +1,83 @@
+"""A layer that rounding spoils is found among many alike in a few trials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from meiqa.engine.estimates import softmax
+from meiqa.engine.model import Model
+from meiqa.engine.runtime.decoder import GraphSession
+from meiqa.export import calibration
+from meiqa.export.calibration import Answers, Quantisation, SensitivityStudy, observe
+from meiqa.export.layers import save_graph
+from tests.export.small_graphs import Floats, model, node, normal, value, weights
+
+LAYERS, WIDTH = 24, 64
+LAST = f"state.{LAYERS - 1}"
+PICTURES: list[Any] = list(normal(1, 6, WIDTH))
+
+
+def deep(spoilt: Sequence[int]) -> ir.Model:
+    """x (1, C) → layers that each add a little; those spoilt have a weight of 1e4 that reads 0."""
+    matrices = {f"layers.{n}.weight": 0.02 * normal(n, WIDTH, WIDTH) for n in range(LAYERS)}
+    for n, matrix in enumerate(matrices.values()):
+        matrix[:, 0] = 0.0
+        matrix[0] = 1e4 if n in spoilt else 0.0
+        matrix[0, 0] = 0.0
+    x, stored, nodes = value("x", (1, WIDTH)), weights(**matrices), list[ir.Node]()
+    state = x
+    for n, weight in enumerate(stored.values()):
+        nodes.append(node("MatMul", [state, weight], f"product.{n}"))
+        nodes.append(node("Add", [state, nodes[-1].outputs[0]], f"state.{n}"))
+        state = nodes[-1].outputs[0]
+    return model(x, nodes, stored, 2)
+
+
+class Looking:
+    """What the study asks of a model, answered by a graph whose input is the picture itself."""
+
+    def __init__(self, sessions: Mapping[str, GraphSession]) -> None:
+        self._session = sessions["decoder"]
+
+    def encode(self, picture: Floats) -> Floats:
+        return np.append(np.float32(0.0), picture[1:])[None]
+
+    def prefill(self, tokens: list[Floats]) -> list[Floats]:
+        return [self._session.run({"x": each})[LAST] for each in tokens]
+
+    def grade(self, state: Floats) -> Any:
+        return softmax(state[0, 1:6].astype(np.float64))
+
+    def prefer_first(self, firsts: list[Floats], seconds: list[Floats]) -> Any:
+        return np.array([firsts[0][0, 1] - other[0, 1] for other in seconds])
+
+
+def opened(sessions: Mapping[str, GraphSession]) -> Model:
+    return cast(Model, Looking(sessions))
+
+
+@pytest.mark.parametrize("spoilt", [(), (5,), (3, 17, 20), tuple(range(LAYERS))], ids=len)
+def test_exactly_the_spoilt_layers_stay_in_float(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: tuple[int, ...]
+) -> None:
+    files = {"decoder": tmp_path / "decoder.onnx"}
+    save_graph(deep(spoilt), files["decoder"])
+    observed = observe(files, lambda running: exercise(opened(running)))
+    monkeypatch.setitem(calibration.BUDGETS, "int8", 0.03)
+    study = SensitivityStudy(Quantisation(files, "int8", observed), opened, PICTURES)
+    plan = study.plan()["decoder"]
+    kept = [name for name, precision in plan.items() if precision == "fp16"]
+    assert kept == [f"layers.{n}.weight" for n in spoilt]
+    assert set(plan.values()) <= {"int8", "fp16"}
+    assert len(study.table) <= (1 + math.ceil(math.log2(LAYERS)) if spoilt else 1)
+
+
+def exercise(looking: Model) -> None:
+    Answers.of(looking, [looking.encode(picture) for picture in PICTURES])
