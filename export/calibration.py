@@ -24,7 +24,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from numpy.typing import NDArray
 
 from meiqa.engine.estimates import expected_grade
 from meiqa.engine.files import IMAGE_SUFFIXES
-from meiqa.engine.model import Model, VisualTokens
+from meiqa.engine.model import Model, Prefix
 from meiqa.engine.runtime.decoder import Array, GraphSession
 from meiqa.errors import UsageError
 from meiqa.export.layers import Layer, layers_of, save_changes, store_as_half
@@ -293,26 +292,22 @@ def large_heads(layers: Sequence[Layer]) -> list[str]:
     return [head.name for head in heads_among(layers) if math.prod(head.shape) > allowed]
 
 
-@dataclass(frozen=True, eq=False)
-class Answers:
-    """What a model says of pictures: grades (N,) on 1-5, preferences (N, K) on 0-1."""
+def grades_of(model: Model, prefixes: Sequence[Prefix]) -> NDArray[np.float64]:
+    """Grade pictures (N,) on 1-5."""
+    return np.array([expected_grade(model.grade(prefix)) for prefix in prefixes])
 
-    grades: NDArray[np.float64]
-    preferences: NDArray[np.float64]
 
-    @classmethod
-    def of(cls, model: Model, tokens: list[VisualTokens]) -> Answers:
-        """Grade all pictures and compare each with the ones after it."""
-        prefixes = model.prefill(tokens)
-        around = [*tokens[1:], *tokens * COMPARED]
-        logits = [model.prefer_first([p], around[i:][:COMPARED]) for i, p in enumerate(prefixes)]
-        grades = [expected_grade(model.grade(prefix)) for prefix in prefixes]
-        return cls(np.array(grades), 1 / (1 + np.exp(-np.stack(logits))))
+def preferences_of(model: Model, prefixes: Sequence[Prefix]) -> NDArray[np.float64]:
+    """Compare each picture with the ones after it: probabilities (N, K) that it looks better."""
+    tokens = [prefix.tokens for prefix in prefixes]
+    around = [*tokens[1:], *tokens * COMPARED]
+    logits = [model.prefer_first([p], around[i:][:COMPARED]) for i, p in enumerate(prefixes)]
+    preferences: NDArray[np.float64] = 1 / (1 + np.exp(-np.stack(logits)))
+    return preferences
 
-    def moves_to(self, other: Answers) -> tuple[float, float]:
-        """Measure the mean change of grades and of preferences."""
-        grades, preferences = self.grades - other.grades, self.preferences - other.preferences
-        return float(np.abs(grades).mean()), float(np.abs(preferences).mean())
+
+def mean_move(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    return float(np.abs(one - other).mean())
 
 
 class Shares(NamedTuple):
@@ -391,7 +386,9 @@ class SensitivityStudy:
         self._float = {n: PiecewiseSession(file) for n, file in quantisation.files.items()}
         model = open_model(self._float)
         self._tokens = [model.encode(picture) for picture in pictures]
-        self._exact = Answers.of(model, self._tokens)
+        prefixes = model.prefill(self._tokens)
+        self._grades = grades_of(model, prefixes)
+        self._preferences = preferences_of(model, prefixes)
         self.table: list[dict[str, Any]] = []
 
     def plan(self, show: Callable[[float], None] = lambda share: None) -> dict[str, Assignment]:
@@ -442,21 +439,17 @@ class SensitivityStudy:
 
     def _bears(self, group: Group, precision: str) -> bool:
         """Measure a group in a precision, note it, and say whether it stays below its share."""
-        model = self._quantisation.graph(group.graph, dict.fromkeys(group.layers, precision))
-        float_file = self._quantisation.files[group.graph]
-        file = float_file.with_name(f".{group.graph}.trial.onnx")  # beside it: it reads its weights
-        try:
-            save_changes(model, file)
-            trial = self._open_model({**self._float, group.graph: PiecewiseSession(file)})
-            seen = group.graph == "vision"
-            tokens = [trial.encode(p) for p in self._pictures] if seen else self._tokens
-            grade, verdict = self._exact.moves_to(Answers.of(trial, tokens))
-        finally:
-            for written in (file, file.with_name(f"{file.name}.data")):
-                written.unlink(missing_ok=True)
         allowed = BUDGETS[self._quantisation.precision] * group.budget_share
-        # Grades span 4 and preferences 1. What is not a number must not pass as small.
-        bears = bool(grade <= allowed and 4 * verdict <= allowed)
+        with self._trial(group.graph, dict.fromkeys(group.layers, precision)) as model:
+            seen = group.graph == "vision"
+            tokens = [model.encode(p) for p in self._pictures] if seen else self._tokens
+            prefixes = model.prefill(tokens)
+            grade, verdict = mean_move(grades_of(model, prefixes), self._grades), None
+            # Comparing takes most of a trial. What is not a number must not pass as small.
+            if grade <= allowed:
+                verdict = mean_move(preferences_of(model, prefixes), self._preferences)
+        # Grades span 4 and preferences 1.
+        bears = verdict is not None and 4 * verdict <= allowed
         row = {
             "graph": group.graph,
             "group": group.name if len(group.layers) > 1 else next(iter(group.layers)),
@@ -470,3 +463,15 @@ class SensitivityStudy:
         }
         self.table.append(row)
         return bears
+
+    @contextmanager
+    def _trial(self, graph: str, assignment: Assignment) -> Iterator[Model]:
+        """Open the model with one of its graphs quantised, which is written for so long."""
+        # Beside the float graph, most of whose weights it reads.
+        file = self._quantisation.files[graph].with_name(f".{graph}.trial.onnx")
+        try:
+            save_changes(self._quantisation.graph(graph, assignment), file)
+            yield self._open_model({**self._float, graph: PiecewiseSession(file)})
+        finally:
+            for written in (file, file.with_name(f"{file.name}.data")):
+                written.unlink(missing_ok=True)

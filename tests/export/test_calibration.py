@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -13,14 +14,15 @@ import onnx_ir as ir
 import pytest
 
 from meiqa.engine.local import LocalModel
+from meiqa.engine.model import Model
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import GraphDecoder, GraphSession
 from meiqa.export import calibration
 from meiqa.export.calibration import (
+    COMPARED,
     IN_BLOCKS,
     SAMPLED_ROWS,
     WRITING_EVERY,
-    Answers,
     Assignment,
     Group,
     Observer,
@@ -28,8 +30,10 @@ from meiqa.export.calibration import (
     Quantisation,
     SensitivityStudy,
     groups_of,
+    mean_move,
     observe,
     observing,
+    preferences_of,
 )
 from meiqa.export.layers import halve, read, save_changes, save_graph
 from meiqa.export.rounding import (
@@ -410,6 +414,7 @@ def test_the_budget_decides(
     assert sorted(files["decoder"].parent.iterdir()) == before
     for row in made.table:
         assert row["borne"] == (budget > 0)
+        assert (row["verdict_move"] is None) == (budget == 0)  # grades alone have decided
         assert 0 < row["grade_move"] < 1
 
 
@@ -445,9 +450,17 @@ def test_only_layers_that_are_not_borne_go_up_the_ladder(
 
 
 def test_moves_are_mean_changes() -> None:
-    def answers(grades: Sequence[float], preferences: Any) -> Answers:
-        return Answers(np.array(grades), np.array(preferences))
+    one, other = np.array([[0.5], [0.5]]), np.array([[0.5], [0.9]])
+    assert mean_move(one, other) == mean_move(other, one) == pytest.approx(0.2)
+    assert mean_move(one, one) == 0
 
-    one, other = answers([1, 2], [[0.5], [0.5]]), answers([1.5, 1.5], [[0.5], [0.9]])
-    assert one.moves_to(other) == pytest.approx((0.5, 0.2))
-    assert one.moves_to(one) == (0, 0)
+
+def test_each_picture_is_compared_with_those_after_it() -> None:
+    class Comparing:
+        def prefer_first(self, firsts: list[Any], seconds: list[Any]) -> Any:
+            return np.array([float(firsts[0].tokens - second) for second in seconds])
+
+    prefixes: Any = [SimpleNamespace(tokens=n) for n in range(6)]
+    made = preferences_of(cast(Model, Comparing()), prefixes)
+    wanted = [[n - (n + after) % 6 for after in range(1, COMPARED + 1)] for n in range(6)]
+    np.testing.assert_allclose(made, 1 / (1 + np.exp(-np.array(wanted))))

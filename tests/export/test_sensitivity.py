@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +16,7 @@ from meiqa.engine.estimates import softmax
 from meiqa.engine.model import Model
 from meiqa.engine.runtime.decoder import GraphSession
 from meiqa.export import calibration
-from meiqa.export.calibration import Answers, Quantisation, SensitivityStudy, observe
+from meiqa.export.calibration import Quantisation, SensitivityStudy, observe
 from meiqa.export.layers import save_graph
 from tests.export.small_graphs import Floats, model, node, normal, value, weights
 
@@ -49,14 +50,18 @@ class Looking:
     def encode(self, picture: Floats) -> Floats:
         return np.append(np.float32(0.0), picture[1:])[None]
 
-    def prefill(self, tokens: list[Floats]) -> list[Floats]:
-        return [self._session.run({"x": each})[LAST] for each in tokens]
+    def prefill(self, tokens: list[Floats]) -> list[SimpleNamespace]:
+        states = [self._session.run({"x": each})[LAST][0] for each in tokens]
+        return [
+            SimpleNamespace(tokens=each, state=state)
+            for each, state in zip(tokens, states, strict=True)
+        ]
 
-    def grade(self, state: Floats) -> Any:
-        return softmax(state[0, 1:6].astype(np.float64))
+    def grade(self, prefix: SimpleNamespace) -> Any:
+        return softmax(prefix.state[1:6].astype(np.float64))
 
-    def prefer_first(self, firsts: list[Floats], seconds: list[Floats]) -> Any:
-        return np.array([firsts[0][0, 1] - other[0, 1] for other in seconds])
+    def prefer_first(self, firsts: list[SimpleNamespace], seconds: list[Floats]) -> Any:
+        return np.array([firsts[0].state[1] - other[0, 1] for other in seconds])
 
 
 def opened(sessions: Mapping[str, GraphSession]) -> Model:
@@ -80,4 +85,4 @@ def test_exactly_the_spoilt_layers_stay_in_float(
 
 
 def exercise(looking: Model) -> None:
-    Answers.of(looking, [looking.encode(picture) for picture in PICTURES])
+    looking.prefill([looking.encode(picture) for picture in PICTURES])
