@@ -395,13 +395,18 @@ class SensitivityStudy:
         """Choose the precision of every layer; `table` then holds all measurements.
 
         Args:
-            show: told which share of the groups is done.
+            show: told before each group which share is done of the trials that all need at most.
         """
         plan: dict[str, Assignment] = {name: {} for name in self._quantisation.files}
         groups = groups_of(self._quantisation)
-        for at, group in enumerate(groups):
-            show(at / len(groups))
-            plan[group.graph] |= self._assigned(group, self._ladder(group))
+        ladders = [self._ladder(group) for group in groups]
+        trials = [
+            len(ladder) * (1 + (len(group.layers) - 1).bit_length())
+            for group, ladder in zip(groups, ladders, strict=True)
+        ]
+        for at, (group, ladder) in enumerate(zip(groups, ladders, strict=True)):
+            show(sum(trials[:at]) / sum(trials))
+            plan[group.graph] |= self._assigned(group, ladder)
         return plan
 
     def _ladder(self, group: Group) -> list[str]:
