@@ -10,7 +10,7 @@ moves, in grades and in preferences on pictures that were not calibrated on, dec
 spend as much of a budget for the whole model as it has a share in what quantising saves: in the
 bytes of all weights or in all multiplications, whichever is more. Where a group moves the answers
 by more than that, its worst layers stay behind: as few of them as let the rest together be borne,
-which is found by halving. The worst are those of whose output rounding by itself loses most.
+found by doubling and halving. The worst are those of whose output rounding by itself loses most.
 
 Convolutions feed one another, and a float one amid quantised ones costs two conversions of its wide
 result. So the first of them are those that stay behind.
@@ -344,10 +344,10 @@ class Group(NamedTuple):
     def only(self, names: Collection[str]) -> Group:
         """Give some of the layers, with what they may spend.
 
-        Errors of layers that don't feed one another add up in squares. So parts of a group share
-        the square of what it may spend by their sizes, and together, in whatever precisions they
-        end, spend what it may. Since those that lose most are left out first, a part that is within
-        its allowance has parts that are, too. A chain's parts may each spend as much as it.
+        Errors of layers side by side add up in squares. So parts share the square of what the group
+        may spend by their sizes: in whatever precisions they end, together they spend no more than
+        it, and leaving out the worst does not leave too little for the others. A chain's parts may
+        each spend as much as the chain.
         """
         part = self._replace(layers={n: shares for n, shares in self.layers.items() if n in names})
         if self.chained:
@@ -368,6 +368,17 @@ def groups_of(quantisation: Quantisation) -> list[Group]:
         shares = Shares(float(sizes[index] / sizes.sum()), float(works[index] / works.sum()))
         groups.setdefault((graph, name, chained), {})[layer.name] = shares
     return [Group.of(*key, names) for key, names in groups.items()]
+
+
+def fewest(most: int, enough: Callable[[int], bool]) -> int:
+    """Find the least number from 1 on that is enough, as `most` is, by doubling and halving.
+
+    Few are tried first: a trial that fails is cheap, and small parts tell less than large ones.
+    """
+    low, high = 0, 1
+    while high < most and not enough(high):
+        low, high = high, min(2 * high, most)
+    return bisect_left(range(most), True, lo=low + 1, hi=high, key=enough)
 
 
 class SensitivityStudy:
@@ -401,7 +412,7 @@ class SensitivityStudy:
         groups = groups_of(self._quantisation)
         ladders = [self._ladder(group) for group in groups]
         trials = [
-            len(ladder) * (1 + (len(group.layers) - 1).bit_length())
+            len(ladder) * max(1, 2 * (len(group.layers) - 1).bit_length())
             for group, ladder in zip(groups, ladders, strict=True)
         ]
         for at, (group, ladder) in enumerate(zip(groups, ladders, strict=True)):
@@ -418,8 +429,7 @@ class SensitivityStudy:
     def _assigned(self, group: Group, ladder: Sequence[str]) -> Assignment:
         """Give the smallest precision to as many layers as bear it together, wider ones to others.
 
-        Halving takes it that of two parts, one within the other, the smaller is borne if the larger
-        is; see `Group.only`.
+        Leaving more out is taken to help; see `Group.only`.
         """
         if not ladder:
             return dict.fromkeys(group.layers, LEFT_IN_FLOAT)
@@ -427,13 +437,8 @@ class SensitivityStudy:
         if self._bears(group, smallest):
             return dict.fromkeys(group.layers, smallest)
         order = self._worst_first(group, smallest)
-        worst = bisect_left(
-            range(len(order)),
-            True,
-            lo=1,
-            key=lambda count: self._bears(group.only(order[count:]), smallest),
-        )
-        others = self._assigned(group.only(order[:worst]), wider)
+        left = fewest(len(order), lambda count: self._bears(group.only(order[count:]), smallest))
+        others = self._assigned(group.only(order[:left]), wider)
         return dict.fromkeys(group.layers, smallest) | others
 
     def _worst_first(self, group: Group, precision: str) -> list[str]:

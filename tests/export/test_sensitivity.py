@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +15,14 @@ from meiqa.engine.estimates import softmax
 from meiqa.engine.model import Model
 from meiqa.engine.runtime.decoder import GraphSession
 from meiqa.export import calibration
-from meiqa.export.calibration import Quantisation, SensitivityStudy, observe
+from meiqa.export.calibration import Quantisation, SensitivityStudy, fewest, observe
 from meiqa.export.layers import save_graph
 from tests.export.small_graphs import Floats, model, node, normal, value, weights
 
 LAYERS, WIDTH = 24, 64
 LAST = f"state.{LAYERS - 1}"
 PICTURES: list[Any] = list(normal(1, 6, WIDTH))
+CALIBRATED_ON: list[Any] = list(normal(2, 256, WIDTH))
 
 
 def deep(spoilt: Sequence[int]) -> ir.Model:
@@ -68,21 +68,51 @@ def opened(sessions: Mapping[str, GraphSession]) -> Model:
     return cast(Model, Looking(sessions))
 
 
-@pytest.mark.parametrize("spoilt", [(), (5,), (3, 17, 20), tuple(range(LAYERS))], ids=len)
+@pytest.mark.parametrize(
+    ("precision", "budget", "spoilt", "trials"),
+    [
+        ("int8", 0.03, [], 1),
+        ("int8", 0.03, [5], 2),
+        ("int8", 0.03, [3, 17, 20], 5),
+        ("int8", 0.03, [*range(LAYERS)], 10),
+        ("int4", 0.06, [], 1),
+        ("int4", 0.06, [5], 3),
+    ],
+)
 def test_exactly_the_spoilt_layers_stay_in_float(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: tuple[int, ...]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    budget: float,
+    spoilt: list[int],
+    trials: int,
 ) -> None:
     files = {"decoder": tmp_path / "decoder.onnx"}
     save_graph(deep(spoilt), files["decoder"])
     observed = observe(files, lambda running: exercise(opened(running)))
-    monkeypatch.setitem(calibration.BUDGETS, "int8", 0.03)
-    study = SensitivityStudy(Quantisation(files, "int8", observed), opened, PICTURES)
-    plan = study.plan()["decoder"]
-    kept = [name for name, precision in plan.items() if precision == "fp16"]
-    assert kept == [f"layers.{n}.weight" for n in spoilt]
-    assert set(plan.values()) <= {"int8", "fp16"}
-    assert len(study.table) <= (1 + math.ceil(math.log2(LAYERS)) if spoilt else 1)
+    monkeypatch.setitem(calibration.BUDGETS, precision, budget)
+    study = SensitivityStudy(Quantisation(files, precision, observed), opened, PICTURES)
+    shown: list[float] = []
+    plan = study.plan(shown.append)["decoder"]
+    assert shown == [0.0]
+    wanted = ["fp16" if n in spoilt else precision for n in range(LAYERS)]
+    assert list(plan.values()) == wanted
+    assert len(study.table) <= trials
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 24, 32, 97])
+def test_the_fewest_are_found_in_few_tries(most: int) -> None:
+    for wanted in range(1, most + 1):
+        tried: list[int] = []
+
+        def enough(count: int, wanted: int = wanted, tried: list[int] = tried) -> bool:
+            tried.append(count)
+            return count >= wanted
+
+        assert fewest(most, enough) == wanted
+        assert len(tried) == len({*tried}) < max(1, 2 * (most - 1).bit_length())
+        assert all(0 < count < most for count in tried)
 
 
 def exercise(looking: Model) -> None:
-    looking.prefill([looking.encode(picture) for picture in PICTURES])
+    looking.prefill([looking.encode(picture) for picture in CALIBRATED_ON])
