@@ -9,20 +9,21 @@ The study quantises one group of layers at a time and leaves everything else in 
 moves, in grades and in preferences on pictures that were not calibrated on, decides. A group may
 spend as much of a budget for the whole model as it has a share in what quantising saves: in the
 bytes of all weights or in all multiplications, whichever is more. Where a group moves the answers
-by more than that, its layers are measured one by one, and those that do so too stay behind.
+by more than that, its worst layers stay behind: as few of them as let the rest together be borne,
+found by doubling and halving. The worst are those of whose output rounding by itself loses most.
 
 Convolutions feed one another, and a float one amid quantised ones costs two conversions of its wide
-result. So they stay in float up to one of them and are quantised from there on.
+result. So the first of them are those that stay behind.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,14 +34,15 @@ from numpy.typing import NDArray
 
 from meiqa.engine.estimates import expected_grade
 from meiqa.engine.files import IMAGE_SUFFIXES
-from meiqa.engine.model import Model, VisualTokens
+from meiqa.engine.model import Model, Prefix
 from meiqa.engine.runtime.decoder import Array, GraphSession
 from meiqa.errors import UsageError
-from meiqa.export.layers import Layer, layers_of, save_graph, store_as_half
+from meiqa.export.layers import Layer, layers_of, save_changes, store_as_half
 from meiqa.export.rounding import (
     Observed,
     Range,
     foldables,
+    output_share_lost,
     quantise_int4,
     quantise_int8,
     result_of,
@@ -246,12 +248,8 @@ class Quantisation:
         return plan
 
     def graph(self, name: str, assignment: Assignment) -> ir.Model:
-        """Make a graph with each layer in its precision, "fp32" for those not named."""
-        model = ir.load(self.files[name])
-        seen, scales = self._observed[name], self._scales[name]
-        for foldable in list(foldables(model)):
-            if str(foldable.value.name) in scales:
-                foldable.fold(scales[str(foldable.value.name)])
+        """Make a graph with each layer in its precision; those not named stay as they are."""
+        model, seen = self._smoothed(name, assignment), self._observed[name]
         ranges = {value: Range.of(of_value) for value, of_value in seen.items()}
 
         def stored_as(precision: str) -> Callable[[Layer], bool]:
@@ -263,6 +261,25 @@ class Quantisation:
         store_as_half(model, stored_as("fp16"))
         return model
 
+    def most_lost_first(self, name: str, layers: Collection[str], precision: str) -> list[str]:
+        """Order linear layers by the share of their output that a precision loses by itself."""
+        lost = {}
+        for layer in layers_of(self._smoothed(name, layers)):
+            if layer.name in layers:
+                value = str(layer.input.name)
+                seen, by_rows = self._observed[name][value], value in self._by_rows[name]
+                lost[layer.name] = output_share_lost(layer, precision, seen, by_rows)
+        return sorted(lost, key=lost.__getitem__, reverse=True)
+
+    def _smoothed(self, name: str, layers: Collection[str]) -> ir.Model:
+        """Load a graph and fold the scales of what some of its layers read."""
+        model, scales = ir.load(self.files[name]), self._scales[name]
+        for foldable in list(foldables(model)):
+            value = str(foldable.value.name)
+            if value in scales and any(layer.name in layers for layer in foldable.layers):
+                foldable.fold(scales[value])
+        return model
+
 
 def heads_among(layers: Sequence[Layer]) -> list[Layer]:
     """Find what makes logits."""
@@ -271,30 +288,26 @@ def heads_among(layers: Sequence[Layer]) -> list[Layer]:
 
 def large_heads(layers: Sequence[Layer]) -> list[str]:
     """Name the heads that hold more than `LARGEST_HEAD` of a decoder's weights."""
-    allowed = LARGEST_HEAD * sum(prod(layer.shape) for layer in layers)
-    return [head.name for head in heads_among(layers) if prod(head.shape) > allowed]
+    allowed = LARGEST_HEAD * sum(math.prod(layer.shape) for layer in layers)
+    return [head.name for head in heads_among(layers) if math.prod(head.shape) > allowed]
 
 
-@dataclass(frozen=True, eq=False)
-class Answers:
-    """What a model says of pictures: grades (N,) on 1-5, preferences (N, K) on 0-1."""
+def grades_of(model: Model, prefixes: Sequence[Prefix]) -> NDArray[np.float64]:
+    """Grade pictures (N,) on 1-5."""
+    return np.array([expected_grade(model.grade(prefix)) for prefix in prefixes])
 
-    grades: NDArray[np.float64]
-    preferences: NDArray[np.float64]
 
-    @classmethod
-    def of(cls, model: Model, tokens: list[VisualTokens]) -> Answers:
-        """Grade all pictures and compare each with the ones after it."""
-        prefixes = model.prefill(tokens)
-        around = [*tokens[1:], *tokens * COMPARED]
-        logits = [model.prefer_first([p], around[i:][:COMPARED]) for i, p in enumerate(prefixes)]
-        grades = [expected_grade(model.grade(prefix)) for prefix in prefixes]
-        return cls(np.array(grades), 1 / (1 + np.exp(-np.stack(logits))))
+def preferences_of(model: Model, prefixes: Sequence[Prefix]) -> NDArray[np.float64]:
+    """Compare each picture with the ones after it: probabilities (N, K) that it looks better."""
+    tokens = [prefix.tokens for prefix in prefixes]
+    around = [*tokens[1:], *tokens * COMPARED]
+    logits = [model.prefer_first([p], around[i:][:COMPARED]) for i, p in enumerate(prefixes)]
+    preferences: NDArray[np.float64] = 1 / (1 + np.exp(-np.stack(logits)))
+    return preferences
 
-    def moves_to(self, other: Answers) -> tuple[float, float]:
-        """Measure the mean change of grades and of preferences."""
-        grades, preferences = self.grades - other.grades, self.preferences - other.preferences
-        return float(np.abs(grades).mean()), float(np.abs(preferences).mean())
+
+def mean_move(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    return float(np.abs(one - other).mean())
 
 
 class Shares(NamedTuple):
@@ -307,26 +320,46 @@ class Shares(NamedTuple):
 class Group(NamedTuple):
     """Layers of a graph that are measured together, with the shares of each by its name.
 
-    Chained ones are convolutions that feed one another.
+    Attributes:
+        budget_share: the part of the budget for the whole model that they may spend.
+        chained: they are convolutions that feed one another.
     """
 
     graph: str
     name: str
     layers: Mapping[str, Shares]
-    chained: bool = False
+    budget_share: float
+    chained: bool
+
+    @classmethod
+    def of(cls, graph: str, name: str, chained: bool, layers: Mapping[str, Shares]) -> Group:
+        """Let a group spend as much of the budget as it has a share in what quantising saves."""
+        group = cls(graph, name, layers, CHAIN_SHARE, chained)
+        return group if chained else group._replace(budget_share=max(group.shares))
 
     @property
     def shares(self) -> Shares:
         return Shares(*np.sum(list(self.layers.values()), axis=0).tolist())
 
     def only(self, names: Collection[str]) -> Group:
-        return self._replace(layers={n: shares for n, shares in self.layers.items() if n in names})
+        """Give some of the layers, with what they may spend.
+
+        Errors of layers side by side add up in squares. So parts share the square of what the group
+        may spend by their sizes: in whatever precisions they end, together they spend no more than
+        it, and leaving out the worst does not leave too little for the others. A chain's parts may
+        each spend as much as the chain.
+        """
+        part = self._replace(layers={n: shares for n, shares in self.layers.items() if n in names})
+        if self.chained:
+            return part
+        size = max(part.shares) / max(self.shares)
+        return part._replace(budget_share=self.budget_share * math.sqrt(size))
 
 
 def groups_of(quantisation: Quantisation) -> list[Group]:
     """Group the convolutions of each graph, and linear layers by what they are in their block."""
     layers = [(name, layer) for name in quantisation.files for layer in quantisation.layers(name)]
-    sizes = np.array([prod(layer.shape) for _, layer in layers])
+    sizes = np.array([math.prod(layer.shape) for _, layer in layers])
     works = sizes * [quantisation.positions(graph, layer) for graph, layer in layers]
     groups: dict[tuple[str, str, bool], dict[str, Shares]] = {}
     for index, (graph, layer) in enumerate(layers):
@@ -334,7 +367,18 @@ def groups_of(quantisation: Quantisation) -> list[Group]:
         name = "convolutions" if chained else re.sub(r"\.\d+(?=\.)", ".*", layer.name, count=1)
         shares = Shares(float(sizes[index] / sizes.sum()), float(works[index] / works.sum()))
         groups.setdefault((graph, name, chained), {})[layer.name] = shares
-    return [Group(graph, name, names, chained) for (graph, name, chained), names in groups.items()]
+    return [Group.of(*key, names) for key, names in groups.items()]
+
+
+def fewest(most: int, enough: Callable[[int], bool]) -> int:
+    """Find the least number from 1 on that is enough, as `most` is, by doubling and halving.
+
+    Few are tried first: a trial that fails is cheap, and small parts tell less than large ones.
+    """
+    low, high = 0, 1
+    while high < most and not enough(high):
+        low, high = high, min(2 * high, most)
+    return bisect_left(range(most), True, lo=low + 1, hi=high, key=enough)
 
 
 class SensitivityStudy:
@@ -343,32 +387,37 @@ class SensitivityStudy:
     Args:
         open_model: opens a model on sessions of the graphs.
         pictures: fitted to the grid, others than those calibrated on.
-        folder: where the trials' graphs are written for the time they run.
     """
 
     def __init__(
-        self, quantisation: Quantisation, open_model: OpenModel, pictures: Pictures, folder: Path
+        self, quantisation: Quantisation, open_model: OpenModel, pictures: Pictures
     ) -> None:
         self._quantisation, self._open_model = quantisation, open_model
-        self._pictures, self._folder = pictures, folder
+        self._pictures = pictures
         self._float = {n: PiecewiseSession(file) for n, file in quantisation.files.items()}
         model = open_model(self._float)
         self._tokens = [model.encode(picture) for picture in pictures]
-        self._exact = Answers.of(model, self._tokens)
+        prefixes = model.prefill(self._tokens)
+        self._grades = grades_of(model, prefixes)
+        self._preferences = preferences_of(model, prefixes)
         self.table: list[dict[str, Any]] = []
 
     def plan(self, show: Callable[[float], None] = lambda share: None) -> dict[str, Assignment]:
         """Choose the precision of every layer; `table` then holds all measurements.
 
         Args:
-            show: told which share of the groups is done.
+            show: told before each group which share is done of the trials that all need at most.
         """
         plan: dict[str, Assignment] = {name: {} for name in self._quantisation.files}
         groups = groups_of(self._quantisation)
-        for at, group in enumerate(groups):
-            show(at / len(groups))
-            assigned = self._cut if group.chained else self._assigned
-            plan[group.graph] |= assigned(group, self._ladder(group))
+        ladders = [self._ladder(group) for group in groups]
+        trials = [
+            len(ladder) * max(1, 2 * (len(group.layers) - 1).bit_length())
+            for group, ladder in zip(groups, ladders, strict=True)
+        ]
+        for at, (group, ladder) in enumerate(zip(groups, ladders, strict=True)):
+            show(sum(trials[:at]) / sum(trials))
+            plan[group.graph] |= self._assigned(group, ladder)
         return plan
 
     def _ladder(self, group: Group) -> list[str]:
@@ -377,55 +426,40 @@ class SensitivityStudy:
             return [IN_BLOCKS]
         return self._quantisation.ladder(group.graph)
 
-    def _cut(self, group: Group, ladder: Sequence[str]) -> Assignment:
-        """Few bits from that convolution on from which the model bears them.
-
-        It is found by halving: a shorter rest is taken to move answers less.
-        """
-        names = list(group.layers)
-        low, high = 0, len(names)
-        while ladder and low < high:
-            middle = (low + high) // 2
-            if self._bears(group.only(names[middle:]), ladder[0]):
-                high = middle
-            else:
-                low = middle + 1
-        few = ladder[0] if ladder else LEFT_IN_FLOAT
-        return dict.fromkeys(names, few) | dict.fromkeys(names[:high], LEFT_IN_FLOAT)
-
     def _assigned(self, group: Group, ladder: Sequence[str]) -> Assignment:
-        """The smallest precision that each of a group's layers bears."""
+        """Give the smallest precision to as many layers as bear it together, wider ones to others.
+
+        Leaving more out is taken to help; see `Group.only`.
+        """
         if not ladder:
             return dict.fromkeys(group.layers, LEFT_IN_FLOAT)
         smallest, *wider = ladder
-        assigned = dict.fromkeys(group.layers, smallest)
         if self._bears(group, smallest):
-            return assigned
-        failing: Collection[str] = group.layers
-        if len(group.layers) > 1:
-            # If none fails alone, all of them do together.
-            alone = [name for name in group.layers if not self._bears(group.only([name]), smallest)]
-            failing = alone or group.layers
-        return assigned | self._assigned(group.only(failing), wider)
+            return dict.fromkeys(group.layers, smallest)
+        order = self._worst_first(group, smallest)
+        left = fewest(len(order), lambda count: self._bears(group.only(order[count:]), smallest))
+        others = self._assigned(group.only(order[:left]), wider)
+        return dict.fromkeys(group.layers, smallest) | others
+
+    def _worst_first(self, group: Group, precision: str) -> list[str]:
+        names = list(group.layers)
+        if group.chained or len(names) == 1:
+            return names
+        return self._quantisation.most_lost_first(group.graph, names, precision)
 
     def _bears(self, group: Group, precision: str) -> bool:
         """Measure a group in a precision, note it, and say whether it stays below its share."""
-        model = self._quantisation.graph(group.graph, dict.fromkeys(group.layers, precision))
-        file = self._folder / f".{group.graph}.trial.onnx"
-        try:
-            save_graph(model, file)
-            trial = self._open_model({**self._float, group.graph: PiecewiseSession(file)})
+        allowed = BUDGETS[self._quantisation.precision] * group.budget_share
+        with self._trial(group.graph, dict.fromkeys(group.layers, precision)) as model:
             seen = group.graph == "vision"
-            tokens = [trial.encode(p) for p in self._pictures] if seen else self._tokens
-            grade, verdict = self._exact.moves_to(Answers.of(trial, tokens))
-        finally:
-            for written in (file, file.with_name(f"{file.name}.data")):
-                written.unlink(missing_ok=True)
+            tokens = [model.encode(p) for p in self._pictures] if seen else self._tokens
+            prefixes = model.prefill(tokens)
+            grade, verdict = mean_move(grades_of(model, prefixes), self._grades), None
+            # Comparing takes most of a trial. What is not a number must not pass as small.
+            if grade <= allowed:
+                verdict = mean_move(preferences_of(model, prefixes), self._preferences)
         # Grades span 4 and preferences 1.
-        share = CHAIN_SHARE if group.chained else max(group.shares)
-        allowed = BUDGETS[self._quantisation.precision] * share
-        # What is not a number must not pass as small.
-        bears = bool(grade <= allowed and 4 * verdict <= allowed)
+        bears = verdict is not None and 4 * verdict <= allowed
         row = {
             "graph": group.graph,
             "group": group.name if len(group.layers) > 1 else next(iter(group.layers)),
@@ -439,3 +473,15 @@ class SensitivityStudy:
         }
         self.table.append(row)
         return bears
+
+    @contextmanager
+    def _trial(self, graph: str, assignment: Assignment) -> Iterator[Model]:
+        """Open the model with one of its graphs quantised, which is written for so long."""
+        # Beside the float graph, most of whose weights it reads.
+        file = self._quantisation.files[graph].with_name(f".{graph}.trial.onnx")
+        try:
+            save_changes(self._quantisation.graph(graph, assignment), file)
+            yield self._open_model({**self._float, graph: PiecewiseSession(file)})
+        finally:
+            for written in (file, file.with_name(f"{file.name}.data")):
+                written.unlink(missing_ok=True)

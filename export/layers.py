@@ -24,6 +24,8 @@ from meiqa.errors import PackageCorrupted
 
 LARGEST_HALF = float(np.finfo(np.float16).max)
 LOCK = ".lock"
+SMALL_BYTES = 256
+"""Tensors up to this size lie in the graph's file itself."""
 Change = Callable[[NDArray[Any]], NDArray[Any]]
 
 
@@ -212,6 +214,26 @@ def half_weight(layer: Layer) -> ir.Value:
 def save_graph(model: ir.Model, path: Path) -> None:
     """Write a graph and, beside it, its weights, one tensor after the other."""
     ir.save(model, path, external_data=f"{path.name}.data")
+
+
+def save_changes(model: ir.Model, path: Path) -> None:
+    """Write a graph beside the file that it was loaded from, and only those weights that differ.
+
+    Weights that are as they were stay where they are, in that file's own.
+    """
+    changed = [
+        value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+        and not isinstance(value.const_value, ir.ExternalTensor)
+        and value.const_value.nbytes > SMALL_BYTES
+    ]
+    tensors = [value.const_value for value in changed if value.const_value is not None]
+    data = f"{path.name}.data"
+    written = ir.external_data.convert_tensors_to_external(tensors, path.parent, data)
+    for value, tensor in zip(changed, written, strict=True):
+        value.const_value = tensor
+    ir.save(model, path)
 
 
 @contextmanager

@@ -287,7 +287,7 @@ class Export:
         plan, studied = quantisation.default(), self.pictures[STUDIED]
         if studied and self.options.sensitivity:
             self.options.say("measuring how many bits each group of layers needs")
-            study = SensitivityStudy(quantisation, self.model, studied, self.folder)
+            study = SensitivityStudy(quantisation, self.model, studied)
             plan = study.plan(partial(self.options.show, "measuring groups of layers"))
             self.report["sensitivity"] = study.table
         self.options.say(f"rounding weights to {self.options.precision}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -13,14 +14,15 @@ import onnx_ir as ir
 import pytest
 
 from meiqa.engine.local import LocalModel
+from meiqa.engine.model import Model
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import GraphDecoder, GraphSession
 from meiqa.export import calibration
 from meiqa.export.calibration import (
+    COMPARED,
     IN_BLOCKS,
     SAMPLED_ROWS,
     WRITING_EVERY,
-    Answers,
     Assignment,
     Group,
     Observer,
@@ -28,10 +30,12 @@ from meiqa.export.calibration import (
     Quantisation,
     SensitivityStudy,
     groups_of,
+    mean_move,
     observe,
     observing,
+    preferences_of,
 )
-from meiqa.export.layers import halve, read, save_graph
+from meiqa.export.layers import halve, read, save_changes, save_graph
 from meiqa.export.rounding import (
     BLOCK,
     Range,
@@ -39,7 +43,7 @@ from meiqa.export.rounding import (
     quantise_int8,
     values_to_observe,
 )
-from meiqa.export.verify import DECODER_SHAPES, PiecewiseSession, random_feeds
+from meiqa.export.verify import DECODER_SHAPES, PiecewiseSession, decoder_feeds, random_feeds
 from tests.engine.samples import SIZES, picture, seen
 from tests.export.small_graphs import Floats, convolution, linear, normal
 
@@ -248,7 +252,8 @@ def test_a_large_head_has_8_bits(quantisations: dict[str, Quantisation]) -> None
         plan = quantisation.default()["decoder"]
         assert plan["lm_head.weight"] == IN_BLOCKS
         made = quantisation.graph("decoder", plan).graph.initializers
-        exact = quantisation.graph("decoder", {}).graph.initializers["lm_head.weight"]
+        smoothed = quantisation.graph("decoder", dict.fromkeys(plan, "fp32"))
+        exact = smoothed.graph.initializers["lm_head.weight"]
         codes, steps = (read(made[f"lm_head.weight.{n}"].const_value) for n in ("int8", "scale"))
         weight, steps = read(exact.const_value), np.repeat(steps, BLOCK, axis=0)[: len(codes)]
         assert np.abs(weight - codes * steps).max() <= 0.5001 * steps.max()
@@ -288,13 +293,24 @@ def test_weights_are_read_when_saved_and_not_before(
         save_graph(made, tmp_path / "graph.onnx")
 
 
-def test_nothing_chosen_is_the_float_model_smoothed(
+def test_what_no_chosen_layer_reads_stays_where_it_is(
+    files: dict[str, Path], quantisations: dict[str, Quantisation]
+) -> None:
+    for name, file in files.items():
+        before, made = ir.load(file).graph, quantisations["int8"].graph(name, {}).graph
+        for weight, value in before.initializers.items():
+            assert type(made.initializers[weight].const_value) is type(value.const_value)
+
+
+def test_all_chosen_is_the_float_model_smoothed(
     package: EnginePackage,
     files: dict[str, Path],
     quantisations: dict[str, Quantisation],
     tmp_path: Path,
 ) -> None:
-    smoothed = saved(quantisations["int8"], {"vision": {}, "decoder": {}}, tmp_path)
+    quantisation = quantisations["int8"]
+    plan = {name: {la.name: "fp32" for la in quantisation.layers(name)} for name in files}
+    smoothed = saved(quantisation, plan, tmp_path)
     feeds = random_feeds(package.manifest.decoder, (2, 3, 4, 5, 6, 1), np.random.default_rng(0))
     exact = PiecewiseSession(files["decoder"]).run(feeds)
     for name, made in smoothed["decoder"].run(feeds).items():
@@ -307,14 +323,35 @@ def test_nothing_chosen_is_the_float_model_smoothed(
     assert changed[0] != changed[1]
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_only_what_differs_is_written_beside_a_graph(
+    package: EnginePackage,
+    files: dict[str, Path],
+    quantisations: dict[str, Quantisation],
+    tmp_path: Path,
+    precision: str,
+) -> None:
+    quantisation = quantisations[precision]
+    few = {la.name: precision for la in quantisation.layers("decoder") if "mlp" in la.name}
+    whole, beside = tmp_path / "whole.onnx", files["decoder"].with_name("beside.onnx")
+    save_graph(quantisation.graph("decoder", few), whole)
+    save_changes(quantisation.graph("decoder", few), beside)
+    sizes = {file: Path(f"{file}.data").stat().st_size for file in (whole, beside)}
+    assert 0 < sizes[beside] < 0.2 * sizes[whole]
+    for feed in decoder_feeds(package.manifest.decoder):
+        wanted, made = PiecewiseSession(whole).run(feed), PiecewiseSession(beside).run(feed)
+        for name, values in wanted.items():
+            np.testing.assert_array_equal(made[name], values)
+
+
 PICTURES = [picture(n, (128, 192)) for n in (70, 71, 72)]
 
 
-def study(package: EnginePackage, quantisation: Quantisation, folder: Path) -> SensitivityStudy:
+def study(package: EnginePackage, quantisation: Quantisation) -> SensitivityStudy:
     def open_model(sessions: Mapping[str, GraphSession]) -> LocalModel:
         return opened(package, sessions)
 
-    return SensitivityStudy(quantisation, open_model, PICTURES, folder)
+    return SensitivityStudy(quantisation, open_model, PICTURES)
 
 
 def test_layers_are_grouped_by_kind_and_shares_add_up(
@@ -343,7 +380,6 @@ def all_layers(quantisations: dict[str, Quantisation]) -> list[str]:
 def test_convolutions_are_quantised_from_one_on(
     package: EnginePackage,
     quantisations: dict[str, Quantisation],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     fewest: int,
 ) -> None:
@@ -353,7 +389,7 @@ def test_convolutions_are_quantised_from_one_on(
         return not group.chained or names.index(next(iter(group.layers))) >= fewest
 
     monkeypatch.setattr(SensitivityStudy, "_bears", bears)
-    plan = study(package, quantisations["int8"], tmp_path).plan()["vision"]
+    plan = study(package, quantisations["int8"]).plan()["vision"]
     assert [name for name in names if plan[name] == "fp16"] == names[:fewest]
     assert {plan[name] for name in names[fewest:]} <= {"int8"}
 
@@ -361,40 +397,40 @@ def test_convolutions_are_quantised_from_one_on(
 @pytest.mark.parametrize(("budget", "kept"), [(1e9, "int8"), (0.0, "fp16")])
 def test_the_budget_decides(
     package: EnginePackage,
+    files: dict[str, Path],
     quantisations: dict[str, Quantisation],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     budget: float,
     kept: str,
 ) -> None:
     monkeypatch.setattr(calibration, "LARGEST_HEAD", 1.0)
     monkeypatch.setitem(calibration.BUDGETS, "int8", budget)
-    made = study(package, quantisations["int8"], tmp_path)
+    before = sorted(files["decoder"].parent.iterdir())
+    made = study(package, quantisations["int8"])
     plan = made.plan()
     assert {p for of_graph in plan.values() for p in of_graph.values()} == {kept}
     for name in plan:
         assert set(plan[name]) == {layer.name for layer in quantisations["int8"].layers(name)}
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(files["decoder"].parent.iterdir()) == before
     for row in made.table:
         assert row["borne"] == (budget > 0)
+        assert (row["verdict_move"] is None) == (budget == 0)  # grades alone have decided
         assert 0 < row["grade_move"] < 1
 
 
 def test_the_study_leaves_a_large_head_in_blocks(
     package: EnginePackage,
     quantisations: dict[str, Quantisation],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(SensitivityStudy, "_bears", lambda *_: True)
-    plan = study(package, quantisations["int4"], tmp_path).plan()["decoder"]
+    plan = study(package, quantisations["int4"]).plan()["decoder"]
     assert [name for name, kept in plan.items() if kept == IN_BLOCKS] == ["lm_head.weight"]
 
 
-def test_only_layers_that_fail_alone_go_up_the_ladder(
+def test_only_layers_that_are_not_borne_go_up_the_ladder(
     package: EnginePackage,
     quantisations: dict[str, Quantisation],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weak = "layers.1.mlp.down_proj.weight"
@@ -402,30 +438,29 @@ def test_only_layers_that_fail_alone_go_up_the_ladder(
     def bears(_: SensitivityStudy, group: Group, precision: str) -> bool:
         return weak not in group.layers or precision == "int8"
 
+    def weakest_first(_: Quantisation, __: str, names: list[str], ___: str) -> list[str]:
+        return sorted(names, key=lambda name: name != weak)
+
     monkeypatch.setattr(calibration, "LARGEST_HEAD", 1.0)
     monkeypatch.setattr(SensitivityStudy, "_bears", bears)
-    plan = study(package, quantisations["int4"], tmp_path).plan()
+    monkeypatch.setattr(Quantisation, "most_lost_first", weakest_first)
+    plan = study(package, quantisations["int4"]).plan()
     assert [name for name, p in plan["decoder"].items() if p != "int4"] == [weak]
     assert plan["decoder"][weak] == "int8"
 
 
-def test_layers_that_fail_only_together_go_up_together(
-    package: EnginePackage,
-    quantisations: dict[str, Quantisation],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(calibration, "LARGEST_HEAD", 1.0)
-    monkeypatch.setattr(SensitivityStudy, "_bears", lambda _, group, __: len(group.layers) == 1)
-    plan = study(package, quantisations["int8"], tmp_path).plan()
-    assert plan["decoder"]["layers.0.mlp.down_proj.weight"] == "fp16"
-    assert plan["decoder"]["lm_head.weight"] == "int8"
-
-
 def test_moves_are_mean_changes() -> None:
-    def answers(grades: Sequence[float], preferences: Any) -> Answers:
-        return Answers(np.array(grades), np.array(preferences))
+    one, other = np.array([[0.5], [0.5]]), np.array([[0.5], [0.9]])
+    assert mean_move(one, other) == mean_move(other, one) == pytest.approx(0.2)
+    assert mean_move(one, one) == 0
 
-    one, other = answers([1, 2], [[0.5], [0.5]]), answers([1.5, 1.5], [[0.5], [0.9]])
-    assert one.moves_to(other) == pytest.approx((0.5, 0.2))
-    assert one.moves_to(one) == (0, 0)
+
+def test_each_picture_is_compared_with_those_after_it() -> None:
+    class Comparing:
+        def prefer_first(self, firsts: list[Any], seconds: list[Any]) -> Any:
+            return np.array([float(firsts[0].tokens - second) for second in seconds])
+
+    prefixes: Any = [SimpleNamespace(tokens=n) for n in range(6)]
+    made = preferences_of(cast(Model, Comparing()), prefixes)
+    wanted = [[n - (n + after) % 6 for after in range(1, COMPARED + 1)] for n in range(6)]
+    np.testing.assert_allclose(made, 1 / (1 + np.exp(-np.array(wanted))))

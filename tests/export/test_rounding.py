@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import onnxruntime
 import pytest
 
 from meiqa.export.calibration import observing
-from meiqa.export.layers import save_graph
+from meiqa.export.layers import layers_of, save_graph
 from meiqa.export.rounding import (
     BLOCK,
     BlockGrid,
@@ -22,8 +23,10 @@ from meiqa.export.rounding import (
     evened,
     foldables,
     make_activations_signed,
+    output_share_lost,
     quantise_int4,
     quantise_int8,
+    share_lost,
     smoothing_scales,
     values_to_observe,
     want_own_rows,
@@ -148,6 +151,25 @@ def test_activations_with_loud_tokens_want_own_rows() -> None:
     for rows, wanted in ((usual, set()), (loud, {"x"})):
         seen = Observed(rows.min(0), rows.max(0), np.square(rows).mean(0), rows, len(rows))
         assert want_own_rows(linear(normal(0, 64, 24)), {"x": seen}) == wanted
+
+
+@pytest.mark.parametrize(("precision", "own_rows"), [("int8", ()), ("int8", {"x"}), ("int4", ())])
+def test_what_a_layer_loses_is_what_its_graph_loses(
+    tmp_path: Path, precision: str, own_rows: Collection[str]
+) -> None:
+    weight, x = normal(0, 70, 24), normal(1, 100, 70)
+    if precision == "int4":
+        x = np.sign(x)  # all inputs count alike, as where nothing was observed
+    seen = Observed(x.min(0), x.max(0), np.square(x).mean(0), x, len(x))
+    (layer,), made = layers_of(linear(weight)), linear(weight)
+    if precision == "int8":
+        quantise_int8(made, {"x": Range.of(seen)}, all_layers, own_rows)
+    else:
+        quantise_int4(made, {}, all_layers)
+    wanted = share_lost(result(made, x, tmp_path), x @ weight)
+    lost = output_share_lost(layer, precision, seen, bool(own_rows))
+    assert lost == pytest.approx(wanted, rel=1e-2)
+    assert wanted > 1e-6
 
 
 def test_other_runtimes_multiply_such_rows_in_floats(tmp_path: Path) -> None:
