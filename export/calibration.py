@@ -32,7 +32,6 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from meiqa.engine.estimates import expected_grade
 from meiqa.engine.files import IMAGE_SUFFIXES
 from meiqa.engine.model import Model, Prefix
 from meiqa.engine.runtime.decoder import Array, GraphSession
@@ -51,7 +50,7 @@ from meiqa.export.rounding import (
     values_to_observe,
     want_own_rows,
 )
-from meiqa.export.verify import PiecewiseSession
+from meiqa.export.verify import PiecewiseSession, grades_of
 
 SAMPLED_VALUES, SAMPLED_ROWS = 1 << 22, 1024
 """A sample holds so many rows at most, and so many values: rows of wide layers are fewer."""
@@ -290,11 +289,6 @@ def large_heads(layers: Sequence[Layer]) -> list[str]:
     """Name the heads that hold more than `LARGEST_HEAD` of a decoder's weights."""
     allowed = LARGEST_HEAD * sum(math.prod(layer.shape) for layer in layers)
     return [head.name for head in heads_among(layers) if math.prod(head.shape) > allowed]
-
-
-def grades_of(model: Model, prefixes: Sequence[Prefix]) -> NDArray[np.float64]:
-    """Grade pictures (N,) on 1-5."""
-    return np.array([expected_grade(model.grade(prefix)) for prefix in prefixes])
 
 
 def preferences_of(model: Model, prefixes: Sequence[Prefix]) -> NDArray[np.float64]:

@@ -314,8 +314,16 @@ class Export:
         made = {name: PiecewiseSession(self.folder / f"{name}.onnx") for name in reference}
         held_out = self.pictures[CHECKED]
         pictures = held_out or self.pictures or synthetic_pictures(self.image)
-        exact = grades_of(self.model(reference), pictures)
-        moves = np.abs(grades_of(self.model(made), pictures) - exact)
+
+        def graded(model: LocalModel) -> NDArray[np.float64]:
+            return grades_of(model, model.prefill([model.encode(each) for each in pictures]))
+
+        exact = graded(self.model(reference))
+
+        def moves_of(model: LocalModel) -> NDArray[np.float64]:
+            return np.abs(graded(model) - exact)
+
+        moves = moves_of(self.model(made))
         mean = float(moves.mean())
         self.report["grades"] = {
             "pictures": len(pictures),
@@ -337,14 +345,12 @@ class Export:
             )
         if (decoder := self.decoder_in_bf16()) is not None:
             self.options.say("comparing grades in bf16")
-            model = LocalModel(self.opened(), made["vision"], decoder)
-            moved = float(np.abs(grades_of(model, pictures) - exact).mean())
+            moved = float(moves_of(LocalModel(self.opened(), made["vision"], decoder)).mean())
             self.report["grades"]["mean_move_in_bf16"] = moved
             self.bf16 = moved <= allowed
 
     def decoder_in_bf16(self) -> NativeDecoder | None:
-        """Open what the kernel reads in bf16, where that is less than was asked for anyway and
-        this processor can."""
+        """Open the layers in bf16, where less than fp32 was asked for and this processor can."""
         there = (self.folder / LAYERS_FILE).is_file() and KERNELS[FASTEST_IN_BF16].in_bf16
         if self.options.precision not in MAY_BE_BF16 or not there:
             return None
