@@ -1,5 +1,5 @@
 // Sixteen floats side by side in one register of AVX-512, and its byte products (VNNI). Compiled for
-// products of bf16 as well, these are attention's.
+// products of bf16 too, attention's are of these, and those of layers that were packed so.
 //
 // What decoder_rows.hpp is written in. lanes_vector.hpp has the same names for other processors.
 
@@ -24,12 +24,12 @@ constexpr std::size_t kTogether = 4;
 constexpr int kLowest = 0;
 constexpr std::size_t kHalves = 2;  // of a panel, that products of codes take at once
 constexpr std::size_t kTile = 14;  // rows whose sums stay in the registers
+// What products of floats multiply where bf16 will do, and how many of it lie side by side in a lane.
 #ifdef __AVX512BF16__
 using Factor = std::uint16_t;
 #else
 using Factor = float;
 #endif
-// Factors of attention's products that lie side by side, in one lane.
 constexpr std::size_t kFactors = sizeof(float) / sizeof(Factor);
 constexpr std::size_t kAhead = 48 * kPanel;  // floats of a panel that are fetched early
 
