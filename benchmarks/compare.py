@@ -18,9 +18,10 @@ too, in the shape of the default model, unless one is given; latency does not de
 ways in fp32 have to give the same answers, or no ratio is printed; how far those in INT8 are off is
 printed with them.
 
-fp32 and int8 run the fastest kernel of this processor. Timed beside are the other kernels that it
-could run, which are those of other processors (`avx2_fp32`, `portable_int8`), and what the kernels
-replace, the decoder's graph in ONNX Runtime (`graph_fp32`, `graph_int8`).
+fp32 and int8 run the fastest kernel of this processor that multiplies floats as they are. Timed
+beside are the other such kernels that it could run, which are those of other processors
+(`avx2_fp32`, `portable_int8`), and what the kernels replace, the decoder's graph in ONNX Runtime
+(`graph_fp32`, `graph_int8`).
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ from meiqa.engine.runtime.decoder import (
     KeyValues,
     NativeDecoder,
     Row,
+    packed,
     padded,
-    read_layers,
+    stored_layers,
 )
 from meiqa.errors import MeiqaError, UsageError
 from meiqa.evaluation.measuring import quantiles_ms, run_on
@@ -152,8 +154,8 @@ def whole_prompt(model: LocalModel, first: VisualTokens, second: VisualTokens) -
 
 def on_kernel(graph: Decoder, package: EnginePackage, threads: int, kernel: str) -> Decoder:
     """Give a decoder on a native kernel; the graph itself where the package has no layers."""
-    layers = read_layers(package, kernel)
-    return graph if layers is None else NativeDecoder(*layers, threads)
+    stored = stored_layers(package)
+    return graph if stored is None else NativeDecoder(*packed(*stored, kernel), threads)
 
 
 def without_reuse(asked: Asked, decoder: Decoder) -> Callable[[], Answers]:
@@ -298,8 +300,8 @@ def _measured(
         asked[precision] = Asked.of(LocalModel(package, vision, decoder), pictures)
         ways[precision] = asked[precision].answers
         if decoder is not graph:
-            slower = [kernel for kernel in KERNELS if kernel != FASTEST]
-            others = {k: on_kernel(graph, package, threads, k) for k in slower}
+            exact = [kernel for kernel, packing in KERNELS.items() if not packing.in_bf16]
+            others = {k: on_kernel(graph, package, threads, k) for k in exact if k != FASTEST}
             for name, other in {**others, "graph": graph}.items():
                 by_other = Asked.of(LocalModel(package, vision, other), pictures)
                 ways[f"{name}_{precision}"] = by_other.answers

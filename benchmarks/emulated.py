@@ -51,8 +51,8 @@ class Program:
         """Ask which kernels run on the processor, the fastest first."""
         listed = (line.split() for line in self._run().decode().splitlines())
         return {
-            name: Packing(int(together), int(lowest), halves == "1", int(factors))
-            for name, together, lowest, halves, factors in listed
+            name: Packing(int(together), int(lowest), halves == "1", int(side_by_side))
+            for name, together, lowest, halves, side_by_side in listed
         }
 
     def last_hidden(

@@ -216,7 +216,7 @@ class Manifest(Record):
         score_head: what makes the first score unless another is asked for.
         ends: tokens beside the prompt family's `stop` that end a turn of this model.
         bf16: whether the decoder may multiply floats in bf16 where a processor can: grades were
-            measured so, and move no more than the precision allows.
+            measured so, and move no more than the export allowed.
     """
 
     later = ("patterns", "score_head", "ends", "bf16")

@@ -14,6 +14,7 @@ from meiqa.engine.runtime.decoder import (
     STEPS,
     NativeDecoder,
     comparisons,
+    kernel_for,
     packed,
     stored_layers,
     thread_counts,
@@ -21,7 +22,7 @@ from meiqa.engine.runtime.decoder import (
 from meiqa.errors import UsageError
 from meiqa.evaluation.measuring import Column, run_on, table_text
 from meiqa.kernels.cores import usable_cores
-from meiqa.kernels.decoder import FASTEST, KERNELS, FusedDecoder, Projection
+from meiqa.kernels.decoder import KERNELS, FusedDecoder, Projection
 
 ROWS = 8
 """Comparisons of a thread."""
@@ -83,7 +84,7 @@ def bench_device(
         for (kernel, precision, threads), seconds in best.items()
     ]
     return {
-        **{"kernel": FASTEST, "features": _features(), "rows": rows, "rounds": rounds},
+        **{"kernel": kernel_for(package), "features": _features(), "rows": rows, "rounds": rounds},
         **run_on("numpy", "meiqa"),
     }
 
@@ -115,7 +116,8 @@ def _decoders(package: EnginePackage, kernel: str) -> dict[str, tuple[FusedDecod
             hint="take the default package, which does",
         )
     layers, head = stored
-    exact = {"fp32": packed(layers.in_floats(), head, kernel)}
+    name = "bf16" if KERNELS[kernel].in_bf16 else "fp32"
+    exact = {name: packed(layers.in_floats(), head, kernel)}
     rounded = any(w.scale is not None for own in layers.layers for w in own.values())
     return {"int8": packed(layers, head, kernel), **exact} if rounded else exact
 

@@ -327,7 +327,8 @@ class Group(NamedTuple):
 
     @classmethod
     def of(cls, graph: str, name: str, chained: bool, layers: Mapping[str, Shares]) -> Group:
-        """Let a group spend as much of the budget as it has a share in what quantising saves."""
+        """Let a group spend as much of the budget as it has a share in what quantising saves, and a
+        chain `CHAIN_SHARE`."""
         group = cls(graph, name, layers, CHAIN_SHARE, chained)
         return group if chained else group._replace(budget_share=max(group.shares))
 

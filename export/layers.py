@@ -221,16 +221,16 @@ def save_changes(model: ir.Model, path: Path) -> None:
 
     Weights that are as they were stay where they are, in that file's own.
     """
-    changed = [
-        value
+    changed = {
+        value: tensor
         for value in model.graph.initializers.values()
-        if value.const_value is not None
-        and not isinstance(value.const_value, ir.ExternalTensor)
-        and value.const_value.nbytes > SMALL_BYTES
-    ]
-    tensors = [value.const_value for value in changed if value.const_value is not None]
-    data = f"{path.name}.data"
-    written = ir.external_data.convert_tensors_to_external(tensors, path.parent, data)
+        if (tensor := value.const_value) is not None
+        and not isinstance(tensor, ir.ExternalTensor)
+        and tensor.nbytes > SMALL_BYTES
+    }
+    written = ir.external_data.convert_tensors_to_external(
+        list(changed.values()), path.parent, f"{path.name}.data"
+    )
     for value, tensor in zip(changed, written, strict=True):
         value.const_value = tensor
     ir.save(model, path)

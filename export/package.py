@@ -88,8 +88,6 @@ ABSOLUTE, RELATIVE = 1e-4, {"fp32": 1e-3, "fp16": 2e-2}
 """Each token of an output may differ from PyTorch by so much, or by this share of its size."""
 LARGEST_MOVES = {"fp32": 1e-3, "fp16": 1e-2, "int8": 0.03, "int4": 0.06}
 """Largest mean change of a grade, on the 1-5 scale, from PyTorch to the package."""
-MAY_BE_BF16 = ("fp16", "int8")
-"""Precisions whose decoder may multiply floats in bf16."""
 
 
 @dataclass(frozen=True)
@@ -343,6 +341,7 @@ class Export:
                 + ("" if self.options.sensitivity else ", or leave out --no-sensitivity")
                 + ", or accept it by --largest-move",
             )
+        del made["decoder"]  # what the kernel packs takes as much memory
         if (decoder := self.decoder_in_bf16()) is not None:
             self.options.say("comparing grades in bf16")
             moved = float(moves_of(LocalModel(self.opened(), made["vision"], decoder)).mean())
@@ -352,7 +351,7 @@ class Export:
     def decoder_in_bf16(self) -> NativeDecoder | None:
         """Open the layers in bf16, where less than fp32 was asked for and this processor can."""
         there = (self.folder / LAYERS_FILE).is_file() and KERNELS[FASTEST_IN_BF16].in_bf16
-        if self.options.precision not in MAY_BE_BF16 or not there:
+        if self.options.precision == "fp32" or not there:
             return None
         layers = layers_beside(self.folder / "decoder.onnx.data", FASTEST_IN_BF16)
         return NativeDecoder(*layers, usable_cores())

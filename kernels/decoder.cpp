@@ -78,7 +78,7 @@ class StoredLinear {
         linear_.weights = weights_.get();
         const bool is_float = panels.dtype().code == std::uint8_t(nb::dlpack::dtype_code::Float);
         linear_.halves = is_float && panels.dtype().bits == 16;
-        linear_.beside = !is_float && panels.dtype().bits == 16;
+        linear_.in_bf16 = !is_float && panels.dtype().bits == 16;
         linear_.blocks = blocks.size() ? blocks_.get() : nullptr;
         linear_.bias = bias_.get();
         linear_.scale = scale_.get();
@@ -104,7 +104,7 @@ std::vector<std::tuple<std::string, Packing>> kernels() {
         if (kernel->runs_here())
             found.emplace_back(kernel->name,
                                Packing(kernel->together, kernel->lowest, kernel->halves,
-                                       kernel->factors));
+                                       kernel->side_by_side));
     return found;
 }
 

@@ -30,7 +30,7 @@ struct Linear {
     std::size_t inputs = 0, panels = 0;
     const void* weights = nullptr;
     bool halves = false;                  // floats in half precision
-    bool beside = false;                  // factors, several of a column side by side
+    bool in_bf16 = false;                 // floats in bf16, as many side by side as a kernel takes
     const float* blocks = nullptr;        // step of each block: panels, inputs / kBlock, 32
     const float* bias = nullptr;          // panels * 32
     const float* scale = nullptr;         // of codes: float value of one step of a sum
@@ -59,7 +59,7 @@ namespace {
 inline bool rounds(const Linear& linear) { return linear.steps != 0; }
 
 // Whether it is given its input as it is.
-inline bool takes_floats(const Linear& linear) { return !rounds(linear) && !linear.beside; }
+inline bool takes_floats(const Linear& linear) { return !rounds(linear) && !linear.in_bf16; }
 
 inline bool each_row_by_itself(const Linear& linear) { return linear.steps == kOfEachRow; }
 
@@ -106,7 +106,7 @@ struct Kernel {
     std::size_t together;  // bytes of a column side by side in a panel; 0: floats that hold them
     int lowest;            // the code that stands for 0 of 0 to 255
     bool halves;           // whether it takes weights in half precision; else they are made floats
-    std::size_t factors;   // of a column side by side, where it multiplies in bf16; else 1
+    std::size_t side_by_side;  // floats of a column that it multiplies at once: in bf16, or one
     bool (*runs_here)();
 
     // Floats that a row of so many steps behind so many others works in.

@@ -29,28 +29,29 @@ OF_EACH_ROW = -1.0
 """In place of an input's scale: each row of it has its own."""
 MIDDLE = 128
 FIRST_POSITIONS = 512
+NOT_A_NUMBER = 0x7FC0
+"""In bf16."""
 
 
 class Packing(NamedTuple):
-    """How a kernel wants linear layers of bytes.
+    """How a kernel wants linear layers.
 
     Attributes:
-        together: inputs of an output that lie side by side; 0 for floats that hold the bytes.
+        together: bytes of an output that lie side by side; 0 for floats that hold the bytes.
         lowest: the code that stands for 0 of a rounded input's 0 to 255.
         halves: whether weights in half precision stay so; else they are made floats.
-        factors: inputs of an output that lie side by side in bf16, of a kernel that multiplies
-            floats in it; else 1.
+        side_by_side: floats of an output that are multiplied at once: two in bf16, else one.
     """
 
     together: int
     lowest: int
     halves: bool
-    factors: int
+    side_by_side: int
 
     @property
     def in_bf16(self) -> bool:
         """Whether products of floats round what they are given to bf16."""
-        return self.factors > 1
+        return self.side_by_side > 1
 
 
 KERNELS = {name: Packing(*packing) for name, packing in _decoder.kernels()}
@@ -161,7 +162,7 @@ class Linear:
         if self.scale is None or self.scale.ndim == 2:
             blocks = no_blocks if self.scale is None else in_panels(self.scale, 1)[..., 0]
             if in_bf16:
-                panels = in_panels(bf16(self.weight), packing.factors)
+                panels = in_panels(bf16(self.weight), packing.side_by_side)
             elif self.weight.dtype == np.float16 and not packing.halves:
                 panels = in_panels(self.weight.astype(np.float32), 1)
             else:
@@ -209,7 +210,8 @@ class Packed(NamedTuple):
 def bf16(array: NDArray[np.floating[Any]]) -> NDArray[np.uint16]:
     """Round to the upper halves of float32, the nearest one and of two the even one."""
     bits = array.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(array), NOT_A_NUMBER, nearest).astype(np.uint16)
 
 
 def in_panels(weight: NDArray[Number], together: int) -> NDArray[Number]:

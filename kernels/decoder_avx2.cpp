@@ -57,7 +57,7 @@ bool runs_here() {
 
 }  // namespace
 
-const Kernel kAvx2{"avx2", kTogether, kLowest, kTakesHalves, kFactors, runs_here,
+const Kernel kAvx2{"avx2", kTogether, kLowest, kTakesHalves, kSideBySide, runs_here,
                    row_scratch, run_row, finish_rows, multiply_rows};
 
 }  // namespace meiqa

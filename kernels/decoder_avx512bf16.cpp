@@ -1,4 +1,4 @@
-// The decoder for AVX-512 with VNNI and products of bf16, which are attention's.
+// The decoder for AVX-512 with VNNI and products of bf16.
 
 #include "lanes_avx512.hpp"
 
@@ -11,7 +11,7 @@ bool runs_here() { return kAvx512.runs_here() && __builtin_cpu_supports("avx512b
 
 }  // namespace
 
-const Kernel kAvx512Bf16{"avx512bf16", kTogether, kLowest, kTakesHalves, kFactors, runs_here,
+const Kernel kAvx512Bf16{"avx512bf16", kTogether, kLowest, kTakesHalves, kSideBySide, runs_here,
                          row_scratch, run_row, finish_rows, multiply_rows};
 
 }  // namespace meiqa

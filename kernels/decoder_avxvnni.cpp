@@ -60,7 +60,7 @@ bool runs_here() {
 
 }  // namespace
 
-const Kernel kAvxVnni{"avxvnni", kTogether, kLowest, kTakesHalves, kFactors, runs_here,
+const Kernel kAvxVnni{"avxvnni", kTogether, kLowest, kTakesHalves, kSideBySide, runs_here,
                       row_scratch, run_row, finish_rows, multiply_rows};
 
 }  // namespace meiqa

@@ -59,7 +59,7 @@ bool runs_here() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
 
 }  // namespace
 
-const Kernel kDotprod{"dotprod", kTogether, kLowest, kTakesHalves, kFactors, runs_here,
+const Kernel kDotprod{"dotprod", kTogether, kLowest, kTakesHalves, kSideBySide, runs_here,
                       row_scratch, run_row, finish_rows, multiply_rows};
 
 }  // namespace meiqa

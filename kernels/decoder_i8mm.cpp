@@ -62,7 +62,7 @@ bool runs_here() { return getauxval(AT_HWCAP2) & HWCAP2_I8MM; }
 
 }  // namespace
 
-const Kernel kI8mm{"i8mm", kTogether, kLowest, kTakesHalves, kFactors, runs_here,
+const Kernel kI8mm{"i8mm", kTogether, kLowest, kTakesHalves, kSideBySide, runs_here,
                    row_scratch, run_row, finish_rows, multiply_rows};
 
 }  // namespace meiqa

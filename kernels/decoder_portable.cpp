@@ -43,7 +43,7 @@ bool runs_here() { return true; }
 
 }  // namespace
 
-const Kernel kPortable{"portable", 0, kLowest, kTakesHalves, kFactors, runs_here,
+const Kernel kPortable{"portable", 0, kLowest, kTakesHalves, kSideBySide, runs_here,
                        row_scratch, run_row, finish_rows, multiply_rows};
 
 }  // namespace meiqa

@@ -36,11 +36,14 @@ std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
 // ---- products ----------------------------------------------------------------------------------
 
 // What a panel of a linear layer makes of rows.
-template <std::size_t ROWS>
-void layer_of(const Linear& w, const float* a, const float*, std::size_t stride, std::size_t panel,
+template <std::size_t ROWS, class Value>
+void layer_of(const Linear& w, const Value* a, const float*, std::size_t stride, std::size_t panel,
               Pair (&made)[ROWS]) {
     const std::size_t at = panel * kPanel;
-    if (w.blocks) {
+    if constexpr (!std::is_same_v<Value, float>) {
+        const auto* const weights = static_cast<const Value*>(w.weights) + at * w.inputs;
+        multiply<ROWS>(a, stride, weights, w.inputs, made);
+    } else if (w.blocks) {
         const auto* const weights = static_cast<const std::int8_t*>(w.weights) + at * w.inputs;
         const float* const steps = w.blocks + at * (w.inputs / kBlock);
         multiply_blocks<ROWS>(a, stride, weights, steps, w.inputs, made);
@@ -51,17 +54,6 @@ void layer_of(const Linear& w, const float* a, const float*, std::size_t stride,
         const float* const weights = static_cast<const float*>(w.weights) + at * w.inputs;
         multiply<ROWS>(a, stride, weights, w.inputs, made);
     }
-    const Lanes low = load(w.bias + at), high = load(w.bias + at + kLanes);
-    for (std::size_t r = 0; r < ROWS; ++r) made[r] = {made[r].low + low, made[r].high + high};
-}
-
-// Of factors that lie side by side.
-template <std::size_t ROWS, class Beside,
-          std::enable_if_t<std::is_same_v<Beside, Factor> && kFactors != 1, int> = 0>
-void layer_of(const Linear& w, const Beside* a, const float*, std::size_t stride,
-              std::size_t panel, Pair (&made)[ROWS]) {
-    const std::size_t at = panel * kPanel;
-    multiply<ROWS>(a, stride, static_cast<const Factor*>(w.weights) + at * w.inputs, w.inputs, made);
     const Lanes low = load(w.bias + at), high = load(w.bias + at + kLanes);
     for (std::size_t r = 0; r < ROWS; ++r) made[r] = {made[r].low + low, made[r].high + high};
 }
@@ -154,7 +146,7 @@ void product(const Crew& all, const Linear& w, const Input& input, std::size_t r
     shared(crew, parts, [&](std::size_t part, std::size_t) {
         const std::size_t first = part * w.panels / parts, end = (part + 1) * w.panels / parts;
         if (rounds(w)) product_of(w, input.codes, input, rows, first, end, take);
-        else if (w.beside) product_of(w, input.factors, input, rows, first, end, take);
+        else if (w.in_bf16) product_of(w, input.factors, input, rows, first, end, take);
         else product_of(w, input.floats, input, rows, first, end, take);
     });
 }
@@ -268,10 +260,10 @@ void pack_keys(const Seen& seen, std::size_t width, Factor* out) {
         const float* rows[kLanes];
         for (std::size_t i = 0; i < kLanes; ++i)
             rows[i] = seen.at(least(first + i, seen.count() - 1), width);
-        Factor* const panel = out + first / kPanel * kPanel * width + first % kPanel * kFactors;
-        for (std::size_t channel = 0; channel < width; channel += kLanes * kFactors) {
+        Factor* const panel = out + first / kPanel * kPanel * width + first % kPanel * kSideBySide;
+        for (std::size_t channel = 0; channel < width; channel += kLanes * kSideBySide) {
             transpose(rows, reinterpret_cast<float*>(panel + channel * kPanel), kPanel);
-            for (auto& row : rows) row += kLanes * kFactors;
+            for (auto& row : rows) row += kLanes * kSideBySide;
         }
     }
 }
@@ -279,20 +271,20 @@ void pack_keys(const Seen& seen, std::size_t width, Factor* out) {
 // Panels of 32 channels, value after value, or as many of them as lie side by side. A last one that has
 // nobody beside it is there twice: it is multiplied with zero.
 void pack_values(const Seen& seen, std::size_t width, Factor* out) {
-    const std::size_t count = rounded_up(seen.count(), kFactors);
-    for (std::size_t index = 0; index < count; index += kFactors) {
+    const std::size_t count = rounded_up(seen.count(), kSideBySide);
+    for (std::size_t index = 0; index < count; index += kSideBySide) {
         const float* const one = seen.at(index, width);
         const float* const other = seen.at(least(index + 1, seen.count() - 1), width);
         for (std::size_t channel = 0; channel < width; channel += kLanes)
             store_both(out + channel / kPanel * kPanel * count + index * kPanel +
-                           channel % kPanel * kFactors,
+                           channel % kPanel * kSideBySide,
                        one + channel, other + channel);
     }
 }
 
 // Makes rows of floats factors, each where it lies.
 void make_factors(float* rows, std::size_t count, std::size_t width) {
-    if constexpr (kFactors > 1)
+    if constexpr (kSideBySide > 1)
         for (std::size_t row = 0; row < count; ++row, rows += width)
             for (std::size_t i = 0; i < width; i += kLanes)
                 store_factors(reinterpret_cast<Factor*>(rows) + i, load(rows + i));
@@ -327,16 +319,17 @@ struct Attending {
     std::size_t count;                     // all keys
     const Factor *keys, *values;           // in panels
     const Factor* queries;                 // of the first query of the tile
-    std::size_t apart;                     // from one query to the next
     std::size_t seen, more;                // keys that it sees, and that each next one sees more
     float* scores;                         // kTile rows of all keys, padded
     float* out;                            // of the first query
-    std::size_t stride;                    // from there to the next
+    std::size_t stride;                    // from there to that of the next
 
     template <std::size_t ROWS>
     void operator()() const {
         const std::size_t visible = seen + (ROWS - 1) * more;
         const std::size_t padded = rounded_up(count, kPanel);
+        // Rows of factors begin where rows of floats did.
+        const std::size_t apart = more ? stride * kSideBySide : stride;
         for (std::size_t panel = 0; panel * kPanel < visible; ++panel) {
             Pair sums[ROWS];
             multiply<ROWS>(queries, apart, keys + panel * kPanel * width, width, sums);
@@ -352,8 +345,8 @@ struct Attending {
         const auto* const shares = reinterpret_cast<const Factor*>(scores);
         for (std::size_t channel = 0; channel < width; channel += kPanel) {
             Pair sums[ROWS];
-            multiply<ROWS>(shares, padded * kFactors,
-                           values + channel * rounded_up(count, kFactors), visible, sums);
+            multiply<ROWS>(shares, padded * kSideBySide,
+                           values + channel * rounded_up(count, kSideBySide), visible, sums);
             for (std::size_t r = 0; r < ROWS; ++r) {
                 const Lanes factor = all(share[r]);
                 float* const at = out + r * stride + channel;
@@ -396,8 +389,8 @@ struct Work {
         keys = arena.take(steps * key_width(model));
         values = arena.take(steps * key_width(model));
         const std::size_t heads = crew.size == 1 ? 1 : model.kv_heads;
-        packed_keys = reinterpret_cast<Factor*>(arena.take(heads * packed / kFactors));
-        packed_values = reinterpret_cast<Factor*>(arena.take(heads * packed / kFactors));
+        packed_keys = reinterpret_cast<Factor*>(arena.take(heads * packed / kSideBySide));
+        packed_values = reinterpret_cast<Factor*>(arena.take(heads * packed / kSideBySide));
         scores = arena.take(crew.size * score_floats);
         normed = input(arena, steps, model.width);
         attended = input(arena, steps, query_width(model));
@@ -410,7 +403,7 @@ struct Work {
   private:
     static Input input(Arena& arena, std::size_t rows, std::size_t width) {
         float* const floats = arena.take(rows * width);
-        float* const factors = kFactors == 1 ? floats : arena.take(rows * width / kFactors);
+        float* const factors = kSideBySide == 1 ? floats : arena.take(rows * width / kSideBySide);
         float* const codes = arena.take(rows * width * sizeof(Code) / sizeof(float));
         return {floats, reinterpret_cast<Factor*>(factors), reinterpret_cast<Code*>(codes),
                 arena.take(rows), width};
@@ -434,7 +427,7 @@ float round_by_itself(const float* row, std::size_t width, Code* out) {
 // Gives a linear layer values of its input as it wants them, if it needs no other of the row for it.
 MEIQA_INLINE void put(Lanes x, const Input& input, std::size_t at, const Linear& reader) {
     if (rounds(reader)) round_to_codes(x, input.codes + at, reader);
-    else if (reader.beside) store_factors(input.factors + at, x);
+    else if (reader.in_bf16) store_factors(input.factors + at, x);
     else store(input.floats + at, x);
 }
 
@@ -520,8 +513,8 @@ struct Heads {
                               std::size_t more, std::size_t stride) {
             const std::size_t begin = step * row_stride, at = (head * model.group + query) * d;
             with_rows(rows, Attending{d, count, work.packed_keys + packed,
-                                      work.packed_values + packed, queries + begin * kFactors + at,
-                                      more ? stride * kFactors : stride, before() + step + 1, more,
+                                      work.packed_values + packed, queries + begin * kSideBySide + at,
+                                      before() + step + 1, more,
                                       work.scores + worker * work.score_floats,
                                       work.attended.floats + begin + at, stride});
         };

@@ -30,7 +30,7 @@ using Factor = std::uint16_t;
 #else
 using Factor = float;
 #endif
-constexpr std::size_t kFactors = sizeof(float) / sizeof(Factor);
+constexpr std::size_t kSideBySide = sizeof(float) / sizeof(Factor);
 constexpr std::size_t kAhead = 48 * kPanel;  // floats of a panel that are fetched early
 
 struct Pair {
@@ -164,7 +164,7 @@ inline void multiply(const Factor* a, std::size_t stride, const Factor* panel, s
     const auto add = [](Lanes sum, Lanes factor, Lanes columns) {
         return _mm512_dpbf16_ps(sum, (__m512bh)factor, (__m512bh)columns);
     };
-    sum_lines<ROWS, kFactors>(inputs, line, value, add, sums);
+    sum_lines<ROWS, kSideBySide>(inputs, line, value, add, sums);
 }
 
 inline void store_factors(Factor* out, Lanes x) {

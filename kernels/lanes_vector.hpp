@@ -31,7 +31,7 @@ typedef float Native __attribute__((vector_size(4 * kNative)));
 typedef std::int32_t NativeInts __attribute__((vector_size(4 * kNative)));
 
 using Factor = float;  // no bf16 here
-constexpr std::size_t kFactors = sizeof(float) / sizeof(Factor);
+constexpr std::size_t kSideBySide = sizeof(float) / sizeof(Factor);
 constexpr std::size_t kHalves = 1;
 constexpr std::size_t kTile = 6;  // rows whose sums over half a panel stay in the registers
 

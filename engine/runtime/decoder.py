@@ -431,13 +431,11 @@ def kernel_for(package: EnginePackage) -> str:
     return FASTEST_IN_BF16 if package.manifest.bf16 else FASTEST
 
 
-def read_layers(
-    package: EnginePackage, kernel: str | None = None
-) -> tuple[FusedDecoder, Projection] | None:
-    """Read a package's layers for a kernel, by default that of `kernel_for`, and what makes logits;
-    None where it has none."""
+def read_layers(package: EnginePackage) -> tuple[FusedDecoder, Projection] | None:
+    """Read a package's layers for the fastest kernel that it allows, and what makes logits; None
+    where it has none."""
     stored = stored_layers(package)
-    return None if stored is None else packed(*stored, kernel or kernel_for(package))
+    return None if stored is None else packed(*stored, kernel_for(package))
 
 
 def stored_layers(package: EnginePackage) -> tuple[FusedWeights, Linear] | None:

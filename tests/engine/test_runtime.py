@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 
@@ -16,10 +17,19 @@ from meiqa.engine import runtime
 from meiqa.engine.engine import Engine
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime import Way, open_graphs, open_runtime, usable_threads
-from meiqa.engine.runtime.decoder import GraphDecoder, GraphSession, NativeDecoder, fastest
+from meiqa.engine.runtime.decoder import (
+    GraphDecoder,
+    GraphSession,
+    NativeDecoder,
+    comparisons,
+    fastest,
+    layers_beside,
+)
 from meiqa.errors import DeviceUnavailable, PackageCorrupted, StoreMismatch, UsageError
 from meiqa.kernels.cores import usable_cores
+from meiqa.kernels.decoder import FASTEST_IN_BF16, KERNELS
 from meiqa.locations import embedded_assets
+from tests.engine.samples import relative_difference
 
 
 def test_cuda_where_there_is_none(
@@ -179,6 +189,19 @@ def test_a_large_decoder_is_not_held_in_floats(
     monkeypatch.setattr(runtime, "LARGEST_CACHED_BYTES", 0)
     monkeypatch.setattr(runtime, "FASTEST", "portable")
     assert isinstance(open_runtime(shipped).decoder, GraphDecoder)
+
+
+@pytest.mark.skipif(not KERNELS[FASTEST_IN_BF16].in_bf16, reason="no kernel here has bf16")
+def test_a_decoder_is_multiplied_in_bf16_where_its_package_allows_it(
+    shipped: EnginePackage,
+) -> None:
+    manifests = [replace(shipped.manifest, bf16=allowed) for allowed in (False, True)]
+    packages = [EnginePackage(shipped.path, manifest) for manifest in manifests]
+    made = [np.array(comparisons(open_runtime(each).decoder, each, 4)()) for each in packages]
+    layers = layers_beside(shipped.path / "decoder.onnx.data")
+    exact = comparisons(NativeDecoder(*layers, 1), shipped, 4)()
+    np.testing.assert_array_equal(made[0], exact)
+    assert 0 < relative_difference(made[0], made[1]) < 0.05
 
 
 @pytest.mark.parametrize("threads", [0, -1])

@@ -15,7 +15,15 @@ from meiqa.engine.estimates import softmax
 from meiqa.engine.model import Model
 from meiqa.engine.runtime.decoder import GraphSession
 from meiqa.export import calibration
-from meiqa.export.calibration import Quantisation, SensitivityStudy, fewest, observe
+from meiqa.export.calibration import (
+    CHAIN_SHARE,
+    Group,
+    Quantisation,
+    SensitivityStudy,
+    Shares,
+    fewest,
+    observe,
+)
 from meiqa.export.layers import save_graph
 from tests.export.small_graphs import Floats, model, node, normal, value, weights
 
@@ -74,7 +82,7 @@ def opened(sessions: Mapping[str, GraphSession]) -> Model:
         ("int8", 0.03, [], 1),
         ("int8", 0.03, [5], 2),
         ("int8", 0.03, [3, 17, 20], 5),
-        ("int8", 0.03, [*range(LAYERS)], 10),
+        ("int8", 0.03, [*range(LAYERS)], 9),
         ("int4", 0.06, [], 1),
         ("int4", 0.06, [5], 3),
     ],
@@ -97,7 +105,18 @@ def test_exactly_the_spoilt_layers_stay_in_float(
     assert shown == [0.0]
     wanted = ["fp16" if n in spoilt else precision for n in range(LAYERS)]
     assert list(plan.values()) == wanted
-    assert len(study.table) <= trials
+    assert len(study.table) == trials
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_parts_of_a_group_spend_together_what_the_group_may(chained: bool) -> None:
+    layers = {"a": Shares(0.1, 0.05), "b": Shares(0.1, 0.05), "c": Shares(0.2, 0.1)}
+    whole = Group.of("decoder", "layers", chained, layers)
+    assert whole.budget_share == (CHAIN_SHARE if chained else 0.4)
+    small, large = (whole.only(names).budget_share for names in (["a", "b"], ["c"]))
+    assert small == large
+    together = small if chained else np.hypot(small, large)
+    assert together == pytest.approx(whole.budget_share)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 24, 32, 97])

@@ -227,7 +227,7 @@ def test_bytes_agree_with_the_naive_twin(shape: FusedShape, precision: str, exac
 
 @pytest.mark.skipif(not KERNELS[FASTEST_IN_BF16].in_bf16, reason="no kernel here has bf16")
 @pytest.mark.parametrize("precision", ["fp32", "int8", "mixed", "rows"])
-@pytest.mark.parametrize("shape", [SHAPE, WIDE])
+@pytest.mark.parametrize("shape", [SHAPE, NARROW, WIDE])
 def test_products_in_bf16_agree_with_a_twin_that_rounds_both_factors(
     shape: FusedShape, precision: str
 ) -> None:
@@ -238,7 +238,7 @@ def test_products_in_bf16_agree_with_a_twin_that_rounds_both_factors(
     rounded_twin = rows.twins(twin, in_bf16=True)
     difference, lost = np.abs(found - rounded_twin), np.abs(rows.twins(twin) - rounded_twin)
     # As bytes, a factor may lie so near the middle that it is rounded to the other side.
-    assert np.median(difference) < 1e-3 * np.median(lost)
+    assert np.median(difference) < 1e-3 * lost.mean()
     assert difference.max() < 0.5 * lost.max()
 
 
@@ -248,6 +248,9 @@ def test_floats_are_rounded_to_the_nearest_bf16_and_of_two_to_the_even_one() -> 
     wanted = np.array([1.0, 1.0, 1.0, 1 + 2 * last, -(1 + last)], np.float32)
     found = bf16(given.astype(np.float32))
     np.testing.assert_array_equal(found.astype(np.uint32) << 16, wanted.view(np.uint32))
+    no_numbers = np.array([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32)
+    kept = bf16(no_numbers.view(np.float32)).astype(np.uint32) << 16
+    assert np.isnan(kept.view(np.float32)).all()
 
 
 @pytest.mark.parametrize("zero", [0, 77, 255])

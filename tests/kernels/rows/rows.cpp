@@ -1,6 +1,6 @@
 // Runs the decoder's kernels without Python, for processors that are emulated.
 //
-//     rows                       says which kernels run here: name, together, lowest, halves, factors
+//     rows                       says which kernels run here: name, together, lowest, halves, side_by_side
 //     rows KERNEL [TIMES] <in    hidden states of the rows in `in`, then their products with a head,
 //                                by a kernel whether it says so or not
 //
@@ -111,7 +111,7 @@ int main(int count, char** arguments) {
     for (const Kernel* const kernel : kKernels) {
         if (count < 2 && kernel->runs_here())
             std::printf("%s %zu %d %d %zu\n", kernel->name, kernel->together, kernel->lowest,
-                        kernel->halves, kernel->factors);
+                        kernel->halves, kernel->side_by_side);
         else if (count > 1 && !std::strcmp(kernel->name, arguments[1]))
             return run(*kernel, count > 2 ? std::atoi(arguments[2]) : 1);
     }
