@@ -300,8 +300,8 @@ def _measured(
         asked[precision] = Asked.of(LocalModel(package, vision, decoder), pictures)
         ways[precision] = asked[precision].answers
         if decoder is not graph:
-            exact = [kernel for kernel, packing in KERNELS.items() if not packing.in_bf16]
-            others = {k: on_kernel(graph, package, threads, k) for k in exact if k != FASTEST}
+            in_floats = [name for name, packing in KERNELS.items() if not packing.in_bf16]
+            others = {k: on_kernel(graph, package, threads, k) for k in in_floats if k != FASTEST}
             for name, other in {**others, "graph": graph}.items():
                 by_other = Asked.of(LocalModel(package, vision, other), pictures)
                 ways[f"{name}_{precision}"] = by_other.answers
