@@ -22,7 +22,7 @@ import hashlib
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from meiqa.engine.estimates import expected_grade
 from meiqa.engine.files import IMAGE_SUFFIXES
 from meiqa.engine.model import Model, Prefix
 from meiqa.engine.runtime.decoder import Array, GraphSession
@@ -50,7 +51,7 @@ from meiqa.export.rounding import (
     values_to_observe,
     want_own_rows,
 )
-from meiqa.export.verify import PiecewiseSession, grades_of
+from meiqa.export.verify import PiecewiseSession
 
 SAMPLED_VALUES, SAMPLED_ROWS = 1 << 22, 1024
 """A sample holds so many rows at most, and so many values: rows of wide layers are fewer."""
@@ -73,6 +74,8 @@ Files = Mapping[str, Path]
 Assignment = dict[str, str]
 """Precision by the name of a layer's weight: "int4", "int8", `IN_BLOCKS` or "fp16"."""
 Pictures = Sequence[NDArray[np.uint8]]
+Answers = float | NDArray[np.float64]
+"""Of a picture: its grade, 1-5, or probabilities (K,) that it looks better than others."""
 OpenModel = Callable[[Mapping[str, GraphSession]], Model]
 
 
@@ -291,17 +294,22 @@ def large_heads(layers: Sequence[Layer]) -> list[str]:
     return [head.name for head in heads_among(layers) if math.prod(head.shape) > allowed]
 
 
-def preferences_of(model: Model, prefixes: Sequence[Prefix]) -> NDArray[np.float64]:
-    """Compare each picture with the ones after it: probabilities (N, K) that it looks better."""
+def preferences_of(model: Model, prefixes: Sequence[Prefix]) -> Iterator[Answers]:
+    """Compare each picture with the ones after it: probabilities (K,) that it looks better."""
     tokens = [prefix.tokens for prefix in prefixes]
     around = [*tokens[1:], *tokens * COMPARED]
-    logits = [model.prefer_first([p], around[i:][:COMPARED]) for i, p in enumerate(prefixes)]
-    preferences: NDArray[np.float64] = 1 / (1 + np.exp(-np.stack(logits)))
-    return preferences
+    for at, prefix in enumerate(prefixes):
+        yield 1 / (1 + np.exp(-model.prefer_first([prefix], around[at:][:COMPARED])))
 
 
-def mean_move(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    return float(np.abs(one - other).mean())
+def move_until_refused(made: Iterable[Answers], exact: Sequence[Answers], allowed: float) -> float:
+    """Give the mean change of pictures' answers, added up until it exceeds what is allowed."""
+    moved = 0.0
+    for answers, wanted in zip(made, exact, strict=False):
+        moved += float(np.abs(answers - wanted).mean()) / len(exact)
+        if not moved <= allowed:  # as what is not a number
+            break
+    return moved
 
 
 class Shares(NamedTuple):
@@ -393,8 +401,8 @@ class SensitivityStudy:
         model = open_model(self._float)
         self._tokens = [model.encode(picture) for picture in pictures]
         prefixes = model.prefill(self._tokens)
-        self._grades = grades_of(model, prefixes)
-        self._preferences = preferences_of(model, prefixes)
+        self._grades = [expected_grade(model.grade(prefix)) for prefix in prefixes]
+        self._preferences = [*preferences_of(model, prefixes)]
         self.table: list[dict[str, Any]] = []
 
     def plan(self, show: Callable[[float], None] = lambda share: None) -> dict[str, Assignment]:
@@ -446,14 +454,19 @@ class SensitivityStudy:
         """Measure a group in a precision, note it, and say whether it stays below its share."""
         allowed = BUDGETS[self._quantisation.precision] * group.budget_share
         with self._trial(group.graph, dict.fromkeys(group.layers, precision)) as model:
-            seen = group.graph == "vision"
-            tokens = [model.encode(p) for p in self._pictures] if seen else self._tokens
-            prefixes = model.prefill(tokens)
-            grade, verdict = mean_move(grades_of(model, prefixes), self._grades), None
-            # Comparing takes most of a trial. What is not a number must not pass as small.
+            prefixes: list[Prefix] = []
+
+            def grades() -> Iterator[float]:
+                for picture, tokens in zip(self._pictures, self._tokens, strict=True):
+                    seen = model.encode(picture) if group.graph == "vision" else tokens
+                    prefixes.extend(model.prefill([seen]))
+                    yield expected_grade(model.grade(prefixes[-1]))
+
+            grade, verdict = move_until_refused(grades(), self._grades, allowed), None
+            # Comparing takes most of a trial. Grades span 4 and preferences 1.
             if grade <= allowed:
-                verdict = mean_move(preferences_of(model, prefixes), self._preferences)
-        # Grades span 4 and preferences 1.
+                compared = preferences_of(model, prefixes)
+                verdict = move_until_refused(compared, self._preferences, allowed / 4)
         bears = verdict is not None and 4 * verdict <= allowed
         row = {
             "graph": group.graph,

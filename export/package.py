@@ -312,14 +312,10 @@ class Export:
         made = {name: PiecewiseSession(self.folder / f"{name}.onnx") for name in reference}
         held_out = self.pictures[CHECKED]
         pictures = held_out or self.pictures or synthetic_pictures(self.image)
-
-        def graded(model: LocalModel) -> NDArray[np.float64]:
-            return grades_of(model, model.prefill([model.encode(each) for each in pictures]))
-
-        exact = graded(self.model(reference))
+        exact = grades_of(self.model(reference), pictures)
 
         def moves_of(model: LocalModel) -> NDArray[np.float64]:
-            return np.abs(graded(model) - exact)
+            return np.abs(grades_of(model, pictures) - exact)
 
         moves = moves_of(self.model(made))
         mean = float(moves.mean())

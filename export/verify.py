@@ -15,7 +15,7 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from meiqa.engine.estimates import expected_grade
 from meiqa.engine.manifest import DecoderShape, ImageProcessing
-from meiqa.engine.model import Model, Prefix
+from meiqa.engine.model import Model
 from meiqa.engine.runtime.decoder import Array, GraphSession
 from meiqa.engine.runtime.onnx import UNWANTED_OPTIMIZERS
 from meiqa.errors import PackageCorrupted
@@ -263,6 +263,7 @@ def root_mean_square(values: NDArray[Any]) -> NDArray[np.float64]:
     return np.sqrt(squares)
 
 
-def grades_of(model: Model, prefixes: Sequence[Prefix]) -> NDArray[np.float64]:
+def grades_of(model: Model, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float64]:
     """Grade pictures (N,) on 1-5."""
+    prefixes = model.prefill([model.encode(picture) for picture in pictures])
     return np.array([expected_grade(model.grade(prefix)) for prefix in prefixes])

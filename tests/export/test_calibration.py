@@ -30,7 +30,7 @@ from meiqa.export.calibration import (
     Quantisation,
     SensitivityStudy,
     groups_of,
-    mean_move,
+    move_until_refused,
     observe,
     observing,
     preferences_of,
@@ -450,9 +450,17 @@ def test_only_layers_that_are_not_borne_go_up_the_ladder(
 
 
 def test_moves_are_mean_changes() -> None:
-    one, other = np.array([[0.5], [0.5]]), np.array([[0.5], [0.9]])
-    assert mean_move(one, other) == mean_move(other, one) == pytest.approx(0.2)
-    assert mean_move(one, one) == 0
+    one, other = [np.array([0.5]), np.array([0.5])], [np.array([0.5]), np.array([0.9])]
+    assert move_until_refused(one, other, 1.0) == pytest.approx(0.2)
+    assert move_until_refused(other, one, 1.0) == pytest.approx(0.2)
+    assert move_until_refused(one, one, 1.0) == 0
+    assert np.isnan(move_until_refused([float("nan"), 1.0], [1.0, 1.0], 1.0))
+
+
+def test_what_is_refused_already_is_asked_no_more() -> None:
+    made = iter([1.0, 3.0, 9.0, 9.0])
+    assert move_until_refused(made, [1.0] * 4, 0.4) == 0.5
+    assert [*made] == [9.0, 9.0]
 
 
 def test_each_picture_is_compared_with_those_after_it() -> None:
@@ -461,6 +469,6 @@ def test_each_picture_is_compared_with_those_after_it() -> None:
             return np.array([float(firsts[0].tokens - second) for second in seconds])
 
     prefixes: Any = [SimpleNamespace(tokens=n) for n in range(6)]
-    made = preferences_of(cast(Model, Comparing()), prefixes)
+    made = [*preferences_of(cast(Model, Comparing()), prefixes)]
     wanted = [[n - (n + after) % 6 for after in range(1, COMPARED + 1)] for n in range(6)]
     np.testing.assert_allclose(made, 1 / (1 + np.exp(-np.array(wanted))))

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from meiqa.engine.calibration import NEUTRAL_GRADED
-from meiqa.engine.model import Model, Prefix
+from meiqa.engine.model import Model
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import MEIQA
 from meiqa.engine.runtime.decoder import kernel_for
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export import package as packaging
-from meiqa.export.calibration import pictures_in
+from meiqa.export.calibration import Pictures, pictures_in
 from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.layers import temporary_folder
 from meiqa.export.package import Export, ExportOptions, export_package
@@ -327,8 +327,8 @@ def test_bf16_that_moves_grades_too_much_is_not_allowed(
 ) -> None:
     calls = iter(range(3))
 
-    def moved(model: Model, prefixes: Sequence[Prefix]) -> NDArray[np.float64]:
-        return grades_of(model, prefixes) + (5.0 if next(calls) == 2 else 0.0)
+    def moved(model: Model, pictures: Pictures) -> NDArray[np.float64]:
+        return grades_of(model, pictures) + (5.0 if next(calls) == 2 else 0.0)
 
     monkeypatch.setattr(packaging, "grades_of", moved)
     checkpoint, exact = wide
