@@ -31,8 +31,9 @@ from meiqa.engine.runtime.decoder import (
     NativeDecoder,
     Past,
     Row,
+    packed,
     parts_of,
-    read_layers,
+    stored_layers,
 )
 from meiqa.errors import MeiqaError
 
@@ -254,13 +255,13 @@ class OnDecoder:
         self._work, self._table, self._decoder = work, package.embedding, decoder
 
     @classmethod
-    def natively(cls, folder: Path, work: Work) -> OnDecoder:
-        """Run the layers in the native kernel."""
+    def natively(cls, folder: Path, kernel: str, work: Work) -> OnDecoder:
+        """Run the layers in a native kernel."""
         package = EnginePackage.open(folder)
-        layers = read_layers(package)
-        if layers is None:
+        stored = stored_layers(package)
+        if stored is None:
             raise MeiqaError("the package has no layers for the kernel", seen=folder.name)
-        return cls(package, NativeDecoder(*layers, work.threads), work)
+        return cls(package, NativeDecoder(*packed(*stored, kernel), work.threads), work)
 
     @classmethod
     def by_graph(cls, folder: Path, work: Work) -> OnDecoder:

@@ -7,7 +7,8 @@ Every engine reads a prefix of 300 tokens and 64 continuations of 80 tokens, for
 each, and writes 80 tokens one by one behind the prefix. The text is this documentation's. Engines
 are transformers, from scratch and with its cache of the prefix; llama.cpp with the weights of FILE,
 in Q4_K_M, and with these in Q8_0; OpenVINO with the graph of a package in fp32; and each PACKAGE,
-by its graph in ONNX Runtime, and by the native kernel where it has the layers for it.
+by its graph in ONNX Runtime, and by the native kernel where it has the layers for it: without and
+with bf16, where it allows that.
 
 CHECKPOINT, FILE and packages should hold the same weights, as `benchmarks.real_checkpoint` makes
 them of FILE. How far each one's last tokens are from transformers' stands beside its time, as the
@@ -52,6 +53,7 @@ from benchmarks.processes import peak_kb
 from meiqa.engine.package import EnginePackage
 from meiqa.errors import UsageError, one_line
 from meiqa.evaluation.measuring import Column, run_on, table_text
+from meiqa.kernels.decoder import FASTEST, FASTEST_IN_BF16
 
 __all__ = ["bars", "main", "markdown_text", "peers_of", "peers_text", "run", "text_work"]
 
@@ -108,14 +110,18 @@ def peers_of(checkpoint: Path, gguf: Path | None, packages: Sequence[Path]) -> I
         yield Peer("llama.cpp, Q4_K_M", 4, llama, partial(LlamaCpp, gguf))
         yield Peer("llama.cpp, Q8_0", 8, llama, partial(LlamaCpp.in_q8_0, gguf))
     for folder in packages:
-        precision = EnginePackage.open(folder).manifest.precision
+        manifest = EnginePackage.open(folder).manifest
+        precision = manifest.precision
         bits = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}[precision]
         if precision == "fp32":
             for computed, width in (("f32", 32), ("bf16", 16)):
                 opened = partial(OnDecoder.by_openvino, folder, computed)
                 yield Peer(f"OpenVINO, {computed}", width, ("openvino",), opened)
         yield Peer(f"{OURS} {precision}, graph", bits, (), partial(OnDecoder.by_graph, folder))
-        yield Peer(f"{OURS} {precision}, native", bits, (), partial(OnDecoder.natively, folder))
+        kernels = {"native": FASTEST} | ({"native, bf16": FASTEST_IN_BF16} if manifest.bf16 else {})
+        for way, kernel in kernels.items():
+            opened = partial(OnDecoder.natively, folder, kernel)
+            yield Peer(f"{OURS} {precision}, {way}", bits, (), opened)
 
 
 def text_work(checkpoint: Path, prefix: int, continuations: int, steps: int, threads: int) -> Work:
