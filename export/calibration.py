@@ -66,8 +66,8 @@ BUDGETS = {"int8": 0.1, "int4": 0.2}
 CHAIN_SHARE = 0.1
 """Of the budget, for all convolutions together; errors of single groups partly cancel, those of a
 chain add up."""
-COMPARED = 4
-"""Pictures that each picture is compared with."""
+COMPARED = 2
+"""Pictures that each picture is compared with: comparing takes most of a trial that is borne."""
 
 Floats = NDArray[np.float32]
 Files = Mapping[str, Path]
