@@ -79,7 +79,7 @@ OBSERVED_TOKENS = 96
 """Longest description while activations are observed; what follows looks alike."""
 SYNTHETIC_PICTURES, SYNTHETIC_SIDE = 4, 256
 PEAK_BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 9, "int4": 9}
-"""Bytes of a weight on the disk when an export takes most: float graphs beside a trial of them."""
+"""Bytes of a weight on the disk when an export takes most: float graphs beside what they become."""
 HELD_AT_ONCE = 3
 """Graphs, or as much of them as is held at a time, that are in memory when an export takes most."""
 RUNTIME_BYTES = 1 << 30
