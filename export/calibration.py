@@ -12,6 +12,9 @@ bytes of all weights or in all multiplications, whichever is more. Where a group
 by more than that, its worst layers stay behind: as few of them as let the rest together be borne,
 found by doubling and halving. The worst are those of whose output rounding by itself loses most.
 
+Then all groups are quantised together. Where that moves grades by more than a finished package may,
+layers that move them most for what they save are left in float, until it does not.
+
 Convolutions feed one another, and a float one amid quantised ones costs two conversions of its wide
 result. So the first of them are those that stay behind.
 """
@@ -66,8 +69,9 @@ BUDGETS = {"int8": 0.1, "int4": 0.2}
 CHAIN_SHARE = 0.1
 """Of the budget, for all convolutions together; errors of single groups partly cancel, those of a
 chain add up."""
-COMPARED = 2
-"""Pictures that each picture is compared with: comparing takes most of a trial that is borne."""
+AIM = 0.75
+"""Part of what a finished package may move grades that the pictures studied may show of it, since
+others move differently."""
 
 Floats = NDArray[np.float32]
 Files = Mapping[str, Path]
@@ -75,7 +79,7 @@ Assignment = dict[str, str]
 """Precision by the name of a layer's weight: "int4", "int8", `IN_BLOCKS` or "fp16"."""
 Pictures = Sequence[NDArray[np.uint8]]
 Answers = float | NDArray[np.float64]
-"""Of a picture: its grade, 1-5, or probabilities (K,) that it looks better than others."""
+"""Of a picture: its grade, 1-5, or the probability (1,) that it looks better than another."""
 OpenModel = Callable[[Mapping[str, GraphSession]], Model]
 
 
@@ -263,15 +267,15 @@ class Quantisation:
         store_as_half(model, stored_as("fp16"))
         return model
 
-    def most_lost_first(self, name: str, layers: Collection[str], precision: str) -> list[str]:
-        """Order linear layers by the share of their output that a precision loses by itself."""
+    def lost(self, name: str, layers: Collection[str], precision: str) -> dict[str, float]:
+        """Give the share of linear layers' outputs that a precision loses by itself."""
         lost = {}
         for layer in layers_of(self._smoothed(name, layers)):
             if layer.name in layers:
                 value = str(layer.input.name)
                 seen, by_rows = self._observed[name][value], value in self._by_rows[name]
                 lost[layer.name] = output_share_lost(layer, precision, seen, by_rows)
-        return sorted(lost, key=lost.__getitem__, reverse=True)
+        return lost
 
     def _smoothed(self, name: str, layers: Collection[str]) -> ir.Model:
         """Load a graph and fold the scales of what some of its layers read."""
@@ -295,11 +299,9 @@ def large_heads(layers: Sequence[Layer]) -> list[str]:
 
 
 def preferences_of(model: Model, prefixes: Sequence[Prefix]) -> Iterator[Answers]:
-    """Compare each picture with the ones after it: probabilities (K,) that it looks better."""
-    tokens = [prefix.tokens for prefix in prefixes]
-    around = [*tokens[1:], *tokens * COMPARED]
-    for at, prefix in enumerate(prefixes):
-        yield 1 / (1 + np.exp(-model.prefer_first([prefix], around[at:][:COMPARED])))
+    """Compare each picture with the one after it: probabilities (1,) that it looks better."""
+    for prefix, other in zip(prefixes, [*prefixes[1:], *prefixes[:1]], strict=True):
+        yield 1 / (1 + np.exp(-model.prefer_first([prefix], [other.tokens])))
 
 
 def move_until_refused(made: Iterable[Answers], exact: Sequence[Answers], allowed: float) -> float:
@@ -359,6 +361,19 @@ class Group(NamedTuple):
         return part._replace(budget_share=self.budget_share * math.sqrt(size))
 
 
+class Part(NamedTuple):
+    """A layer's part of what its group moves grades by, as a square.
+
+    Attributes:
+        square_for_saving: that square for each share of the model that rounding it saves.
+    """
+
+    graph: str
+    name: str
+    square: float
+    square_for_saving: float
+
+
 def groups_of(quantisation: Quantisation) -> list[Group]:
     """Group the convolutions of each graph, and linear layers by what they are in their block."""
     layers = [(name, layer) for name in quantisation.files for layer in quantisation.layers(name)]
@@ -390,13 +405,21 @@ class SensitivityStudy:
     Args:
         open_model: opens a model on sessions of the graphs.
         pictures: fitted to the grid, others than those calibrated on.
+        largest_move: mean change of a grade by which a finished package may differ.
+        show: told before each trial which share is done of those that are needed at most.
     """
 
     def __init__(
-        self, quantisation: Quantisation, open_model: OpenModel, pictures: Pictures
+        self,
+        quantisation: Quantisation,
+        open_model: OpenModel,
+        pictures: Pictures,
+        largest_move: float,
+        show: Callable[[float], None] = lambda share: None,
     ) -> None:
         self._quantisation, self._open_model = quantisation, open_model
-        self._pictures = pictures
+        self._pictures, self._show = pictures, show
+        self._allowed_together = AIM * largest_move
         self._float = {n: PiecewiseSession(file) for n, file in quantisation.files.items()}
         model = open_model(self._float)
         self._tokens = [model.encode(picture) for picture in pictures]
@@ -404,12 +427,14 @@ class SensitivityStudy:
         self._grades = [expected_grade(model.grade(prefix)) for prefix in prefixes]
         self._preferences = [*preferences_of(model, prefixes)]
         self.table: list[dict[str, Any]] = []
+        self.together: list[dict[str, Any]] = []
+        self._borne: list[tuple[Group, str, float]] = []  # in a precision, and the grades' move
+        self._most = self._spared = 0  # trials that are needed at most; those that were needless
 
-    def plan(self, show: Callable[[float], None] = lambda share: None) -> dict[str, Assignment]:
-        """Choose the precision of every layer; `table` then holds all measurements.
+    def plan(self) -> dict[str, Assignment]:
+        """Choose the precision of every layer.
 
-        Args:
-            show: told before each group which share is done of the trials that all need at most.
+        `table` then holds what was measured of groups, and `together` what of whole plans.
         """
         plan: dict[str, Assignment] = {name: {} for name in self._quantisation.files}
         groups = groups_of(self._quantisation)
@@ -418,9 +443,12 @@ class SensitivityStudy:
             len(ladder) * max(1, 2 * (len(group.layers) - 1).bit_length())
             for group, ladder in zip(groups, ladders, strict=True)
         ]
+        self._most = sum(trials) + 1
         for at, (group, ladder) in enumerate(zip(groups, ladders, strict=True)):
-            show(sum(trials[:at]) / sum(trials))
+            self._spared = sum(trials[:at]) - len(self.table)
             plan[group.graph] |= self._assigned(group, ladder)
+        self._spared = sum(trials) - len(self.table)
+        self._hold_together(plan)
         return plan
 
     def _ladder(self, group: Group) -> list[str]:
@@ -448,48 +476,108 @@ class SensitivityStudy:
         names = list(group.layers)
         if group.chained or len(names) == 1:
             return names
-        return self._quantisation.most_lost_first(group.graph, names, precision)
+        lost = self._quantisation.lost(group.graph, names, precision)
+        return sorted(names, key=lost.__getitem__, reverse=True)
 
     def _bears(self, group: Group, precision: str) -> bool:
         """Measure a group in a precision, note it, and say whether it stays below its share."""
         allowed = BUDGETS[self._quantisation.precision] * group.budget_share
-        with self._trial(group.graph, dict.fromkeys(group.layers, precision)) as model:
+        plan = {group.graph: dict.fromkeys(group.layers, precision)}
+        with self._trial(plan) as model:
             prefixes: list[Prefix] = []
-
-            def grades() -> Iterator[float]:
-                for picture, tokens in zip(self._pictures, self._tokens, strict=True):
-                    seen = model.encode(picture) if group.graph == "vision" else tokens
-                    prefixes.extend(model.prefill([seen]))
-                    yield expected_grade(model.grade(prefixes[-1]))
-
-            grade, verdict = move_until_refused(grades(), self._grades, allowed), None
-            # Comparing takes most of a trial. Grades span 4 and preferences 1.
+            grades = self._grades_by(model, plan, prefixes)
+            grade, verdict = move_until_refused(grades, self._grades, allowed), None
+            # Comparing takes most of a trial that is borne. Grades span 4 and preferences 1.
             if grade <= allowed:
                 compared = preferences_of(model, prefixes)
                 verdict = move_until_refused(compared, self._preferences, allowed / 4)
         bears = verdict is not None and 4 * verdict <= allowed
-        row = {
-            "graph": group.graph,
-            "group": group.name if len(group.layers) > 1 else next(iter(group.layers)),
-            "layers": len(group.layers),
-            "precision": precision,
-            **group.shares._asdict(),
-            "grade_move": grade,
-            "verdict_move": verdict,
-            "allowed_move": allowed,
-            "borne": bears,
-        }
-        self.table.append(row)
+        if bears:
+            self._borne.append((group, precision, grade))
+        self.table.append(
+            {
+                "graph": group.graph,
+                "group": group.name if len(group.layers) > 1 else next(iter(group.layers)),
+                "layers": len(group.layers),
+                "precision": precision,
+                **group.shares._asdict(),
+                "grade_move": grade,
+                "verdict_move": verdict,
+                "allowed_move": allowed,
+                "borne": bears,
+            }
+        )
         return bears
 
+    def _hold_together(self, plan: dict[str, Assignment]) -> None:
+        """Leave layers in float until all that are not move grades no more than allowed.
+
+        They are taken to move them by the root of the sum of their squares, times what was last
+        measured is more than that.
+        """
+        allowed, parts = self._allowed_together, self._most_moving_first()
+        while parts and (moved := self._move_together(plan)) > allowed:
+            goal = sum(part.square for part in parts) * (allowed / moved) ** 2
+            while parts and sum(part.square for part in parts) >= goal:
+                part = parts.pop(0)
+                plan[part.graph][part.name] = LEFT_IN_FLOAT
+
+    def _move_together(self, plan: Mapping[str, Assignment]) -> float:
+        """Measure what a whole plan moves grades by, and note it."""
+        with self._trial(plan) as model:
+            grades = self._grades_by(model, plan, [])
+            moved = move_until_refused(grades, self._grades, math.inf)
+        kept = [precision for assignment in plan.values() for precision in assignment.values()]
+        self.together.append(
+            {
+                "layers": sum(precision != LEFT_IN_FLOAT for precision in kept),
+                "grade_move": moved,
+                "allowed_move": self._allowed_together,
+            }
+        )
+        return moved
+
+    def _most_moving_first(self) -> list[Part]:
+        """Order the layers that were borne by the square of their move for what they save.
+
+        That of a group is divided by what rounding loses of its layers' outputs, that of a chain
+        evenly, so that its first layers come first.
+        """
+        by_size = sorted(self._borne, key=lambda borne: len(borne[0].layers))
+        largest = {(group.graph, group.name, kept): (group, move) for group, kept, move in by_size}
+        parts = []
+        for (graph, _, precision), (group, move) in largest.items():
+            savings = {name: max(shares) for name, shares in group.layers.items()}
+            alone = group.chained or len(savings) == 1
+            losses = savings if alone else self._quantisation.lost(graph, savings, precision)
+            of_loss = move**2 / (sum(losses.values()) or 1)
+            for name, saving in savings.items():
+                square = of_loss * losses[name]
+                parts.append(Part(graph, name, square, of_loss * (losses[name] / saving)))
+        return sorted(parts, key=lambda part: part.square_for_saving, reverse=True)
+
+    def _grades_by(
+        self, model: Model, plan: Mapping[str, Assignment], prefixes: list[Prefix]
+    ) -> Iterator[float]:
+        """Grade the pictures by a model with a plan; their prefixes are added to those given."""
+        self._show(min(1.0, (self._spared + len(self.table) + len(self.together)) / self._most))
+        for picture, tokens in zip(self._pictures, self._tokens, strict=True):
+            seen = model.encode(picture) if "vision" in plan else tokens
+            prefixes.extend(model.prefill([seen]))
+            yield expected_grade(model.grade(prefixes[-1]))
+
     @contextmanager
-    def _trial(self, graph: str, assignment: Assignment) -> Iterator[Model]:
-        """Open the model with one of its graphs quantised, which is written for so long."""
-        # Beside the float graph, most of whose weights it reads.
-        file = self._quantisation.files[graph].with_name(f".{graph}.trial.onnx")
+    def _trial(self, plan: Mapping[str, Assignment]) -> Iterator[Model]:
+        """Open the model with graphs quantised, which are written for so long."""
+        # Beside the float graphs, most of whose weights they read.
+        beside = self._quantisation.files
+        files = {name: beside[name].with_name(f".{name}.trial.onnx") for name in plan}
         try:
-            save_changes(self._quantisation.graph(graph, assignment), file)
-            yield self._open_model({**self._float, graph: PiecewiseSession(file)})
+            for name, file in files.items():
+                save_changes(self._quantisation.graph(name, plan[name]), file)
+            trials = {name: PiecewiseSession(file) for name, file in files.items()}
+            yield self._open_model({**self._float, **trials})
         finally:
-            for written in (file, file.with_name(f"{file.name}.data")):
-                written.unlink(missing_ok=True)
+            for file in files.values():
+                for written in (file, file.with_name(f"{file.name}.data")):
+                    written.unlink(missing_ok=True)

@@ -78,7 +78,7 @@ A_DESCRIPTION = (
 OBSERVED_TOKENS = 96
 """Longest description while activations are observed; what follows looks alike."""
 SYNTHETIC_PICTURES, SYNTHETIC_SIDE = 4, 256
-PEAK_BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 9, "int4": 9}
+PEAK_BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 6, "int4": 6}
 """Bytes of a weight on the disk when an export takes most: float graphs beside what they become."""
 HELD_AT_ONCE = 3
 """Graphs, or as much of them as is held at a time, that are in memory when an export takes most."""
@@ -201,6 +201,8 @@ class Export:
         self.source = {"name": source.resolve().name, "sha256": digest_of(source)}
         self.report: dict[str, Any] = {}
         self.bf16 = False
+        wanted = options.largest_move
+        self.largest_move = LARGEST_MOVES[options.precision] if wanted is None else wanted
         self.pictures = [fit_to_grid(load_pixels(p), self.image) for p in options.pictures]
 
     def write(self) -> None:
@@ -285,9 +287,11 @@ class Export:
         plan, studied = quantisation.default(), self.pictures[STUDIED]
         if studied and self.options.sensitivity:
             self.options.say("measuring how many bits each group of layers needs")
-            study = SensitivityStudy(quantisation, self.model, studied)
-            plan = study.plan(partial(self.options.show, "measuring groups of layers"))
+            show = partial(self.options.show, "measuring groups of layers")
+            study = SensitivityStudy(quantisation, self.model, studied, self.largest_move, show)
+            plan = study.plan()
             self.report["sensitivity"] = study.table
+            self.report["together"] = study.together
         self.options.say(f"rounding weights to {self.options.precision}")
         made = self.folder / "quantised"  # beside the graphs whose weights it reads
         made.mkdir()
@@ -326,8 +330,7 @@ class Export:
             "mean_move": mean,
             "largest_move": float(moves.max()),
         }
-        wanted = self.options.largest_move
-        allowed = LARGEST_MOVES[self.options.precision] if wanted is None else wanted
+        allowed = self.largest_move
         if not mean <= allowed:
             raise PackageCorrupted(
                 f"{self.options.precision} moves the grades too much",

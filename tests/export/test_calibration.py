@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,6 @@ from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import GraphDecoder, GraphSession
 from meiqa.export import calibration
 from meiqa.export.calibration import (
-    COMPARED,
     IN_BLOCKS,
     SAMPLED_ROWS,
     WRITING_EVERY,
@@ -351,7 +351,7 @@ def study(package: EnginePackage, quantisation: Quantisation) -> SensitivityStud
     def open_model(sessions: Mapping[str, GraphSession]) -> LocalModel:
         return opened(package, sessions)
 
-    return SensitivityStudy(quantisation, open_model, PICTURES)
+    return SensitivityStudy(quantisation, open_model, PICTURES, largest_move=math.inf)
 
 
 def test_layers_are_grouped_by_kind_and_shares_add_up(
@@ -438,12 +438,12 @@ def test_only_layers_that_are_not_borne_go_up_the_ladder(
     def bears(_: SensitivityStudy, group: Group, precision: str) -> bool:
         return weak not in group.layers or precision == "int8"
 
-    def weakest_first(_: Quantisation, __: str, names: list[str], ___: str) -> list[str]:
-        return sorted(names, key=lambda name: name != weak)
+    def lost(_: Quantisation, __: str, names: list[str], ___: str) -> dict[str, float]:
+        return {name: float(name == weak) for name in names}
 
     monkeypatch.setattr(calibration, "LARGEST_HEAD", 1.0)
     monkeypatch.setattr(SensitivityStudy, "_bears", bears)
-    monkeypatch.setattr(Quantisation, "most_lost_first", weakest_first)
+    monkeypatch.setattr(Quantisation, "lost", lost)
     plan = study(package, quantisations["int4"]).plan()
     assert [name for name, p in plan["decoder"].items() if p != "int4"] == [weak]
     assert plan["decoder"][weak] == "int8"
@@ -463,12 +463,12 @@ def test_what_is_refused_already_is_asked_no_more() -> None:
     assert [*made] == [9.0, 9.0]
 
 
-def test_each_picture_is_compared_with_those_after_it() -> None:
+def test_each_picture_is_compared_with_the_next() -> None:
     class Comparing:
         def prefer_first(self, firsts: list[Any], seconds: list[Any]) -> Any:
             return np.array([float(firsts[0].tokens - second) for second in seconds])
 
     prefixes: Any = [SimpleNamespace(tokens=n) for n in range(6)]
     made = [*preferences_of(cast(Model, Comparing()), prefixes)]
-    wanted = [[n - (n + after) % 6 for after in range(1, COMPARED + 1)] for n in range(6)]
+    wanted = [[n - (n + 1) % 6] for n in range(6)]
     np.testing.assert_allclose(made, 1 / (1 + np.exp(-np.array(wanted))))

@@ -16,6 +16,7 @@ from meiqa.engine.model import Model
 from meiqa.engine.runtime.decoder import GraphSession
 from meiqa.export import calibration
 from meiqa.export.calibration import (
+    AIM,
     CHAIN_SHARE,
     Group,
     Quantisation,
@@ -33,12 +34,12 @@ PICTURES: list[Any] = list(normal(1, 6, WIDTH))
 CALIBRATED_ON: list[Any] = list(normal(2, 256, WIDTH))
 
 
-def deep(spoilt: Sequence[int]) -> ir.Model:
-    """x (1, C) → layers that each add a little; those spoilt have a weight of 1e4 that reads 0."""
+def deep(spoilt: Sequence[int], outlier: float = 1e4) -> ir.Model:
+    """x (1, C) → layers that each add a little; those spoilt have an outlier that reads 0."""
     matrices = {f"layers.{n}.weight": 0.02 * normal(n, WIDTH, WIDTH) for n in range(LAYERS)}
     for n, matrix in enumerate(matrices.values()):
         matrix[:, 0] = 0.0
-        matrix[0] = 1e4 if n in spoilt else 0.0
+        matrix[0] = outlier if n in spoilt else 0.0
         matrix[0, 0] = 0.0
     x, stored, nodes = value("x", (1, WIDTH)), weights(**matrices), list[ir.Node]()
     state = x
@@ -99,13 +100,49 @@ def test_exactly_the_spoilt_layers_stay_in_float(
     save_graph(deep(spoilt), files["decoder"])
     observed = observe(files, lambda running: exercise(opened(running)))
     monkeypatch.setitem(calibration.BUDGETS, precision, budget)
-    study = SensitivityStudy(Quantisation(files, precision, observed), opened, PICTURES)
     shown: list[float] = []
-    plan = study.plan(shown.append)["decoder"]
-    assert shown == [0.0]
+    quantisation = Quantisation(files, precision, observed)
+    study = SensitivityStudy(quantisation, opened, PICTURES, 1e9, shown.append)
+    plan = study.plan()["decoder"]
+    assert len(shown) == trials + len(study.together) and sorted({*shown}) == shown
+    assert shown[0] == 0 and shown[-1] < 1
     wanted = ["fp16" if n in spoilt else precision for n in range(LAYERS)]
     assert list(plan.values()) == wanted
     assert len(study.table) == trials
+
+
+@pytest.mark.parametrize("share", [2.0, 0.9, 0.3, 0.0])
+def test_layers_that_lose_most_are_left_until_all_together_are_borne(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    lossy = [2, 3, 11, 19]
+    files = {"decoder": tmp_path / "decoder.onnx"}
+    save_graph(deep(lossy, 4.0), files["decoder"])
+    observed = observe(files, lambda running: exercise(opened(running)))
+    monkeypatch.setitem(calibration.BUDGETS, "int8", 1e9)
+
+    def planned(largest_move: float) -> tuple[SensitivityStudy, list[int]]:
+        quantisation = Quantisation(files, "int8", observed)
+        study = SensitivityStudy(quantisation, opened, PICTURES, largest_move)
+        kept = study.plan()["decoder"].values()
+        return study, [n for n, precision in enumerate(kept) if precision == "fp16"]
+
+    whole, left = planned(1e9)
+    (row,) = whole.together
+    assert not left and row["layers"] == LAYERS
+    assert row["grade_move"] == pytest.approx(whole.table[0]["grade_move"])
+    study, left = planned(share * row["grade_move"] / AIM)
+    moves = [each["grade_move"] for each in study.together]
+    counts = [each["layers"] for each in study.together]
+    assert moves[0] == row["grade_move"] and counts == sorted({*counts}, reverse=True)
+    allowed = study.together[0]["allowed_move"]
+    assert all(move > allowed for move in moves[:-1])
+    if share:
+        assert moves[-1] <= allowed
+        assert {*left} <= {*lossy} or {*lossy} <= {*left}
+        assert len(left) == LAYERS - counts[-1] < LAYERS
+    else:
+        assert len(left) == LAYERS
 
 
 @pytest.mark.parametrize("chained", [False, True])
