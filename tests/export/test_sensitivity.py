@@ -104,8 +104,10 @@ def test_exactly_the_spoilt_layers_stay_in_float(
     quantisation = Quantisation(files, precision, observed)
     study = SensitivityStudy(quantisation, opened, PICTURES, 1e9, shown.append)
     plan = study.plan()["decoder"]
-    assert len(shown) == trials + len(study.together) and sorted({*shown}) == shown
-    assert shown[0] == 0 and shown[-1] < 1
+    assert len(shown) == trials + len(study.together)
+    assert sorted({*shown}) == shown
+    assert shown[0] == 0
+    assert shown[-1] < 1
     wanted = ["fp16" if n in spoilt else precision for n in range(LAYERS)]
     assert list(plan.values()) == wanted
     assert len(study.table) == trials
@@ -129,12 +131,14 @@ def test_layers_that_lose_most_are_left_until_all_together_are_borne(
 
     whole, left = planned(1e9)
     (row,) = whole.together
-    assert not left and row["layers"] == LAYERS
+    assert left == []
+    assert row["layers"] == LAYERS
     assert row["grade_move"] == pytest.approx(whole.table[0]["grade_move"])
     study, left = planned(share * row["grade_move"] / AIM)
     moves = [each["grade_move"] for each in study.together]
     counts = [each["layers"] for each in study.together]
-    assert moves[0] == row["grade_move"] and counts == sorted({*counts}, reverse=True)
+    assert moves[0] == row["grade_move"]
+    assert counts == sorted({*counts}, reverse=True)
     allowed = study.together[0]["allowed_move"]
     assert all(move > allowed for move in moves[:-1])
     if share:
