@@ -5,18 +5,15 @@
     plan = quantisation.default()  # or measured: SensitivityStudy(quantisation, …).plan()
     save_graph(quantisation.graph("decoder", plan["decoder"]), path)
 
-The study quantises one group of layers at a time and leaves everything else in float; what that
-moves, in grades and in preferences on pictures that were not calibrated on, decides. A group may
-spend as much of a budget for the whole model as it has a share in what quantising saves: in the
-bytes of all weights or in all multiplications, whichever is more. Where a group moves the answers
-by more than that, its worst layers stay behind: as few of them as let the rest together be borne,
-found by doubling and halving. The worst are those of whose output rounding by itself loses most.
-
-Then all groups are quantised together. Where that moves grades by more than a finished package may,
-layers that move them most for what they save are left in float, until it does not.
+The study looks for the smallest package that moves grades and preferences no more than is
+accepted, on pictures that were not calibrated on. It begins with every layer in the fewest bits.
+Where that is too much, each group of layers is quantised by itself and measured, and what that
+moves is divided among its layers by what rounding loses of their outputs. Those that move answers
+most for what they save then go to more bits, float at last, until the whole, measured anew, is
+borne.
 
 Convolutions feed one another, and a float one amid quantised ones costs two conversions of its wide
-result. So the first of them are those that stay behind.
+result. So the first of them are those that go first.
 """
 
 from __future__ import annotations
@@ -24,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -64,14 +60,19 @@ LEFT_IN_FLOAT = "fp16"
 IN_BLOCKS = "int8 in blocks"
 LARGEST_HEAD = 0.2
 """Share of the decoder's weights up to which what makes logits stays in float."""
-BUDGETS = {"int8": 0.1, "int4": 0.2}
-"""Move, in grades, of which each group may spend its share."""
-CHAIN_SHARE = 0.1
-"""Of the budget, for all convolutions together; errors of single groups partly cancel, those of a
-chain add up."""
 AIM = 0.75
-"""Part of what a finished package may move grades that the pictures studied may show of it, since
-others move differently."""
+"""Part of what a finished package may move answers that the pictures studied may show, since others
+move differently."""
+SURE = 0.8
+FURTHEST = 0.25
+"""Squares are brought below what is allowed by the one, as a measurement takes minutes with a large
+model; moves to no less than the other at a time, as what little is left is known less well."""
+A_PREFERENCE = 1.5
+"""Change of a grade, 1-5, for each that is as bad of a preference, 0-1."""
+WHOLE_SCALE = 4.0
+"""Change of an answer that is not a number."""
+WHOLES = 4
+"""Measurements of whole plans that are reckoned with in telling how much is done."""
 
 Floats = NDArray[np.float32]
 Files = Mapping[str, Path]
@@ -304,14 +305,10 @@ def preferences_of(model: Model, prefixes: Sequence[Prefix]) -> Iterator[Answers
         yield 1 / (1 + np.exp(-model.prefer_first([prefix], [other.tokens])))
 
 
-def move_until_refused(made: Iterable[Answers], exact: Sequence[Answers], allowed: float) -> float:
-    """Give the mean change of pictures' answers, added up until it exceeds what is allowed."""
-    moved = 0.0
-    for answers, wanted in zip(made, exact, strict=False):
-        moved += float(np.abs(answers - wanted).mean()) / len(exact)
-        if not moved <= allowed:  # as what is not a number
-            break
-    return moved
+def mean_move(made: Iterable[Answers], exact: Iterable[Answers]) -> float:
+    """Give the mean change of pictures' answers."""
+    changes = np.abs(np.subtract(list(made), list(exact)))
+    return float(np.nan_to_num(changes, nan=WHOLE_SCALE).mean())
 
 
 class Shares(NamedTuple):
@@ -325,53 +322,43 @@ class Group(NamedTuple):
     """Layers of a graph that are measured together, with the shares of each by its name.
 
     Attributes:
-        budget_share: the part of the budget for the whole model that they may spend.
         chained: they are convolutions that feed one another.
     """
 
     graph: str
     name: str
-    layers: Mapping[str, Shares]
-    budget_share: float
     chained: bool
-
-    @classmethod
-    def of(cls, graph: str, name: str, chained: bool, layers: Mapping[str, Shares]) -> Group:
-        """Let a group spend as much of the budget as it has a share in what quantising saves, and a
-        chain `CHAIN_SHARE`."""
-        group = cls(graph, name, layers, CHAIN_SHARE, chained)
-        return group if chained else group._replace(budget_share=max(group.shares))
+    layers: Mapping[str, Shares]
 
     @property
     def shares(self) -> Shares:
         return Shares(*np.sum(list(self.layers.values()), axis=0).tolist())
 
-    def only(self, names: Collection[str]) -> Group:
-        """Give some of the layers, with what they may spend.
 
-        Errors of layers side by side add up in squares. So parts share the square of what the group
-        may spend by their sizes: in whatever precisions they end, together they spend no more than
-        it, and leaving out the worst does not leave too little for the others. A chain's parts may
-        each spend as much as the chain.
-        """
-        part = self._replace(layers={n: shares for n, shares in self.layers.items() if n in names})
-        if self.chained:
-            return part
-        size = max(part.shares) / max(self.shares)
-        return part._replace(budget_share=self.budget_share * math.sqrt(size))
+class Moves(NamedTuple):
+    """Mean changes of grades, 1-5, and of preferences, 0-1."""
+
+    grade_move: float
+    verdict_move: float
+
+    @property
+    def both(self) -> float:
+        """Whichever is worse, as a change of grades."""
+        return max(self.grade_move, A_PREFERENCE * self.verdict_move)
 
 
-class Part(NamedTuple):
-    """A layer's part of what its group moves grades by, as a square.
+class Step(NamedTuple):
+    """A layer's next precision that moves answers less: as a square, by how much less.
 
     Attributes:
-        square_for_saving: that square for each share of the model that rounding it saves.
+        worth: that square for each share of the model that is saved no more.
     """
 
     graph: str
-    name: str
+    layer: str
+    precision: str
     square: float
-    square_for_saving: float
+    worth: float
 
 
 def groups_of(quantisation: Quantisation) -> list[Group]:
@@ -385,18 +372,7 @@ def groups_of(quantisation: Quantisation) -> list[Group]:
         name = "convolutions" if chained else re.sub(r"\.\d+(?=\.)", ".*", layer.name, count=1)
         shares = Shares(float(sizes[index] / sizes.sum()), float(works[index] / works.sum()))
         groups.setdefault((graph, name, chained), {})[layer.name] = shares
-    return [Group.of(*key, names) for key, names in groups.items()]
-
-
-def fewest(most: int, enough: Callable[[int], bool]) -> int:
-    """Find the least number from 1 on that is enough, as `most` is, by doubling and halving.
-
-    Few are tried first: a trial that fails is cheap, and small parts tell less than large ones.
-    """
-    low, high = 0, 1
-    while high < most and not enough(high):
-        low, high = high, min(2 * high, most)
-    return bisect_left(range(most), True, lo=low + 1, hi=high, key=enough)
+    return [Group(*key, names) for key, names in groups.items()]
 
 
 class SensitivityStudy:
@@ -418,8 +394,7 @@ class SensitivityStudy:
         show: Callable[[float], None] = lambda share: None,
     ) -> None:
         self._quantisation, self._open_model = quantisation, open_model
-        self._pictures, self._show = pictures, show
-        self._allowed_together = AIM * largest_move
+        self._pictures, self._allowed, self._show = pictures, AIM * largest_move, show
         self._float = {n: PiecewiseSession(file) for n, file in quantisation.files.items()}
         model = open_model(self._float)
         self._tokens = [model.encode(picture) for picture in pictures]
@@ -427,144 +402,91 @@ class SensitivityStudy:
         self._grades = [expected_grade(model.grade(prefix)) for prefix in prefixes]
         self._preferences = [*preferences_of(model, prefixes)]
         self.table: list[dict[str, Any]] = []
-        self.together: list[dict[str, Any]] = []
-        self._borne: list[tuple[Group, str, float]] = []  # in a precision, and the grades' move
-        self._most = self._spared = 0  # trials that are needed at most; those that were needless
+        self.wholes: list[dict[str, Any]] = []
+        self._most = WHOLES
 
     def plan(self) -> dict[str, Assignment]:
         """Choose the precision of every layer.
 
-        `table` then holds what was measured of groups, and `together` what of whole plans.
+        `table` then holds what was measured of groups, and `wholes` what of whole plans.
         """
+        ladders = [(group, self._ladder(group)) for group in groups_of(self._quantisation)]
+        self._most = WHOLES + sum(len(ladder) - 1 for _, ladder in ladders)
         plan: dict[str, Assignment] = {name: {} for name in self._quantisation.files}
-        groups = groups_of(self._quantisation)
-        ladders = [self._ladder(group) for group in groups]
-        trials = [
-            len(ladder) * max(1, 2 * (len(group.layers) - 1).bit_length())
-            for group, ladder in zip(groups, ladders, strict=True)
-        ]
-        self._most = sum(trials) + 1
-        for at, (group, ladder) in enumerate(zip(groups, ladders, strict=True)):
-            self._spared = sum(trials[:at]) - len(self.table)
-            plan[group.graph] |= self._assigned(group, ladder)
-        self._spared = sum(trials) - len(self.table)
-        self._hold_together(plan)
+        for group, (smallest, *_) in ladders:
+            plan[group.graph] |= dict.fromkeys(group.layers, smallest)
+        moved = self._whole_moved(plan)
+        steps = self._steps(ladders) if moved > self._allowed else []
+        while steps and moved > self._allowed:
+            part = max(self._allowed / moved, FURTHEST)
+            goal = SURE * part**2 * sum(step.square for step in steps)
+            while steps and sum(step.square for step in steps) >= goal:
+                step = steps.pop(0)
+                plan[step.graph][step.layer] = step.precision
+            moved = self._whole_moved(plan)
         return plan
 
     def _ladder(self, group: Group) -> list[str]:
+        """List the precisions that a group may have, the smallest first."""
         heads = large_heads(self._quantisation.layers(group.graph))
-        if group.layers.keys() <= {*heads}:
-            return [IN_BLOCKS]
-        return self._quantisation.ladder(group.graph)
+        rungs = self._quantisation.ladder(group.graph)
+        return [*([IN_BLOCKS] if group.layers.keys() <= {*heads} else rungs), LEFT_IN_FLOAT]
 
-    def _assigned(self, group: Group, ladder: Sequence[str]) -> Assignment:
-        """Give the smallest precision to as many layers as bear it together, wider ones to others.
+    def _steps(self, ladders: Iterable[tuple[Group, Sequence[str]]]) -> list[Step]:
+        """Measure each group in each precision, and order what its layers' next ones are worth.
 
-        Leaving more out is taken to help; see `Group.only`.
+        Errors add in squares, so a square is what is divided: that of a group by what rounding
+        loses of its layers' outputs, that of a chain more to layers with more behind them.
         """
-        if not ladder:
-            return dict.fromkeys(group.layers, LEFT_IN_FLOAT)
-        smallest, *wider = ladder
-        if self._bears(group, smallest):
-            return dict.fromkeys(group.layers, smallest)
-        order = self._worst_first(group, smallest)
-        left = fewest(len(order), lambda count: self._bears(group.only(order[count:]), smallest))
-        others = self._assigned(group.only(order[:left]), wider)
-        return dict.fromkeys(group.layers, smallest) | others
+        steps = []
+        for group, ladder in ladders:
+            squares = [*(self._squares(group, precision) for precision in ladder[:-1]), {}]
+            for layer, shares in group.layers.items():
+                now, worth = squares[0].get(layer, 0.0), math.inf
+                for precision, of_layers in zip(ladder[1:], squares[1:], strict=True):
+                    if (then := of_layers.get(layer, 0.0)) < now:
+                        worth = min(worth, (now - then) / max(shares))
+                        steps.append(Step(group.graph, layer, precision, now - then, worth))
+                        now = then
+        return sorted(steps, key=lambda step: step.worth, reverse=True)
 
-    def _worst_first(self, group: Group, precision: str) -> list[str]:
-        names = list(group.layers)
-        if group.chained or len(names) == 1:
-            return names
-        lost = self._quantisation.lost(group.graph, names, precision)
-        return sorted(names, key=lost.__getitem__, reverse=True)
+    def _squares(self, group: Group, precision: str) -> dict[str, float]:
+        """Measure a group in a precision, note it, and divide the square among its layers."""
+        name = group.name if len(group.layers) > 1 else next(iter(group.layers))
+        row = {"graph": group.graph, "group": name, "precision": precision}
+        row |= {"layers": len(group.layers), **group.shares._asdict()}
+        moves = self._moves({group.graph: dict.fromkeys(group.layers, precision)})
+        self.table.append(row | moves._asdict())
+        behind = reversed(range(len(group.layers)))
+        losses = {
+            layer: (1 + count) * max(shares)
+            for count, (layer, shares) in zip(behind, group.layers.items(), strict=True)
+        }
+        if not group.chained and len(losses) > 1:
+            losses = self._quantisation.lost(group.graph, losses, precision)
+        square = moves.both**2 / (sum(losses.values()) or 1)
+        return {layer: square * loss for layer, loss in losses.items()}
 
-    def _bears(self, group: Group, precision: str) -> bool:
-        """Measure a group in a precision, note it, and say whether it stays below its share."""
-        allowed = BUDGETS[self._quantisation.precision] * group.budget_share
-        plan = {group.graph: dict.fromkeys(group.layers, precision)}
+    def _whole_moved(self, plan: Mapping[str, Assignment]) -> float:
+        """Measure a whole plan, and note it."""
+        moves = self._moves(plan)
+        kept = [precision for of_graph in plan.values() for precision in of_graph.values()]
+        row = {"layers": sum(precision != LEFT_IN_FLOAT for precision in kept)}
+        self.wholes.append(row | moves._asdict() | {"allowed_move": self._allowed})
+        return moves.both
+
+    def _moves(self, plan: Mapping[str, Assignment]) -> Moves:
+        """Grade and compare the pictures by a model with a plan."""
+        self._show(min(1.0, (len(self.table) + len(self.wholes)) / self._most))
         with self._trial(plan) as model:
-            prefixes: list[Prefix] = []
-            grades = self._grades_by(model, plan, prefixes)
-            grade, verdict = move_until_refused(grades, self._grades, allowed), None
-            # Comparing takes most of a trial that is borne. Grades span 4 and preferences 1.
-            if grade <= allowed:
-                compared = preferences_of(model, prefixes)
-                verdict = move_until_refused(compared, self._preferences, allowed / 4)
-        bears = verdict is not None and 4 * verdict <= allowed
-        if bears:
-            self._borne.append((group, precision, grade))
-        self.table.append(
-            {
-                "graph": group.graph,
-                "group": group.name if len(group.layers) > 1 else next(iter(group.layers)),
-                "layers": len(group.layers),
-                "precision": precision,
-                **group.shares._asdict(),
-                "grade_move": grade,
-                "verdict_move": verdict,
-                "allowed_move": allowed,
-                "borne": bears,
-            }
-        )
-        return bears
-
-    def _hold_together(self, plan: dict[str, Assignment]) -> None:
-        """Leave layers in float until all that are not move grades no more than allowed.
-
-        They are taken to move them by the root of the sum of their squares, times what was last
-        measured is more than that.
-        """
-        allowed, parts = self._allowed_together, self._most_moving_first()
-        while parts and (moved := self._move_together(plan)) > allowed:
-            goal = sum(part.square for part in parts) * (allowed / moved) ** 2
-            while parts and sum(part.square for part in parts) >= goal:
-                part = parts.pop(0)
-                plan[part.graph][part.name] = LEFT_IN_FLOAT
-
-    def _move_together(self, plan: Mapping[str, Assignment]) -> float:
-        """Measure what a whole plan moves grades by, and note it."""
-        with self._trial(plan) as model:
-            grades = self._grades_by(model, plan, [])
-            moved = move_until_refused(grades, self._grades, math.inf)
-        kept = [precision for assignment in plan.values() for precision in assignment.values()]
-        self.together.append(
-            {
-                "layers": sum(precision != LEFT_IN_FLOAT for precision in kept),
-                "grade_move": moved,
-                "allowed_move": self._allowed_together,
-            }
-        )
-        return moved
-
-    def _most_moving_first(self) -> list[Part]:
-        """Order the layers that were borne by the square of their move for what they save.
-
-        That of a group is divided by what rounding loses of its layers' outputs, that of a chain
-        evenly, so that its first layers come first.
-        """
-        by_size = sorted(self._borne, key=lambda borne: len(borne[0].layers))
-        largest = {(group.graph, group.name, kept): (group, move) for group, kept, move in by_size}
-        parts = []
-        for (graph, _, precision), (group, move) in largest.items():
-            savings = {name: max(shares) for name, shares in group.layers.items()}
-            alone = group.chained or len(savings) == 1
-            losses = savings if alone else self._quantisation.lost(graph, savings, precision)
-            of_loss = move**2 / (sum(losses.values()) or 1)
-            for name, saving in savings.items():
-                square = of_loss * losses[name]
-                parts.append(Part(graph, name, square, of_loss * (losses[name] / saving)))
-        return sorted(parts, key=lambda part: part.square_for_saving, reverse=True)
-
-    def _grades_by(
-        self, model: Model, plan: Mapping[str, Assignment], prefixes: list[Prefix]
-    ) -> Iterator[float]:
-        """Grade the pictures by a model with a plan; their prefixes are added to those given."""
-        self._show(min(1.0, (self._spared + len(self.table) + len(self.together)) / self._most))
-        for picture, tokens in zip(self._pictures, self._tokens, strict=True):
-            seen = model.encode(picture) if "vision" in plan else tokens
-            prefixes.extend(model.prefill([seen]))
-            yield expected_grade(model.grade(prefixes[-1]))
+            anew = "vision" in plan
+            seen = [model.encode(each) for each in self._pictures] if anew else self._tokens
+            prefixes = model.prefill(seen)
+            grades = [expected_grade(model.grade(prefix)) for prefix in prefixes]
+            return Moves(
+                mean_move(grades, self._grades),
+                mean_move(preferences_of(model, prefixes), self._preferences),
+            )
 
     @contextmanager
     def _trial(self, plan: Mapping[str, Assignment]) -> Iterator[Model]:

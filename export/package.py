@@ -291,7 +291,7 @@ class Export:
             study = SensitivityStudy(quantisation, self.model, studied, self.largest_move, show)
             plan = study.plan()
             self.report["sensitivity"] = study.table
-            self.report["together"] = study.together
+            self.report["wholes"] = study.wholes
         self.options.say(f"rounding weights to {self.options.precision}")
         made = self.folder / "quantised"  # beside the graphs whose weights it reads
         made.mkdir()

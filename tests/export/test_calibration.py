@@ -24,13 +24,13 @@ from meiqa.export.calibration import (
     SAMPLED_ROWS,
     WRITING_EVERY,
     Assignment,
-    Group,
+    Moves,
     Observer,
     ObservingSession,
     Quantisation,
     SensitivityStudy,
     groups_of,
-    move_until_refused,
+    mean_move,
     observe,
     observing,
     preferences_of,
@@ -347,11 +347,13 @@ def test_only_what_differs_is_written_beside_a_graph(
 PICTURES = [picture(n, (128, 192)) for n in (70, 71, 72)]
 
 
-def study(package: EnginePackage, quantisation: Quantisation) -> SensitivityStudy:
+def study(
+    package: EnginePackage, quantisation: Quantisation, largest_move: float
+) -> SensitivityStudy:
     def open_model(sessions: Mapping[str, GraphSession]) -> LocalModel:
         return opened(package, sessions)
 
-    return SensitivityStudy(quantisation, open_model, PICTURES, largest_move=math.inf)
+    return SensitivityStudy(quantisation, open_model, PICTURES, largest_move)
 
 
 def test_layers_are_grouped_by_kind_and_shares_add_up(
@@ -376,46 +378,53 @@ def all_layers(quantisations: dict[str, Quantisation]) -> list[str]:
     return [layer.name for layer in quantisations["int8"].layers("vision")]
 
 
-@pytest.mark.parametrize("fewest", [0, 1, 7, 100])
+def moving_by(squares: Callable[[Mapping[str, Mapping[str, str]]], float]) -> object:
+    """Make a stand-in of `SensitivityStudy._moves` whose grades move by the root of a sum."""
+    return lambda _, plan: Moves(math.sqrt(squares(plan)), 0.0)
+
+
+@pytest.mark.parametrize("worst", [0, 1, 7, 100])
 def test_convolutions_are_quantised_from_one_on(
     package: EnginePackage,
     quantisations: dict[str, Quantisation],
     monkeypatch: pytest.MonkeyPatch,
-    fewest: int,
+    worst: int,
 ) -> None:
     names = [name for name in all_layers(quantisations) if "conv" in name]
 
-    def bears(_: SensitivityStudy, group: Group, __: str) -> bool:
-        return not group.chained or names.index(next(iter(group.layers))) >= fewest
+    def squares(plan: Mapping[str, Mapping[str, str]]) -> float:
+        return sum(plan.get("vision", {}).get(name) == "int8" for name in names[:worst])
 
-    monkeypatch.setattr(SensitivityStudy, "_bears", bears)
-    plan = study(package, quantisations["int8"]).plan()["vision"]
-    assert [name for name in names if plan[name] == "fp16"] == names[:fewest]
-    assert {plan[name] for name in names[fewest:]} <= {"int8"}
+    monkeypatch.setattr(SensitivityStudy, "_moves", moving_by(squares))
+    plan = study(package, quantisations["int8"], 0.9).plan()["vision"]
+    left = [name for name in names if plan[name] == "fp16"]
+    assert left == names[: len(left)]
+    assert len(left) >= min(worst, len(names))
+    assert bool(left) == bool(worst)
+    assert {*plan.values()} <= {"int8", "fp16"}
 
 
-@pytest.mark.parametrize(("budget", "kept"), [(1e9, "int8"), (0.0, "fp16")])
-def test_the_budget_decides(
+@pytest.mark.parametrize(("allowed", "kept"), [(1e9, "int8"), (0.0, "fp16")])
+def test_what_may_be_moved_decides(
     package: EnginePackage,
     files: dict[str, Path],
     quantisations: dict[str, Quantisation],
     monkeypatch: pytest.MonkeyPatch,
-    budget: float,
+    allowed: float,
     kept: str,
 ) -> None:
     monkeypatch.setattr(calibration, "LARGEST_HEAD", 1.0)
-    monkeypatch.setitem(calibration.BUDGETS, "int8", budget)
     before = sorted(files["decoder"].parent.iterdir())
-    made = study(package, quantisations["int8"])
+    made = study(package, quantisations["int8"], allowed)
     plan = made.plan()
     assert {p for of_graph in plan.values() for p in of_graph.values()} == {kept}
     for name in plan:
         assert set(plan[name]) == {layer.name for layer in quantisations["int8"].layers(name)}
     assert sorted(files["decoder"].parent.iterdir()) == before
-    for row in made.table:
-        assert row["borne"] == (budget > 0)
-        assert (row["verdict_move"] is None) == (budget == 0)  # grades alone have decided
+    assert bool(made.table) == (allowed == 0)
+    for row in (*made.table, *made.wholes[:1]):
         assert 0 < row["grade_move"] < 1
+        assert 0 < row["verdict_move"] < 1
 
 
 def test_the_study_leaves_a_large_head_in_blocks(
@@ -423,44 +432,47 @@ def test_the_study_leaves_a_large_head_in_blocks(
     quantisations: dict[str, Quantisation],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(SensitivityStudy, "_bears", lambda *_: True)
-    plan = study(package, quantisations["int4"]).plan()["decoder"]
+    monkeypatch.setattr(SensitivityStudy, "_moves", moving_by(lambda _: 0.0))
+    plan = study(package, quantisations["int4"], 1.0).plan()["decoder"]
     assert [name for name, kept in plan.items() if kept == IN_BLOCKS] == ["lm_head.weight"]
 
 
+@pytest.mark.parametrize(("in_bytes", "kept"), [(0.01, "int8"), (1.0, "fp16")])
 def test_only_layers_that_are_not_borne_go_up_the_ladder(
     package: EnginePackage,
     quantisations: dict[str, Quantisation],
     monkeypatch: pytest.MonkeyPatch,
+    in_bytes: float,
+    kept: str,
 ) -> None:
     weak = "layers.1.mlp.down_proj.weight"
 
-    def bears(_: SensitivityStudy, group: Group, precision: str) -> bool:
-        return weak not in group.layers or precision == "int8"
+    def squares(plan: Mapping[str, Mapping[str, str]]) -> float:
+        in_precision = plan.get("decoder", {}).get(weak, "fp16")
+        return {"int4": 1.0, "int8": in_bytes, "fp16": 0.0}[in_precision]
 
     def lost(_: Quantisation, __: str, names: list[str], ___: str) -> dict[str, float]:
         return {name: float(name == weak) for name in names}
 
     monkeypatch.setattr(calibration, "LARGEST_HEAD", 1.0)
-    monkeypatch.setattr(SensitivityStudy, "_bears", bears)
+    monkeypatch.setattr(SensitivityStudy, "_moves", moving_by(squares))
     monkeypatch.setattr(Quantisation, "lost", lost)
-    plan = study(package, quantisations["int4"]).plan()
+    plan = study(package, quantisations["int4"], 0.5).plan()
     assert [name for name, p in plan["decoder"].items() if p != "int4"] == [weak]
-    assert plan["decoder"][weak] == "int8"
+    assert plan["decoder"][weak] == kept
 
 
 def test_moves_are_mean_changes() -> None:
     one, other = [np.array([0.5]), np.array([0.5])], [np.array([0.5]), np.array([0.9])]
-    assert move_until_refused(one, other, 1.0) == pytest.approx(0.2)
-    assert move_until_refused(other, one, 1.0) == pytest.approx(0.2)
-    assert move_until_refused(one, one, 1.0) == 0
-    assert np.isnan(move_until_refused([float("nan"), 1.0], [1.0, 1.0], 1.0))
+    assert mean_move(one, other) == pytest.approx(0.2)
+    assert mean_move(other, one) == pytest.approx(0.2)
+    assert mean_move(one, one) == 0
+    assert mean_move([float("nan"), 1.0], [1.0, 1.0]) == 2.0
 
 
-def test_what_is_refused_already_is_asked_no_more() -> None:
-    made = iter([1.0, 3.0, 9.0, 9.0])
-    assert move_until_refused(made, [1.0] * 4, 0.4) == 0.5
-    assert [*made] == [9.0, 9.0]
+def test_a_preference_counts_for_more_than_a_grade() -> None:
+    assert Moves(0.03, 0.01).both == 0.03
+    assert Moves(0.01, 0.04).both == pytest.approx(0.06)
 
 
 def test_each_picture_is_compared_with_the_next() -> None:

@@ -14,15 +14,11 @@ import pytest
 from meiqa.engine.estimates import softmax
 from meiqa.engine.model import Model
 from meiqa.engine.runtime.decoder import GraphSession
-from meiqa.export import calibration
 from meiqa.export.calibration import (
     AIM,
-    CHAIN_SHARE,
-    Group,
+    Moves,
     Quantisation,
     SensitivityStudy,
-    Shares,
-    fewest,
     observe,
 )
 from meiqa.export.layers import save_graph
@@ -77,101 +73,70 @@ def opened(sessions: Mapping[str, GraphSession]) -> Model:
     return cast(Model, Looking(sessions))
 
 
+def study_of(path: Path, graph: ir.Model, precision: str, move: float) -> SensitivityStudy:
+    files = {"decoder": path / "decoder.onnx"}
+    save_graph(graph, files["decoder"])
+    observed = observe(files, lambda running: exercise(opened(running)))
+    return SensitivityStudy(Quantisation(files, precision, observed), opened, PICTURES, move)
+
+
 @pytest.mark.parametrize(
-    ("precision", "budget", "spoilt", "trials"),
+    ("precision", "move", "spoilt", "groups", "wholes"),
     [
-        ("int8", 0.03, [], 1),
-        ("int8", 0.03, [5], 2),
-        ("int8", 0.03, [3, 17, 20], 5),
-        ("int8", 0.03, [*range(LAYERS)], 9),
-        ("int4", 0.06, [], 1),
-        ("int4", 0.06, [5], 3),
+        ("int8", 0.03, [], 0, 1),
+        ("int8", 0.03, [5], 1, 2),
+        ("int8", 0.03, [3, 17, 20], 1, 2),
+        ("int8", 0.03, [*range(LAYERS)], 1, 3),
+        ("int4", 0.06, [], 0, 1),
+        ("int4", 0.04, [5], 2, 2),
     ],
 )
 def test_exactly_the_spoilt_layers_stay_in_float(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    precision: str,
-    budget: float,
-    spoilt: list[int],
-    trials: int,
+    tmp_path: Path, precision: str, move: float, spoilt: list[int], groups: int, wholes: int
 ) -> None:
-    files = {"decoder": tmp_path / "decoder.onnx"}
-    save_graph(deep(spoilt), files["decoder"])
-    observed = observe(files, lambda running: exercise(opened(running)))
-    monkeypatch.setitem(calibration.BUDGETS, precision, budget)
-    shown: list[float] = []
-    quantisation = Quantisation(files, precision, observed)
-    study = SensitivityStudy(quantisation, opened, PICTURES, 1e9, shown.append)
-    plan = study.plan()["decoder"]
-    assert len(shown) == trials + len(study.together)
-    assert sorted({*shown}) == shown
-    assert shown[0] == 0
-    assert shown[-1] < 1
+    study = study_of(tmp_path, deep(spoilt), precision, move)
     wanted = ["fp16" if n in spoilt else precision for n in range(LAYERS)]
-    assert list(plan.values()) == wanted
-    assert len(study.table) == trials
+    assert list(study.plan()["decoder"].values()) == wanted
+    assert (len(study.table), len(study.wholes)) == (groups, wholes)
 
 
-@pytest.mark.parametrize("share", [2.0, 0.9, 0.3, 0.0])
-def test_layers_that_lose_most_are_left_until_all_together_are_borne(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+@pytest.mark.parametrize("share", [1.1, 0.9, 0.3, 0.0])
+def test_layers_that_lose_most_are_left_until_the_whole_is_borne(
+    tmp_path: Path, share: float
 ) -> None:
-    lossy = [2, 3, 11, 19]
-    files = {"decoder": tmp_path / "decoder.onnx"}
-    save_graph(deep(lossy, 4.0), files["decoder"])
-    observed = observe(files, lambda running: exercise(opened(running)))
-    monkeypatch.setitem(calibration.BUDGETS, "int8", 1e9)
-
-    def planned(largest_move: float) -> tuple[SensitivityStudy, list[int]]:
-        quantisation = Quantisation(files, "int8", observed)
-        study = SensitivityStudy(quantisation, opened, PICTURES, largest_move)
-        kept = study.plan()["decoder"].values()
-        return study, [n for n, precision in enumerate(kept) if precision == "fp16"]
-
-    whole, left = planned(1e9)
-    (row,) = whole.together
-    assert left == []
-    assert row["layers"] == LAYERS
-    assert row["grade_move"] == pytest.approx(whole.table[0]["grade_move"])
-    study, left = planned(share * row["grade_move"] / AIM)
-    moves = [each["grade_move"] for each in study.together]
-    counts = [each["layers"] for each in study.together]
-    assert moves[0] == row["grade_move"]
+    lossy = {2, 3, 11, 19}
+    whole = study_of(tmp_path, deep([*lossy], 4.0), "int8", 1e9)
+    assert {*whole.plan()["decoder"].values()} == {"int8"}
+    assert whole.table == []
+    moved = Moves(whole.wholes[0]["grade_move"], whole.wholes[0]["verdict_move"]).both
+    study = study_of(tmp_path, deep([*lossy], 4.0), "int8", share * moved / AIM)
+    left = {n for n, kept in enumerate(study.plan()["decoder"].values()) if kept == "fp16"}
+    counts = [row["layers"] for row in study.wholes]
+    assert counts[0] == LAYERS
+    assert counts[-1] == LAYERS - len(left)
     assert counts == sorted({*counts}, reverse=True)
-    allowed = study.together[0]["allowed_move"]
-    assert all(move > allowed for move in moves[:-1])
-    if share:
-        assert moves[-1] <= allowed
-        assert {*left} <= {*lossy} or {*lossy} <= {*left}
-        assert len(left) == LAYERS - counts[-1] < LAYERS
+    if share > 1:
+        assert left == set()
+    elif share:
+        assert study.wholes[-1]["grade_move"] <= study.wholes[-1]["allowed_move"]
+        assert left <= lossy or lossy <= left
+        assert 0 < len(left) < LAYERS
     else:
         assert len(left) == LAYERS
 
 
-@pytest.mark.parametrize("chained", [False, True])
-def test_parts_of_a_group_spend_together_what_the_group_may(chained: bool) -> None:
-    layers = {"a": Shares(0.1, 0.05), "b": Shares(0.1, 0.05), "c": Shares(0.2, 0.1)}
-    whole = Group.of("decoder", "layers", chained, layers)
-    assert whole.budget_share == (CHAIN_SHARE if chained else 0.4)
-    small, large = (whole.only(names).budget_share for names in (["a", "b"], ["c"]))
-    assert small == large
-    together = small if chained else np.hypot(small, large)
-    assert together == pytest.approx(whole.budget_share)
-
-
-@pytest.mark.parametrize("most", [1, 2, 3, 7, 24, 32, 97])
-def test_the_fewest_are_found_in_few_tries(most: int) -> None:
-    for wanted in range(1, most + 1):
-        tried: list[int] = []
-
-        def enough(count: int, wanted: int = wanted, tried: list[int] = tried) -> bool:
-            tried.append(count)
-            return count >= wanted
-
-        assert fewest(most, enough) == wanted
-        assert len(tried) == len({*tried}) < max(1, 2 * (most - 1).bit_length())
-        assert all(0 < count < most for count in tried)
+def test_what_is_done_is_shown_before_each_measurement(tmp_path: Path) -> None:
+    files = {"decoder": tmp_path / "decoder.onnx"}
+    save_graph(deep([3, 17, 20]), files["decoder"])
+    observed = observe(files, lambda running: exercise(opened(running)))
+    shown: list[float] = []
+    quantisation = Quantisation(files, "int4", observed)
+    study = SensitivityStudy(quantisation, opened, PICTURES, 0.06, shown.append)
+    study.plan()
+    assert len(shown) == len(study.table) + len(study.wholes)
+    assert sorted({*shown}) == shown
+    assert shown[0] == 0
+    assert shown[-1] < 1
 
 
 def exercise(looking: Model) -> None:
