@@ -106,8 +106,8 @@ class ExportOptions:
             exceed `PIECE_BYTES`, since writing with a large model takes hours on a CPU.
         score_head: what makes the first score unless another is asked for: "text", "levels" or
             "grm", which is neutral until it is fitted.
-        largest_move: mean change of a grade from PyTorch's that is accepted, on the 1-5 scale; that
-            of `LARGEST_MOVES` by default.
+        largest_move: mean change of a grade from PyTorch's that is accepted, on the 1-5 scale, and
+            that precisions are chosen for; that of `LARGEST_MOVES` by default.
         say: told of each step; show: how much of one is done (0-1), where one takes long.
     """
 
