@@ -5,12 +5,11 @@
     plan = quantisation.default()  # or measured: SensitivityStudy(quantisation, …).plan()
     save_graph(quantisation.graph("decoder", plan["decoder"]), path)
 
-The study looks for the smallest package that moves grades and preferences no more than is
-accepted, on pictures that were not calibrated on. It begins with every layer in the fewest bits.
-Where that is too much, each group of layers is quantised by itself and measured, and what that
-moves is divided among its layers by what rounding loses of their outputs. Those that move answers
-most for what they save then go to more bits, float at last, until the whole, measured anew, is
-borne.
+The study looks for a small package that moves grades and preferences no more than is allowed, on
+pictures that were not calibrated on. It begins with every layer in the fewest bits. Where that is
+too much, each group of layers is quantised by itself and measured, and what that moves is divided
+among its layers by what rounding loses of their outputs. Those that move answers most for what they
+save then go to more bits, float at last, until the whole, measured anew, is borne.
 
 Convolutions feed one another, and a float one amid quantised ones costs two conversions of its wide
 result. So the first of them are those that go first.
@@ -21,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -64,15 +64,19 @@ AIM = 0.75
 """Part of what a finished package may move answers that the pictures studied may show, since others
 move differently."""
 SURE = 0.8
+"""Part of the allowed square that a plan is made for, and of that again each time that it was too
+little: measuring a plan takes minutes with a large model."""
 FURTHEST = 0.25
-"""Squares are brought below what is allowed by the one, as a measurement takes minutes with a large
-model; moves to no less than the other at a time, as what little is left is known less well."""
-A_PREFERENCE = 1.5
-"""Change of a grade, 1-5, for each that is as bad of a preference, 0-1."""
-WHOLE_SCALE = 4.0
+"""Part of its present move that a plan is brought down to at most before it is measured anew: what
+little is left is known less well."""
+PREFERENCE_WEIGHT = 1.5
+"""A change of a preference, 0-1, counts as so many times that of a grade, 1-5."""
+GRADE_SPAN = 4.0
 """Change of an answer that is not a number."""
-WHOLES = 4
-"""Measurements of whole plans that are reckoned with in telling how much is done."""
+EXPECTED_PLANS = 4
+"""Measured whole, for telling how much is done."""
+BITS = {"int4": 4, "int8": 8, IN_BLOCKS: 8, LEFT_IN_FLOAT: 16}
+"""Of a weight."""
 
 Floats = NDArray[np.float32]
 Files = Mapping[str, Path]
@@ -308,7 +312,7 @@ def preferences_of(model: Model, prefixes: Sequence[Prefix]) -> Iterator[Answers
 def mean_move(made: Iterable[Answers], exact: Iterable[Answers]) -> float:
     """Give the mean change of pictures' answers."""
     changes = np.abs(np.subtract(list(made), list(exact)))
-    return float(np.nan_to_num(changes, nan=WHOLE_SCALE).mean())
+    return float(np.nan_to_num(changes, nan=GRADE_SPAN).mean())
 
 
 class Shares(NamedTuple):
@@ -342,16 +346,16 @@ class Moves(NamedTuple):
     verdict_move: float
 
     @property
-    def both(self) -> float:
-        """Whichever is worse, as a change of grades."""
-        return max(self.grade_move, A_PREFERENCE * self.verdict_move)
+    def worse(self) -> float:
+        """The larger one, as a change of grades."""
+        return max(self.grade_move, PREFERENCE_WEIGHT * self.verdict_move)
 
 
 class Step(NamedTuple):
-    """A layer's next precision that moves answers less: as a square, by how much less.
+    """A layer's way to more bits, by which answers move less: as a square, by how much less.
 
     Attributes:
-        worth: that square for each share of the model that is saved no more.
+        worth: that square for each bit, and each share of the model, that is given back.
     """
 
     graph: str
@@ -375,14 +379,30 @@ def groups_of(quantisation: Quantisation) -> list[Group]:
     return [Group(*key, names) for key, names in groups.items()]
 
 
+def steps_of(graph: str, layer: str, share: float, squares: Mapping[str, float]) -> list[Step]:
+    """Go from the first precision on to those that move answers least for the bits they take."""
+    precision, steps = next(iter(squares)), list[Step]()
+    while precision != LEFT_IN_FLOAT:
+        wider = [
+            Step(graph, layer, to, less, less / (share * (BITS[to] - BITS[precision])))
+            for to, square in squares.items()
+            if BITS[to] > BITS[precision] and (less := squares[precision] - square) > 0
+        ]
+        if not wider:
+            break
+        steps.append(max(wider, key=lambda step: step.worth))
+        precision = steps[-1].precision
+    return steps
+
+
 class SensitivityStudy:
-    """Measures what quantising parts of a model moves.
+    """Measures what quantising a model moves.
 
     Args:
         open_model: opens a model on sessions of the graphs.
         pictures: fitted to the grid, others than those calibrated on.
         largest_move: mean change of a grade by which a finished package may differ.
-        show: told before each trial which share is done of those that are needed at most.
+        show: told before each measurement which share of those expected is done.
     """
 
     def __init__(
@@ -395,35 +415,31 @@ class SensitivityStudy:
     ) -> None:
         self._quantisation, self._open_model = quantisation, open_model
         self._pictures, self._allowed, self._show = pictures, AIM * largest_move, show
-        self._float = {n: PiecewiseSession(file) for n, file in quantisation.files.items()}
-        model = open_model(self._float)
-        self._tokens = [model.encode(picture) for picture in pictures]
-        prefixes = model.prefill(self._tokens)
-        self._grades = [expected_grade(model.grade(prefix)) for prefix in prefixes]
-        self._preferences = [*preferences_of(model, prefixes)]
+        self._ladders = [(group, self._ladder(group)) for group in groups_of(quantisation)]
+        self._expected = EXPECTED_PLANS + sum(len(ladder) - 1 for _, ladder in self._ladders)
         self.table: list[dict[str, Any]] = []
-        self.wholes: list[dict[str, Any]] = []
-        self._most = WHOLES
+        self.plans: list[dict[str, Any]] = []
+        with self._trial({}) as model:
+            self._tokens = [model.encode(picture) for picture in pictures]
+            self._exact = self._answers(model, self._tokens)
 
     def plan(self) -> dict[str, Assignment]:
         """Choose the precision of every layer.
 
-        `table` then holds what was measured of groups, and `wholes` what of whole plans.
+        The whole is borne then, or what groups move explains no more of what it moves. `table`
+        holds what was measured of groups, and `plans` what of whole plans.
         """
-        ladders = [(group, self._ladder(group)) for group in groups_of(self._quantisation)]
-        self._most = WHOLES + sum(len(ladder) - 1 for _, ladder in ladders)
         plan: dict[str, Assignment] = {name: {} for name in self._quantisation.files}
-        for group, (smallest, *_) in ladders:
+        for group, (smallest, *_) in self._ladders:
             plan[group.graph] |= dict.fromkeys(group.layers, smallest)
-        moved = self._whole_moved(plan)
-        steps = self._steps(ladders) if moved > self._allowed else []
-        while steps and moved > self._allowed:
+        steps: list[Step] | None = None
+        while (moved := self._plan_moved(plan)) > self._allowed and steps != []:
+            steps = self._steps() if steps is None else steps
             part = max(self._allowed / moved, FURTHEST)
-            goal = SURE * part**2 * sum(step.square for step in steps)
+            goal = SURE ** len(self.plans) * part**2 * sum(step.square for step in steps)
             while steps and sum(step.square for step in steps) >= goal:
                 step = steps.pop(0)
                 plan[step.graph][step.layer] = step.precision
-            moved = self._whole_moved(plan)
         return plan
 
     def _ladder(self, group: Group) -> list[str]:
@@ -432,73 +448,72 @@ class SensitivityStudy:
         rungs = self._quantisation.ladder(group.graph)
         return [*([IN_BLOCKS] if group.layers.keys() <= {*heads} else rungs), LEFT_IN_FLOAT]
 
-    def _steps(self, ladders: Iterable[tuple[Group, Sequence[str]]]) -> list[Step]:
-        """Measure each group in each precision, and order what its layers' next ones are worth.
-
-        Errors add in squares, so a square is what is divided: that of a group by what rounding
-        loses of its layers' outputs, that of a chain more to layers with more behind them.
-        """
+    def _steps(self) -> list[Step]:
+        """Measure each group in each precision, and order its layers' steps by their worth."""
         steps = []
-        for group, ladder in ladders:
-            squares = [*(self._squares(group, precision) for precision in ladder[:-1]), {}]
+        for group, ladder in self._ladders:
+            by_precision = {rung: self._squares(group, rung) for rung in ladder[:-1]}
             for layer, shares in group.layers.items():
-                now, worth = squares[0].get(layer, 0.0), math.inf
-                for precision, of_layers in zip(ladder[1:], squares[1:], strict=True):
-                    if (then := of_layers.get(layer, 0.0)) < now:
-                        worth = min(worth, (now - then) / max(shares))
-                        steps.append(Step(group.graph, layer, precision, now - then, worth))
-                        now = then
+                squares = {rung: of_layers[layer] for rung, of_layers in by_precision.items()}
+                squares[LEFT_IN_FLOAT] = 0.0
+                steps += steps_of(group.graph, layer, max(shares), squares)
         return sorted(steps, key=lambda step: step.worth, reverse=True)
 
     def _squares(self, group: Group, precision: str) -> dict[str, float]:
-        """Measure a group in a precision, note it, and divide the square among its layers."""
+        """Measure a group in a precision, note it, and divide the square among its layers.
+
+        Errors add in squares. They are divided by what rounding loses of the layers' outputs where
+        that tells anything; otherwise by size, and of a chain more to layers with more behind them.
+        """
         name = group.name if len(group.layers) > 1 else next(iter(group.layers))
         row = {"graph": group.graph, "group": name, "precision": precision}
         row |= {"layers": len(group.layers), **group.shares._asdict()}
         moves = self._moves({group.graph: dict.fromkeys(group.layers, precision)})
         self.table.append(row | moves._asdict())
-        behind = reversed(range(len(group.layers)))
-        losses = {
-            layer: (1 + count) * max(shares)
-            for count, (layer, shares) in zip(behind, group.layers.items(), strict=True)
-        }
-        if not group.chained and len(losses) > 1:
-            losses = self._quantisation.lost(group.graph, losses, precision)
-        square = moves.both**2 / (sum(losses.values()) or 1)
+        losses = {layer: max(shares) for layer, shares in group.layers.items()}
+        if group.chained:
+            behind = range(len(losses), 0, -1)
+            losses = {n: count * losses[n] for count, n in zip(behind, losses, strict=True)}
+        elif len(losses) > 1:
+            measured = self._quantisation.lost(group.graph, losses, precision)
+            losses = measured if 0 < sum(measured.values()) < math.inf else losses
+        square = moves.worse**2 / sum(losses.values())
         return {layer: square * loss for layer, loss in losses.items()}
 
-    def _whole_moved(self, plan: Mapping[str, Assignment]) -> float:
-        """Measure a whole plan, and note it."""
+    def _plan_moved(self, plan: Mapping[str, Assignment]) -> float:
+        """Measure a whole plan, note it, and give what it moves."""
         moves = self._moves(plan)
-        kept = [precision for of_graph in plan.values() for precision in of_graph.values()]
-        row = {"layers": sum(precision != LEFT_IN_FLOAT for precision in kept)}
-        self.wholes.append(row | moves._asdict() | {"allowed_move": self._allowed})
-        return moves.both
+        kept = Counter(precision for of_graph in plan.values() for precision in of_graph.values())
+        self.plans.append({"layers": dict(kept), **moves._asdict(), "allowed_move": self._allowed})
+        return moves.worse
 
     def _moves(self, plan: Mapping[str, Assignment]) -> Moves:
         """Grade and compare the pictures by a model with a plan."""
-        self._show(min(1.0, (len(self.table) + len(self.wholes)) / self._most))
+        self._show(min(1.0, (len(self.table) + len(self.plans)) / self._expected))
         with self._trial(plan) as model:
-            anew = "vision" in plan
-            seen = [model.encode(each) for each in self._pictures] if anew else self._tokens
-            prefixes = model.prefill(seen)
-            grades = [expected_grade(model.grade(prefix)) for prefix in prefixes]
-            return Moves(
-                mean_move(grades, self._grades),
-                mean_move(preferences_of(model, prefixes), self._preferences),
-            )
+            seen = self._tokens
+            if "vision" in plan:
+                seen = [model.encode(picture) for picture in self._pictures]
+            made = self._answers(model, seen)
+        return Moves(*map(mean_move, made, self._exact))
+
+    def _answers(self, model: Model, tokens: Sequence[Floats]) -> tuple[list[float], list[Answers]]:
+        """Grade pictures, and compare each with the next."""
+        prefixes = model.prefill(tokens)
+        grades = [expected_grade(model.grade(prefix)) for prefix in prefixes]
+        return grades, [*preferences_of(model, prefixes)]
 
     @contextmanager
     def _trial(self, plan: Mapping[str, Assignment]) -> Iterator[Model]:
         """Open the model with graphs quantised, which are written for so long."""
         # Beside the float graphs, most of whose weights they read.
-        beside = self._quantisation.files
-        files = {name: beside[name].with_name(f".{name}.trial.onnx") for name in plan}
+        floats = self._quantisation.files
+        files = {name: floats[name].with_name(f".{name}.trial.onnx") for name in plan}
         try:
             for name, file in files.items():
                 save_changes(self._quantisation.graph(name, plan[name]), file)
-            trials = {name: PiecewiseSession(file) for name, file in files.items()}
-            yield self._open_model({**self._float, **trials})
+            opened = {name: PiecewiseSession(file) for name, file in {**floats, **files}.items()}
+            yield self._open_model(opened)
         finally:
             for file in files.values():
                 for written in (file, file.with_name(f"{file.name}.data")):

@@ -107,7 +107,8 @@ class ExportOptions:
         score_head: what makes the first score unless another is asked for: "text", "levels" or
             "grm", which is neutral until it is fitted.
         largest_move: mean change of a grade from PyTorch's that is accepted, on the 1-5 scale, and
-            that precisions are chosen for; that of `LARGEST_MOVES` by default.
+            that precisions are chosen for where it is less than that of `LARGEST_MOVES`, the
+            default.
         say: told of each step; show: how much of one is done (0-1), where one takes long.
     """
 
@@ -286,12 +287,13 @@ class Export:
         quantisation = Quantisation(files, self.options.precision, observed)
         plan, studied = quantisation.default(), self.pictures[STUDIED]
         if studied and self.options.sensitivity:
-            self.options.say("measuring how many bits each group of layers needs")
-            show = partial(self.options.show, "measuring groups of layers")
-            study = SensitivityStudy(quantisation, self.model, studied, self.largest_move, show)
+            self.options.say("measuring how many bits layers need")
+            show = partial(self.options.show, "choosing the precision of layers")
+            aimed = min(self.largest_move, LARGEST_MOVES[self.options.precision])
+            study = SensitivityStudy(quantisation, self.model, studied, aimed, show)
             plan = study.plan()
             self.report["sensitivity"] = study.table
-            self.report["wholes"] = study.wholes
+            self.report["plans"] = study.plans
         self.options.say(f"rounding weights to {self.options.precision}")
         made = self.folder / "quantised"  # beside the graphs whose weights it reads
         made.mkdir()

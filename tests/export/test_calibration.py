@@ -399,8 +399,7 @@ def test_convolutions_are_quantised_from_one_on(
     plan = study(package, quantisations["int8"], 0.9).plan()["vision"]
     left = [name for name in names if plan[name] == "fp16"]
     assert left == names[: len(left)]
-    assert len(left) >= min(worst, len(names))
-    assert bool(left) == bool(worst)
+    assert min(worst, len(names)) <= len(left) <= 2 * worst + 2 * bool(worst)
     assert {*plan.values()} <= {"int8", "fp16"}
 
 
@@ -422,7 +421,7 @@ def test_what_may_be_moved_decides(
         assert set(plan[name]) == {layer.name for layer in quantisations["int8"].layers(name)}
     assert sorted(files["decoder"].parent.iterdir()) == before
     assert bool(made.table) == (allowed == 0)
-    for row in (*made.table, *made.wholes[:1]):
+    for row in (*made.table, *made.plans[:1]):
         assert 0 < row["grade_move"] < 1
         assert 0 < row["verdict_move"] < 1
 
@@ -471,8 +470,8 @@ def test_moves_are_mean_changes() -> None:
 
 
 def test_a_preference_counts_for_more_than_a_grade() -> None:
-    assert Moves(0.03, 0.01).both == 0.03
-    assert Moves(0.01, 0.04).both == pytest.approx(0.06)
+    assert Moves(0.03, 0.01).worse == 0.03
+    assert Moves(0.01, 0.04).worse == pytest.approx(0.06)
 
 
 def test_each_picture_is_compared_with_the_next() -> None:

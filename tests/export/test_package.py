@@ -28,10 +28,10 @@ from meiqa.engine.prompts import MEIQA
 from meiqa.engine.runtime.decoder import kernel_for
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export import package as packaging
-from meiqa.export.calibration import Pictures, pictures_in
+from meiqa.export.calibration import AIM, Pictures, pictures_in
 from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.layers import temporary_folder
-from meiqa.export.package import Export, ExportOptions, export_package
+from meiqa.export.package import LARGEST_MOVES, Export, ExportOptions, export_package
 from meiqa.export.verify import PiecewiseSession, grades_of
 from meiqa.kernels.decoder import FASTEST, FASTEST_IN_BF16, KERNELS
 from tests.engine.samples import copy_graphs, open_model, picture, relative_difference, seen
@@ -114,6 +114,29 @@ def export(
 
 def nothing_left(tmp_path: Path) -> bool:
     return list((tmp_path / "below").iterdir()) == []
+
+
+@pytest.mark.parametrize(("accepted", "aimed"), [(1.0, LARGEST_MOVES["int8"]), (0.02, 0.02)])
+def test_precisions_are_chosen_for_what_is_allowed_or_for_less(
+    export: Callable[..., EnginePackage],
+    monkeypatch: pytest.MonkeyPatch,
+    accepted: float,
+    aimed: float,
+) -> None:
+    monkeypatch.setattr("meiqa.export.package.STUDIED", slice(2, 4))
+    shown: list[tuple[str, float]] = []
+    made = export(
+        precision="int8",
+        pictures=[picture(n) for n in range(4)],
+        largest_move=accepted,
+        show=lambda *step: shown.append(step),
+    )
+    report = made.manifest.report
+    assert {plan["allowed_move"] for plan in report["plans"]} == {AIM * aimed}
+    assert report["plans"][-1]["grade_move"] <= AIM * aimed
+    assert report["grades"]["mean_move"] <= accepted
+    told = [share for step, share in shown if step == "choosing the precision of layers"]
+    assert len(told) == len(report["plans"]) + len(report["sensitivity"])
 
 
 def test_a_target_that_is_there_is_refused(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,6 +20,7 @@ from meiqa.export.calibration import (
     Quantisation,
     SensitivityStudy,
     observe,
+    steps_of,
 )
 from meiqa.export.layers import save_graph
 from tests.export.small_graphs import Floats, model, node, normal, value, weights
@@ -73,15 +74,26 @@ def opened(sessions: Mapping[str, GraphSession]) -> Model:
     return cast(Model, Looking(sessions))
 
 
-def study_of(path: Path, graph: ir.Model, precision: str, move: float) -> SensitivityStudy:
+def study_of(
+    path: Path,
+    graph: ir.Model,
+    precision: str,
+    move: float,
+    show: Callable[[float], None] = lambda share: None,
+) -> SensitivityStudy:
     files = {"decoder": path / "decoder.onnx"}
     save_graph(graph, files["decoder"])
     observed = observe(files, lambda running: exercise(opened(running)))
-    return SensitivityStudy(Quantisation(files, precision, observed), opened, PICTURES, move)
+    quantisation = Quantisation(files, precision, observed)
+    return SensitivityStudy(quantisation, opened, PICTURES, move, show)
+
+
+def planned(study: SensitivityStudy) -> list[str]:
+    return list(study.plan()["decoder"].values())
 
 
 @pytest.mark.parametrize(
-    ("precision", "move", "spoilt", "groups", "wholes"),
+    ("precision", "move", "spoilt", "groups", "plans"),
     [
         ("int8", 0.03, [], 0, 1),
         ("int8", 0.03, [5], 1, 2),
@@ -92,48 +104,93 @@ def study_of(path: Path, graph: ir.Model, precision: str, move: float) -> Sensit
     ],
 )
 def test_exactly_the_spoilt_layers_stay_in_float(
-    tmp_path: Path, precision: str, move: float, spoilt: list[int], groups: int, wholes: int
+    tmp_path: Path, precision: str, move: float, spoilt: list[int], groups: int, plans: int
 ) -> None:
     study = study_of(tmp_path, deep(spoilt), precision, move)
-    wanted = ["fp16" if n in spoilt else precision for n in range(LAYERS)]
-    assert list(study.plan()["decoder"].values()) == wanted
-    assert (len(study.table), len(study.wholes)) == (groups, wholes)
+    assert planned(study) == ["fp16" if n in spoilt else precision for n in range(LAYERS)]
+    assert (len(study.table), len(study.plans)) == (groups, plans)
 
 
-@pytest.mark.parametrize("share", [1.1, 0.9, 0.3, 0.0])
+LOSSY = {2, 3, 11, 19}
+
+
+def moved_by(row: Mapping[str, Any]) -> float:
+    return Moves(row["grade_move"], row["verdict_move"]).worse
+
+
+@pytest.fixture
+def whole_move(tmp_path: Path) -> float:
+    """What all layers move answers by, some of which lose more than others."""
+    study = study_of(tmp_path, deep([*LOSSY], 4.0), "int8", 1e9)
+    assert planned(study) == ["int8"] * LAYERS
+    assert study.table == []
+    return moved_by(study.plans[0])
+
+
+@pytest.mark.parametrize("share", [0.9, 0.3])
 def test_layers_that_lose_most_are_left_until_the_whole_is_borne(
-    tmp_path: Path, share: float
+    tmp_path: Path, whole_move: float, share: float
 ) -> None:
-    lossy = {2, 3, 11, 19}
-    whole = study_of(tmp_path, deep([*lossy], 4.0), "int8", 1e9)
-    assert {*whole.plan()["decoder"].values()} == {"int8"}
-    assert whole.table == []
-    moved = Moves(whole.wholes[0]["grade_move"], whole.wholes[0]["verdict_move"]).both
-    study = study_of(tmp_path, deep([*lossy], 4.0), "int8", share * moved / AIM)
-    left = {n for n, kept in enumerate(study.plan()["decoder"].values()) if kept == "fp16"}
-    counts = [row["layers"] for row in study.wholes]
-    assert counts[0] == LAYERS
-    assert counts[-1] == LAYERS - len(left)
-    assert counts == sorted({*counts}, reverse=True)
-    if share > 1:
-        assert left == set()
-    elif share:
-        assert study.wholes[-1]["grade_move"] <= study.wholes[-1]["allowed_move"]
-        assert left <= lossy or lossy <= left
-        assert 0 < len(left) < LAYERS
-    else:
-        assert len(left) == LAYERS
+    study = study_of(tmp_path, deep([*LOSSY], 4.0), "int8", share * whole_move / AIM)
+    left = {n for n, kept in enumerate(planned(study)) if kept == "fp16"}
+    assert left <= LOSSY or left >= LOSSY
+    assert 0 < len(left) < LAYERS
+    *refused, taken = study.plans
+    assert all(moved_by(row) > share * whole_move for row in refused)
+    assert moved_by(taken) <= share * whole_move
+    assert taken["layers"] == {"int8": LAYERS - len(left), "fp16": len(left)}
+
+
+def test_where_nothing_may_be_moved_all_layers_are_left(tmp_path: Path) -> None:
+    study = study_of(tmp_path, deep([]), "int8", 0.0)
+    assert planned(study) == ["fp16"] * LAYERS
+
+
+def test_a_whole_that_its_groups_do_not_explain_is_measured_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SensitivityStudy, "_moves", lambda *_: Moves(0.031, 0.0))
+    study = study_of(tmp_path, deep([]), "int8", 0.03 / AIM)
+    assert planned(study) == ["fp16"] * LAYERS
+    assert len(study.plans) < 10
+
+
+@pytest.mark.parametrize("lost", [0.0, float("nan")])
+def test_losses_that_tell_nothing_are_those_of_layers_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: float
+) -> None:
+    monkeypatch.setattr(Quantisation, "lost", lambda _, __, names, ___: dict.fromkeys(names, lost))
+    study = study_of(tmp_path, deep([5]), "int8", 0.03)
+    assert planned(study)[5] == "fp16"
+    assert moved_by(study.plans[-1]) <= AIM * 0.03
+
+
+@pytest.mark.parametrize(
+    ("squares", "steps"),
+    [
+        ({"int8": 1.0, "fp16": 0.0}, [("fp16", 1.0, 1 / 8)]),
+        ({"int8": 0.0, "fp16": 0.0}, []),
+        ({"int4": 1.0, "int8": 0.1, "fp16": 0.0}, [("int8", 0.9, 0.9 / 4), ("fp16", 0.1, 0.1 / 8)]),
+        ({"int4": 1.0, "int8": 0.99, "fp16": 0.0}, [("fp16", 1.0, 1 / 12)]),
+        ({"int4": 1.0, "int8": 2.0, "fp16": 0.0}, [("fp16", 1.0, 1 / 12)]),
+        ({"fp16": 0.0}, []),
+    ],
+)
+def test_steps_go_where_bits_are_worth_most(
+    squares: Mapping[str, float], steps: Sequence[tuple[str, float, float]]
+) -> None:
+    made = steps_of("decoder", "layer", 0.5, squares)
+    assert [step.precision for step in made] == [to for to, _, _ in steps]
+    assert [step.square for step in made] == pytest.approx([less for _, less, _ in steps])
+    assert [step.worth for step in made] == pytest.approx([2 * worth for _, _, worth in steps])
 
 
 def test_what_is_done_is_shown_before_each_measurement(tmp_path: Path) -> None:
-    files = {"decoder": tmp_path / "decoder.onnx"}
-    save_graph(deep([3, 17, 20]), files["decoder"])
-    observed = observe(files, lambda running: exercise(opened(running)))
     shown: list[float] = []
-    quantisation = Quantisation(files, "int4", observed)
-    study = SensitivityStudy(quantisation, opened, PICTURES, 0.06, shown.append)
+    study = study_of(tmp_path, deep([3, 17, 20]), "int4", 0.04, shown.append)
     study.plan()
-    assert len(shown) == len(study.table) + len(study.wholes)
+    assert study.table
+    assert len(shown) == len(study.table) + len(study.plans)
     assert sorted({*shown}) == shown
     assert shown[0] == 0
     assert shown[-1] < 1
