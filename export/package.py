@@ -294,6 +294,9 @@ class Export:
             plan = study.plan()
             self.report["sensitivity"] = study.table
             self.report["plans"] = study.plans
+            chosen = study.plans[-1]
+            kept = ", ".join(f"{count} in {kind}" for kind, count in chosen["layers"].items())
+            self.options.say(f"layers: {kept}; grades move by {chosen['grade_move']:.3f}")
         self.options.say(f"rounding weights to {self.options.precision}")
         made = self.folder / "quantised"  # beside the graphs whose weights it reads
         made.mkdir()

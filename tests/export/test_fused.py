@@ -142,6 +142,22 @@ def test_rows_that_are_rounded_by_themselves(
         assert arrays[f"layers.0.{linear}.input"][0] == OF_EACH_ROW
 
 
+def test_floats_between_bytes(folder: Path, tmp_path: Path) -> None:
+    files = {"decoder": folder / "decoder.onnx"}
+    feeds = random_feeds(SHAPE, (2, 3, STEPS, PREFIX_STEPS, 0, 1), np.random.default_rng(1))
+    observed = observe(files, lambda sessions: sessions["decoder"].run(feeds))
+    quantisation = Quantisation(files, "int8", observed)
+    plan = quantisation.default()["decoder"]
+    plan |= {name: "fp16" for name in plan if "o_proj" in name or "layers.1.mlp" in name}
+    save_graph(quantisation.graph("decoder", plan), tmp_path / "decoder.onnx")
+    made = write_fused_layers(tmp_path, TEXT, "int8")
+    assert made is not None
+    assert made["difference"] <= 1e-4 * made["of"]
+    _, tensors = fused_layers(ir.load(tmp_path / "decoder.onnx"), TEXT)
+    assert tensors["layers.0.o_proj"].dtype == ir.DataType.FLOAT16
+    assert tensors["layers.0.q_proj"].dtype == ir.DataType.INT8
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize(
     "part",

@@ -125,8 +125,10 @@ def test_precisions_are_chosen_for_what_is_allowed_or_for_less(
 ) -> None:
     monkeypatch.setattr("meiqa.export.package.STUDIED", slice(2, 4))
     shown: list[tuple[str, float]] = []
+    said: list[str] = []
     made = export(
         precision="int8",
+        say=said.append,
         pictures=[picture(n) for n in range(4)],
         largest_move=accepted,
         show=lambda *step: shown.append(step),
@@ -135,6 +137,7 @@ def test_precisions_are_chosen_for_what_is_allowed_or_for_less(
     assert {plan["allowed_move"] for plan in report["plans"]} == {AIM * aimed}
     assert report["plans"][-1]["grade_move"] <= AIM * aimed
     assert report["grades"]["mean_move"] <= accepted
+    assert any(step.startswith("layers: ") and " in int8" in step for step in said)
     told = [share for step, share in shown if step == "choosing the precision of layers"]
     assert len(told) == len(report["plans"]) + len(report["sensitivity"])
 
