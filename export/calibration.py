@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from meiqa.engine.estimates import expected_grade
 from meiqa.engine.files import IMAGE_SUFFIXES
-from meiqa.engine.model import Model, Prefix
+from meiqa.engine.model import Model, Prefix, VisualTokens
 from meiqa.engine.runtime.decoder import Array, GraphSession
 from meiqa.errors import UsageError
 from meiqa.export.layers import Layer, layers_of, save_changes, store_as_half
@@ -311,7 +311,7 @@ def preferences_of(model: Model, prefixes: Sequence[Prefix]) -> Iterator[Answers
 
 def mean_move(made: Iterable[Answers], exact: Iterable[Answers]) -> float:
     """Give the mean change of pictures' answers."""
-    changes = np.abs(np.subtract(list(made), list(exact)))
+    changes = [np.abs(one - other).mean() for one, other in zip(made, exact, strict=True)]
     return float(np.nan_to_num(changes, nan=GRADE_SPAN).mean())
 
 
@@ -466,7 +466,7 @@ class SensitivityStudy:
         that tells anything; otherwise by size, and of a chain more to layers with more behind them.
         """
         name = group.name if len(group.layers) > 1 else next(iter(group.layers))
-        row = {"graph": group.graph, "group": name, "precision": precision}
+        row: dict[str, Any] = {"graph": group.graph, "group": name, "precision": precision}
         row |= {"layers": len(group.layers), **group.shares._asdict()}
         moves = self._moves({group.graph: dict.fromkeys(group.layers, precision)})
         self.table.append(row | moves._asdict())
@@ -495,13 +495,17 @@ class SensitivityStudy:
             if "vision" in plan:
                 seen = [model.encode(picture) for picture in self._pictures]
             made = self._answers(model, seen)
-        return Moves(*map(mean_move, made, self._exact))
+        (grades, preferences), (exact_grades, exact_preferences) = made, self._exact
+        grade_move = mean_move(grades, exact_grades)
+        return Moves(grade_move, mean_move(preferences, exact_preferences))
 
-    def _answers(self, model: Model, tokens: Sequence[Floats]) -> tuple[list[float], list[Answers]]:
+    def _answers(
+        self, model: Model, tokens: Sequence[VisualTokens]
+    ) -> tuple[list[Answers], list[Answers]]:
         """Grade pictures, and compare each with the next."""
         prefixes = model.prefill(tokens)
         grades = [expected_grade(model.grade(prefix)) for prefix in prefixes]
-        return grades, [*preferences_of(model, prefixes)]
+        return [*grades], [*preferences_of(model, prefixes)]
 
     @contextmanager
     def _trial(self, plan: Mapping[str, Assignment]) -> Iterator[Model]:
