@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -50,7 +49,7 @@ from meiqa.export.rounding import (
     values_to_observe,
     want_own_rows,
 )
-from meiqa.export.verify import PiecewiseSession
+from meiqa.export.verify import PiecewiseSession, giving
 
 SAMPLED_VALUES, SAMPLED_ROWS = 1 << 22, 1024
 """A sample holds so many rows at most, and so many values: rows of wide layers are fewer."""
@@ -180,16 +179,8 @@ class ObservingSession:
 @contextmanager
 def observing(path: Path, channel_axes: Mapping[str, int]) -> Iterator[ObservingSession]:
     """Open a graph file so that the values with these channel axes are noted."""
-    model = onnx.load(path, load_external_data=False)
-    present = {output.name for output in model.graph.output}
-    missing = [name for name in channel_axes if name not in present]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in missing)
-    twin = path.with_name(f".{path.name}.observed")  # beside it, so that it finds its weights
-    try:
-        twin.write_bytes(model.SerializeToString())
-        yield ObservingSession(PiecewiseSession(twin), channel_axes)
-    finally:
-        twin.unlink(missing_ok=True)
+    with giving(path, channel_axes) as session:
+        yield ObservingSession(session, channel_axes)
 
 
 def observe(
@@ -322,8 +313,13 @@ class Shares(NamedTuple):
     work_share: float
 
 
+Readers = tuple[str, ...]
+"""Names of layers that read one value. It is rounded for all of them or for none: twice would take
+longer, and a kernel that multiplies it with all of them at once has it in one form only."""
+
+
 class Group(NamedTuple):
-    """Layers of a graph that are measured together, with the shares of each by its name.
+    """Layers of a graph that are measured together, with the shares of those that read one value.
 
     Attributes:
         chained: they are convolutions that feed one another.
@@ -332,11 +328,15 @@ class Group(NamedTuple):
     graph: str
     name: str
     chained: bool
-    layers: Mapping[str, Shares]
+    readers: Mapping[Readers, Shares]
+
+    @property
+    def layers(self) -> list[str]:
+        return [name for readers in self.readers for name in readers]
 
     @property
     def shares(self) -> Shares:
-        return Shares(*np.sum(list(self.layers.values()), axis=0).tolist())
+        return Shares(*np.sum(list(self.readers.values()), axis=0).tolist())
 
 
 class Moves(NamedTuple):
@@ -352,14 +352,14 @@ class Moves(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A layer's way to more bits, by which answers move less: as a square, by how much less.
+    """A way of layers to more bits, by which answers move less: as a square, by how much less.
 
     Attributes:
         worth: that square for each bit, and each share of the model, that is given back.
     """
 
     graph: str
-    layer: str
+    readers: Readers
     precision: str
     square: float
     worth: float
@@ -370,21 +370,28 @@ def groups_of(quantisation: Quantisation) -> list[Group]:
     layers = [(name, layer) for name in quantisation.files for layer in quantisation.layers(name)]
     sizes = np.array([math.prod(layer.shape) for _, layer in layers])
     works = sizes * [quantisation.positions(graph, layer) for graph, layer in layers]
-    groups: dict[tuple[str, str, bool], dict[str, Shares]] = {}
-    for index, (graph, layer) in enumerate(layers):
-        chained = layer.is_convolution
-        name = "convolutions" if chained else re.sub(r"\.\d+(?=\.)", ".*", layer.name, count=1)
-        shares = Shares(float(sizes[index] / sizes.sum()), float(works[index] / works.sum()))
-        groups.setdefault((graph, name, chained), {})[layer.name] = shares
-    return [Group(*key, names) for key, names in groups.items()]
+    shares = np.stack([sizes / sizes.sum(), works / works.sum()], axis=1)
+    reading: dict[tuple[str, bool, str], dict[str, Any]] = {}
+    for (graph, layer), share in zip(layers, shares, strict=True):
+        value = graph, layer.is_convolution, str(layer.input.name)
+        reading.setdefault(value, {})[layer.name] = share
+    groups: dict[tuple[str, str, bool], dict[Readers, Shares]] = {}
+    for (graph, chained, _), of_layers in reading.items():
+        kinds = (re.sub(r"\.\d+(?=\.)", ".*", name, count=1) for name in of_layers)
+        name = "convolutions" if chained else " + ".join(kinds)
+        together = Shares(*np.sum(list(of_layers.values()), axis=0).tolist())
+        groups.setdefault((graph, name, chained), {})[tuple(of_layers)] = together
+    return [Group(*key, readers) for key, readers in groups.items()]
 
 
-def steps_of(graph: str, layer: str, share: float, squares: Mapping[str, float]) -> list[Step]:
+def steps_of(
+    graph: str, readers: Readers, share: float, squares: Mapping[str, float]
+) -> list[Step]:
     """Go from the first precision on to those that move answers least for the bits they take."""
     precision, steps = next(iter(squares)), list[Step]()
     while precision != LEFT_IN_FLOAT:
         wider = [
-            Step(graph, layer, to, less, less / (share * (BITS[to] - BITS[precision])))
+            Step(graph, readers, to, less, less / (share * (BITS[to] - BITS[precision])))
             for to, square in squares.items()
             if BITS[to] > BITS[precision] and (less := squares[precision] - square) > 0
         ]
@@ -439,46 +446,47 @@ class SensitivityStudy:
             goal = SURE ** len(self.plans) * part**2 * sum(step.square for step in steps)
             while steps and sum(step.square for step in steps) >= goal:
                 step = steps.pop(0)
-                plan[step.graph][step.layer] = step.precision
+                plan[step.graph] |= dict.fromkeys(step.readers, step.precision)
         return plan
 
     def _ladder(self, group: Group) -> list[str]:
         """List the precisions that a group may have, the smallest first."""
         heads = large_heads(self._quantisation.layers(group.graph))
         rungs = self._quantisation.ladder(group.graph)
-        return [*([IN_BLOCKS] if group.layers.keys() <= {*heads} else rungs), LEFT_IN_FLOAT]
+        return [*([IN_BLOCKS] if {*group.layers} <= {*heads} else rungs), LEFT_IN_FLOAT]
 
     def _steps(self) -> list[Step]:
         """Measure each group in each precision, and order its layers' steps by their worth."""
         steps = []
         for group, ladder in self._ladders:
             by_precision = {rung: self._squares(group, rung) for rung in ladder[:-1]}
-            for layer, shares in group.layers.items():
-                squares = {rung: of_layers[layer] for rung, of_layers in by_precision.items()}
+            for readers, shares in group.readers.items():
+                squares = {rung: of_readers[readers] for rung, of_readers in by_precision.items()}
                 squares[LEFT_IN_FLOAT] = 0.0
-                steps += steps_of(group.graph, layer, max(shares), squares)
+                steps += steps_of(group.graph, readers, max(shares), squares)
         return sorted(steps, key=lambda step: step.worth, reverse=True)
 
-    def _squares(self, group: Group, precision: str) -> dict[str, float]:
+    def _squares(self, group: Group, precision: str) -> dict[Readers, float]:
         """Measure a group in a precision, note it, and divide the square among its layers.
 
         Errors add in squares. They are divided by what rounding loses of the layers' outputs where
         that tells anything; otherwise by size, and of a chain more to layers with more behind them.
         """
-        name = group.name if len(group.layers) > 1 else next(iter(group.layers))
+        name = group.name if len(group.readers) > 1 else " + ".join(group.layers)
         row: dict[str, Any] = {"graph": group.graph, "group": name, "precision": precision}
         row |= {"layers": len(group.layers), **group.shares._asdict()}
         moves = self._moves({group.graph: dict.fromkeys(group.layers, precision)})
         self.table.append(row | moves._asdict())
-        losses = {layer: max(shares) for layer, shares in group.layers.items()}
+        losses = {readers: max(shares) for readers, shares in group.readers.items()}
         if group.chained:
             behind = range(len(losses), 0, -1)
             losses = {n: count * losses[n] for count, n in zip(behind, losses, strict=True)}
         elif len(losses) > 1:
-            measured = self._quantisation.lost(group.graph, losses, precision)
+            lost = self._quantisation.lost(group.graph, group.layers, precision)
+            measured = {readers: sum(lost[name] for name in readers) for readers in losses}
             losses = measured if 0 < sum(measured.values()) < math.inf else losses
         square = moves.worse**2 / sum(losses.values())
-        return {layer: square * loss for layer, loss in losses.items()}
+        return {readers: square * loss for readers, loss in losses.items()}
 
     def _plan_moved(self, plan: Mapping[str, Assignment]) -> float:
         """Measure a whole plan, note it, and give what it moves."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,6 +130,21 @@ class PiecewiseSession:
         finally:
             file.unlink()
         return dict(zip(piece.gives, made, strict=True))
+
+
+@contextmanager
+def giving(path: Path, values: Iterable[str]) -> Iterator[PiecewiseSession]:
+    """Open a graph file so that values within it are given besides its outputs."""
+    model = onnx.load(path, load_external_data=False)
+    present = {output.name for output in model.graph.output}
+    missing = [name for name in values if name not in present]
+    model.graph.output.extend(ValueInfoProto(name=name) for name in missing)
+    twin = path.with_name(f".{path.name}.giving")  # beside it, so that it finds its weights
+    try:
+        twin.write_bytes(model.SerializeToString())
+        yield PiecewiseSession(twin)
+    finally:
+        twin.unlink(missing_ok=True)
 
 
 def single_bytes(weight: TensorProto) -> int:

@@ -132,17 +132,15 @@ class Linear:
         return Linear((self.weight * steps).astype(np.float32), self.bias)
 
     def beside(self, other: Linear) -> Linear:
-        """Both layers' outputs in turns, `LANES` of one and `LANES` of the other."""
+        """Both layers' outputs in turns, `LANES` of one and `LANES` of the other.
+
+        Their input is rounded for both alike, or for none.
+        """
+        weight, bias = in_turns(self.weight, other.weight), in_turns(self.bias, other.bias)
         if self.scale is None or other.scale is None:
-            one, two = self.in_floats(), other.in_floats()
-            return Linear(in_turns(one.weight, two.weight), in_turns(one.bias, two.bias))
-        return Linear(
-            in_turns(self.weight, other.weight),
-            in_turns(self.bias, other.bias),
-            in_turns(self.scale, other.scale),
-            self.input_scale,
-            self.input_zero,
-        )
+            return Linear(weight, bias)
+        scale = in_turns(self.scale, other.scale)
+        return Linear(weight, bias, scale, self.input_scale, self.input_zero)
 
     def packed(self, packing: Packing, *, in_bf16: bool = False) -> Packed:
         """Cut the layer into panels of `PANEL` outputs, as a kernel wants it.
@@ -247,7 +245,7 @@ class FusedWeights:
 
     Raises:
         ValueError: the shape does not fit, or a weight has another; or layers that read the same
-            input round it in different ways.
+            input round it in different ways, or of gate and up only one.
     """
 
     shape: FusedShape
@@ -273,6 +271,8 @@ class FusedWeights:
                     checked(linear.scale, (outputs,))
             for readers in (LAYER_LINEARS[:3], LAYER_LINEARS[4:6]):
                 require_one_range([linears[name] for name in readers])
+            if (linears["gate_proj"].scale is None) != (linears["up_proj"].scale is None):
+                raise ValueError("gate_proj and up_proj read one input: both round it, or none")
 
     @property
     def of_floats(self) -> bool:

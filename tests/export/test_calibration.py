@@ -360,16 +360,20 @@ def test_layers_are_grouped_by_kind_and_shares_add_up(
     quantisations: dict[str, Quantisation],
 ) -> None:
     groups = {group.name: group for group in groups_of(quantisations["int8"])}
-    assert set(groups["layers.*.mlp.down_proj.weight"].layers) == {
+    assert groups["layers.*.mlp.down_proj.weight"].layers == [
         f"layers.{n}.mlp.down_proj.weight" for n in range(2)
-    }
+    ]
+    gate_up = groups["layers.*.mlp.gate_proj.weight + layers.*.mlp.up_proj.weight"]
+    assert [*gate_up.readers] == [
+        tuple(f"layers.{n}.mlp.{kind}_proj.weight" for kind in ("gate", "up")) for n in range(2)
+    ]
     convolutions = groups["convolutions"]
     assert convolutions.chained
-    assert next(iter(convolutions.layers)) == "stem.conv.weight"
+    assert convolutions.layers[0] == "stem.conv.weight"
     assert len(convolutions.layers) == len([n for n in all_layers(quantisations) if "conv" in n])
     assert sum(group.shares.byte_share for group in groups.values()) == pytest.approx(1)
     assert sum(group.shares.work_share for group in groups.values()) == pytest.approx(1)
-    stem = convolutions.layers["stem.conv.weight"]
+    stem = convolutions.readers["stem.conv.weight",]
     assert stem.work_share > 3 * stem.byte_share
     assert convolutions.shares.work_share > convolutions.shares.byte_share
 

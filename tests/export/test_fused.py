@@ -28,7 +28,7 @@ from meiqa.export.checkpoint import weightless
 from meiqa.export.decoder import DecoderConfig, SharedPrefixDecoder
 from meiqa.export.fused import (
     LARGEST_SHARE,
-    fused_difference,
+    differences,
     fused_layers,
     write_fused_layers,
 )
@@ -118,9 +118,8 @@ def test_halves_answer_as_the_graph_does(folder: Path, tmp_path: Path) -> None:
     model = ir.load(folder / "decoder.onnx")
     halve(model)
     save_graph(model, tmp_path / "decoder.onnx")
-    made = write_fused_layers(tmp_path, TEXT, "fp16")
-    assert made
-    assert made["difference"] > 0
+    assert write_fused_layers(tmp_path, TEXT, "fp16")
+    assert min(differences(tmp_path, SHAPE, "fp16").values()) > 0
     arrays, _ = whole(tmp_path)
     assert arrays["layers.1.down_proj"].dtype == arrays["lm_head"].dtype == np.float16
 
@@ -150,9 +149,7 @@ def test_floats_between_bytes(folder: Path, tmp_path: Path) -> None:
     plan = quantisation.default()["decoder"]
     plan |= {name: "fp16" for name in plan if "o_proj" in name or "layers.1.mlp" in name}
     save_graph(quantisation.graph("decoder", plan), tmp_path / "decoder.onnx")
-    made = write_fused_layers(tmp_path, TEXT, "int8")
-    assert made is not None
-    assert made["difference"] <= 1e-4 * made["of"]
+    assert write_fused_layers(tmp_path, TEXT, "int8")
     _, tensors = fused_layers(ir.load(tmp_path / "decoder.onnx"), TEXT)
     assert tensors["layers.0.o_proj"].dtype == ir.DataType.FLOAT16
     assert tensors["layers.0.q_proj"].dtype == ir.DataType.INT8
@@ -160,21 +157,50 @@ def test_floats_between_bytes(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize(
-    "part",
-    ["frequencies", *(f"layers.1.{n}" for n in LAYER_LINEARS), "layers.1.k_proj.bias"],
+    ("part", "damaged"),
+    [
+        ("frequencies", ["layers.0", "layers.1", "logits"]),
+        *((f"layers.0.{linear}", ["layers.0"]) for linear in LAYER_LINEARS),
+        *((f"layers.1.{linear}", ["layers.1", "logits"]) for linear in LAYER_LINEARS),
+        ("layers.0.k_proj.bias", ["layers.0"]),
+        ("layers.0.input_layernorm", ["layers.0"]),
+        ("norm", ["logits"]),
+        ("lm_head", ["logits"]),
+    ],
 )
 def test_layers_that_answer_otherwise_are_noticed(
-    folder: Path, int8_folder: Path, part: str, precision: str
+    folder: Path, int8_folder: Path, part: str, damaged: list[str], precision: str
 ) -> None:
     place = folder if precision == "fp32" else int8_folder
     assert write_fused_layers(place, TEXT, precision)
-    found = fused_difference(place, SHAPE, precision)
-    assert found[0] <= LARGEST_SHARE[precision] * found[1]
+    assert max(differences(place, SHAPE, precision).values()) <= LARGEST_SHARE[precision]
     arrays, attributes = whole(place)
     arrays[part] = 3 * arrays[part] if part == "frequencies" else arrays[part][::-1].copy()
     write_segment(place / LAYERS_FILE, arrays, attributes)
-    damaged = fused_difference(place, SHAPE, precision)
-    assert damaged[0] > LARGEST_SHARE[precision] * damaged[1]
+    found = differences(place, SHAPE, precision)
+    assert [part for part, off in found.items() if off > LARGEST_SHARE[precision]] == damaged
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_what_is_not_a_number_agrees_with_nothing(
+    folder: Path, int8_folder: Path, precision: str
+) -> None:
+    place = folder if precision == "fp32" else int8_folder
+    assert write_fused_layers(place, TEXT, precision)
+    arrays, attributes = whole(place)
+    arrays["layers.1.down_proj.bias"] = np.full(TEXT.hidden_size, np.nan, np.float32)
+    write_segment(place / LAYERS_FILE, arrays, attributes)
+    found = differences(place, SHAPE, precision)
+    assert [part for part, off in found.items() if off == np.inf] == ["layers.1", "logits"]
+
+
+def test_steps_to_bytes_that_are_a_little_wider_are_noticed(int8_folder: Path) -> None:
+    assert write_fused_layers(int8_folder, TEXT, "int8")
+    arrays, attributes = whole(int8_folder)
+    arrays["layers.0.o_proj.input"] = arrays["layers.0.o_proj.input"] * np.float32([1.001, 1])
+    write_segment(int8_folder / LAYERS_FILE, arrays, attributes)
+    found = differences(int8_folder, SHAPE, "int8")
+    assert [part for part, off in found.items() if off > LARGEST_SHARE["int8"]] == ["layers.0"]
 
 
 @pytest.mark.parametrize("part", ["bias", "scale", "input"])
@@ -206,9 +232,9 @@ def test_no_weight_is_stored_twice(folder: Path, int8_folder: Path, precision: s
 def test_layers_that_hold_all_of_their_arrays_can_still_be_read(int8_folder: Path) -> None:
     """As packages had them whose layers were stored twice."""
     assert write_fused_layers(int8_folder, TEXT, "int8")
-    found = fused_difference(int8_folder, SHAPE, "int8")
+    found = differences(int8_folder, SHAPE, "int8")
     write_segment(int8_folder / LAYERS_FILE, *whole(int8_folder))
-    assert fused_difference(int8_folder, SHAPE, "int8") == found
+    assert differences(int8_folder, SHAPE, "int8") == found
 
 
 @pytest.mark.parametrize(

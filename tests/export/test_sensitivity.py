@@ -179,7 +179,7 @@ def test_losses_that_tell_nothing_are_those_of_layers_alike(
 def test_steps_go_where_bits_are_worth_most(
     squares: Mapping[str, float], steps: Sequence[tuple[str, float, float]]
 ) -> None:
-    made = steps_of("decoder", "layer", 0.5, squares)
+    made = steps_of("decoder", ("layer",), 0.5, squares)
     assert [step.precision for step in made] == [to for to, _, _ in steps]
     assert [step.square for step in made] == pytest.approx([less for _, less, _ in steps])
     assert [step.worth for step in made] == pytest.approx([2 * worth for _, _, worth in steps])

@@ -36,6 +36,7 @@ WIDE = FusedShape(width=96, inner=208, heads=6, kv_heads=2, head_width=64, epsil
 SHARED = FusedShape(width=384, inner=1024, heads=6, kv_heads=2, head_width=64, epsilon=1e-6)
 """Large enough for threads to share a single token."""
 LAYERS, PLACES = 3, 40
+LEFT_IN_FLOATS = "k_proj", "gate_proj", "up_proj"
 Drawn = Callable[..., FusedDecoder]
 
 
@@ -104,7 +105,7 @@ def drawn_weights(shape: FusedShape, precision: str) -> FusedWeights:
     def linear(name: str) -> Linear:
         weight = normal(*extents[name]) / np.float32(extents[name][0] ** 0.5)
         exact = Linear(weight, 0.3 * normal(weight.shape[1]))
-        in_floats = precision == "fp32" or (precision == "mixed" and name in ("k_proj", "up_proj"))
+        in_floats = precision == "fp32" or (precision == "mixed" and name in LEFT_IN_FLOATS)
         own = precision == "rows" or (precision == "down by rows" and name == "down_proj")
         return exact if in_floats else rounded(exact, OF_EACH_ROW if own else 0.06, 77)
 
@@ -144,12 +145,6 @@ def rounded(linear: Linear, input_scale: float, input_zero: int) -> Linear:
     scale = (np.abs(linear.weight).max(axis=0) / 127).astype(np.float32)
     codes = np.rint(linear.weight / scale).astype(np.int8)
     return Linear(codes, linear.bias, scale, input_scale, input_zero)
-
-
-def as_read_in_turns(mixed: FusedWeights) -> FusedWeights:
-    """Make floats of a gate beside such: a pair multiplies bytes only if both do."""
-    layers = [dict(layer, gate_proj=layer["gate_proj"].in_floats()) for layer in mixed.layers]
-    return replace(mixed, layers=layers)
 
 
 def drawn_head(inputs: int, outputs: int) -> Linear:
@@ -214,7 +209,6 @@ def test_halves_are_multiplied_as_the_floats_that_they_are(shape: FusedShape, ke
 @pytest.mark.parametrize("shape", [SHAPE, WIDE])
 def test_bytes_agree_with_the_naive_twin(shape: FusedShape, precision: str, exactly: Drawn) -> None:
     twin = drawn_weights(shape, precision)
-    twin = as_read_in_turns(twin) if precision == "mixed" else twin
     rows = drawn_rows(shape, [9, 20, 1, 14], [33])
     found, wanted = rows.run(exactly(shape, precision)), rows.twins(twin)
     # Now and then a value lies so near the middle of two steps that it falls on the other one.
@@ -234,9 +228,8 @@ def test_products_in_bf16_agree_with_a_twin_that_rounds_both_factors(
     weights = drawn_weights(shape, precision)
     rows = drawn_rows(shape, [9, 20, 1, 14], [33])
     found = rows.run(drawn_decoder(FASTEST_IN_BF16, shape, precision))
-    twin = as_read_in_turns(weights) if precision == "mixed" else weights
-    rounded_twin = rows.twins(twin, in_bf16=True)
-    difference, lost = np.abs(found - rounded_twin), np.abs(rows.twins(twin) - rounded_twin)
+    rounded_twin = rows.twins(weights, in_bf16=True)
+    difference, lost = np.abs(found - rounded_twin), np.abs(rows.twins(weights) - rounded_twin)
     # As bytes, a factor may lie so near the middle that it is rounded to the other side.
     assert np.median(difference) < 1e-3 * lost.mean()
     assert difference.max() < 0.5 * lost.max()
