@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -491,8 +491,15 @@ class SensitivityStudy:
     def _plan_moved(self, plan: Mapping[str, Assignment]) -> float:
         """Measure a whole plan, note it, and give what it moves."""
         moves = self._moves(plan)
-        kept = Counter(precision for of_graph in plan.values() for precision in of_graph.values())
-        self.plans.append({"layers": dict(kept), **moves._asdict(), "allowed_move": self._allowed})
+        layers: dict[str, int] = defaultdict(int)
+        work: dict[str, float] = defaultdict(float)
+        for group, _ in self._ladders:
+            for readers, shares in group.readers.items():
+                kept = plan[group.graph][readers[0]]
+                layers[kept] += len(readers)
+                work[kept] += shares.work_share
+        row = {"layers": dict(layers), "work_share": dict(work)}
+        self.plans.append(row | moves._asdict() | {"allowed_move": self._allowed})
         return moves.worse
 
     def _moves(self, plan: Mapping[str, Assignment]) -> Moves:

@@ -295,8 +295,11 @@ class Export:
             self.report["sensitivity"] = study.table
             self.report["plans"] = study.plans
             chosen = study.plans[-1]
-            kept = ", ".join(f"{count} in {kind}" for kind, count in chosen["layers"].items())
-            self.options.say(f"layers: {kept}; grades move by {chosen['grade_move']:.3f}")
+            kept = ", ".join(
+                f"{chosen['work_share'][kind]:.1%} in {kind} ({count} layers)"
+                for kind, count in chosen["layers"].items()
+            )
+            self.options.say(f"multiplications: {kept}; grades move by {chosen['grade_move']:.3f}")
         self.options.say(f"rounding weights to {self.options.precision}")
         made = self.folder / "quantised"  # beside the graphs whose weights it reads
         made.mkdir()

@@ -137,7 +137,7 @@ def test_precisions_are_chosen_for_what_is_allowed_or_for_less(
     assert {plan["allowed_move"] for plan in report["plans"]} == {AIM * aimed}
     assert report["plans"][-1]["grade_move"] <= AIM * aimed
     assert report["grades"]["mean_move"] <= accepted
-    assert any(step.startswith("layers: ") and " in int8" in step for step in said)
+    assert any(step.startswith("multiplications: ") and " in int8" in step for step in said)
     told = [share for step, share in shown if step == "choosing the precision of layers"]
     assert len(told) == len(report["plans"]) + len(report["sensitivity"])
 

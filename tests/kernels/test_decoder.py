@@ -356,6 +356,14 @@ def test_what_does_not_fit_is_refused(
         rows.run(drawn(SHAPE, "fp32"))
 
 
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj"])
+def test_one_input_in_two_forms_is_refused(name: str) -> None:
+    drawn = drawn_weights(SHAPE, "int8")
+    layers = [{**drawn.layers[0], name: drawn.layers[0][name].in_floats()}, *drawn.layers[1:]]
+    with pytest.raises(ValueError, match="both round it, or none"):
+        replace(drawn, layers=layers)
+
+
 def test_a_shape_without_panels_is_refused(drawn: Drawn) -> None:
     assert not replace(SHAPE, head_width=24).fits
     with pytest.raises(ValueError, match="no panels"):
