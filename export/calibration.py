@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -314,8 +313,17 @@ class Shares(NamedTuple):
 
 
 Readers = tuple[str, ...]
-"""Names of layers that read one value. It is rounded for all of them or for none: twice would take
-longer, and a kernel that multiplies it with all of them at once has it in one form only."""
+"""Names of layers that read one value, and have one precision: a kernel that multiplies it with all
+of them at once has it rounded or not."""
+
+
+def together(shares: Iterable[Shares]) -> Shares:
+    """Add up shares.
+
+    >>> together([Shares(0.25, 0.5), Shares(0.5, 0.25)])
+    Shares(byte_share=0.75, work_share=0.75)
+    """
+    return Shares(*map(sum, zip(*shares, strict=True)))
 
 
 class Group(NamedTuple):
@@ -336,7 +344,7 @@ class Group(NamedTuple):
 
     @property
     def shares(self) -> Shares:
-        return Shares(*np.sum(list(self.readers.values()), axis=0).tolist())
+        return together(self.readers.values())
 
 
 class Moves(NamedTuple):
@@ -366,21 +374,25 @@ class Step(NamedTuple):
 
 
 def groups_of(quantisation: Quantisation) -> list[Group]:
-    """Group the convolutions of each graph, and linear layers by what they are in their block."""
+    """Group the convolutions of each graph, and linear layers by what they are in their block.
+
+    Layers that read one value stay together.
+    """
     layers = [(name, layer) for name in quantisation.files for layer in quantisation.layers(name)]
     sizes = np.array([math.prod(layer.shape) for _, layer in layers])
     works = sizes * [quantisation.positions(graph, layer) for graph, layer in layers]
-    shares = np.stack([sizes / sizes.sum(), works / works.sum()], axis=1)
-    reading: dict[tuple[str, bool, str], dict[str, Any]] = {}
-    for (graph, layer), share in zip(layers, shares, strict=True):
+    shares = map(Shares, (sizes / sizes.sum()).tolist(), (works / works.sum()).tolist())
+    reading: dict[tuple[str, bool, str], dict[str, Shares]] = {}
+    for (graph, layer), of_layer in zip(layers, shares, strict=True):
         value = graph, layer.is_convolution, str(layer.input.name)
-        reading.setdefault(value, {})[layer.name] = share
+        reading.setdefault(value, {})[layer.name] = of_layer
     groups: dict[tuple[str, str, bool], dict[Readers, Shares]] = {}
     for (graph, chained, _), of_layers in reading.items():
         kinds = (re.sub(r"\.\d+(?=\.)", ".*", name, count=1) for name in of_layers)
         name = "convolutions" if chained else " + ".join(kinds)
-        together = Shares(*np.sum(list(of_layers.values()), axis=0).tolist())
-        groups.setdefault((graph, name, chained), {})[tuple(of_layers)] = together
+        groups.setdefault((graph, name, chained), {})[tuple(of_layers)] = together(
+            of_layers.values()
+        )
     return [Group(*key, readers) for key, readers in groups.items()]
 
 
@@ -451,9 +463,9 @@ class SensitivityStudy:
 
     def _ladder(self, group: Group) -> list[str]:
         """List the precisions that a group may have, the smallest first."""
-        heads = large_heads(self._quantisation.layers(group.graph))
+        heads = {head.name for head in heads_among(self._quantisation.layers(group.graph))}
         rungs = self._quantisation.ladder(group.graph)
-        return [*([IN_BLOCKS] if {*group.layers} <= {*heads} else rungs), LEFT_IN_FLOAT]
+        return [*([IN_BLOCKS] if {*group.layers} <= heads else rungs), LEFT_IN_FLOAT]
 
     def _steps(self) -> list[Step]:
         """Measure each group in each precision, and order its layers' steps by their worth."""
@@ -491,15 +503,11 @@ class SensitivityStudy:
     def _plan_moved(self, plan: Mapping[str, Assignment]) -> float:
         """Measure a whole plan, note it, and give what it moves."""
         moves = self._moves(plan)
-        layers: dict[str, int] = defaultdict(int)
-        work: dict[str, float] = defaultdict(float)
+        work = {rung: 0.0 for _, ladder in self._ladders for rung in ladder}
         for group, _ in self._ladders:
             for readers, shares in group.readers.items():
-                kept = plan[group.graph][readers[0]]
-                layers[kept] += len(readers)
-                work[kept] += shares.work_share
-        row = {"layers": dict(layers), "work_share": dict(work)}
-        self.plans.append(row | moves._asdict() | {"allowed_move": self._allowed})
+                work[plan[group.graph][readers[0]]] += shares.work_share
+        self.plans.append(work | moves._asdict() | {"allowed_move": self._allowed})
         return moves.worse
 
     def _moves(self, plan: Mapping[str, Assignment]) -> Moves:

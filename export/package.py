@@ -32,6 +32,7 @@ from meiqa.engine.runtime.decoder import (
 )
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export.calibration import (
+    BITS,
     Pictures,
     Quantisation,
     SensitivityStudy,
@@ -214,7 +215,7 @@ class Export:
         self.seal()
         self.quantise()
         made = write_fused_layers(self.folder, self.checkpoint.text, self.options.precision)
-        self.report["parity"] |= {LAYERS_FILE: {"logits": made}} if made else {}
+        self.report["parity"] |= {LAYERS_FILE: made} if made else {}
         self.check_grades(reference)
         self.fit_key_projection()
         self.seal()
@@ -295,11 +296,11 @@ class Export:
             self.report["sensitivity"] = study.table
             self.report["plans"] = study.plans
             chosen = study.plans[-1]
-            kept = ", ".join(
-                f"{chosen['work_share'][kind]:.1%} in {kind} ({count} layers)"
-                for kind, count in chosen["layers"].items()
+            kept = ", ".join(f"{chosen[kind]:.1%} in {kind}" for kind in BITS if chosen.get(kind))
+            self.options.say(
+                f"multiplications: {kept}; grades move by {chosen['grade_move']:.3f}, "
+                f"preferences by {chosen['verdict_move']:.3f}"
             )
-            self.options.say(f"multiplications: {kept}; grades move by {chosen['grade_move']:.3f}")
         self.options.say(f"rounding weights to {self.options.precision}")
         made = self.folder / "quantised"  # beside the graphs whose weights it reads
         made.mkdir()

@@ -245,7 +245,7 @@ class FusedWeights:
 
     Raises:
         ValueError: the shape does not fit, or a weight has another; or layers that read the same
-            input round it in different ways, or of gate and up only one.
+            input round it in different ways, or only one of gate and up does.
     """
 
     shape: FusedShape

@@ -18,7 +18,6 @@ from meiqa.engine.local import LocalModel
 from meiqa.engine.model import Model
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import GraphDecoder, GraphSession
-from meiqa.export import calibration
 from meiqa.export.calibration import (
     IN_BLOCKS,
     SAMPLED_ROWS,
@@ -407,20 +406,19 @@ def test_convolutions_are_quantised_from_one_on(
     assert {*plan.values()} <= {"int8", "fp16"}
 
 
-@pytest.mark.parametrize(("allowed", "kept"), [(1e9, "int8"), (0.0, "fp16")])
+@pytest.mark.parametrize(("allowed", "kept"), [(1e9, {"int8", IN_BLOCKS}), (0.0, {"fp16"})])
 def test_what_may_be_moved_decides(
     package: EnginePackage,
     files: dict[str, Path],
     quantisations: dict[str, Quantisation],
     monkeypatch: pytest.MonkeyPatch,
     allowed: float,
-    kept: str,
+    kept: set[str],
 ) -> None:
-    monkeypatch.setattr(calibration, "LARGEST_HEAD", 1.0)
     before = sorted(files["decoder"].parent.iterdir())
     made = study(package, quantisations["int8"], allowed)
     plan = made.plan()
-    assert {p for of_graph in plan.values() for p in of_graph.values()} == {kept}
+    assert {p for of_graph in plan.values() for p in of_graph.values()} == kept
     for name in plan:
         assert set(plan[name]) == {layer.name for layer in quantisations["int8"].layers(name)}
     assert sorted(files["decoder"].parent.iterdir()) == before
@@ -430,25 +428,25 @@ def test_what_may_be_moved_decides(
         assert 0 < row["verdict_move"] < 1
 
 
-def test_the_study_leaves_a_large_head_in_blocks(
-    package: EnginePackage,
-    quantisations: dict[str, Quantisation],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(SensitivityStudy, "_moves", moving_by(lambda _: 0.0))
-    plan = study(package, quantisations["int4"], 1.0).plan()["decoder"]
-    assert [name for name, kept in plan.items() if kept == IN_BLOCKS] == ["lm_head.weight"]
-
-
 @pytest.mark.parametrize(("in_bytes", "kept"), [(0.01, "int8"), (1.0, "fp16")])
+@pytest.mark.parametrize(
+    "readers",
+    [
+        ["layers.1.mlp.down_proj.weight"],
+        ["layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight"],
+        ["layers.1.mlp.up_proj.weight", "layers.1.mlp.gate_proj.weight"],
+    ],
+)
 def test_only_layers_that_are_not_borne_go_up_the_ladder(
     package: EnginePackage,
     quantisations: dict[str, Quantisation],
     monkeypatch: pytest.MonkeyPatch,
     in_bytes: float,
     kept: str,
+    readers: list[str],
 ) -> None:
-    weak = "layers.1.mlp.down_proj.weight"
+    """A head is in blocks, and those that read the same value go together."""
+    weak, *_ = readers
 
     def squares(plan: Mapping[str, Mapping[str, str]]) -> float:
         in_precision = plan.get("decoder", {}).get(weak, "fp16")
@@ -457,12 +455,11 @@ def test_only_layers_that_are_not_borne_go_up_the_ladder(
     def lost(_: Quantisation, __: str, names: list[str], ___: str) -> dict[str, float]:
         return {name: float(name == weak) for name in names}
 
-    monkeypatch.setattr(calibration, "LARGEST_HEAD", 1.0)
     monkeypatch.setattr(SensitivityStudy, "_moves", moving_by(squares))
     monkeypatch.setattr(Quantisation, "lost", lost)
-    plan = study(package, quantisations["int4"], 0.5).plan()
-    assert [name for name, p in plan["decoder"].items() if p != "int4"] == [weak]
-    assert plan["decoder"][weak] == kept
+    plan = study(package, quantisations["int4"], 0.5).plan()["decoder"]
+    left = {name: precision for name, precision in plan.items() if precision != "int4"}
+    assert left == {**dict.fromkeys(readers, kept), "lm_head.weight": IN_BLOCKS}
 
 
 def test_moves_are_mean_changes() -> None:

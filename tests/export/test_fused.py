@@ -30,6 +30,7 @@ from meiqa.export.fused import (
     LARGEST_SHARE,
     differences,
     fused_layers,
+    row_difference,
     write_fused_layers,
 )
 from meiqa.export.graphs import decoder_interface, traced
@@ -43,7 +44,7 @@ TEXT = DecoderConfig(
     vocab_size=53,
     hidden_size=64,
     intermediate_size=96,
-    num_hidden_layers=2,
+    num_hidden_layers=3,
     num_attention_heads=2,
     num_key_value_heads=1,
     mrope_section=(4, 6, 6),
@@ -54,19 +55,24 @@ WEIGHTS = "decoder.onnx.data"
 MAPS = Path("/proc/self/maps")
 
 
+def write_graph(text: DecoderConfig, folder: Path) -> None:
+    """Write the float graph of a random decoder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = SharedPrefixDecoder(text).state_dict()
+        for name, weight in weights.items():
+            weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    with weightless():
+        empty = SharedPrefixDecoder(text).eval()
+    graph = traced(empty, decoder_interface(text.shape), lambda name: weights[name])
+    save_graph(graph, folder / "decoder.onnx")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a folder with the float graph of a random decoder."""
     folder = tmp_path_factory.mktemp("decoder")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        weights = SharedPrefixDecoder(TEXT).state_dict()
-        for name, weight in weights.items():
-            weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
-    with weightless():
-        empty = SharedPrefixDecoder(TEXT).eval()
-    graph = traced(empty, decoder_interface(SHAPE), lambda name: weights[name])
-    save_graph(graph, folder / "decoder.onnx")
+    write_graph(TEXT, folder)
     return folder
 
 
@@ -155,30 +161,65 @@ def test_floats_between_bytes(folder: Path, tmp_path: Path) -> None:
     assert tensors["layers.0.q_proj"].dtype == ir.DataType.INT8
 
 
+def differing(place: Path, precision: str) -> list[str]:
+    """Name the parts that differ by more than an export lets pass."""
+    found = differences(place, SHAPE, precision)
+    return [part for part, share in found.items() if share > LARGEST_SHARE[precision]]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize(
-    ("part", "damaged"),
+    ("damaged", "noticed"),
     [
         ("frequencies", ["layers.0", "layers.1", "logits"]),
         *((f"layers.0.{linear}", ["layers.0"]) for linear in LAYER_LINEARS),
-        *((f"layers.1.{linear}", ["layers.1", "logits"]) for linear in LAYER_LINEARS),
-        ("layers.0.k_proj.bias", ["layers.0"]),
+        *((f"layers.2.{linear}", ["layers.1", "logits"]) for linear in LAYER_LINEARS),
+        *((f"layers.0.{part}_proj.bias", ["layers.0"]) for part in "qkv"),
         ("layers.0.input_layernorm", ["layers.0"]),
+        ("layers.1.post_layernorm", ["layers.0", "layers.1", "logits"]),
         ("norm", ["logits"]),
         ("lm_head", ["logits"]),
     ],
 )
 def test_layers_that_answer_otherwise_are_noticed(
-    folder: Path, int8_folder: Path, part: str, damaged: list[str], precision: str
+    folder: Path, int8_folder: Path, damaged: str, noticed: list[str], precision: str
 ) -> None:
     place = folder if precision == "fp32" else int8_folder
     assert write_fused_layers(place, TEXT, precision)
-    assert max(differences(place, SHAPE, precision).values()) <= LARGEST_SHARE[precision]
+    assert differing(place, precision) == []
     arrays, attributes = whole(place)
-    arrays[part] = 3 * arrays[part] if part == "frequencies" else arrays[part][::-1].copy()
+    of_part = arrays[damaged]
+    arrays[damaged] = 3 * of_part if damaged == "frequencies" else of_part[::-1].copy()
     write_segment(place / LAYERS_FILE, arrays, attributes)
-    found = differences(place, SHAPE, precision)
-    assert [part for part, off in found.items() if off > LARGEST_SHARE[precision]] == damaged
+    assert differing(place, precision) == noticed
+
+
+@pytest.mark.parametrize(
+    ("damaged", "factors"),
+    [
+        (["gate_proj.input", "up_proj.input"], [1.001, 1.0]),
+        (["gate_proj.input", "up_proj.input"], [1.0, 0.0]),
+        (["o_proj.scale"], [1.001]),
+    ],
+)
+def test_bytes_that_mean_something_else_are_noticed(
+    int8_folder: Path, damaged: list[str], factors: list[float]
+) -> None:
+    assert write_fused_layers(int8_folder, TEXT, "int8")
+    arrays, attributes = whole(int8_folder)
+    for name in (f"layers.0.{part}" for part in damaged):
+        arrays[name] = (arrays[name] * factors).astype(np.float32)
+    write_segment(int8_folder / LAYERS_FILE, arrays, attributes)
+    assert differing(int8_folder, "int8") == ["layers.0"]
+
+
+def test_layers_in_another_order_are_noticed(folder: Path) -> None:
+    assert write_fused_layers(folder, TEXT, "fp32")
+    arrays, attributes = whole(folder)
+    places = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
+    moved = {places.get(name[:9], name[:9]) + name[9:]: array for name, array in arrays.items()}
+    write_segment(folder / LAYERS_FILE, moved, attributes)
+    assert differing(folder, "fp32") == ["layers.0", "layers.1", "logits"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -188,19 +229,28 @@ def test_what_is_not_a_number_agrees_with_nothing(
     place = folder if precision == "fp32" else int8_folder
     assert write_fused_layers(place, TEXT, precision)
     arrays, attributes = whole(place)
-    arrays["layers.1.down_proj.bias"] = np.full(TEXT.hidden_size, np.nan, np.float32)
+    arrays["layers.2.down_proj.bias"] = np.full(TEXT.hidden_size, np.nan, np.float32)
     write_segment(place / LAYERS_FILE, arrays, attributes)
     found = differences(place, SHAPE, precision)
-    assert [part for part, off in found.items() if off == np.inf] == ["layers.1", "logits"]
+    assert [part for part, share in found.items() if share == np.inf] == ["layers.1", "logits"]
 
 
-def test_steps_to_bytes_that_are_a_little_wider_are_noticed(int8_folder: Path) -> None:
-    assert write_fused_layers(int8_folder, TEXT, "int8")
-    arrays, attributes = whole(int8_folder)
-    arrays["layers.0.o_proj.input"] = arrays["layers.0.o_proj.input"] * np.float32([1.001, 1])
-    write_segment(int8_folder / LAYERS_FILE, arrays, attributes)
-    found = differences(int8_folder, SHAPE, "int8")
-    assert [part for part, off in found.items() if off > LARGEST_SHARE["int8"]] == ["layers.0"]
+@pytest.mark.parametrize(("value", "behind", "share"), [(np.nan, 1, np.inf), (1.0, 16, 0.5)])
+def test_a_row_is_behind_one_of_the_prefixes(value: float, behind: int, share: float) -> None:
+    """One that is not a number is enough, and half of those behind the same prefix."""
+    off = np.zeros((96, 4), np.float32)
+    off[40 : 40 + behind] = value
+    whole = np.ones_like(off)
+    assert row_difference(off, whole, 0.5) == share
+    assert row_difference(np.nan_to_num(off), whole, 1 / 4) == 0
+
+
+def test_a_decoder_of_one_layer_is_compared(tmp_path: Path) -> None:
+    text = replace(TEXT, num_hidden_layers=1)
+    write_graph(text, tmp_path)
+    made = write_fused_layers(tmp_path, text, "fp32")
+    assert made is not None
+    assert made.keys() <= {"layers.0", "logits"}
 
 
 @pytest.mark.parametrize("part", ["bias", "scale", "input"])

@@ -138,8 +138,8 @@ def test_layers_that_lose_most_are_left_until_the_whole_is_borne(
     *refused, taken = study.plans
     assert all(moved_by(row) > share * whole_move for row in refused)
     assert moved_by(taken) <= share * whole_move
-    assert taken["layers"] == {"int8": LAYERS - len(left), "fp16": len(left)}
-    assert taken["work_share"]["fp16"] == pytest.approx(len(left) / LAYERS)
+    assert taken["fp16"] == pytest.approx(len(left) / LAYERS)
+    assert taken["int8"] == pytest.approx(1 - len(left) / LAYERS)
 
 
 def test_where_nothing_may_be_moved_all_layers_are_left(tmp_path: Path) -> None:
