@@ -102,7 +102,8 @@ def differences(folder: Path, shape: DecoderShape, precision: str) -> dict[str, 
     firsts = range(max(1, shape.layers - IN_A_ROW + 1))
     found = {}
     for first in firsts:
-        before, behind = (call.last(call.states[n]) for n in (first, first + IN_A_ROW))
+        last = min(first + IN_A_ROW, shape.layers)
+        before, behind = (call.last(call.states[index]) for index in (first, last))
         size = np.sqrt(np.square(behind).mean(axis=1, keepdims=True) + weights.shape.epsilon)
         off = size * hidden_behind(no_scale, first, call) - behind
         added = np.abs(behind - before) + LEAST_ADDED * np.abs(behind)
@@ -112,9 +113,9 @@ def differences(folder: Path, shape: DecoderShape, precision: str) -> dict[str, 
 
 
 def row_difference(off: Floats, whole: Floats, agreeing: float) -> float:
-    """Give up to which share of itself a row (R, N) is off, of all but the worst behind a prefix.
+    """Give the share of itself by which the worst row (R, N) is off that has to agree.
 
-    So many are left as need not agree. It is infinite where one is not a number.
+    Of those behind each prefix `agreeing` have to. It is infinite where one is not a number.
     """
     rows = np.abs(off).mean(axis=1) / np.abs(whole).mean(axis=1)
     of_prefixes = np.quantile(rows.reshape(len(COMPARED), COMPARED_ROWS), agreeing, axis=1)
@@ -126,8 +127,7 @@ class GraphCall:
     """What a decoder's graph read and gave in a call, row by row, one prefix after the other.
 
     Attributes:
-        states: hidden states (R, S, D) before each layer and behind the last, which is there as
-            often as layers are run in a row.
+        states: hidden states (R, S, D) before each layer and behind the last.
         positions: (3, R, S).
         prefixes: keys and values (L, 2, H, T, d) of each row's, of which COMPARED count.
         asked: (R,) the tokens whose logits were asked.
@@ -157,7 +157,7 @@ def call_graph(graph: Path, shape: DecoderShape) -> GraphCall:
     states = [floats(values[name].reshape(rows, COMPARED_STEPS, -1)) for name in names]
     prefixes = [floats(prefix) for prefix in np.moveaxis(feeds["prefix"], 2, 0)]
     return GraphCall(
-        states + states[-1:] * (IN_A_ROW - 1),
+        states,
         floats(feeds["positions"].reshape(3, rows, COMPARED_STEPS)),
         [prefix for prefix in prefixes for _ in range(COMPARED_ROWS)],
         feeds["logit_positions"].reshape(rows).astype(np.int64),
