@@ -17,7 +17,14 @@ from benchmarks.text_quantisation import COMPARED, Reader, compared
 from meiqa.engine.package import EnginePackage
 from meiqa.engine.prompts import positions_of
 from meiqa.engine.runtime import open_graphs
-from meiqa.engine.runtime.decoder import GraphDecoder, KeyValues, NativeDecoder, Row, layers_beside
+from meiqa.engine.runtime.decoder import (
+    Floats,
+    GraphDecoder,
+    KeyValues,
+    NativeDecoder,
+    Row,
+    layers_beside,
+)
 from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.package import ExportOptions, export_package
 from meiqa.kernels.decoder import FASTEST, FASTEST_IN_BF16, KERNELS
@@ -29,8 +36,13 @@ LAYERS = 4
 LARGEST_KL = 0.02
 TEXT = (
     "The picture is sharp where it matters and soft behind it; its colours are natural, its light "
-    "comes from the left, and nothing in it was blown out or lost in the dark of the shadows."
+    "comes from the left, and nothing in it was blown out or lost in the dark of the shadows. "
+    "Water boils at one hundred degrees unless the air is thin. Seventeen plus twenty-five makes "
+    "forty-two if nobody has forgotten to carry. Once there was a small camera that wanted to see "
+    "the sea, but it was kept in a drawer until the committee had met, as it does every last June."
 )
+PREFIX, OWN = 20, 12
+"""Tokens of the text that are read first, and those that follow them."""
 PICTURES = [picture(seed, size) for seed, size in enumerate(SIZES)]
 
 
@@ -87,12 +99,25 @@ def test_the_kernel_reads_a_prefix_and_writes_as_the_graph_does(
     shape = package.manifest.decoder
     (session,) = open_graphs(package, ["decoder"], "cpu", None)
     native = NativeDecoder(*layers_beside(package.path / "decoder.onnx.data", kernel), 2)
-    ids = package.prompts.ids(TEXT)
-    row = Row(np.asarray(package.embedding)[ids].astype(np.float32), positions_of([len(ids)])[0])
-    logits = []
-    for decoder in (GraphDecoder(session, shape), native):
-        (prefix,) = decoder.prefill([Row(row.embeds[:20], row.positions[:, :20])])
-        logits.append(decoder.step(prefix, KeyValues.nothing(shape), row.behind(20), 12).logits)
-    wanted, made = (each - np.logaddexp.reduce(each, -1, keepdims=True) for each in logits)
+    embeds = np.asarray(package.embedding)[package.prompts.ids(TEXT)].astype(np.float32)
+    positions = positions_of([PREFIX + OWN])[0]
+    rows = [Row(part, positions) for part in windows(embeds, PREFIX + OWN, OWN)]
+    assert len(rows) > 5
+
+    def written(decoder: GraphDecoder | NativeDecoder) -> Floats:
+        """Log-probabilities (rows, OWN, V) of the tokens after each."""
+        beginnings = [Row(row.embeds[:PREFIX], row.positions[:, :PREFIX]) for row in rows]
+        logits = [
+            decoder.step(prefix, KeyValues.nothing(shape), row.behind(PREFIX), OWN).logits
+            for prefix, row in zip(decoder.prefill(beginnings), rows, strict=True)
+        ]
+        return logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+
+    wanted, made = written(GraphDecoder(session, shape)), written(native)
     assert float((np.exp(wanted) * (wanted - made)).sum(-1).mean()) < largest_kl
-    assert float(np.ptp(made, axis=0).mean()) > 0.5
+    assert float(np.ptp(made, axis=(0, 1)).mean()) > 0.5
+
+
+def windows(embeds: Floats, length: int, step: int) -> list[Floats]:
+    """Cut out what begins at every so many tokens."""
+    return [embeds[at : at + length] for at in range(0, len(embeds) - length + 1, step)]
