@@ -142,7 +142,7 @@ def tree_text(values: Mapping[str, Any], depth: int = 0) -> str:
         elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
             lines += [f"{indent}{name}", *(f"{indent}  {row}" for row in _aligned(value))]
         else:
-            lines.append(f"{indent}{name:<20}{_shown(value)}")
+            lines.append(f"{indent}{name:<18}  {_shown(value)}")
     return "\n".join(lines)
 
 

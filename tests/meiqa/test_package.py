@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def test_the_shipped_package_shows_its_sensitivity(capsys: Output) -> None:
     text = capsys.readouterr().out
     assert "lm_head.weight" in text
     assert "int8" in text
+    assert re.search(r"interval_coverage_degraded  0\.\d+", text)
 
 
 @pytest.mark.slow
