@@ -313,8 +313,8 @@ class Shares(NamedTuple):
 
 
 Readers = tuple[str, ...]
-"""Names of layers that read one value, and have one precision: a kernel that multiplies it with all
-of them at once has it rounded or not."""
+"""Names of layers that read one value. They have one precision, as a kernel that multiplies several
+of them at once reads that value either rounded or in floats."""
 
 
 def together(shares: Iterable[Shares]) -> Shares:

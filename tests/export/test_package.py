@@ -30,6 +30,7 @@ from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export import package as packaging
 from meiqa.export.calibration import AIM, Pictures, pictures_in
 from meiqa.export.checkpoint import Checkpoint
+from meiqa.export.fused import LARGEST_SHARE
 from meiqa.export.layers import temporary_folder
 from meiqa.export.package import LARGEST_MOVES, Export, ExportOptions, export_package
 from meiqa.export.verify import PiecewiseSession, grades_of
@@ -345,6 +346,9 @@ def test_bf16_is_allowed_where_it_was_measured_and_less_than_fp32_was_asked_for(
         assert package.manifest.bf16 == allowed
         assert ("mean_move_in_bf16" in package.manifest.report["grades"]) == allowed
         assert kernel_for(package) == (FASTEST_IN_BF16 if allowed else FASTEST)
+        compared = package.manifest.report["parity"]["decoder.layers"]
+        assert compared.keys() <= {"layers.0", "logits"}
+        assert 0 < max(compared.values()) <= LARGEST_SHARE[package.manifest.precision]
 
 
 @pytest.mark.skipif(not KERNELS[FASTEST_IN_BF16].in_bf16, reason="no kernel here has bf16")
