@@ -2,13 +2,14 @@
 
     python -m benchmarks.text_quantisation CHECKPOINT --work DIR [--variant NAME …] [--output FILE]
 
-The decoder of a checkpoint (such as `benchmarks.real_checkpoint` makes) reads pages of this
-project's documentation: on some of them activations are observed, on others every variant is
-compared with the float graph. Given are the mean Kullback-Leibler divergence of the next token's
-distribution, in nats, the share of tokens whose most probable successor is another, the mean loss,
-and the bytes of the graph's weights. `ort` are ONNX Runtime's own quantisers of the same graph. The
-float graph stays in DIR for another run, since tracing takes minutes. Rows go to FILE as they are
-measured; a run leaves out those that are there, so one that was cut short can be taken up again.
+The decoder of a checkpoint (such as `benchmarks.real_checkpoint` makes) reads the passages of
+reading.json, beginnings of pages of this project's documentation as they once were: on most of them
+activations are observed, on three others every variant is compared with the float graph. Given are
+the mean Kullback-Leibler divergence of the next token's distribution, in nats, the share of tokens
+whose most probable successor is another, the mean loss, and the bytes of the graph's weights. `ort`
+are ONNX Runtime's own quantisers of the same graph. The float graph stays in DIR for another run,
+since tracing takes minutes. Rows go to FILE as they are measured; a run leaves out those that are
+there, so one that was cut short can be taken up again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,9 @@ from meiqa.export.verify import Feeds, PiecewiseSession
 from meiqa.memory.segment import file_sha256
 
 Floats = NDArray[np.float32]
-DOCS = Path(__file__).parents[1] / "docs"
-OBSERVED = ("culling.md", "inputs.md", "camera.md", "memory.md")
-COMPARED = ("decisions.md", "privacy.md", "reference-mode.md")
+READING = Path(__file__).parent / "reading.json"
 TOKENS, FIRST = 192, 8
-"""Tokens of a page that are read, and that are not judged, since little is known of them."""
+"""Tokens of a passage that are read, and that are not judged, since little is known of them."""
 DOWN = "down_proj"
 FLOAT = "float"
 _COLUMNS = (
@@ -59,17 +58,23 @@ _COLUMNS = (
 )
 
 
+def passages(kind: str) -> list[str]:
+    """Give the texts that are "observed" or "compared"."""
+    found: list[str] = json.loads(READING.read_text())[kind]
+    return found
+
+
 class Reader:
-    """Reads pages with a decoder's graph."""
+    """Reads passages with a decoder's graph."""
 
     def __init__(self, checkpoint: Checkpoint, tokens: int) -> None:
         self._shape: DecoderShape = checkpoint.text.shape
         self._embedding = checkpoint.decoder_weight("embed_tokens.weight").float().numpy()
         self._tokenizer, self._count = checkpoint.tokenizer, tokens
 
-    def ids(self, page: str) -> NDArray[np.int64]:
-        """Tokens of a page of the documentation."""
-        encoded = self._tokenizer.encode((DOCS / page).read_text(), add_special_tokens=False)
+    def ids(self, passage: str) -> NDArray[np.int64]:
+        """Tokens of a passage."""
+        encoded = self._tokenizer.encode(passage, add_special_tokens=False)
         return np.array(encoded.ids[: self._count], np.int64)
 
     def feeds(self, ids: NDArray[np.int64]) -> Feeds:
@@ -85,20 +90,20 @@ class Reader:
             "logit_positions": np.arange(count)[None, None],
         }
 
-    def log_probabilities(self, session: GraphSession, page: str) -> Floats:
+    def log_probabilities(self, session: GraphSession, passage: str) -> Floats:
         """Give those of each token's successor, (tokens, vocabulary)."""
-        logits = session.run(self.feeds(self.ids(page)))["logits"][0, 0, FIRST:]
+        logits = session.run(self.feeds(self.ids(passage)))["logits"][0, 0, FIRST:]
         logits = logits - logits.max(-1, keepdims=True)
         found: Floats = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         return found
 
 
 def compared(reader: Reader, exact: Mapping[str, Floats], made: GraphSession) -> dict[str, float]:
-    """Compare a variant's graph with the float one's log-probabilities of all pages."""
+    """Compare a variant's graph with the float one's log-probabilities of all passages."""
     rows = []
-    for page, wanted in exact.items():
-        found = reader.log_probabilities(made, page)
-        following = reader.ids(page)[FIRST + 1 :]
+    for passage, wanted in exact.items():
+        found = reader.log_probabilities(made, passage)
+        following = reader.ids(passage)[FIRST + 1 :]
         rows.append(
             (
                 float((np.exp(wanted) * (wanted - found)).sum(-1).mean()),
@@ -113,9 +118,18 @@ Variant = Callable[[Path, Path], None]
 """Writes a variant of the first file's graph to the second."""
 
 
+Observing = Callable[[str], Mapping[str, Any]]
+"""Gives what was observed, with samples as large as a precision needs."""
+
+
+def nothing(precision: str) -> Mapping[str, Any]:
+    """Give what was observed where nothing was."""
+    return {}
+
+
 def ours(
     precision: str,
-    observed: Mapping[str, Any],
+    observing: Observing,
     *,
     own_rows: float = rounding.WORTH_OWN_ROWS,
     float_layers: str | None = None,
@@ -129,7 +143,7 @@ def ours(
         if not clips:
             rounding.CLIPS = kept[1][:0]
         try:
-            quantisation = Quantisation({"decoder": source}, precision, observed)
+            quantisation = Quantisation({"decoder": source}, precision, observing(precision))
             plan = quantisation.default()["decoder"]
             if float_layers is not None:
                 plan = {
@@ -179,18 +193,18 @@ def heads_of(source: Path) -> list[str]:
     return [str(made.name)] if made is not None else []
 
 
-VARIANTS: Mapping[str, Callable[[Mapping[str, Any]], Variant]] = {
+VARIANTS: Mapping[str, Callable[[Observing], Variant]] = {
     "int8": partial(ours, "int8"),
     "int8, gated products alone by rows": partial(ours, "int8", own_rows=np.inf),
     "int8, gated products in fp16": partial(ours, "int8", own_rows=np.inf, float_layers=DOWN),
     "int8, all rows by themselves": partial(ours, "int8", own_rows=0.0),
-    "int8, ort dynamic": lambda observed: ort_dynamic,
+    "int8, ort dynamic": lambda observing: ort_dynamic,
     "int4": partial(ours, "int4"),
-    "int4, no clipping or weighting": lambda observed: ours("int4", {}, clips=False),
-    "int4, ort": lambda observed: ort_four_bits(symmetric=False),
-    "int4, ort symmetric": lambda observed: ort_four_bits(symmetric=True),
+    "int4, no clipping or weighting": lambda observing: ours("int4", nothing, clips=False),
+    "int4, ort": lambda observing: ort_four_bits(symmetric=False),
+    "int4, ort symmetric": lambda observing: ort_four_bits(symmetric=True),
 }
-"""Makes each variant by name, of what was observed."""
+"""Makes each variant by name, observing what it needs."""
 
 
 def float_graph(checkpoint: Checkpoint, work: Path) -> Path:
@@ -212,20 +226,22 @@ def measured(
     say("tracing")
     source = float_graph(checkpoint, work)
     whole = PiecewiseSession(source)
-    exact = {page: reader.log_probabilities(whole, page) for page in COMPARED}
+    exact = {each: reader.log_probabilities(whole, each) for each in passages("compared")}
     yield {"variant": FLOAT, **compared(reader, exact, whole), "mb": size_mb(source)}
-    say("observing")
 
     def read_all(sessions: Mapping[str, GraphSession]) -> None:
-        for page in OBSERVED:
-            sessions["decoder"].run(reader.feeds(reader.ids(page)))
+        for passage in passages("observed"):
+            sessions["decoder"].run(reader.feeds(reader.ids(passage)))
 
-    observed = observe({"decoder": source}, read_all)
+    @cache
+    def observing(precision: str) -> Mapping[str, Any]:
+        return observe({"decoder": source}, read_all, precision)
+
     for name in names:
         say(name)
         with tempfile.TemporaryDirectory(dir=work) as made:
             out = Path(made) / "decoder.onnx"
-            VARIANTS[name](observed)(source, out)
+            VARIANTS[name](observing)(source, out)
             found = compared(reader, exact, PiecewiseSession(out))
             yield {"variant": name, **found, "mb": size_mb(out)}
 
@@ -239,7 +255,7 @@ def rows_in(output: Path | None, of: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Give the rows that a run before wrote.
 
     Raises:
-        UsageError: they are of other weights, of pages cut elsewhere, or of other versions.
+        UsageError: they are of other weights, passages or versions.
     """
     if output is None or not output.exists():
         return []
@@ -264,6 +280,7 @@ def main() -> None:
     weights = sorted(given.checkpoint.glob("*.safetensors"))
     settings = {
         "tokens": given.tokens,
+        "reading": file_sha256(READING)[:16],
         "weights": [file_sha256(file)[:16] for file in weights],
         "versions": run_on("onnxruntime")["versions"],
     }

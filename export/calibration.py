@@ -1,6 +1,6 @@
 """Which layer of a package bears which precision: what pictures show of its float graphs.
 
-    observed = observe(files, exercise)
+    observed = observe(files, exercise, "int8")
     quantisation = Quantisation(files, "int8", observed)
     plan = quantisation.default()  # or measured: SensitivityStudy(quantisation, …).plan()
     save_graph(quantisation.graph("decoder", plan["decoder"]), path)
@@ -50,8 +50,11 @@ from meiqa.export.rounding import (
 )
 from meiqa.export.verify import PiecewiseSession, giving
 
-SAMPLED_VALUES, SAMPLED_ROWS = 1 << 22, 1024
-"""A sample holds so many rows at most, and so many values: rows of wide layers are fewer."""
+SAMPLED_ROWS = {"int8": 1024, "int4": 4096}
+"""Most rows of a sample. 4 bits need more: errors are made good by what channels have in common,
+which is known of thousands of channels only from as many rows."""
+WIDE = 4096
+"""Channels from which on a sample holds fewer rows, as many as take no more memory."""
 WRITING_EVERY = 16
 """Calls of one token write text; they are many and alike, so one in so many is looked at."""
 LEFT_IN_FLOAT = "fp16"
@@ -117,16 +120,16 @@ def require_pictures(precision: str, pictures: Sequence[object]) -> None:
 
 
 class Observer:
-    """Collects what `Observed` holds of a value."""
+    """Collects what `Observed` holds of a value of `width` channels, with so many rows at most."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, rows: int) -> None:
         self._rng = np.random.default_rng(0)
         self._seen = 0
         self._low = np.full(width, np.inf, np.float32)
         self._high = np.full(width, -np.inf, np.float32)
         self._sum = np.zeros(width)
-        self._limit = min(SAMPLED_ROWS, max(1, SAMPLED_VALUES // width))
-        self._keys, self._rows = np.zeros(0), np.zeros((0, width), np.float32)
+        limit = max(1, min(rows, rows * WIDE // width))
+        self._keys, self._rows = np.full(limit, np.inf), np.empty((limit, width), np.float32)
 
     def add(self, values: Floats) -> None:
         """Look at tokens or pixels (n, C)."""
@@ -135,14 +138,16 @@ class Observer:
         self._high = np.maximum(self._high, values.max(0))
         self._sum += np.einsum("ij,ij->j", values, values, dtype=np.float64)
         # The rows with the smallest random keys: each row seen is as likely as any other.
-        keys = np.concatenate([self._keys, self._rng.random(len(values))])
-        kept = np.argsort(keys)[: self._limit]
-        old, new = kept[kept < len(self._rows)], kept[kept >= len(self._rows)] - len(self._rows)
-        self._keys = keys[np.concatenate([old, new + len(self._rows)])]
-        self._rows = np.concatenate([self._rows[old], values[new]])
+        keys, limit = np.concatenate([self._keys, self._rng.random(len(values))]), len(self._rows)
+        order = np.argsort(keys)
+        kept, left = order[:limit], order[limit:]
+        new, places = kept[kept >= limit], left[left < limit]
+        self._keys[places], self._rows[places] = keys[new], values[new - limit]
 
     def observed(self) -> Observed:
-        return Observed(self._low, self._high, self._sum / self._seen, self._rows, self._seen)
+        """Give what was seen, with its rows in random order."""
+        rows = self._rows[np.argsort(self._keys)[: self._seen]]
+        return Observed(self._low, self._high, self._sum / self._seen, rows, self._seen)
 
 
 class ObservingSession:
@@ -151,10 +156,11 @@ class ObservingSession:
     Args:
         session: executes the graph and returns those values besides its outputs.
         channel_axes: the axes that count their channels.
+        rows: of each value's sample.
     """
 
-    def __init__(self, session: GraphSession, channel_axes: Mapping[str, int]) -> None:
-        self._session, self._axes = session, channel_axes
+    def __init__(self, session: GraphSession, channel_axes: Mapping[str, int], rows: int) -> None:
+        self._session, self._axes, self._rows = session, channel_axes, rows
         self._observers: dict[str, Observer] = {}
         self._written = 0
 
@@ -166,29 +172,35 @@ class ObservingSession:
             for name, axis in self._axes.items():
                 channels_last = np.moveaxis(made[name], axis, -1)
                 width = channels_last.shape[-1]
-                observer = self._observers.setdefault(name, Observer(width))
-                observer.add(channels_last.reshape(-1, width))
+                if name not in self._observers:
+                    self._observers[name] = Observer(width, self._rows)
+                self._observers[name].add(channels_last.reshape(-1, width))
         self._written += writes
         return made
 
     def observed(self) -> dict[str, Observed]:
-        return {name: observer.observed() for name, observer in self._observers.items()}
+        """Give what was seen since the last time, letting go of it value by value."""
+        return {name: self._observers.pop(name).observed() for name in list(self._observers)}
 
 
 @contextmanager
-def observing(path: Path, channel_axes: Mapping[str, int]) -> Iterator[ObservingSession]:
+def observing(path: Path, channel_axes: Mapping[str, int], rows: int) -> Iterator[ObservingSession]:
     """Open a graph file so that the values with these channel axes are noted."""
     with giving(path, channel_axes) as session:
-        yield ObservingSession(session, channel_axes)
+        yield ObservingSession(session, channel_axes, rows)
 
 
 def observe(
-    files: Files, exercise: Callable[[Mapping[str, GraphSession]], None]
+    files: Files, exercise: Callable[[Mapping[str, GraphSession]], None], precision: str
 ) -> dict[str, dict[str, Observed]]:
-    """Note, by graph and activation, what layers read while `exercise` asks as the engine does."""
+    """Note, by graph and activation, what layers read while `exercise` asks as the engine does.
+
+    The samples are as large as "int8" or "int4" needs.
+    """
+    rows = SAMPLED_ROWS[precision]
     with ExitStack() as stack:
         sessions = {
-            name: stack.enter_context(observing(file, values_to_observe(ir.load(file))))
+            name: stack.enter_context(observing(file, values_to_observe(ir.load(file)), rows))
             for name, file in files.items()
         }
         exercise(sessions)

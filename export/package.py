@@ -284,6 +284,7 @@ class Export:
             observed = observe(
                 files,
                 lambda running: exercise(self.model(running), calibrated, show, writes=writes),
+                self.options.precision,
             )
         quantisation = Quantisation(files, self.options.precision, observed)
         plan, studied = quantisation.default(), self.pictures[STUDIED]

@@ -311,7 +311,7 @@ def round_to_bytes(
             sessions[PATTERNS].run(feeds)
 
     files = {PATTERNS: path}
-    quantisation = Quantisation(files, "int8", observe(files, exercise))
+    quantisation = Quantisation(files, "int8", observe(files, exercise, "int8"))
     names = {layer.name for layer in quantisation.layers(PATTERNS)}
     plan = {name: "int8" for name in names if not name.startswith(GATE)}
     made = path.with_suffix(".int8")

@@ -595,28 +595,36 @@ def compensated_codes(weight: Floats, grid: BlockGrid, rows: Floats) -> NDArray[
     """Round a weight (inputs, outputs) so that its products with rows (n, inputs) change little.
 
     Input by input, and what rounding one loses, those that are still to come make good as far as
-    they are alike (Frantar et al. 2022, "GPTQ", in the form of its Cholesky factor).
+    they are alike (Frantar et al. 2022, "GPTQ", in the form of its Cholesky factor). The loudest
+    inputs come first, while all others are there to make their errors good.
     """
-    inputs = len(weight)
-    factor = inverse_factor(rows)
-    left, codes = weight.astype(np.float64), np.empty(weight.shape, np.int8)
-    for block, start in enumerate(range(0, inputs, BLOCK)):
+    inputs, outputs = weight.shape
+    moments = damped_moments(rows)
+    order = np.argsort(-np.diag(moments), kind="stable")
+    factor = inverse_factor(moments[np.ix_(order, order)])
+    left, codes = weight[order].astype(np.float64), np.empty(weight.shape, np.int8)
+    for start in range(0, inputs, BLOCK):
         end = min(start + BLOCK, inputs)
-        step, zero = grid.scale[block], grid.zero[block]
-        lost = np.empty((end - start, weight.shape[1]))
+        lost = np.empty((end - start, outputs))
         for i in range(start, end):
+            step, zero = grid.scale[order[i] // BLOCK], grid.zero[order[i] // BLOCK]
             code = (np.rint(left[i] / step) + zero).clip(SMALLEST_INT4, LARGEST_INT4)
             lost[i - start] = (left[i] - (code - zero) * step) / factor[i, i]
             left[i + 1 : end] -= np.outer(factor[i, i + 1 : end], lost[i - start])
-            codes[i] = code
+            codes[order[i]] = code
         left[end:] -= factor[start:end, end:].T @ lost
     return codes
 
 
-def inverse_factor(rows: Floats) -> NDArray[np.float64]:
-    """Give the upper Cholesky factor of the inverse of the rows' damped second moments."""
-    moments = rows.T.astype(np.float64) @ rows / len(rows)
+def damped_moments(rows: Floats) -> NDArray[np.float64]:
+    """Give the rows' second moments (C, C), with a little added to each channel's own."""
+    moments: NDArray[np.float64] = (rows.T @ rows / len(rows)).astype(np.float64)
     moments[np.diag_indices_from(moments)] += DAMPING * np.trace(moments) / len(moments) + 1e-12
+    return moments
+
+
+def inverse_factor(moments: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give the upper Cholesky factor of the inverse of some moments (C, C)."""
     factor: NDArray[np.float64] = np.linalg.cholesky(np.linalg.inv(moments)).T
     return factor
 

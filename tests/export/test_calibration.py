@@ -20,7 +20,7 @@ from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import GraphDecoder, GraphSession
 from meiqa.export.calibration import (
     IN_BLOCKS,
-    SAMPLED_ROWS,
+    WIDE,
     WRITING_EVERY,
     Assignment,
     Moves,
@@ -49,7 +49,7 @@ from tests.export.small_graphs import Floats, convolution, linear, normal
 
 def test_calls_add_up() -> None:
     calls = [normal(seed, 3 + seed, 5) for seed in range(4)]
-    observer = Observer(5)
+    observer = Observer(5, 64)
     for call in calls:
         observer.add(call)
     seen, together = observer.observed(), np.concatenate(calls)
@@ -61,18 +61,33 @@ def test_calls_add_up() -> None:
 
 
 def test_the_sample_is_drawn_from_all_calls_alike() -> None:
-    observer = Observer(2)
+    observer = Observer(2, 1024)
     for call in range(8):
-        observer.add(np.full((SAMPLED_ROWS, 2), call, np.float32))
+        observer.add(np.full((1024, 2), call, np.float32))
     rows = observer.observed().rows
-    assert rows.shape == (SAMPLED_ROWS, 2)
-    counts = np.bincount(rows[:, 0].astype(int), minlength=8)
-    assert counts.min() > SAMPLED_ROWS / 16
+    assert rows.shape == (1024, 2)
+    for some in rows, rows[:256]:
+        counts = np.bincount(some[:, 0].astype(int), minlength=8)
+        assert counts.min() > len(some) / 16
+
+
+def test_a_sample_that_is_not_full_is_in_random_order() -> None:
+    observer = Observer(1, 1024)
+    observer.add(np.arange(512, dtype=np.float32)[:, None])
+    rows = observer.observed().rows[:, 0]
+    np.testing.assert_array_equal(np.sort(rows), np.arange(512))
+    assert 192 < rows[:256].mean() < 320
+
+
+def test_samples_of_wide_values_have_fewer_rows() -> None:
+    observer = Observer(2 * WIDE, 8)
+    observer.add(np.zeros((8, 2 * WIDE), np.float32))
+    assert observer.observed().rows.shape == (4, 2 * WIDE)
 
 
 def test_dividing_channels_divides_everything_that_was_seen() -> None:
     values, scales = normal(0, 50, 5), np.array([1, 2, 4, 0.5, 10], np.float32)
-    one, other = Observer(5), Observer(5)
+    one, other = Observer(5, 64), Observer(5, 64)
     one.add(values)
     other.add(values / scales)
     divided, wanted = one.observed().divided(scales), other.observed()
@@ -85,7 +100,7 @@ def test_a_graph_is_observed_in_passing_and_left_as_it_was(tmp_path: Path) -> No
     save_graph(made, tmp_path / "graph.onnx")
     files = sorted(path.name for path in tmp_path.iterdir())
     x = normal(2, 1, 3, 9, 7)
-    with observing(tmp_path / "graph.onnx", values_to_observe(made)) as session:
+    with observing(tmp_path / "graph.onnx", values_to_observe(made), 256) as session:
         outputs = session.run({"x": x})
         seen = session.observed()
     assert sorted(path.name for path in tmp_path.iterdir()) == files
@@ -102,18 +117,18 @@ class Echo:
 
 
 def test_of_calls_that_write_few_are_looked_at() -> None:
-    session = ObservingSession(Echo(), {"embeds": -1})
+    session = ObservingSession(Echo(), {"embeds": -1}, 64)
     for _ in range(WRITING_EVERY + 1):
         session.run({"embeds": np.ones((1, 1, 1, 4), np.float32)})
     assert session.observed()["embeds"].seen == 2
     session.run({"embeds": np.ones((1, 2, 3, 4), np.float32)})
-    assert session.observed()["embeds"].seen == 8
+    assert session.observed()["embeds"].seen == 6
 
 
 def test_a_linear_layer_without_a_call_has_nothing_observed(tmp_path: Path) -> None:
     made = linear(normal(0, 8, 8))
     save_graph(made, tmp_path / "graph.onnx")
-    with observing(tmp_path / "graph.onnx", values_to_observe(made)) as session:
+    with observing(tmp_path / "graph.onnx", values_to_observe(made), 256) as session:
         assert session.observed() == {}
 
 
@@ -150,7 +165,7 @@ def quantisations(package: EnginePackage, files: dict[str, Path]) -> dict[str, Q
         for sizes in DECODER_SHAPES:
             sessions["decoder"].run(random_feeds(package.manifest.decoder, sizes, rng))
 
-    observed = observe(files, exercise)
+    observed = observe(files, exercise, "int8")
     return {precision: Quantisation(files, precision, observed) for precision in PRECISIONS}
 
 

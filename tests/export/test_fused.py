@@ -82,7 +82,7 @@ def int8_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = {"decoder": folder / "decoder.onnx"}
     sizes = (2, 3, STEPS, PREFIX_STEPS, 0, 1)
     feeds = random_feeds(SHAPE, sizes, np.random.default_rng(1))
-    observed = observe(files, lambda sessions: sessions["decoder"].run(feeds))
+    observed = observe(files, lambda sessions: sessions["decoder"].run(feeds), "int8")
     quantisation = Quantisation(files, "int8", observed)
     out = tmp_path_factory.mktemp("int8")
     plan = quantisation.default()["decoder"]
@@ -136,7 +136,7 @@ def test_rows_that_are_rounded_by_themselves(
     files = {"decoder": folder / "decoder.onnx"}
     sizes = (2, 3, STEPS, PREFIX_STEPS, 0, 1)
     feeds = random_feeds(SHAPE, sizes, np.random.default_rng(1))
-    observed = observe(files, lambda sessions: sessions["decoder"].run(feeds))
+    observed = observe(files, lambda sessions: sessions["decoder"].run(feeds), "int8")
     monkeypatch.setattr("meiqa.export.rounding.WORTH_OWN_ROWS", 0.0)
     quantisation = Quantisation(files, "int8", observed)
     plan = quantisation.default()["decoder"]
@@ -150,7 +150,7 @@ def test_rows_that_are_rounded_by_themselves(
 def test_floats_between_bytes(folder: Path, tmp_path: Path) -> None:
     files = {"decoder": folder / "decoder.onnx"}
     feeds = random_feeds(SHAPE, (2, 3, STEPS, PREFIX_STEPS, 0, 1), np.random.default_rng(1))
-    observed = observe(files, lambda sessions: sessions["decoder"].run(feeds))
+    observed = observe(files, lambda sessions: sessions["decoder"].run(feeds), "int8")
     quantisation = Quantisation(files, "int8", observed)
     plan = quantisation.default()["decoder"]
     plan |= {name: "fp16" for name in plan if "o_proj" in name or "layers.1.mlp" in name}

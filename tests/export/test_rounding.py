@@ -19,7 +19,10 @@ from meiqa.export.rounding import (
     Observed,
     Range,
     best_block_grid,
+    block_codes,
     block_errors,
+    by_blocks,
+    compensated_codes,
     evened,
     foldables,
     make_activations_signed,
@@ -247,6 +250,18 @@ def test_what_one_weight_loses_others_make_good() -> None:
     assert made < 0.3 * nearest
 
 
+def test_inputs_are_rounded_in_the_order_of_their_loudness() -> None:
+    """So within a block it means nothing in which order they come."""
+    weight, rows = normal(0, BLOCK, 40), normal(1, 300, 12) @ normal(2, 12, BLOCK)
+    rows *= np.geomspace(0.2, 5, BLOCK, dtype=np.float32)
+    grid = best_block_grid(weight, np.square(rows).mean(0))
+    turned = np.random.default_rng(3).permutation(BLOCK)
+    codes = compensated_codes(weight, grid, rows)
+    made = compensated_codes(weight[turned], grid, rows[:, turned])
+    assert (made == codes[turned]).mean() > 0.99
+    np.testing.assert_array_equal(codes[-1], block_codes(by_blocks(weight), grid)[0, -1])
+
+
 def test_loud_rows_count_no_more_than_others() -> None:
     rows = normal(1, 50, 8)
     loud = rows * np.geomspace(1e-3, 1e3, 50, dtype=np.float32)[:, None]
@@ -297,7 +312,7 @@ def with_outliers() -> ir.Model:
 
 def observed(made: ir.Model, x: Floats, folder: Path) -> dict[str, Observed]:
     save_graph(made, folder / "float.onnx")
-    with observing(folder / "float.onnx", values_to_observe(made)) as session:
+    with observing(folder / "float.onnx", values_to_observe(made), 256) as session:
         session.run({"x": x})
         return session.observed()
 
