@@ -131,6 +131,7 @@ def ours(
     precision: str,
     observing: Observing,
     *,
+    sampled_for: str | None = None,
     own_rows: float = rounding.WORTH_OWN_ROWS,
     float_layers: str | None = None,
     clips: bool = True,
@@ -138,12 +139,13 @@ def ours(
     """A graph of this project's; without some of what it does."""
 
     def write(source: Path, out: Path) -> None:
+        observed = observing(sampled_for or precision)
         kept = rounding.WORTH_OWN_ROWS, rounding.CLIPS
         rounding.WORTH_OWN_ROWS = own_rows
         if not clips:
             rounding.CLIPS = kept[1][:0]
         try:
-            quantisation = Quantisation({"decoder": source}, precision, observing(precision))
+            quantisation = Quantisation({"decoder": source}, precision, observed)
             plan = quantisation.default()["decoder"]
             if float_layers is not None:
                 plan = {
@@ -200,6 +202,7 @@ VARIANTS: Mapping[str, Callable[[Observing], Variant]] = {
     "int8, all rows by themselves": partial(ours, "int8", own_rows=0.0),
     "int8, ort dynamic": lambda observing: ort_dynamic,
     "int4": partial(ours, "int4"),
+    "int4, samples as for int8": partial(ours, "int4", sampled_for="int8"),
     "int4, no clipping or weighting": lambda observing: ours("int4", nothing, clips=False),
     "int4, ort": lambda observing: ort_four_bits(symmetric=False),
     "int4, ort symmetric": lambda observing: ort_four_bits(symmetric=True),
