@@ -3,8 +3,8 @@
     python -m benchmarks.text_quantisation CHECKPOINT --work DIR [--variant NAME …] [--output FILE]
 
 The decoder of a checkpoint (such as `benchmarks.real_checkpoint` makes) reads the passages of
-reading.json, beginnings of pages of this project's documentation as they once were: on most of them
-activations are observed, on three others every variant is compared with the float graph. Given are
+reading.json, beginnings of pages of this project's documentation as it was at 3e5dbcf: on 28 of
+them activations are observed, on three others variants are compared with the float graph. Given are
 the mean Kullback-Leibler divergence of the next token's distribution, in nats, the share of tokens
 whose most probable successor is another, the mean loss, and the bytes of the graph's weights. `ort`
 are ONNX Runtime's own quantisers of the same graph. The float graph stays in DIR for another run,
@@ -20,9 +20,11 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -118,33 +120,25 @@ Variant = Callable[[Path, Path], None]
 """Writes a variant of the first file's graph to the second."""
 
 
-Observing = Callable[[str], Mapping[str, Any]]
+ObservedFor = Callable[[str], Mapping[str, Any]]
 """Gives what was observed, with samples as large as a precision needs."""
-
-
-def nothing(precision: str) -> Mapping[str, Any]:
-    """Give what was observed where nothing was."""
-    return {}
 
 
 def ours(
     precision: str,
-    observing: Observing,
+    observed_for: ObservedFor,
     *,
     sampled_for: str | None = None,
-    own_rows: float = rounding.WORTH_OWN_ROWS,
     float_layers: str | None = None,
-    clips: bool = True,
+    **instead: object,
 ) -> Variant:
-    """A graph of this project's; without some of what it does."""
+    """A graph of this project's; without some of what it does, or with other parts of rounding."""
 
     def write(source: Path, out: Path) -> None:
-        observed = observing(sampled_for or precision)
-        kept = rounding.WORTH_OWN_ROWS, rounding.CLIPS
-        rounding.WORTH_OWN_ROWS = own_rows
-        if not clips:
-            rounding.CLIPS = kept[1][:0]
-        try:
+        observed = observed_for(sampled_for or precision)
+        with ExitStack() as stack:
+            for name, part in instead.items():
+                stack.enter_context(patch.object(rounding, name, part))
             quantisation = Quantisation({"decoder": source}, precision, observed)
             plan = quantisation.default()["decoder"]
             if float_layers is not None:
@@ -153,10 +147,13 @@ def ours(
                     for n, p in plan.items()
                 }
             save_graph(quantisation.graph("decoder", plan), out)
-        finally:
-            rounding.WORTH_OWN_ROWS, rounding.CLIPS = kept
 
     return write
+
+
+def as_they_come(rows: Floats) -> NDArray[np.intp]:
+    """Leave the channels of rows in their order."""
+    return np.arange(rows.shape[1])
 
 
 def ort_dynamic(source: Path, out: Path) -> None:
@@ -189,23 +186,26 @@ def ort_four_bits(symmetric: bool) -> Variant:
 
 
 def heads_of(source: Path) -> list[str]:
-    """Name what makes logits, which ours leaves in float as well."""
+    """Name what makes logits, which 4 bits are too few for; ours has it in 8."""
     graph = ir.load(source).graph
     made = next(each for each in graph.outputs if each.name == "logits").producer()
     return [str(made.name)] if made is not None else []
 
 
-VARIANTS: Mapping[str, Callable[[Observing], Variant]] = {
+VARIANTS: Mapping[str, Callable[[ObservedFor], Variant]] = {
     "int8": partial(ours, "int8"),
-    "int8, gated products alone by rows": partial(ours, "int8", own_rows=np.inf),
-    "int8, gated products in fp16": partial(ours, "int8", own_rows=np.inf, float_layers=DOWN),
-    "int8, all rows by themselves": partial(ours, "int8", own_rows=0.0),
-    "int8, ort dynamic": lambda observing: ort_dynamic,
+    "int8, gated products alone by rows": partial(ours, "int8", WORTH_OWN_ROWS=np.inf),
+    "int8, gated products in fp16": partial(ours, "int8", float_layers=DOWN, WORTH_OWN_ROWS=np.inf),
+    "int8, all rows by themselves": partial(ours, "int8", WORTH_OWN_ROWS=0.0),
+    "int8, ort dynamic": lambda _: ort_dynamic,
     "int4": partial(ours, "int4"),
     "int4, samples as for int8": partial(ours, "int4", sampled_for="int8"),
-    "int4, no clipping or weighting": lambda observing: ours("int4", nothing, clips=False),
-    "int4, ort": lambda observing: ort_four_bits(symmetric=False),
-    "int4, ort symmetric": lambda observing: ort_four_bits(symmetric=True),
+    "int4, inputs as they come": partial(ours, "int4", loudest_first=as_they_come),
+    "int4, nothing observed, no clipping": lambda _: ours(
+        "int4", lambda precision: {}, CLIPS=rounding.CLIPS[:0]
+    ),
+    "int4, ort": lambda _: ort_four_bits(symmetric=False),
+    "int4, ort symmetric": lambda _: ort_four_bits(symmetric=True),
 }
 """Makes each variant by name, observing what it needs."""
 
@@ -237,14 +237,14 @@ def measured(
             sessions["decoder"].run(reader.feeds(reader.ids(passage)))
 
     @cache
-    def observing(precision: str) -> Mapping[str, Any]:
+    def observed_for(precision: str) -> Mapping[str, Any]:
         return observe({"decoder": source}, read_all, precision)
 
     for name in names:
         say(name)
         with tempfile.TemporaryDirectory(dir=work) as made:
             out = Path(made) / "decoder.onnx"
-            VARIANTS[name](observing)(source, out)
+            VARIANTS[name](observed_for)(source, out)
             found = compared(reader, exact, PiecewiseSession(out))
             yield {"variant": name, **found, "mb": size_mb(out)}
 
@@ -258,7 +258,7 @@ def rows_in(output: Path | None, of: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Give the rows that a run before wrote.
 
     Raises:
-        UsageError: they are of other weights, passages or versions.
+        UsageError: they are of other weights, passages or versions, or of another machine.
     """
     if output is None or not output.exists():
         return []
@@ -285,7 +285,7 @@ def main() -> None:
         "tokens": given.tokens,
         "reading": file_sha256(READING)[:16],
         "weights": [file_sha256(file)[:16] for file in weights],
-        "versions": run_on("onnxruntime")["versions"],
+        **run_on("onnxruntime"),
     }
     rows = rows_in(given.output, settings)
 
@@ -299,7 +299,7 @@ def main() -> None:
         if row["variant"] not in known:
             rows.append(row)
         if given.output is not None:
-            report = {**settings, "rows": rows, **run_on("onnxruntime")}
+            report = {**settings, "rows": rows}
             given.output.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(f"{table_text(rows, _COLUMNS)}\n")
 

@@ -52,9 +52,10 @@ from meiqa.export.verify import PiecewiseSession, giving
 
 SAMPLED_ROWS = {"int8": 1024, "int4": 4096}
 """Most rows of a sample. 4 bits need more: errors are made good by what channels have in common,
-which is known of thousands of channels only from as many rows."""
+which few rows don't tell."""
 WIDE = 4096
-"""Channels from which on a sample holds fewer rows, as many as take no more memory."""
+"""Channels up to which a sample holds all its rows; of wider values it holds fewer, in the same
+memory."""
 WRITING_EVERY = 16
 """Calls of one token write text; they are many and alike, so one in so many is looked at."""
 LEFT_IN_FLOAT = "fp16"
@@ -120,15 +121,15 @@ def require_pictures(precision: str, pictures: Sequence[object]) -> None:
 
 
 class Observer:
-    """Collects what `Observed` holds of a value of `width` channels, with so many rows at most."""
+    """Collects what `Observed` holds of a value of `width` channels."""
 
-    def __init__(self, width: int, rows: int) -> None:
+    def __init__(self, width: int, most_rows: int) -> None:
         self._rng = np.random.default_rng(0)
         self._seen = 0
         self._low = np.full(width, np.inf, np.float32)
         self._high = np.full(width, -np.inf, np.float32)
         self._sum = np.zeros(width)
-        limit = max(1, min(rows, rows * WIDE // width))
+        limit = max(1, min(most_rows, most_rows * WIDE // width))
         self._keys, self._rows = np.full(limit, np.inf), np.empty((limit, width), np.float32)
 
     def add(self, values: Floats) -> None:
@@ -156,11 +157,13 @@ class ObservingSession:
     Args:
         session: executes the graph and returns those values besides its outputs.
         channel_axes: the axes that count their channels.
-        rows: of each value's sample.
+        most_rows: of each value's sample.
     """
 
-    def __init__(self, session: GraphSession, channel_axes: Mapping[str, int], rows: int) -> None:
-        self._session, self._axes, self._rows = session, channel_axes, rows
+    def __init__(
+        self, session: GraphSession, channel_axes: Mapping[str, int], most_rows: int
+    ) -> None:
+        self._session, self._axes, self._most_rows = session, channel_axes, most_rows
         self._observers: dict[str, Observer] = {}
         self._written = 0
 
@@ -173,21 +176,28 @@ class ObservingSession:
                 channels_last = np.moveaxis(made[name], axis, -1)
                 width = channels_last.shape[-1]
                 if name not in self._observers:
-                    self._observers[name] = Observer(width, self._rows)
+                    self._observers[name] = Observer(width, self._most_rows)
                 self._observers[name].add(channels_last.reshape(-1, width))
         self._written += writes
         return made
 
-    def observed(self) -> dict[str, Observed]:
-        """Give what was seen since the last time, letting go of it value by value."""
+    def take_observed(self) -> dict[str, Observed]:
+        """Give what was seen and forget it, value by value, as samples are large."""
         return {name: self._observers.pop(name).observed() for name in list(self._observers)}
 
 
 @contextmanager
-def observing(path: Path, channel_axes: Mapping[str, int], rows: int) -> Iterator[ObservingSession]:
+def observing(
+    path: Path, channel_axes: Mapping[str, int], most_rows: int
+) -> Iterator[ObservingSession]:
     """Open a graph file so that the values with these channel axes are noted."""
     with giving(path, channel_axes) as session:
-        yield ObservingSession(session, channel_axes, rows)
+        yield ObservingSession(session, channel_axes, most_rows)
+
+
+def fewest_bits(precision: str, name: str) -> str:
+    """Give the smallest precision of a graph's layers: only the decoder has any in 4 bits."""
+    return precision if name == "decoder" else "int8"
 
 
 def observe(
@@ -195,16 +205,16 @@ def observe(
 ) -> dict[str, dict[str, Observed]]:
     """Note, by graph and activation, what layers read while `exercise` asks as the engine does.
 
-    The samples are as large as "int8" or "int4" needs.
+    Samples are as large as layers need that may go down to "int8" or "int4".
     """
-    rows = SAMPLED_ROWS[precision]
     with ExitStack() as stack:
         sessions = {
-            name: stack.enter_context(observing(file, values_to_observe(ir.load(file)), rows))
+            name: stack.enter_context(observing(file, values_to_observe(ir.load(file)), most_rows))
             for name, file in files.items()
+            for most_rows in [SAMPLED_ROWS[fewest_bits(precision, name)]]
         }
         exercise(sessions)
-        return {name: session.observed() for name, session in sessions.items()}
+        return {name: session.take_observed() for name, session in sessions.items()}
 
 
 class Quantisation:
@@ -232,7 +242,7 @@ class Quantisation:
 
     def ladder(self, name: str) -> list[str]:
         """List the precisions that a graph's layers may have below float, the smallest first."""
-        rungs = ["int4"] if self.precision == "int4" and name == "decoder" else []
+        rungs = ["int4"] if fewest_bits(self.precision, name) == "int4" else []
         return [*rungs, "int8"] if self._observed.get(name) else rungs
 
     def layers(self, name: str) -> list[Layer]:

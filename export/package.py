@@ -33,6 +33,8 @@ from meiqa.engine.runtime.decoder import (
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export.calibration import (
     BITS,
+    SAMPLED_ROWS,
+    WIDE,
     Pictures,
     Quantisation,
     SensitivityStudy,
@@ -49,6 +51,7 @@ from meiqa.export.graphs import (
 )
 from meiqa.export.layers import LOCK, halve, save_graph, temporary_folder
 from meiqa.export.patterns import FILE, TrainedPatterns, write_patterns
+from meiqa.export.rounding import Observed
 from meiqa.export.verify import (
     PIECE_BYTES,
     PiecewiseSession,
@@ -178,10 +181,18 @@ def require_room(checkpoint: Checkpoint, folder: Path, precision: str) -> str:
             hint="choose another place for --out",
         )
     held = HELD_AT_ONCE * min(held_bytes(), 4 * sum(sizes)) + RUNTIME_BYTES
+    held += sampled_bytes(checkpoint, precision)
     return (
         f"{sum(sizes) / 1e9:.2g} billion weights: up to {held / 2**30:.0f} GiB of memory, and"
         f" {needed / 2**30:.1f} GiB on the disk until it is done"
     )
+
+
+def sampled_bytes(checkpoint: Checkpoint, precision: str) -> int:
+    """Bytes of the samples of what linear layers read, if none read the same."""
+    shapes = (tensor.shape for tensor in checkpoint.weights.headers().values())
+    channels = sum(min(shape[1], WIDE) for shape in shapes if len(shape) == 2)
+    return 4 * SAMPLED_ROWS.get(precision, 0) * channels
 
 
 class Export:
@@ -273,20 +284,8 @@ class Export:
         if self.options.precision not in ("int8", "int4"):
             return
         files = {name: self.folder / graph.file for name, graph in self.graphs.items()}
-        observed = {}
-        if self.pictures:
-            calibrated = self.pictures[CALIBRATED]
-            # Where writing takes hours, a text that is read has to do.
-            writes = PiecewiseSession(files["decoder"]).writes_quickly
-            asked = "described, graded and compared" if writes else "graded and compared"
-            self.options.say(f"observing activations: {len(calibrated)} photographs are {asked}")
-            show = partial(self.options.show, "observing activations")
-            observed = observe(
-                files,
-                lambda running: exercise(self.model(running), calibrated, show, writes=writes),
-                self.options.precision,
-            )
-        quantisation = Quantisation(files, self.options.precision, observed)
+        # Nothing else holds what was observed: samples are large, and smoothing copies them.
+        quantisation = Quantisation(files, self.options.precision, self.observed(files))
         plan, studied = quantisation.default(), self.pictures[STUDIED]
         if studied and self.options.sensitivity:
             self.options.say("measuring how many bits layers need")
@@ -310,6 +309,22 @@ class Export:
         for file in made.iterdir():
             file.replace(self.folder / file.name)
         made.rmdir()
+
+    def observed(self, files: Mapping[str, Path]) -> Mapping[str, Mapping[str, Observed]]:
+        """Give what layers read of the pictures to calibrate on, by graph; empty without any."""
+        if not self.pictures:
+            return {}
+        calibrated = self.pictures[CALIBRATED]
+        # Where writing takes hours, a text that is read has to do.
+        writes = PiecewiseSession(files["decoder"]).writes_quickly
+        asked = "described, graded and compared" if writes else "graded and compared"
+        self.options.say(f"observing activations: {len(calibrated)} photographs are {asked}")
+        show = partial(self.options.show, "observing activations")
+        return observe(
+            files,
+            lambda running: exercise(self.model(running), calibrated, show, writes=writes),
+            self.options.precision,
+        )
 
     def model(self, sessions: Mapping[str, GraphSession]) -> LocalModel:
         """Open the model on some sessions of its graphs."""

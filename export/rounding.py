@@ -596,12 +596,12 @@ def compensated_codes(weight: Floats, grid: BlockGrid, rows: Floats) -> NDArray[
 
     Input by input, and what rounding one loses, those that are still to come make good as far as
     they are alike (Frantar et al. 2022, "GPTQ", in the form of its Cholesky factor). The loudest
-    inputs come first, while all others are there to make their errors good.
+    come first, as nearly all others can still make their errors good; grids stay those of the
+    blocks (GPTQ's "activation order" with "static groups").
     """
     inputs, outputs = weight.shape
-    moments = damped_moments(rows)
-    order = np.argsort(-np.diag(moments), kind="stable")
-    factor = inverse_factor(moments[np.ix_(order, order)])
+    order = loudest_first(rows)
+    factor = inverse_factor(rows[:, order])
     left, codes = weight[order].astype(np.float64), np.empty(weight.shape, np.int8)
     for start in range(0, inputs, BLOCK):
         end = min(start + BLOCK, inputs)
@@ -616,15 +616,15 @@ def compensated_codes(weight: Floats, grid: BlockGrid, rows: Floats) -> NDArray[
     return codes
 
 
-def damped_moments(rows: Floats) -> NDArray[np.float64]:
-    """Give the rows' second moments (C, C), with a little added to each channel's own."""
+def loudest_first(rows: Floats) -> NDArray[np.intp]:
+    """Order the channels of rows (n, C) by their mean square."""
+    return np.argsort(-np.square(rows).mean(0), kind="stable")
+
+
+def inverse_factor(rows: Floats) -> NDArray[np.float64]:
+    """Give the upper Cholesky factor of the inverse of the rows' damped second moments."""
     moments: NDArray[np.float64] = (rows.T @ rows / len(rows)).astype(np.float64)
     moments[np.diag_indices_from(moments)] += DAMPING * np.trace(moments) / len(moments) + 1e-12
-    return moments
-
-
-def inverse_factor(moments: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give the upper Cholesky factor of the inverse of some moments (C, C)."""
     factor: NDArray[np.float64] = np.linalg.cholesky(np.linalg.inv(moments)).T
     return factor
 

@@ -20,6 +20,7 @@ from meiqa.engine.package import EnginePackage
 from meiqa.engine.runtime.decoder import GraphDecoder, GraphSession
 from meiqa.export.calibration import (
     IN_BLOCKS,
+    SAMPLED_ROWS,
     WIDE,
     WRITING_EVERY,
     Assignment,
@@ -102,7 +103,7 @@ def test_a_graph_is_observed_in_passing_and_left_as_it_was(tmp_path: Path) -> No
     x = normal(2, 1, 3, 9, 7)
     with observing(tmp_path / "graph.onnx", values_to_observe(made), 256) as session:
         outputs = session.run({"x": x})
-        seen = session.observed()
+        seen = session.take_observed()
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     np.testing.assert_array_equal(seen["x"].high, x.max((0, 2, 3)))
     np.testing.assert_array_equal(seen["r"].high, -outputs["y"].min((0, 2, 3)))
@@ -120,16 +121,29 @@ def test_of_calls_that_write_few_are_looked_at() -> None:
     session = ObservingSession(Echo(), {"embeds": -1}, 64)
     for _ in range(WRITING_EVERY + 1):
         session.run({"embeds": np.ones((1, 1, 1, 4), np.float32)})
-    assert session.observed()["embeds"].seen == 2
     session.run({"embeds": np.ones((1, 2, 3, 4), np.float32)})
-    assert session.observed()["embeds"].seen == 6
+    assert session.take_observed()["embeds"].seen == 8
+
+
+def test_samples_are_as_large_as_a_precision_needs(tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.onnx" for name in ("vision", "decoder")}
+    for file in files.values():
+        save_graph(linear(normal(0, 8, 8)), file)
+
+    def sizes(precision: str) -> list[int]:
+        seen = observe(files, lambda each: [s.run(feeds) for s in each.values()], precision)
+        return [len(seen[name]["x"].rows) for name in files]
+
+    feeds = {"x": normal(1, 5000, 8)}
+    assert sizes("int8") == [SAMPLED_ROWS["int8"]] * 2
+    assert sizes("int4") == [SAMPLED_ROWS["int8"], SAMPLED_ROWS["int4"]]
 
 
 def test_a_linear_layer_without_a_call_has_nothing_observed(tmp_path: Path) -> None:
     made = linear(normal(0, 8, 8))
     save_graph(made, tmp_path / "graph.onnx")
     with observing(tmp_path / "graph.onnx", values_to_observe(made), 256) as session:
-        assert session.observed() == {}
+        assert session.take_observed() == {}
 
 
 Sessions = Mapping[str, GraphSession]

@@ -77,14 +77,14 @@ def rounded(
     return export_from(exact, checkpoint, out, "int8", PICTURES)
 
 
-def test_int8_reads_a_page_as_the_float_graph_does(
+def test_int8_reads_a_passage_as_the_float_graph_does(
     checkpoint: Path, exact: EnginePackage, rounded: EnginePackage
 ) -> None:
     reader = Reader(Checkpoint.open(checkpoint), 96)
     sessions = [open_graphs(each, ["decoder"], "cpu", None)[0] for each in (exact, rounded)]
-    (page, *_) = passages("compared")
-    pages = {page: reader.log_probabilities(sessions[0], page)}
-    found = compared(reader, pages, sessions[1])
+    passage = passages("compared")[0]
+    wanted = {passage: reader.log_probabilities(sessions[0], passage)}
+    found = compared(reader, wanted, sessions[1])
     assert 0.0 < found["kl"] < LARGEST_KL
     assert rounded.manifest.bf16 == KERNELS[FASTEST_IN_BF16].in_bf16
 

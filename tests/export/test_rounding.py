@@ -314,7 +314,7 @@ def observed(made: ir.Model, x: Floats, folder: Path) -> dict[str, Observed]:
     save_graph(made, folder / "float.onnx")
     with observing(folder / "float.onnx", values_to_observe(made), 256) as session:
         session.run({"x": x})
-        return session.observed()
+        return session.take_observed()
 
 
 def smooth(made: ir.Model, seen: dict[str, Observed]) -> dict[str, Observed]:
