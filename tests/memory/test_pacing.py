@@ -6,9 +6,11 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from meiqa.memory import pacing
 from meiqa.memory.pacing import Pace
 
 _STEP_S = 0.01
@@ -26,13 +28,19 @@ def test_gentle_work_rests_nine_tenths_of_the_time() -> None:
 
 
 def test_other_work_does_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rest(event: threading.Event, seconds: float) -> None:
-        pytest.fail(f"it rested for {seconds} s")
+    class Restless(threading.Event):
+        """Replaces the event of a pace alone, since threads of other tests wait for theirs."""
 
+        def wait(self, timeout: float | None = None) -> bool:
+            pytest.fail(f"it rested for {timeout} s")
+
+    of_events = SimpleNamespace(Event=Restless, main_thread=threading.main_thread)
+    monkeypatch.setattr(pacing, "threading", of_events)
     pace = Pace()
     assert not pace.gentle
-    monkeypatch.setattr(threading.Event, "wait", rest)
     _work(pace, 4)
+    with pytest.raises(pytest.fail.Exception, match="rested"):
+        _work(Pace(gently=True), 4)
 
 
 def test_hurry_ends_a_rest_at_once() -> None:
