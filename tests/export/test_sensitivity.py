@@ -27,7 +27,7 @@ from tests.export.small_graphs import Floats, model, node, normal, value, weight
 
 LAYERS, WIDTH = 24, 64
 LAST = f"state.{LAYERS - 1}"
-PICTURES: list[Any] = list(normal(1, 6, WIDTH))
+PICTURES: list[Any] = list(normal(1, 24, WIDTH))
 CALIBRATED_ON: list[Any] = list(normal(2, 256, WIDTH))
 
 
