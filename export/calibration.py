@@ -208,11 +208,11 @@ def observe(
     Samples are as large as layers need that may go down to "int8" or "int4".
     """
     with ExitStack() as stack:
-        sessions = {
-            name: stack.enter_context(observing(file, values_to_observe(ir.load(file)), most_rows))
-            for name, file in files.items()
-            for most_rows in [SAMPLED_ROWS[fewest_bits(precision, name)]]
-        }
+        sessions = {}
+        for name, file in files.items():
+            values = values_to_observe(ir.load(file))
+            most_rows = SAMPLED_ROWS[fewest_bits(precision, name)]
+            sessions[name] = stack.enter_context(observing(file, values, most_rows))
         exercise(sessions)
         return {name: session.take_observed() for name, session in sessions.items()}
 

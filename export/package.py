@@ -153,7 +153,7 @@ def export_package(source: Path, out: Path, options: ExportOptions) -> EnginePac
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(out.parent, f".{out.name}.partial-") as folder:
-            options.say(require_room(checkpoint, folder, options.precision))
+            options.say(require_room(checkpoint, folder, options))
             Export(checkpoint, folder, options).write()
             (folder / LOCK).unlink()
             folder.chmod(0o755)
@@ -167,11 +167,11 @@ def export_package(source: Path, out: Path, options: ExportOptions) -> EnginePac
     return EnginePackage.open(out)
 
 
-def require_room(checkpoint: Checkpoint, folder: Path, precision: str) -> str:
+def require_room(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> str:
     """Refuse at once what would fill the disk after minutes; one line of what will be needed."""
     sizes = [tensor.numel() for tensor in checkpoint.weights.headers().values()]
     # The largest tensor, the embedding, is written as a file and, where it is tied, as a head.
-    needed = (sum(sizes) + max(sizes)) * PEAK_BYTES_A_WEIGHT[precision]
+    needed = (sum(sizes) + max(sizes)) * PEAK_BYTES_A_WEIGHT[options.precision]
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise PackageUnwritable(
@@ -181,7 +181,8 @@ def require_room(checkpoint: Checkpoint, folder: Path, precision: str) -> str:
             hint="choose another place for --out",
         )
     held = HELD_AT_ONCE * min(held_bytes(), 4 * sum(sizes)) + RUNTIME_BYTES
-    held += sampled_bytes(checkpoint, precision)
+    if options.pictures:
+        held += sampled_bytes(checkpoint, options.precision)
     return (
         f"{sum(sizes) / 1e9:.2g} billion weights: up to {held / 2**30:.0f} GiB of memory, and"
         f" {needed / 2**30:.1f} GiB on the disk until it is done"
@@ -189,7 +190,7 @@ def require_room(checkpoint: Checkpoint, folder: Path, precision: str) -> str:
 
 
 def sampled_bytes(checkpoint: Checkpoint, precision: str) -> int:
-    """Bytes of the samples of what linear layers read, if none read the same."""
+    """Bytes that samples of what linear layers read take at most, as if none read the same."""
     shapes = (tensor.shape for tensor in checkpoint.weights.headers().values())
     channels = sum(min(shape[1], WIDE) for shape in shapes if len(shape) == 2)
     return 4 * SAMPLED_ROWS.get(precision, 0) * channels

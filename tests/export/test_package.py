@@ -28,7 +28,7 @@ from meiqa.engine.prompts import MEIQA
 from meiqa.engine.runtime.decoder import kernel_for
 from meiqa.errors import PackageCorrupted, PackageUnwritable, UsageError
 from meiqa.export import package as packaging
-from meiqa.export.calibration import AIM, Pictures, pictures_in
+from meiqa.export.calibration import AIM, SAMPLED_ROWS, Pictures, pictures_in
 from meiqa.export.checkpoint import Checkpoint
 from meiqa.export.fused import LARGEST_SHARE
 from meiqa.export.layers import temporary_folder
@@ -249,6 +249,16 @@ def test_what_an_export_needs_and_how_far_it_is_are_told(
         said[0],
     )
     assert shown == [("describing pictures", at / 4) for at in range(4)]
+
+
+def test_samples_take_memory_where_layers_are_rounded_by_what_they_read(checkpoint: Path) -> None:
+    opened = Checkpoint.open(checkpoint)
+    taken = {each: packaging.sampled_bytes(opened, each) for each in LARGEST_MOVES}
+    assert taken["fp32"] == taken["fp16"] == 0
+    assert taken["int4"] == 4 * taken["int8"]
+    headers = opened.weights.headers().items()
+    widths = [each.shape[1] for name, each in headers if name.endswith("down_proj.weight")]
+    assert taken["int8"] > 4 * SAMPLED_ROWS["int8"] * sum(widths) > 0
 
 
 def test_what_a_killed_export_left_is_removed_and_what_another_makes_is_not(
